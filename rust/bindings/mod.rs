@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The kernel's bindings, and those of `vfio.h`, `mdev.h` and `anon_inodes.h` beside them.
+//!
+//! Out-of-tree scaffolding: upstream all of this is `kernel::bindings`.
+
+#[allow(
+    clippy::all,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
+    clippy::undocumented_unsafe_blocks,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+mod generated {
+    use kernel::{
+        bindings::*,
+        ffi, //
+    };
+    use pin_init::{
+        MaybeZeroable,
+        Zeroable, //
+    };
+
+    // `bindgen` does not derive it, see <https://github.com/rust-lang/rust-bindgen/issues/3196>.
+    //
+    // SAFETY: `__BindgenBitfieldUnit<Storage>` is a newtype around `Storage`.
+    unsafe impl<Storage: Zeroable> Zeroable for __BindgenBitfieldUnit<Storage> {}
+
+    include!(env!("VFIO_BINDINGS"));
+}
+
+pub(crate) use generated::*;
+pub(crate) use kernel::bindings::*;
