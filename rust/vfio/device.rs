@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The `struct vfio_device` of any VFIO driver.
+//!
+//! C header: [`include/linux/vfio.h`](srctree/include/linux/vfio.h)
+
+use crate::bindings;
+use core::{
+    marker::PhantomData,
+    ops::Deref,
+    ptr::NonNull, //
+};
+use kernel::{
+    device,
+    sync::aref::AlwaysRefCounted,
+    types::Opaque, //
+};
+
+mod private {
+    pub trait Sealed {}
+}
+
+/// What is known of a [`Device`] in a scope.
+///
+/// The context is part of the device's type, so that what needs an open device cannot be asked of
+/// one that may be closed.
+pub trait DeviceContext: private::Sealed {}
+
+/// Nothing but that the device exists. Only in this context can it be reference-counted.
+pub struct Normal;
+
+/// The device is open: from before `open_device()` returns to after `close_device()` was called.
+///
+/// Callbacks that the core makes on behalf of a device file get this context.
+pub struct Open;
+
+impl private::Sealed for Normal {}
+impl private::Sealed for Open {}
+impl DeviceContext for Normal {}
+impl DeviceContext for Open {}
+
+/// A VFIO device, whichever bus it is on.
+///
+/// Corresponds to the C `struct vfio_device`.
+///
+/// # Invariants
+///
+/// - `self.0` is a `struct vfio_device` allocated by `_vfio_alloc_device()`, whose reference count
+///   is not zero.
+/// - If `Ctx` is [`Open`], the device stays open as long as the reference to it lives.
+#[repr(transparent)]
+pub struct Device<Ctx: DeviceContext = Normal>(Opaque<bindings::vfio_device>, PhantomData<Ctx>);
+
+impl<Ctx: DeviceContext> Device<Ctx> {
+    /// Returns the raw `struct vfio_device` pointer.
+    #[inline]
+    pub(crate) fn as_raw(&self) -> *mut bindings::vfio_device {
+        self.0.get()
+    }
+
+    /// Makes a reference of a raw pointer.
+    ///
+    /// # Safety
+    ///
+    /// `ptr` must point to a `struct vfio_device` allocated by `_vfio_alloc_device()`. For `'a`
+    /// its reference count must not be zero and what `Ctx` stands for must hold.
+    #[inline]
+    pub(crate) unsafe fn from_raw<'a>(ptr: *mut bindings::vfio_device) -> &'a Self {
+        // INVARIANT: Both hold by the safety requirements.
+        // SAFETY: `Device` is a transparent wrapper of `struct vfio_device`.
+        unsafe { &*ptr.cast() }
+    }
+
+    /// Tells whether the user opted in to `VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`.
+    ///
+    /// The core sets it at the user's request, at any time, and clears it on the last close.
+    #[inline]
+    pub(crate) fn precopy_info_v2(&self) -> bool {
+        // SAFETY: By the type invariants the pointer is valid; the field is one byte that the
+        // core writes without a lock, hence the volatile read.
+        unsafe { (&raw const (*self.as_raw()).precopy_info_v2).read_volatile() != 0 }
+    }
+}
+
+impl Deref for Device<Open> {
+    type Target = Device;
+
+    #[inline]
+    fn deref(&self) -> &Device {
+        // SAFETY: An open device is also a device that exists.
+        unsafe { Device::from_raw(self.as_raw()) }
+    }
+}
+
+impl<Ctx: DeviceContext> AsRef<device::Device> for Device<Ctx> {
+    /// Returns the `struct device` in the `vfio-dev` class, not the parent on the bus.
+    #[inline]
+    fn as_ref(&self) -> &device::Device {
+        // SAFETY: By the type invariants the pointer is valid, and the `struct device` embedded
+        // in a `struct vfio_device` carries its reference count.
+        unsafe { device::Device::from_raw(&raw mut (*self.as_raw()).device) }
+    }
+}
+
+// SAFETY: `get_device()` and `put_device()` on the embedded `struct device` are what
+// `vfio_put_device()` is made of.
+unsafe impl AlwaysRefCounted for Device {
+    #[inline]
+    fn inc_ref(&self) {
+        // SAFETY: By the type invariants the reference count is not zero.
+        unsafe { bindings::get_device(&raw mut (*self.as_raw()).device) };
+    }
+
+    #[inline]
+    unsafe fn dec_ref(obj: NonNull<Self>) {
+        // SAFETY: The caller gives up a reference that it owns.
+        unsafe { bindings::put_device(&raw mut (*obj.as_ref().as_raw()).device) };
+    }
+}
+
+// SAFETY: A `struct vfio_device` may be released in any sleepable context, on any thread.
+unsafe impl Send for Device {}
+
+// SAFETY: What can be done through a shared reference is synchronised by the core.
+unsafe impl Sync for Device {}

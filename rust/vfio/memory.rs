@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Device memory.
+
+use core::{
+    ops::Range,
+    ptr, //
+};
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
+};
+
+/// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.
+const WORD: usize = size_of::<u64>();
+
+/// Memory of a device, made of whole pages, which many may read and write at the same time.
+///
+/// It is a RAM that several bus masters see: nobody excludes anybody. A reader that meets a
+/// writer gets old bytes, new bytes, or some of each; within an aligned word never a mixture, as
+/// long as the writer wrote the whole word at once.
+///
+/// # Invariants
+///
+/// `words` spans whole pages. Its bytes are only ever accessed by atomic or volatile means, or by
+/// user copies.
+pub struct Memory {
+    words: VVec<Atomic<u64>>,
+}
+
+impl Memory {
+    /// Allocates `pages` pages of zeroes, charged to the caller's memory cgroup.
+    ///
+    /// May sleep. Fails with `ENOMEM`, and with `EINVAL` if `pages` is zero or too many to count
+    /// their bytes.
+    pub fn new(pages: usize) -> Result<Self> {
+        let words = pages.checked_mul(PAGE_SIZE / WORD).ok_or(EINVAL)?;
+        if words == 0 || words.checked_mul(WORD).is_none() {
+            return Err(EINVAL);
+        }
+        let plain = VVec::<u64>::zeroed(words, GFP_KERNEL_ACCOUNT)?;
+        let (ptr, len, capacity) = plain.into_raw_parts();
+        // INVARIANT: A whole number of pages was asked for.
+        // SAFETY: `Atomic<u64>` is a transparent wrapper of a cell of `u64`, hence of the same
+        // layout, and the parts come from a vector with the same allocator.
+        let words = unsafe { VVec::from_raw_parts(ptr.cast::<Atomic<u64>>(), len, capacity) };
+        Ok(Self { words })
+    }
+
+    /// Returns the size in bytes.
+    #[inline]
+    pub fn size(&self) -> usize {
+        self.words.len() * WORD
+    }
+
+    /// Returns the words in `range` (counted in words), for reading and writing one by one.
+    ///
+    /// Returns nothing if the range is not inside the memory.
+    #[inline]
+    pub fn words(&self, range: Range<usize>) -> &[Atomic<u64>] {
+        self.words.get(range).unwrap_or(&[])
+    }
+
+    /// Returns the words of one page.
+    #[inline]
+    pub fn page(&self, page: usize) -> &[Atomic<u64>] {
+        let start = page.saturating_mul(PAGE_SIZE / WORD);
+        self.words(start..start.saturating_add(PAGE_SIZE / WORD))
+    }
+
+    /// Returns the bytes in `range` (counted in bytes), cut to the size of the memory.
+    ///
+    /// The pointer is valid for its length as long as `self` is. Who dereferences it must do so
+    /// by volatile means or by a user copy.
+    pub(crate) fn bytes(&self, range: Range<usize>) -> *const [u8] {
+        let start = range.start.min(self.size());
+        let end = range.end.clamp(start, self.size());
+        // `start` is at most the size, so the pointer stays inside the allocation or just past it.
+        let base = self.words.as_ptr().cast::<u8>().wrapping_add(start);
+        ptr::slice_from_raw_parts(base, end - start)
+    }
+
+    /// Copies out of the memory.
+    ///
+    /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
+        let from = self.checked(offset, to.len())?;
+        let mut done = 0;
+        while done < to.len() {
+            let at = from.wrapping_add(done);
+            if at.addr() % WORD == 0 && to.len() - done >= WORD {
+                // SAFETY: `checked()` established that the range is inside the allocation, which
+                // lives as long as `self`, and `at` is aligned.
+                let word = unsafe { at.cast::<u64>().read_volatile() };
+                if let Some(part) = to.get_mut(done..done + WORD) {
+                    part.copy_from_slice(&word.to_ne_bytes());
+                }
+                done += WORD;
+            } else {
+                // SAFETY: As above; a byte has no alignment.
+                let byte = unsafe { at.read_volatile() };
+                if let Some(part) = to.get_mut(done) {
+                    *part = byte;
+                }
+                done += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies into the memory.
+    ///
+    /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result {
+        let to = self.checked(offset, from.len())?;
+        let mut done = 0;
+        while let Some(rest) = from.get(done..).filter(|rest| !rest.is_empty()) {
+            let at = to.wrapping_add(done);
+            match rest.first_chunk::<WORD>() {
+                Some(word) if at.addr() % WORD == 0 => {
+                    // SAFETY: `checked()` established that the range is inside the allocation,
+                    // which lives as long as `self`; `at` is aligned, and the words are cells.
+                    unsafe { at.cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
+                    done += WORD;
+                }
+                _ => {
+                    // SAFETY: As above; a byte has no alignment.
+                    unsafe { at.write_volatile(rest[0]) };
+                    done += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&self) {
+        for word in self.words.iter() {
+            word.store(0, Relaxed);
+        }
+    }
+
+    /// Returns where `offset` is, if `len` bytes from there on are inside the memory.
+    fn checked(&self, offset: usize, len: usize) -> Result<*mut u8> {
+        if offset.checked_add(len).is_none_or(|end| end > self.size()) {
+            return Err(EINVAL);
+        }
+        // The words are cells, hence writable through a shared reference.
+        Ok(self
+            .words
+            .as_ptr()
+            .cast_mut()
+            .cast::<u8>()
+            .wrapping_add(offset))
+    }
+}
