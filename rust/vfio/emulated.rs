@@ -1,0 +1,632 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Devices without an IOMMU of their own.
+//!
+//! Such a device is made of software: it looks like a PCI device to its user, and what it reads and
+//! writes of the user's memory goes through VFIO. The user reaches it through a group and a
+//! container, or through a character device and an iommufd.
+//!
+//! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
+//! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
+
+use crate::{
+    bindings,
+    compat::AsRaw,
+    device::{
+        Device,
+        Open, //
+    },
+    dma,
+    irq::{
+        self,
+        Irqs, //
+    },
+    migration::{
+        Engine,
+        Flags,
+        Migratable, //
+    },
+    region::{
+        self,
+        Position, //
+    },
+    user::UserBuf,
+};
+use core::{
+    marker::PhantomData,
+    mem::{
+        align_of,
+        offset_of, //
+    },
+    ptr::NonNull, //
+};
+use kernel::{
+    device::{
+        self,
+        Bound, //
+    },
+    error::{
+        from_result,
+        to_result, //
+    },
+    ioctl::_IO,
+    new_spinlock,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc,
+        SpinLock, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+/// A driver of an emulated, migratable PCI device.
+///
+/// The implementing type is the data of the device from its creation to its removal. What belongs
+/// to a user is in [`OpenData`](Self::OpenData) instead: it comes with the first open and goes with
+/// the last close, so that the next user finds nothing of it.
+///
+/// [`read`](Self::read) and [`write`](Self::write) may be called by any number of threads at the
+/// same time, and beside the methods of [`Migratable`].
+#[vtable]
+pub trait Operations: Sized + Send + Sync + 'static {
+    /// The data of an open device.
+    type OpenData: Migratable;
+
+    /// The name of the driver.
+    const NAME: &'static CStr;
+
+    /// Returns which migration states the device supports. Asked once, before it is registered.
+    fn migration_flags(&self) -> Flags;
+
+    /// Makes the data of an open device, in the state of power on.
+    ///
+    /// Called on the first open. May sleep. If it fails the open fails with the same error.
+    fn open(&self) -> impl PinInit<Self::OpenData, Error>;
+
+    /// Returns the size of a region in bytes; zero if the device has no such region.
+    ///
+    /// Does not change while the device exists. `region_index` is below [`region::COUNT`].
+    fn region_size(&self, region_index: u32) -> u64;
+
+    /// Returns the interrupts of an open device.
+    fn irqs(open: &Self::OpenData) -> &Irqs;
+
+    /// Reads from a region. The whole range is inside of it.
+    ///
+    /// May sleep. No user memory is involved: the bytes are copied on afterwards.
+    fn read(&self, open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
+
+    /// Writes to a region. The whole range is inside of it.
+    ///
+    /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
+    /// bytes arrives in one piece, as it would on a bus.
+    fn write(&self, open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
+}
+
+/// What exists from the first open to the last close.
+#[pin_data]
+struct Opened<T: Operations> {
+    #[pin]
+    data: T::OpenData,
+    #[pin]
+    log: dma::Log,
+}
+
+/// What a driver's device has behind the `struct vfio_device`.
+#[pin_data]
+struct Private<T: Operations> {
+    #[pin]
+    data: T,
+    #[pin]
+    engine: Engine<T::OpenData>,
+    /// Present while the device is open. A callback that needs it takes a reference, because
+    /// `request` may come at any time.
+    #[pin]
+    opened: SpinLock<Option<Arc<Opened<T>>>>,
+}
+
+/// A device of driver `T`, as the core allocates it.
+///
+/// # Invariants
+///
+/// `private` is initialised once `dev.ops` is [`VTable::OPS`].
+#[repr(C)]
+struct Emulated<T: Operations> {
+    dev: Device,
+    private: Private<T>,
+}
+
+impl<T: Operations> Emulated<T> {
+    /// Allocates the device. Its parent must have a driver, which must have a module.
+    fn allocate(
+        parent: &device::Device<Bound>,
+        data: impl PinInit<T, Error>,
+    ) -> Result<ARef<Device>> {
+        const {
+            assert!(offset_of!(Self, dev) == 0);
+            // The core allocates with kvzalloc().
+            assert!(align_of::<Self>() <= PAGE_SIZE);
+        }
+
+        // SAFETY: `parent` is valid, the operations live for ever, and they have neither `init`
+        // nor `release`, which would need `private` to be initialised.
+        let raw = unsafe {
+            bindings::_vfio_alloc_device(
+                core::alloc::Layout::new::<Self>().pad_to_align().size(),
+                parent.as_raw(),
+                &VTable::<T>::UNINIT_OPS,
+            )
+        };
+        let raw = kernel::error::from_err_ptr(raw)?;
+        // SAFETY: `_vfio_alloc_device()` returned the only reference, and `Device` is a transparent
+        // wrapper. If anything fails below, dropping it frees the memory.
+        let dev = unsafe { ARef::from_raw(NonNull::new_unchecked(raw.cast::<Device>())) };
+
+        // SAFETY: `raw` points to memory of the size of `Self`, in which `private` is not
+        // initialised yet; the memory does not move.
+        unsafe {
+            pin_init::raw_try_init(
+                &raw mut (*raw.cast::<Self>()).private,
+                try_pin_init!(Private {
+                    data <- data,
+                    engine <- Engine::new(data.migration_flags()),
+                    opened <- new_spinlock!(None, "vfio::emulated::Private::opened"),
+                }? Error),
+            )?
+        };
+        // INVARIANT: `private` has just been initialised.
+        // SAFETY: `raw` is valid and known to nobody else.
+        unsafe {
+            (*raw).ops = &VTable::<T>::OPS;
+            (*raw).mig_ops = &VTable::<T>::MIG_OPS;
+            (*raw).log_ops = &VTable::<T>::LOG_OPS;
+        }
+        Ok(dev)
+    }
+
+    /// Returns the device that a callback is about.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must point to a device allocated by [`Self::allocate()`] and finished by it, whose
+    /// reference count is not zero before `'a` ends.
+    unsafe fn from_raw<'a>(vdev: *mut bindings::vfio_device) -> &'a Self {
+        // SAFETY: By the safety requirements and because `dev` is at offset 0.
+        unsafe { &*vdev.cast() }
+    }
+
+    /// Returns what exists while the device is open. Fails with `ENODEV` if it is not.
+    fn opened(&self) -> Result<Arc<Opened<T>>> {
+        self.private.opened.lock().clone().ok_or(ENODEV)
+    }
+
+    fn open(&self) -> Result {
+        let data = self.private.data.open();
+        let opened = Arc::pin_init(
+            try_pin_init!(Opened {
+                data <- data,
+                log <- dma::Log::new(),
+            }? Error),
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        *self.private.opened.lock() = Some(opened);
+        Ok(())
+    }
+
+    fn close(&self) {
+        self.private.engine.close();
+        let opened = self.private.opened.lock().take();
+        // Dropped outside of the lock, because the driver's destructors may sleep.
+        drop(opened);
+    }
+
+    fn region_size(&self, region_index: u32) -> u64 {
+        self.private.data.region_size(region_index)
+    }
+
+    fn read(&self, user: &mut UserBuf, pos: i64) -> Result<usize> {
+        let opened = self.opened()?;
+        region::read(
+            user,
+            pos,
+            |index| self.region_size(index),
+            |pos, to| self.private.data.read(&opened.data, pos, to),
+        )
+    }
+
+    fn write(&self, user: &mut UserBuf, pos: i64) -> Result<usize> {
+        let opened = self.opened()?;
+        region::write(
+            user,
+            pos,
+            |index| self.region_size(index),
+            |pos, from| self.private.data.write(&opened.data, pos, from),
+        )
+    }
+
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result {
+        let opened = self.opened()?;
+        match cmd {
+            GET_INFO => Self::get_info(arg),
+            GET_IRQ_INFO => Self::get_irq_info(T::irqs(&opened.data), arg),
+            SET_IRQS => Self::set_irqs(T::irqs(&opened.data), arg),
+            RESET => {
+                self.private.engine.reset(&opened.data);
+                Ok(())
+            }
+            _ => Err(ENOTTY),
+        }
+    }
+
+    /// Serves `VFIO_DEVICE_GET_INFO`.
+    fn get_info(arg: usize) -> Result {
+        let (mut reader, mut writer) =
+            UserSlice::new(UserPtr::from_addr(arg), 4 * size_of::<u32>()).reader_writer();
+        let argsz = reader.read::<u32>()?;
+        if (argsz as usize) < 4 * size_of::<u32>() {
+            return Err(EINVAL);
+        }
+        writer.write(&argsz)?;
+        writer.write(&(bindings::VFIO_DEVICE_FLAGS_PCI | bindings::VFIO_DEVICE_FLAGS_RESET))?;
+        writer.write(&region::COUNT)?;
+        writer.write(&irq::COUNT)
+    }
+
+    /// Serves `VFIO_DEVICE_GET_IRQ_INFO`.
+    fn get_irq_info(irqs: &Irqs, arg: usize) -> Result {
+        let (mut reader, mut writer) =
+            UserSlice::new(UserPtr::from_addr(arg), 4 * size_of::<u32>()).reader_writer();
+        let argsz = reader.read::<u32>()?;
+        let _flags = reader.read::<u32>()?;
+        let index = reader.read::<u32>()?;
+        if (argsz as usize) < 4 * size_of::<u32>() || index >= irq::COUNT {
+            return Err(EINVAL);
+        }
+        // MSI-X vectors come and go one by one; what has a single vector has nothing to resize.
+        let flags = match index {
+            irq::MSIX => bindings::VFIO_IRQ_INFO_EVENTFD,
+            _ => bindings::VFIO_IRQ_INFO_EVENTFD | bindings::VFIO_IRQ_INFO_NORESIZE,
+        };
+        writer.write(&argsz)?;
+        writer.write(&flags)?;
+        writer.write(&index)?;
+        writer.write(&irqs.count(index))
+    }
+
+    /// Serves `VFIO_DEVICE_SET_IRQS`.
+    fn set_irqs(irqs: &Irqs, arg: usize) -> Result {
+        // The size of what follows the header is known only when the header is.
+        let mut reader = UserSlice::new(UserPtr::from_addr(arg), usize::MAX).reader();
+        let request = irq::Request {
+            argsz: reader.read()?,
+            flags: reader.read()?,
+            index: reader.read()?,
+            start: reader.read()?,
+            count: reader.read()?,
+        };
+        irqs.set(request, &mut reader)
+    }
+}
+
+const fn vfio_io(nr: u32) -> u32 {
+    _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + nr)
+}
+
+/// `VFIO_DEVICE_GET_INFO`.
+const GET_INFO: u32 = vfio_io(7);
+/// `VFIO_DEVICE_GET_IRQ_INFO`.
+const GET_IRQ_INFO: u32 = vfio_io(9);
+/// `VFIO_DEVICE_SET_IRQS`.
+const SET_IRQS: u32 = vfio_io(10);
+/// `VFIO_DEVICE_RESET`.
+const RESET: u32 = vfio_io(11);
+
+/// The registration of an emulated device.
+///
+/// Dropping it removes the device: the user is asked to let go of it, and the drop waits until that
+/// has happened.
+pub(crate) struct Registration<T: Operations> {
+    dev: ARef<Device>,
+    _driver: PhantomData<T>,
+}
+
+impl<T: Operations> Registration<T> {
+    /// Creates a device below `parent` and makes it known to user space.
+    ///
+    /// May sleep. The device is live before this returns.
+    ///
+    /// # Safety
+    ///
+    /// The driver bound to `parent` must have set `driver.owner` to `T::OwnerModule`, and must
+    /// drop the registration before `parent` is unbound from it. There must be no other
+    /// registration of a VFIO device below `parent`.
+    pub(crate) unsafe fn new(
+        parent: &device::Device<Bound>,
+        data: impl PinInit<T, Error>,
+    ) -> Result<Self> {
+        let dev = Emulated::<T>::allocate(parent, data)?;
+        let raw = dev.as_raw();
+        // SAFETY: `Emulated::allocate()` allocated and finished it, and `dev` is a reference.
+        let this = unsafe { Emulated::<T>::from_raw(raw) };
+        // SAFETY: `raw` is valid and the device is not registered yet.
+        unsafe { (*raw).migration_flags = this.private.engine.flags().as_raw() as u32 };
+        // SAFETY: `raw` is valid, the parent's driver has an owner, and the operations are
+        // complete.
+        to_result(unsafe { bindings::vfio_register_emulated_iommu_dev(raw) })?;
+        Ok(Self {
+            dev,
+            _driver: PhantomData,
+        })
+    }
+}
+
+impl<T: Operations> Drop for Registration<T> {
+    fn drop(&mut self) {
+        // SAFETY: The device is registered, and nothing is held that its callbacks need.
+        unsafe { bindings::vfio_unregister_group_dev(self.dev.as_raw()) };
+    }
+}
+
+/// The operations by which the core calls driver `T`.
+struct VTable<T: Operations>(PhantomData<T>);
+
+impl<T: Operations> VTable<T> {
+    /// The operations while [`Emulated::private`] is not initialised.
+    const UNINIT_OPS: bindings::vfio_device_ops = bindings::vfio_device_ops {
+        release: None,
+        ..Self::OPS
+    };
+
+    const OPS: bindings::vfio_device_ops = bindings::vfio_device_ops {
+        name: core::ptr::from_ref(T::NAME).cast::<c_char>().cast_mut(),
+        release: Some(Self::release),
+        #[cfg(CONFIG_IOMMUFD)]
+        bind_iommufd: Some(bindings::vfio_iommufd_emulated_bind),
+        #[cfg(CONFIG_IOMMUFD)]
+        unbind_iommufd: Some(bindings::vfio_iommufd_emulated_unbind),
+        #[cfg(CONFIG_IOMMUFD)]
+        attach_ioas: Some(bindings::vfio_iommufd_emulated_attach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        detach_ioas: Some(bindings::vfio_iommufd_emulated_detach_ioas),
+        open_device: Some(Self::open_device),
+        close_device: Some(Self::close_device),
+        read: Some(Self::read),
+        write: Some(Self::write),
+        ioctl: Some(Self::ioctl),
+        get_region_info_caps: Some(Self::get_region_info_caps),
+        request: Some(Self::request),
+        ..pin_init::zeroed()
+    };
+
+    const MIG_OPS: bindings::vfio_migration_ops = bindings::vfio_migration_ops {
+        migration_set_state: Some(Self::migration_set_state),
+        migration_get_state: Some(Self::migration_get_state),
+        migration_get_data_size: Some(Self::migration_get_data_size),
+    };
+
+    const LOG_OPS: bindings::vfio_log_ops = bindings::vfio_log_ops {
+        log_start: Some(Self::log_start),
+        log_stop: Some(Self::log_stop),
+        log_read_and_clear: Some(Self::log_read_and_clear),
+    };
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations, when its last reference is
+    /// gone.
+    unsafe extern "C" fn release(vdev: *mut bindings::vfio_device) {
+        // SAFETY: By the type invariants of `Emulated` its private part is initialised, and nobody
+        // uses it any more. The core frees the memory.
+        unsafe { core::ptr::drop_in_place(&raw mut (*vdev.cast::<Emulated<T>>()).private) };
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn open_device(vdev: *mut bindings::vfio_device) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        from_result(|| this.open().map(|()| 0))
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn close_device(vdev: *mut bindings::vfio_device) {
+        // SAFETY: The core holds a reference for the call.
+        unsafe { Emulated::<T>::from_raw(vdev) }.close();
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `ppos` must be valid.
+    unsafe extern "C" fn read(
+        vdev: *mut bindings::vfio_device,
+        buf: *mut c_char,
+        count: usize,
+        ppos: *mut bindings::loff_t,
+    ) -> isize {
+        // SAFETY: The core holds a reference for the call, and `ppos` is valid.
+        let (this, ppos) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *ppos) };
+        let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast()), count);
+        from_result(|| {
+            let done = this.read(&mut user, *ppos)?;
+            *ppos += done as i64;
+            Ok(done as isize)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `ppos` must be valid.
+    unsafe extern "C" fn write(
+        vdev: *mut bindings::vfio_device,
+        buf: *const c_char,
+        count: usize,
+        ppos: *mut bindings::loff_t,
+    ) -> isize {
+        // SAFETY: The core holds a reference for the call, and `ppos` is valid.
+        let (this, ppos) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *ppos) };
+        let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast_mut().cast()), count);
+        from_result(|| {
+            let done = this.write(&mut user, *ppos)?;
+            *ppos += done as i64;
+            Ok(done as isize)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn ioctl(
+        vdev: *mut bindings::vfio_device,
+        cmd: c_uint,
+        arg: c_ulong,
+    ) -> c_long {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        from_result(|| this.ioctl(cmd, arg).map(|()| 0))
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `info` must be valid.
+    unsafe extern "C" fn get_region_info_caps(
+        vdev: *mut bindings::vfio_device,
+        info: *mut bindings::vfio_region_info,
+        _caps: *mut bindings::vfio_info_cap,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call, and `info` is valid.
+        let (this, info) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *info) };
+        if info.index >= region::COUNT {
+            return EINVAL.to_errno();
+        }
+        info.size = this.region_size(info.index);
+        info.offset = Position::start_of(info.index);
+        info.flags = if info.size == 0 {
+            0
+        } else {
+            bindings::VFIO_REGION_INFO_FLAG_READ | bindings::VFIO_REGION_INFO_FLAG_WRITE
+        };
+        0
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn request(vdev: *mut bindings::vfio_device, _count: c_uint) {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        if let Ok(opened) = this.opened() {
+            T::irqs(&opened.data).trigger(irq::REQ, 0);
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on an open device with these operations.
+    unsafe extern "C" fn migration_set_state(
+        vdev: *mut bindings::vfio_device,
+        new_state: bindings::vfio_device_mig_state,
+    ) -> *mut bindings::file {
+        // SAFETY: The core holds a reference for the call, and keeps the device open.
+        let (this, device) = unsafe {
+            (
+                Emulated::<T>::from_raw(vdev),
+                Device::<Open>::from_raw(vdev),
+            )
+        };
+        let file = this.opened().and_then(|opened| {
+            this.private
+                .engine
+                .set_state(&opened.data, device, new_state)
+        });
+        match file {
+            // The core takes over the reference.
+            Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
+            Ok(None) => core::ptr::null_mut(),
+            Err(e) => e.to_ptr(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations, open or not. `state` must be
+    /// valid.
+    unsafe extern "C" fn migration_get_state(
+        vdev: *mut bindings::vfio_device,
+        state: *mut bindings::vfio_device_mig_state,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        // SAFETY: `state` is valid.
+        unsafe { *state = this.private.engine.state().as_raw() };
+        0
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `length` must be valid.
+    unsafe extern "C" fn migration_get_data_size(
+        vdev: *mut bindings::vfio_device,
+        length: *mut c_ulong,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        from_result(|| {
+            let opened = this.opened()?;
+            let size = this.private.engine.data_size(&opened.data);
+            // SAFETY: `length` is valid.
+            unsafe { *length = size as c_ulong };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `page_size` must be valid.
+    unsafe extern "C" fn log_start(
+        vdev: *mut bindings::vfio_device,
+        _ranges: *mut bindings::rb_root_cached,
+        _nnodes: u32,
+        page_size: *mut u64,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call, and `page_size` is valid.
+        let (this, page_size) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *page_size) };
+        from_result(|| {
+            *page_size = this.opened()?.log.start(*page_size)?;
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn log_stop(vdev: *mut bindings::vfio_device) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        from_result(|| {
+            this.opened()?.log.stop();
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn log_read_and_clear(
+        vdev: *mut bindings::vfio_device,
+        _iova: c_ulong,
+        _length: c_ulong,
+        _dirty: *mut bindings::iova_bitmap,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+        from_result(|| this.opened()?.log.report().map(|()| 0))
+    }
+}

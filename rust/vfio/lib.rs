@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Abstractions for VFIO drivers, above all live migration.
+//!
+//! What is where:
+//!
+//! * [`Device`]: the `struct vfio_device` of any VFIO driver, and what may be done with it when.
+//! * [`migration`]: the migration engine. A driver says how it stops, saves and loads; the engine
+//!   owns the states, the transfer sessions and the data_fd. It asks for nothing but a [`Device`].
+//! * [`emulated`]: devices without an IOMMU of their own, made of software.
+//! * [`mdev`]: the mediated device bus, on which emulated devices are created by the administrator.
+//! * [`region`], [`irq`], [`dma`]: what a device shows its user: regions, interrupts, DMA logging.
+//! * [`memory`]: device memory that kernel and user space access at the same time.
+//!
+//! A driver implements [`emulated::Operations`] for its registration data,
+//! [`migration::Migratable`] for its open data, and [`mdev::Driver`] to be created through sysfs.
+//!
+//! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
+//! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h),
+//! [`include/linux/mdev.h`](srctree/include/linux/mdev.h)
+
+#[path = "../bindings/mod.rs"]
+mod bindings;
+#[path = "../compat.rs"]
+mod compat;
+
+mod device;
+mod user;
+
+pub mod dma;
+pub mod emulated;
+pub mod irq;
+pub mod mdev;
+pub mod memory;
+pub mod migration;
+pub mod region;
+
+pub use self::device::{
+    Device,
+    DeviceContext,
+    Normal,
+    Open, //
+};

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The mediated device bus.
+//!
+//! An administrator creates a mediated device by writing a UUID to the `create` file of a type:
+//! `/sys/class/mdev_bus/PARENT/mdev_supported_types/PARENT-TYPE/create`. Here the parent is a
+//! device without hardware, made for the purpose.
+//!
+//! C header: [`include/linux/mdev.h`](srctree/include/linux/mdev.h)
+
+use crate::{
+    bindings,
+    emulated, //
+};
+use core::marker::PhantomData;
+use kernel::{
+    device::{
+        self,
+        Bound, //
+    },
+    error::{
+        from_err_ptr,
+        from_result,
+        to_result, //
+    },
+    module::this_module,
+    prelude::*,
+    types::{
+        ForeignOwnable,
+        Opaque, //
+    },
+};
+
+/// A type of mediated device.
+pub struct Type {
+    /// The last part of the directory's name.
+    pub name: &'static CStr,
+    /// What its `name` file says.
+    pub pretty_name: &'static CStr,
+    /// What its `description` file says.
+    pub description: &'static CStr,
+}
+
+/// A driver whose devices are created on the mediated device bus.
+pub trait Driver: emulated::Operations {
+    /// The types of device that can be created.
+    const TYPES: &'static [Type];
+
+    /// How many devices can exist at the same time, of whatever type.
+    const MAX_INSTANCES: u32;
+
+    /// Makes the data of a new device of the type `TYPES[type_index]`.
+    ///
+    /// Called when an administrator creates the device, who gets the error if it fails. May sleep.
+    fn probe(type_index: usize) -> impl PinInit<Self, Error>;
+}
+
+/// A type as the core keeps it.
+#[repr(transparent)]
+struct RawType(Opaque<bindings::mdev_type>);
+
+// SAFETY: The core synchronises the access to what is inside.
+unsafe impl Send for RawType {}
+
+// SAFETY: As above.
+unsafe impl Sync for RawType {}
+
+/// A driver of mediated devices, and the parent device on which they are created, both named
+/// [`emulated::Operations::NAME`].
+///
+/// Dropping it removes the devices and waits until their users have let go of them.
+#[pin_data(PinnedDrop)]
+pub struct Registration<T: Driver> {
+    class: Class,
+    types: KVec<RawType>,
+    type_pointers: KVec<*mut bindings::mdev_type>,
+    #[pin]
+    driver: Opaque<bindings::mdev_driver>,
+    #[pin]
+    parent: Opaque<bindings::mdev_parent>,
+    _driver: PhantomData<T>,
+}
+
+// SAFETY: Nothing can be done through a shared reference.
+unsafe impl<T: Driver> Sync for Registration<T> {}
+
+// SAFETY: What dropping it calls may be called from any thread.
+unsafe impl<T: Driver> Send for Registration<T> {}
+
+/// A device class with a single device in it, which has no hardware.
+///
+/// # Invariants
+///
+/// Both are registered, and owned.
+struct Class {
+    class: *mut bindings::class,
+    device: *mut bindings::device,
+}
+
+impl Class {
+    fn new(name: &'static CStr) -> Result<Self> {
+        // SAFETY: The name lives for ever.
+        let class = from_err_ptr(unsafe { bindings::class_create(name.as_char_ptr()) })?;
+        // SAFETY: `class` is registered. The format and its argument fit together.
+        let device = unsafe {
+            bindings::device_create(
+                class,
+                core::ptr::null_mut(),
+                0,
+                core::ptr::null_mut(),
+                c"%s".as_char_ptr(),
+                name.as_char_ptr(),
+            )
+        };
+        let device = from_err_ptr(device).inspect_err(|_| {
+            // SAFETY: `class` is registered and has no device.
+            unsafe { bindings::class_destroy(class) };
+        })?;
+        // INVARIANT: Both calls succeeded.
+        Ok(Self { class, device })
+    }
+}
+
+impl Drop for Class {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants both are registered; the device goes before its class.
+        unsafe {
+            bindings::device_unregister(self.device);
+            bindings::class_destroy(self.class);
+        }
+    }
+}
+
+impl<T: Driver> Registration<T> {
+    /// Registers the driver and the parent device.
+    ///
+    /// Fails with `EINVAL` if there are no types, and with the errors of the driver core.
+    pub fn new() -> impl PinInit<Self, Error>
+    where
+        T: 'static,
+    {
+        try_pin_init!(Self {
+            class: Class::new(T::NAME)?,
+            types: Self::types()?,
+            type_pointers: {
+                let mut pointers = KVec::with_capacity(types.len(), GFP_KERNEL)?;
+                for raw in types.iter() {
+                    pointers.push(raw.0.get(), GFP_KERNEL)?;
+                }
+                pointers
+            },
+            driver <- Opaque::try_ffi_init(|driver| Self::register_driver(driver)),
+            parent <- {
+                let device = class.device;
+                let pointers: *mut *mut bindings::mdev_type = type_pointers.as_mut_ptr();
+                let count = type_pointers.len() as u32;
+                let driver = driver.get();
+                Opaque::try_ffi_init(move |parent| {
+                    // SAFETY: All of it stays where it is, and is kept until the parent is
+                    // unregistered; `device` is registered.
+                    to_result(unsafe {
+                        bindings::mdev_register_parent(parent, device, driver, pointers, count)
+                    })
+                    .inspect_err(|_| {
+                        // SAFETY: It was registered, and has no devices without a parent.
+                        unsafe { bindings::mdev_unregister_driver(driver) };
+                    })
+                })
+            },
+            _driver: PhantomData,
+        }? Error)
+    }
+
+    /// Makes the core's idea of the types.
+    fn types() -> Result<KVec<RawType>> {
+        if T::TYPES.is_empty() {
+            return Err(EINVAL);
+        }
+        let mut types = KVec::with_capacity(T::TYPES.len(), GFP_KERNEL)?;
+        for entry in T::TYPES {
+            let raw = bindings::mdev_type {
+                sysfs_name: entry.name.as_char_ptr(),
+                pretty_name: entry.pretty_name.as_char_ptr(),
+                ..pin_init::zeroed()
+            };
+            types.push(RawType(Opaque::new(raw)), GFP_KERNEL)?;
+        }
+        Ok(types)
+    }
+
+    /// Registers the driver in the memory that `driver` points to.
+    fn register_driver(driver: *mut bindings::mdev_driver) -> Result {
+        let module = this_module::<T::OwnerModule>().as_ptr();
+        // SAFETY: `driver` is valid for writes, and pinned until it is unregistered.
+        unsafe {
+            driver.write(bindings::mdev_driver {
+                device_api: c"vfio-pci".as_char_ptr(),
+                max_instances: T::MAX_INSTANCES,
+                probe: Some(Self::probe),
+                remove: Some(Self::remove),
+                get_available: None,
+                show_description: Some(Self::show_description),
+                ..pin_init::zeroed()
+            });
+            (*driver).driver.name = T::NAME.as_char_ptr();
+            // Without an owner the module could be unloaded while a device is open.
+            (*driver).driver.owner = module;
+            to_result(bindings::mdev_register_driver(driver))
+        }
+    }
+
+    /// Tells which of [`Driver::TYPES`] a type is.
+    ///
+    /// # Safety
+    ///
+    /// `raw` must be a registered type of a driver of this kind.
+    unsafe fn type_index(raw: *mut bindings::mdev_type) -> Result<usize> {
+        // SAFETY: A registered type has a parent, which knows all of its types.
+        let (types, count) = unsafe {
+            let parent = (*raw).parent;
+            ((*parent).types, (*parent).nr_types as usize)
+        };
+        (0..count)
+            // SAFETY: `types` has `count` elements.
+            .find(|index| unsafe { *types.add(*index) } == raw)
+            .ok_or(EINVAL)
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core, as the probe() of a driver of this kind.
+    unsafe extern "C" fn probe(mdev: *mut bindings::mdev_device) -> c_int {
+        from_result(|| {
+            // SAFETY: The core passes a valid device of a registered type.
+            let index = unsafe { Self::type_index((*mdev).type_) }?;
+            // SAFETY: The device is valid and, from here to `remove()`, bound.
+            let dev = unsafe { &raw mut (*mdev).dev };
+            // SAFETY: As above.
+            let bound = unsafe { device::Device::<Bound>::from_raw(dev) };
+            // SAFETY: The driver has an owner, `remove()` drops the registration, and there is one
+            // for each device.
+            let registration = unsafe { emulated::Registration::<T>::new(bound, T::probe(index)) }?;
+            let registration = KBox::new(registration, GFP_KERNEL)?;
+            // SAFETY: `dev` is valid, and its driver data is the driver's.
+            unsafe { bindings::dev_set_drvdata(dev, registration.into_foreign().cast()) };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core, as the remove() of a driver of this kind, after a successful
+    /// probe().
+    unsafe extern "C" fn remove(mdev: *mut bindings::mdev_device) {
+        // SAFETY: `probe()` has set the driver data to what it got from `into_foreign()`.
+        drop(unsafe {
+            let registration = bindings::dev_get_drvdata(&raw const (*mdev).dev);
+            KBox::<emulated::Registration<T>>::from_foreign(registration.cast())
+        });
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core with a registered type of a driver of this kind and a buffer of
+    /// one page.
+    unsafe extern "C" fn show_description(
+        raw: *mut bindings::mdev_type,
+        buf: *mut c_char,
+    ) -> isize {
+        // SAFETY: By the safety requirements.
+        let description = unsafe { Self::type_index(raw) }
+            .ok()
+            .and_then(|index| T::TYPES.get(index))
+            .map_or(c"", |entry| entry.description);
+        // SAFETY: `buf` is a page, and the format and its argument fit together.
+        unsafe {
+            bindings::sysfs_emit(buf, c"%s\n".as_char_ptr(), description.as_char_ptr()) as isize
+        }
+    }
+}
+
+#[pinned_drop]
+impl<T: Driver> PinnedDrop for Registration<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Both are registered. The class device is unregistered afterwards.
+        unsafe {
+            bindings::mdev_unregister_parent(self.parent.get());
+            bindings::mdev_unregister_driver(self.driver.get());
+        }
+    }
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Regions: what a user reads, writes and maps of a device.
+//!
+//! C header: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
+
+use crate::{
+    bindings,
+    user::UserBuf, //
+};
+use kernel::prelude::*;
+
+/// Base address register 0.
+pub const BAR0: u32 = bindings::VFIO_PCI_BAR0_REGION_INDEX;
+/// Base address register 2.
+pub const BAR2: u32 = bindings::VFIO_PCI_BAR2_REGION_INDEX;
+/// Base address register 4.
+pub const BAR4: u32 = bindings::VFIO_PCI_BAR4_REGION_INDEX;
+/// The PCI configuration space.
+pub const CONFIG: u32 = bindings::VFIO_PCI_CONFIG_REGION_INDEX;
+/// How many regions a PCI device has, present or not.
+pub const COUNT: u32 = bindings::VFIO_PCI_NUM_REGIONS;
+
+/// Where in a file position the region index begins; what is below it is the offset in the region.
+const INDEX_SHIFT: u32 = 40;
+
+/// Most bytes that a driver is handed at once.
+const BLOCK: usize = 64 << 10;
+
+/// Most bytes of an access that is handed to the driver without an allocation: one bus access.
+const ACCESS: usize = size_of::<u64>();
+
+/// A place in a device file: a region and an offset in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The index of the region, one of the `VFIO_PCI_*_REGION_INDEX`.
+    pub region_index: u32,
+    /// The offset in the region, in bytes.
+    pub region_offset: u64,
+}
+
+impl Position {
+    /// Decodes a position in the device file.
+    ///
+    /// Fails with `EINVAL` if there is no such region index.
+    fn from_file(pos: i64) -> Result<Self> {
+        let pos = u64::try_from(pos).map_err(|_| EINVAL)?;
+        let region_index = u32::try_from(pos >> INDEX_SHIFT).map_err(|_| EINVAL)?;
+        if region_index >= COUNT {
+            return Err(EINVAL);
+        }
+        Ok(Self {
+            region_index,
+            region_offset: pos & ((1 << INDEX_SHIFT) - 1),
+        })
+    }
+
+    /// Returns the position in the device file at which a region begins.
+    pub(crate) const fn start_of(region_index: u32) -> u64 {
+        (region_index as u64) << INDEX_SHIFT
+    }
+}
+
+/// Finds the part of an access that is inside its region, as `vfio-pci` does: an access that
+/// starts outside fails with `EINVAL`, one that ends outside is cut.
+fn inside(pos: i64, count: usize, size_of: impl Fn(u32) -> u64) -> Result<(Position, usize)> {
+    let pos = Position::from_file(pos)?;
+    let left = size_of(pos.region_index)
+        .checked_sub(pos.region_offset)
+        .filter(|left| *left > 0)
+        .ok_or(EINVAL)?;
+    Ok((pos, count.min(usize::try_from(left).unwrap_or(usize::MAX))))
+}
+
+/// Room for one block of an access, on the stack if it is a single bus access.
+enum Block {
+    Access([u8; ACCESS]),
+    Large(KVec<u8>),
+}
+
+impl Block {
+    fn new(count: usize) -> Result<Self> {
+        Ok(if count <= ACCESS {
+            Self::Access([0; ACCESS])
+        } else {
+            Self::Large(KVec::zeroed(count.min(BLOCK), GFP_KERNEL_ACCOUNT)?)
+        })
+    }
+
+    fn get(&mut self, count: usize) -> &mut [u8] {
+        let whole = match self {
+            Self::Access(bytes) => bytes.as_mut_slice(),
+            Self::Large(bytes) => bytes.as_mut_slice(),
+        };
+        let count = count.min(whole.len());
+        &mut whole[..count]
+    }
+}
+
+/// Serves a read() of a device file.
+///
+/// `size_of` gives the size of a region and `read` its bytes. No lock is held and no driver code
+/// runs while the user's memory is written.
+pub(crate) fn read(
+    user: &mut UserBuf,
+    file_pos: i64,
+    size_of: impl Fn(u32) -> u64,
+    mut read: impl FnMut(Position, &mut [u8]) -> Result,
+) -> Result<usize> {
+    let (mut pos, count) = inside(file_pos, user.len(), size_of)?;
+    let mut block = Block::new(count)?;
+    let mut done = 0;
+    while done < count {
+        let bytes = block.get(count - done);
+        if let Err(e) = read(pos, bytes) {
+            return if done > 0 { Ok(done) } else { Err(e) };
+        }
+        let copied = user.write(bytes);
+        done += copied;
+        pos.region_offset += copied as u64;
+        if copied < bytes.len() {
+            return if done > 0 { Ok(done) } else { Err(EFAULT) };
+        }
+    }
+    Ok(done)
+}
+
+/// Serves a write() to a device file; see [`read()`].
+pub(crate) fn write(
+    user: &mut UserBuf,
+    file_pos: i64,
+    size_of: impl Fn(u32) -> u64,
+    mut write: impl FnMut(Position, &[u8]) -> Result,
+) -> Result<usize> {
+    let (mut pos, count) = inside(file_pos, user.len(), size_of)?;
+    let mut block = Block::new(count)?;
+    let mut done = 0;
+    while done < count {
+        let bytes = block.get(count - done);
+        let wanted = bytes.len();
+        let copied = user.read(bytes);
+        // A bus access is whole or does not happen; a block ends where the fault was.
+        if copied == 0 || (copied < wanted && count <= ACCESS) {
+            return if done > 0 { Ok(done) } else { Err(EFAULT) };
+        }
+        if let Err(e) = write(pos, &bytes[..copied]) {
+            return if done > 0 { Ok(done) } else { Err(e) };
+        }
+        done += copied;
+        pos.region_offset += copied as u64;
+        if copied < wanted {
+            break;
+        }
+    }
+    Ok(done)
+}
