@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The dirty map: which pages of the state memory are still to be streamed.
+//!
+//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
+//! and in host tests. The caller brings the memory and the lock.
+//!
+//! The map has two levels. A *leaf* word has one bit for each of 64 pages, a *summary* word has one
+//! bit for each of 64 leaf words, set where the leaf word is not zero. So looking for the next
+//! dirty page skips 4096 clean pages for each summary word, and a round over the map costs what is
+//! dirty.
+//!
+//! Two counters are kept with every change: the dirty pages and the *runs* they form. A run is a
+//! longest sequence of dirty pages inside one leaf word. One run becomes one record of the stream,
+//! so both counters together tell the exact size of what is to be streamed without looking at the
+//! map.
+
+use core::ops::DerefMut;
+
+/// The pages of one leaf word, which no run crosses.
+pub const PAGES_PER_WORD: usize = u64::BITS as usize;
+
+/// Returns the length of the leaf level for `pages` pages.
+pub const fn leaf_words(pages: usize) -> usize {
+    pages.div_ceil(PAGES_PER_WORD)
+}
+
+/// Returns the length of the summary level for `pages` pages.
+pub const fn summary_words(pages: usize) -> usize {
+    leaf_words(pages).div_ceil(PAGES_PER_WORD)
+}
+
+/// A sequence of dirty pages inside one leaf word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first page.
+    pub first: usize,
+
+    /// The number of pages, from 1 to [`PAGES_PER_WORD`].
+    pub count: usize,
+}
+
+/// A two-level bit map of dirty pages with counters.
+///
+/// # Invariants
+///
+/// - `leaf` has [`leaf_words`] and `summary` has [`summary_words`] of `pages` words.
+/// - No bit of `leaf` at or behind `pages` is set.
+/// - A bit of `summary` is set exactly where the word of `leaf` is not zero.
+/// - `dirty` is the number of bits set in `leaf`, `runs` is the number of runs in `leaf`.
+pub struct DirtyMap<S: DerefMut<Target = [u64]>> {
+    /// One bit for each page.
+    leaf: S,
+
+    /// One bit for each word of `leaf`.
+    summary: S,
+
+    /// The pages that the map covers.
+    pages: usize,
+
+    /// The dirty pages.
+    dirty: usize,
+
+    /// The runs that the dirty pages form.
+    runs: usize,
+}
+
+/// Returns a word with `count` bits set from bit `first` on, as far as they fit.
+const fn word_mask(first: usize, count: usize) -> u64 {
+    let low = if count >= PAGES_PER_WORD {
+        u64::MAX
+    } else {
+        (1 << count) - 1
+    };
+
+    if first >= PAGES_PER_WORD {
+        0
+    } else {
+        low << first
+    }
+}
+
+/// Returns the number of bits set in `word`.
+const fn word_dirty(word: u64) -> usize {
+    word.count_ones() as usize
+}
+
+/// Returns the number of runs in `word`: bits set above a bit that is not.
+const fn word_runs(word: u64) -> usize {
+    (word & !(word << 1)).count_ones() as usize
+}
+
+impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
+    /// Creates a clean map of `pages` pages from two slices, whatever they hold.
+    ///
+    /// Returns [`None`] if the slices have not exactly [`leaf_words`] and [`summary_words`] words.
+    pub fn new(pages: usize, mut leaf: S, mut summary: S) -> Option<Self> {
+        if leaf.len() != leaf_words(pages) || summary.len() != summary_words(pages) {
+            return None;
+        }
+        leaf.fill(0);
+        summary.fill(0);
+
+        // INVARIANT: The lengths are checked, and no bit is set on either level.
+        Some(Self {
+            leaf,
+            summary,
+            pages,
+            dirty: 0,
+            runs: 0,
+        })
+    }
+
+    /// Returns the number of pages that the map covers.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Returns the number of dirty pages.
+    pub fn dirty(&self) -> usize {
+        self.dirty
+    }
+
+    /// Returns the number of runs that the dirty pages form.
+    pub fn runs(&self) -> usize {
+        self.runs
+    }
+
+    /// Returns whether `page` is dirty, which a page outside of the map never is.
+    pub fn is_dirty(&self, page: usize) -> bool {
+        self.word(page / PAGES_PER_WORD) & word_mask(page % PAGES_PER_WORD, 1) != 0
+    }
+
+    /// Marks `page` and returns how many pages became dirty: 0 or 1.
+    ///
+    /// A page outside of the map is ignored.
+    pub fn mark(&mut self, page: usize) -> usize {
+        self.mark_range(page, 1)
+    }
+
+    /// Marks `count` pages from `first` on and returns how many of them became dirty.
+    ///
+    /// What lies outside of the map is ignored.
+    pub fn mark_range(&mut self, first: usize, count: usize) -> usize {
+        let before = self.dirty;
+        let end = first.saturating_add(count).min(self.pages);
+        let mut page = first;
+
+        while page < end {
+            let index = page / PAGES_PER_WORD;
+            let bit = page % PAGES_PER_WORD;
+            let count = (end - page).min(PAGES_PER_WORD - bit);
+
+            self.replace(index, self.word(index) | word_mask(bit, count));
+            page += count;
+        }
+        self.dirty - before
+    }
+
+    /// Marks all pages and returns how many of them became dirty.
+    pub fn mark_all(&mut self) -> usize {
+        self.mark_range(0, self.pages)
+    }
+
+    /// Makes all pages clean.
+    pub fn clear_all(&mut self) {
+        self.leaf.fill(0);
+        self.summary.fill(0);
+
+        // INVARIANT: No bit is set on either level.
+        self.dirty = 0;
+        self.runs = 0;
+    }
+
+    /// Finds the first run at or behind page `from`.
+    ///
+    /// If `from` lies inside of a run, the run that is returned starts at `from`.
+    pub fn next_run(&self, from: usize) -> Option<Run> {
+        let index = from / PAGES_PER_WORD;
+        let word = self.word(index) & (u64::MAX << (from % PAGES_PER_WORD));
+        let (index, word) = if word != 0 {
+            (index, word)
+        } else {
+            let index = self.next_index(index.checked_add(1)?)?;
+
+            (index, self.word(index))
+        };
+
+        let first = word.trailing_zeros() as usize;
+        let count = (word >> (first % PAGES_PER_WORD)).trailing_ones() as usize;
+
+        Some(Run {
+            first: index * PAGES_PER_WORD + first,
+            count,
+        })
+    }
+
+    /// Finds the run that [`Self::next_run`] finds, and makes its pages clean.
+    pub fn take_run(&mut self, from: usize) -> Option<Run> {
+        let run = self.next_run(from)?;
+        let index = run.first / PAGES_PER_WORD;
+        let mask = word_mask(run.first % PAGES_PER_WORD, run.count);
+
+        self.replace(index, self.word(index) & !mask);
+        Some(run)
+    }
+
+    /// Returns the leaf word at `index`, 0 outside of the map.
+    fn word(&self, index: usize) -> u64 {
+        self.leaf.get(index).copied().unwrap_or(0)
+    }
+
+    /// Finds the first leaf word at or behind `from` that is not zero.
+    fn next_index(&self, from: usize) -> Option<usize> {
+        let mut mask = u64::MAX << (from % PAGES_PER_WORD);
+
+        for (index, summary) in self.summary.iter().enumerate().skip(from / PAGES_PER_WORD) {
+            let word = summary & mask;
+
+            if word != 0 {
+                return Some(index * PAGES_PER_WORD + word.trailing_zeros() as usize);
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// Replaces the leaf word at `index` and keeps the summary and the counters in step.
+    fn replace(&mut self, index: usize, new: u64) {
+        let Some(word) = self.leaf.get_mut(index) else {
+            return;
+        };
+        let Some(summary) = self.summary.get_mut(index / PAGES_PER_WORD) else {
+            return;
+        };
+        let old = core::mem::replace(word, new);
+        let bit = word_mask(index % PAGES_PER_WORD, 1);
+
+        if new != 0 {
+            *summary |= bit;
+        } else {
+            *summary &= !bit;
+        }
+
+        // INVARIANT: What the old word counted goes, what the new word counts comes. The counters
+        // include the old word, so nothing wraps.
+        self.dirty = self
+            .dirty
+            .wrapping_sub(word_dirty(old))
+            .wrapping_add(word_dirty(new));
+        self.runs = self
+            .runs
+            .wrapping_sub(word_runs(old))
+            .wrapping_add(word_runs(new));
+    }
+}

@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The registers in BAR0, little-endian.
+
+use crate::chip::VECTORS;
+use core::ops::Range;
+
+/// The size of BAR0 in bytes.
+pub(crate) const BAR_SIZE: u32 = 16 << 10;
+/// Where in BAR0 the MSI-X table is.
+pub(crate) const MSIX_TABLE: u32 = 0x1000;
+/// Where in BAR0 the MSI-X pending bit array is.
+pub(crate) const MSIX_PBA: u32 = 0x2000;
+
+/// What [`offset::MAGIC`] reads as: `VFMK`.
+const MAGIC: u32 = u32::from_le_bytes(*b"VFMK");
+/// What [`offset::ABI_VERSION`] reads as.
+const ABI_VERSION: u32 = 1;
+
+/// Where the registers are.
+mod offset {
+    /// Identity, 32 bits, read-only.
+    pub(super) const MAGIC: usize = 0x00;
+    /// Version of this layout, 32 bits, read-only.
+    pub(super) const ABI_VERSION: usize = 0x04;
+    /// Bytes of state memory, 64 bits, read-only.
+    pub(super) const STATE_SIZE: usize = 0x08;
+    /// Bytes in a page of dirty tracking, 32 bits, read-only.
+    pub(super) const PAGE_SIZE: usize = 0x10;
+    /// How the last command ended, 32 bits, read-only.
+    pub(super) const STATUS: usize = 0x14;
+    /// Whatever was written, 64 bits.
+    pub(super) const SCRATCH: usize = 0x18;
+    /// Where in the state memory a command begins, in bytes, 64 bits.
+    pub(super) const ADDR: usize = 0x20;
+    /// How far a command goes, in bytes, 64 bits.
+    pub(super) const LEN: usize = 0x28;
+    /// What a pattern is made of, 64 bits.
+    pub(super) const SEED: usize = 0x30;
+    /// Executes a command, 32 bits, write-only. Acts if all of it is written in one access.
+    pub(super) const DOORBELL: usize = 0x38;
+    /// The MSI-X vector that a command signals at its end, 32 bits.
+    pub(super) const IRQ_VECTOR: usize = 0x3c;
+    /// What the last checksum was, 64 bits, read-only.
+    pub(super) const RESULT: usize = 0x40;
+    /// How many commands have ended since the last reset, 64 bits, read-only.
+    pub(super) const COMPLETIONS: usize = 0x48;
+    /// Why the last command was refused, 32 bits, read-only.
+    pub(super) const ERROR: usize = 0x50;
+    /// How many writes were dropped because the device was stopped, 64 bits, read-only.
+    pub(super) const DROPPED: usize = 0x58;
+    /// Where the registers end.
+    pub(super) const END: usize = 0x60;
+}
+
+/// In `STATUS`: the last command was executed.
+const STATUS_DONE: u32 = 1 << 1;
+/// In `STATUS`: the last command was refused.
+const STATUS_ERROR: u32 = 1 << 2;
+
+/// In `ERROR`: there is no such command.
+pub(crate) const ERROR_COMMAND: u32 = 1;
+/// In `ERROR`: the range is empty or not inside the state memory.
+pub(crate) const ERROR_RANGE: u32 = 2;
+
+/// In `IRQ_VECTOR`: none.
+const NO_VECTOR: u32 = u32::MAX;
+
+/// What was written to `DOORBELL`.
+#[derive(Clone, Copy)]
+pub(crate) enum Command {
+    /// Fill the range with the pattern of the seed.
+    Fill,
+    /// Compute the checksum of the range.
+    Checksum,
+    /// Re-initialise the device: fill all of the memory with the pattern of the seed.
+    Reinit,
+    /// Something else.
+    Unknown,
+}
+
+/// The size in the stream, in bytes.
+pub(crate) const SNAPSHOT_SIZE: usize = 64;
+
+/// The registers that keep something.
+#[derive(Clone)]
+pub(crate) struct Registers {
+    scratch: u64,
+    addr: u64,
+    len: u64,
+    pub(crate) seed: u64,
+    pub(crate) result: u64,
+    completions: u64,
+    irq_vector: u32,
+    status: u32,
+    error: u32,
+}
+
+impl Default for Registers {
+    fn default() -> Self {
+        Self {
+            scratch: 0,
+            addr: 0,
+            len: 0,
+            seed: 0,
+            result: 0,
+            completions: 0,
+            irq_vector: NO_VECTOR,
+            status: 0,
+            error: 0,
+        }
+    }
+}
+
+/// Puts `value` at `offset`, cut to the image.
+fn put(image: &mut [u8], offset: usize, value: &[u8]) {
+    for (to, from) in image.iter_mut().skip(offset).zip(value) {
+        *to = *from;
+    }
+}
+
+/// Replaces the bytes of `value`, the register at `register`, that are written at `offset`.
+fn merge<const N: usize>(value: [u8; N], register: usize, offset: usize, from: &[u8]) -> [u8; N] {
+    let mut value = value;
+    for (at, byte) in (offset..).zip(from) {
+        if let Some(to) = at
+            .checked_sub(register)
+            .and_then(|index| value.get_mut(index))
+        {
+            *to = *byte;
+        }
+    }
+    value
+}
+
+impl Registers {
+    /// Returns what a read of all registers gives.
+    pub(crate) fn image(&self, state_size: usize, dropped: u64) -> [u8; offset::END] {
+        let mut image = [0; offset::END];
+        put(&mut image, offset::MAGIC, &MAGIC.to_le_bytes());
+        put(&mut image, offset::ABI_VERSION, &ABI_VERSION.to_le_bytes());
+        put(
+            &mut image,
+            offset::STATE_SIZE,
+            &(state_size as u64).to_le_bytes(),
+        );
+        put(
+            &mut image,
+            offset::PAGE_SIZE,
+            &(crate::stream::PAGE_SIZE as u32).to_le_bytes(),
+        );
+        put(&mut image, offset::STATUS, &self.status.to_le_bytes());
+        put(&mut image, offset::SCRATCH, &self.scratch.to_le_bytes());
+        put(&mut image, offset::ADDR, &self.addr.to_le_bytes());
+        put(&mut image, offset::LEN, &self.len.to_le_bytes());
+        put(&mut image, offset::SEED, &self.seed.to_le_bytes());
+        put(
+            &mut image,
+            offset::IRQ_VECTOR,
+            &self.irq_vector.to_le_bytes(),
+        );
+        put(&mut image, offset::RESULT, &self.result.to_le_bytes());
+        put(
+            &mut image,
+            offset::COMPLETIONS,
+            &self.completions.to_le_bytes(),
+        );
+        put(&mut image, offset::ERROR, &self.error.to_le_bytes());
+        put(&mut image, offset::DROPPED, &dropped.to_le_bytes());
+        image
+    }
+
+    /// Takes a write of any bytes at any offset. Returns the command if it rang the doorbell.
+    ///
+    /// The registers are written before the command counts, whatever their order in the access.
+    pub(crate) fn write(&mut self, offset: usize, from: &[u8]) -> Option<Command> {
+        for (register, value) in [
+            (offset::SCRATCH, &mut self.scratch),
+            (offset::ADDR, &mut self.addr),
+            (offset::LEN, &mut self.len),
+            (offset::SEED, &mut self.seed),
+        ] {
+            *value = u64::from_le_bytes(merge(value.to_le_bytes(), register, offset, from));
+        }
+        let vector = u32::from_le_bytes(merge(
+            self.irq_vector.to_le_bytes(),
+            offset::IRQ_VECTOR,
+            offset,
+            from,
+        ));
+        self.irq_vector = vector;
+
+        let start = offset::DOORBELL.checked_sub(offset)?;
+        let rung = from.get(start..)?.first_chunk()?;
+        Some(match u32::from_le_bytes(*rung) {
+            1 => Command::Fill,
+            2 => Command::Checksum,
+            3 => Command::Reinit,
+            _ => Command::Unknown,
+        })
+    }
+
+    /// Returns the range of a command, in bytes, if it is inside the memory and not empty.
+    pub(crate) fn range(&self, state_size: usize) -> Option<Range<usize>> {
+        let start = usize::try_from(self.addr).ok()?;
+        let end = start.checked_add(usize::try_from(self.len).ok()?)?;
+        (start < end && end <= state_size).then_some(start..end)
+    }
+
+    /// Notes how a command ended.
+    pub(crate) fn complete(&mut self, result: Result<(), u32>) {
+        self.completions = self.completions.wrapping_add(1);
+        (self.status, self.error) = match result {
+            Ok(()) => (STATUS_DONE, 0),
+            Err(error) => (STATUS_ERROR, error),
+        };
+    }
+
+    /// Returns the vector that a command signals at its end.
+    pub(crate) fn vector(&self) -> Option<u32> {
+        (self.irq_vector < VECTORS).then_some(self.irq_vector)
+    }
+
+    /// Returns the registers as they are in the stream.
+    pub(crate) fn save(&self) -> [u8; SNAPSHOT_SIZE] {
+        let mut snapshot = [0; SNAPSHOT_SIZE];
+        let words = [
+            self.scratch,
+            self.addr,
+            self.len,
+            self.seed,
+            self.result,
+            self.completions,
+        ];
+        let halves = [self.irq_vector, self.status, self.error, 0];
+        for (index, word) in words.into_iter().enumerate() {
+            put(&mut snapshot, index * 8, &word.to_le_bytes());
+        }
+        for (index, half) in halves.into_iter().enumerate() {
+            put(&mut snapshot, 48 + index * 4, &half.to_le_bytes());
+        }
+        snapshot
+    }
+
+    /// Returns the registers that are in the stream, unless they cannot be so.
+    pub(crate) fn load(snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<Self> {
+        let word = |index: usize| {
+            let bytes = snapshot.get(index * 8..)?.first_chunk()?;
+            Some(u64::from_le_bytes(*bytes))
+        };
+        let half = |index: usize| {
+            let bytes = snapshot.get(48 + index * 4..)?.first_chunk()?;
+            Some(u32::from_le_bytes(*bytes))
+        };
+        let registers = Self {
+            scratch: word(0)?,
+            addr: word(1)?,
+            len: word(2)?,
+            seed: word(3)?,
+            result: word(4)?,
+            completions: word(5)?,
+            irq_vector: half(0)?,
+            status: half(1)?,
+            error: half(2)?,
+        };
+        let ended = match registers.status {
+            0 | STATUS_DONE => registers.error == 0,
+            STATUS_ERROR => matches!(registers.error, ERROR_COMMAND | ERROR_RANGE),
+            _ => false,
+        };
+        (ended && half(3)? == 0).then_some(registers)
+    }
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The device's state as a stream.
+
+use crate::{
+    chip::{
+        Chip,
+        SNAPSHOT_SIZE, //
+    },
+    dirty_map::{
+        Run,
+        PAGES_PER_WORD, //
+    },
+    stream::{
+        registers_digest,
+        registers_header,
+        registers_record,
+        run_header,
+        run_records,
+        Digests,
+        Identity,
+        Tally,
+        Trailer,
+        IDENTITY_RECORD,
+        PAGE_SIZE,
+        TRAILER_RECORD, //
+    },
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+use vfio::migration::{
+    Chunk,
+    Next,
+    Notifier,
+    Phase,
+    Remaining,
+    Saver, //
+};
+
+/// Returns the size in bytes of the stream of a device with `pages` pages, each of them once.
+pub(crate) fn image_size(pages: usize) -> u64 {
+    let runs = pages.div_ceil(PAGES_PER_WORD);
+    IDENTITY_RECORD
+        + run_records(runs as u64, pages as u64)
+        + registers_record(SNAPSHOT_SIZE)
+        + TRAILER_RECORD
+}
+
+/// Which record is next.
+enum Step {
+    Identity,
+    Pages,
+    Registers,
+    Trailer { registers_digest: u64 },
+    End,
+}
+
+/// Cuts the state of a mock device into records: the identity, all pages and then again those that
+/// change, and when the device is stopped, the registers and the trailer.
+pub(crate) struct MockSaver {
+    chip: Arc<Chip>,
+    identity: Identity,
+    step: Step,
+    digests: Digests<KVVec<u64>>,
+    tally: Tally,
+}
+
+impl MockSaver {
+    /// Begins to save, and to track what changes.
+    pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
+        let digests = Digests::new(KVVec::zeroed(chip.memory.pages(), GFP_KERNEL_ACCOUNT)?);
+        let identity = Identity {
+            state_size: chip.memory.size() as u64,
+        };
+        chip.memory.track(notifier)?;
+        Ok(Self {
+            chip,
+            identity,
+            step: Step::Identity,
+            digests,
+            tally: Tally::default(),
+        })
+    }
+
+    /// Makes the record of a run of pages, whose marks have been cleared.
+    ///
+    /// What changes a page after this is marked anew, so that the digests of all pages are those
+    /// of what was streamed last as soon as no page is marked.
+    fn pages(&mut self, run: &Run, initial: bool) -> Result<Chunk> {
+        let pages = run.first..run.first + run.count;
+        for page in pages.clone() {
+            self.digests
+                .set(page as u64, self.chip.memory.page_digest(page));
+        }
+        self.tally.run(run.count as u64);
+        let start = pages.start * PAGE_SIZE;
+        let chunk = Chunk::new(&run_header(start as u64, run.count as u64))?
+            .memory(self.chip.memory.shared(), start..pages.end * PAGE_SIZE);
+        Ok(if initial { chunk.initial() } else { chunk })
+    }
+}
+
+impl Saver for MockSaver {
+    fn next(&mut self, phase: Phase) -> Result<Next> {
+        let chunk = match self.step {
+            Step::Identity => {
+                let chunk = Chunk::new(&self.identity.record())?.initial();
+                self.tally.record(IDENTITY_RECORD);
+                self.step = Step::Pages;
+                chunk
+            }
+            Step::Pages => match self.chip.memory.take() {
+                Some((run, initial)) => self.pages(&run, initial)?,
+                None if phase == Phase::PreCopy => return Ok(Next::End),
+                None => {
+                    self.step = Step::Registers;
+                    return self.next(phase);
+                }
+            },
+            Step::Registers => {
+                let mut registers = KVVec::new();
+                registers.extend_from_slice(&self.chip.snapshot(), GFP_KERNEL_ACCOUNT)?;
+                let registers_digest = registers_digest(&registers);
+                let chunk = Chunk::new(&registers_header(SNAPSHOT_SIZE))?.bytes(registers);
+                self.tally.record(registers_record(SNAPSHOT_SIZE));
+                self.step = Step::Trailer { registers_digest };
+                chunk
+            }
+            Step::Trailer { registers_digest } => {
+                let trailer = Trailer {
+                    digest: self.digests.image(&self.identity, registers_digest),
+                    tally: self.tally,
+                };
+                let chunk = Chunk::new(&trailer.record())?;
+                self.step = Step::End;
+                chunk
+            }
+            Step::End => return Ok(Next::End),
+        };
+        Ok(Next::Chunk(chunk))
+    }
+
+    fn remaining(&self) -> Remaining {
+        let mut remaining = self.chip.memory.remaining();
+        if matches!(self.step, Step::Identity) {
+            remaining.initial += IDENTITY_RECORD;
+        }
+        remaining.tail = match self.step {
+            Step::Identity | Step::Pages | Step::Registers => {
+                registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD
+            }
+            Step::Trailer { .. } => TRAILER_RECORD,
+            Step::End => 0,
+        };
+        remaining
+    }
+}
+
+impl Drop for MockSaver {
+    fn drop(&mut self) {
+        self.chip.memory.untrack();
+    }
+}

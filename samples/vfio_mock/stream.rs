@@ -1,0 +1,858 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The migration stream: its records, its digest, and the decoder.
+//!
+//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
+//! and in host tests. The caller brings the memory and the lock.
+//!
+//! # Format
+//!
+//! All numbers are little-endian. The stream is a sequence of records, each of them a header of
+//! [`HEADER_LEN`] bytes and a payload. The header is a tag (u32), flags (u32) and the length of the
+//! payload in bytes (u64).
+//!
+//! 1. [`TAG_IDENTITY`], first, once: [`Identity`].
+//! 2. [`TAG_PAGES`], any number: the offset in the state memory (u64) and the content of 1 to
+//!    [`RUN_PAGES`] pages. The pages of a record do not cross a multiple of [`RUN_PAGES`] pages. A
+//!    page may be sent again, the last content wins. Each page is sent at least once.
+//! 3. [`TAG_REGISTERS`], once: the device registers. No pages follow.
+//! 4. [`TAG_TRAILER`], last, once: [`Trailer`]. Nothing follows.
+//!
+//! The records above have no flags set. A record with an unknown tag and the flags
+//! [`FLAG_OPTIONAL`], of at most [`OPTIONAL_MAX`] bytes, may stand anywhere between the first and
+//! the last record, and a reader skips it. All other records are refused.
+//!
+//! # Digest
+//!
+//! The digest in the trailer is the wrapping sum of the digests of all pages, of the registers and
+//! of the identity. A sum can be kept while pages are sent again and in any order. It finds
+//! corruption and programming errors. It is no protection against an author who wants two states to
+//! collide.
+
+use core::ops::DerefMut;
+
+/// The granularity of the state memory, in bytes.
+pub const PAGE_SIZE: usize = 4096;
+
+/// The most pages of one record, whose multiples the pages of a record do not cross.
+pub const RUN_PAGES: u64 = 64;
+
+/// The length of a record header.
+pub const HEADER_LEN: usize = 16;
+
+/// The length of the payload of the identity record.
+pub const IDENTITY_LEN: usize = 32;
+
+/// The length of the payload of the trailer record.
+pub const TRAILER_LEN: usize = 32;
+
+/// The length of the offset in front of the pages of a pages record.
+pub const OFFSET_LEN: usize = 8;
+
+/// The most bytes of device registers that a [`Decoder`] can take.
+pub const MAX_REGISTERS: usize = 512;
+
+/// The most bytes of the payload of an optional record.
+pub const OPTIONAL_MAX: u64 = 1 << 20;
+
+/// The tag of the identity record.
+pub const TAG_IDENTITY: u32 = 1;
+
+/// The tag of a pages record.
+pub const TAG_PAGES: u32 = 2;
+
+/// The tag of the registers record.
+pub const TAG_REGISTERS: u32 = 3;
+
+/// The tag of the trailer record.
+pub const TAG_TRAILER: u32 = 4;
+
+/// The flag of a record that a reader who does not know its tag skips.
+pub const FLAG_OPTIONAL: u32 = 1 << 0;
+
+/// The magic number of the identity, which reads as `VMOCKST1`.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"VMOCKST1");
+
+/// The version of the format.
+pub const VERSION: u32 = 1;
+
+/// The size of the identity record with its header.
+pub const IDENTITY_RECORD: u64 = (HEADER_LEN + IDENTITY_LEN) as u64;
+
+/// The size of the trailer record with its header.
+pub const TRAILER_RECORD: u64 = (HEADER_LEN + TRAILER_LEN) as u64;
+
+/// The length of what stands in front of the pages of a pages record, its header and the offset.
+pub const RUN_OVERHEAD: u64 = (HEADER_LEN + OFFSET_LEN) as u64;
+
+/// The length of the longest payload that is collected before it is read.
+const BUFFER_LEN: usize = MAX_REGISTERS;
+
+/// The odd multiplier of the digest and increment of the pattern: 2^64 divided by the golden ratio.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Where the digest of the identity starts.
+const DIGEST_IDENTITY: u64 = 1;
+
+/// Where the digest of the registers starts.
+const DIGEST_REGISTERS: u64 = 3;
+
+/// Where the digest of page 0 starts; each next page starts one higher.
+const DIGEST_PAGE: u64 = 0x100;
+
+/// Returns the size of a pages record of `pages` pages with its header.
+pub const fn run_record(pages: u64) -> u64 {
+    run_records(1, pages)
+}
+
+/// Returns the size of `runs` pages records with their headers that have `pages` pages together.
+pub const fn run_records(runs: u64, pages: u64) -> u64 {
+    let overhead = runs.saturating_mul(RUN_OVERHEAD);
+
+    overhead.saturating_add(pages.saturating_mul(PAGE_SIZE as u64))
+}
+
+/// Returns the size of a registers record with its header.
+pub const fn registers_record(len: usize) -> u64 {
+    HEADER_LEN.saturating_add(len) as u64
+}
+
+/// The reason why a stream is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// The identity is not that of a mock device.
+    BadMagic,
+
+    /// The version of the format is unknown.
+    BadVersion,
+
+    /// The granularity of the memory is another one.
+    BadPageSize,
+
+    /// The size of the memory is another one.
+    BadStateSize,
+
+    /// The stream needs an unknown feature.
+    BadFeatures,
+
+    /// A record with a known tag has flags.
+    BadFlags,
+
+    /// The tag is unknown and the record is not optional.
+    BadTag,
+
+    /// The length of a record does not fit its tag.
+    BadLength,
+
+    /// The pages of a record are not aligned, not inside the memory or cross a boundary.
+    BadOffset,
+
+    /// A record stands where it must not.
+    BadOrder,
+
+    /// The device refuses the registers.
+    BadRegisters,
+
+    /// The digest of what arrived is not that of the trailer.
+    BadDigest,
+
+    /// The totals of what arrived are not those of the trailer.
+    BadTotals,
+
+    /// A page was never sent.
+    MissingPages,
+
+    /// Something follows the trailer.
+    Trailing,
+
+    /// The stream ends in front of the end of the trailer.
+    Truncated,
+}
+
+impl Error {
+    /// Returns the reason in words.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadMagic => "not a stream of a mock device",
+            Self::BadVersion => "unknown version of the format",
+            Self::BadPageSize => "wrong page size",
+            Self::BadStateSize => "wrong state size",
+            Self::BadFeatures => "unknown feature",
+            Self::BadFlags => "flags on a record that has none",
+            Self::BadTag => "unknown record that is not optional",
+            Self::BadLength => "wrong length of a record",
+            Self::BadOffset => "pages at a wrong offset",
+            Self::BadOrder => "record out of order",
+            Self::BadRegisters => "wrong device registers",
+            Self::BadDigest => "wrong digest",
+            Self::BadTotals => "wrong totals",
+            Self::MissingPages => "pages missing",
+            Self::Trailing => "data behind the trailer",
+            Self::Truncated => "stream not complete",
+        }
+    }
+}
+
+/// Returns the bytes of little-endian `words`, as far as they fit.
+fn encode<const N: usize>(words: &[u64]) -> [u8; N] {
+    let mut bytes = [0; N];
+
+    for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
+}
+
+/// Returns the little-endian word that starts with `bytes`, padded with zeros.
+fn word(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+
+    for (to, from) in word.iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    u64::from_le_bytes(word)
+}
+
+/// Returns the little-endian words of `bytes`, the last one padded with zeros.
+pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks(8).map(word)
+}
+
+/// Returns two numbers of 32 bits as one word.
+const fn pair(low: u32, high: u32) -> u64 {
+    low as u64 | ((high as u64) << 32)
+}
+
+/// Returns the first word of the header of a record without flags.
+const fn tag_word(tag: u32) -> u64 {
+    pair(tag, 0)
+}
+
+/// Returns the word of the pattern of `seed` at `index`, that is, at byte offset `8 * index`.
+///
+/// The device fills its memory with these words, little-endian.
+pub const fn pattern_word(seed: u64, index: u64) -> u64 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(GOLDEN));
+
+    z ^= z >> 30;
+    z = z.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z ^= z >> 27;
+    z = z.wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A digest in progress.
+///
+/// Each step is a bijection of what was before, so a change of one word always changes the digest.
+/// It is a check against corruption, not a cryptographic one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digest(u64);
+
+impl Digest {
+    /// Starts a digest at `start`, which sets apart digests of different things.
+    pub const fn new(start: u64) -> Self {
+        Self(start)
+    }
+
+    /// Adds the next word.
+    #[inline]
+    pub const fn add(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(GOLDEN);
+    }
+
+    /// Returns the digest of the words added so far.
+    pub const fn value(self) -> u64 {
+        self.0
+    }
+}
+
+/// Returns the digest of `words` that starts at `start`.
+#[inline]
+pub fn digest(start: u64, words: impl Iterator<Item = u64>) -> u64 {
+    let mut digest = Digest::new(start);
+
+    words.for_each(|word| digest.add(word));
+    digest.value()
+}
+
+/// Returns the digest of the page number `page` with the content `words`.
+///
+/// It is never 0, which stands for a page that was not sent: 1 takes its place.
+#[inline]
+pub fn page_digest(page: u64, words: impl Iterator<Item = u64>) -> u64 {
+    digest(page.wrapping_add(DIGEST_PAGE), words).max(1)
+}
+
+/// Returns the digest of the device registers.
+pub fn registers_digest(registers: &[u8]) -> u64 {
+    digest(DIGEST_REGISTERS, words(registers))
+}
+
+/// The digests of all pages and their sum.
+///
+/// # Invariants
+///
+/// - `total` is the wrapping sum of `table`.
+/// - `loaded` is the number of words in `table` that are not 0.
+pub struct Digests<S: DerefMut<Target = [u64]>> {
+    /// The digest of each page as it was sent last, 0 where it was not sent.
+    table: S,
+
+    /// The sum of the digests.
+    total: u64,
+
+    /// The pages that were sent.
+    loaded: usize,
+}
+
+impl<S: DerefMut<Target = [u64]>> Digests<S> {
+    /// Creates the digests of as many pages as `table` has words, none of them sent.
+    pub fn new(mut table: S) -> Self {
+        table.fill(0);
+
+        // INVARIANT: All words of the table are 0.
+        Self {
+            table,
+            total: 0,
+            loaded: 0,
+        }
+    }
+
+    /// Sets the digest of `page`, in place of an earlier one.
+    ///
+    /// A page outside of the table is ignored.
+    pub fn set(&mut self, page: u64, digest: u64) {
+        let Some(entry) = usize::try_from(page)
+            .ok()
+            .and_then(|page| self.table.get_mut(page))
+        else {
+            return;
+        };
+        let old = core::mem::replace(entry, digest);
+
+        // INVARIANT: What the old digest counted goes, what the new digest counts comes. The count
+        // includes the old digest, so it does not wrap.
+        self.total = self.total.wrapping_sub(old).wrapping_add(digest);
+        self.loaded = self
+            .loaded
+            .wrapping_sub(usize::from(old != 0))
+            .wrapping_add(usize::from(digest != 0));
+    }
+
+    /// Returns the sum of the digests of all pages.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Returns whether each page was sent at least once.
+    pub fn complete(&self) -> bool {
+        self.loaded == self.table.len()
+    }
+
+    /// Returns the digest of the whole image for the trailer, where `registers_digest` is what
+    /// [`registers_digest`] returns.
+    pub fn image(&self, identity: &Identity, registers_digest: u64) -> u64 {
+        self.total
+            .wrapping_add(identity.digest())
+            .wrapping_add(registers_digest)
+    }
+}
+
+/// What was sent or has arrived so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// The records.
+    pub records: u64,
+
+    /// The bytes of the records with their headers.
+    pub bytes: u64,
+
+    /// The pages, each one as often as it was sent.
+    pub pages: u64,
+}
+
+impl Tally {
+    /// Counts a record of `bytes` bytes with its header.
+    pub const fn record(&mut self, bytes: u64) {
+        self.records = self.records.wrapping_add(1);
+        self.bytes = self.bytes.wrapping_add(bytes);
+    }
+
+    /// Counts a record of `pages` pages.
+    pub const fn run(&mut self, pages: u64) {
+        self.record(run_record(pages));
+        self.pages = self.pages.wrapping_add(pages);
+    }
+}
+
+/// The identity of a stream: which device wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The size of the state memory in bytes.
+    pub state_size: u64,
+}
+
+impl Identity {
+    /// Returns the words of the payload: magic, version and page size, state size, features.
+    const fn payload(&self) -> [u64; 4] {
+        [MAGIC, pair(VERSION, PAGE_SIZE as u32), self.state_size, 0]
+    }
+
+    /// Returns the record with its header.
+    pub fn record(&self) -> [u8; IDENTITY_RECORD as usize] {
+        let [magic, version, state_size, features] = self.payload();
+
+        encode(&[
+            tag_word(TAG_IDENTITY),
+            IDENTITY_LEN as u64,
+            magic,
+            version,
+            state_size,
+            features,
+        ])
+    }
+
+    /// Returns the digest of the payload.
+    pub fn digest(&self) -> u64 {
+        digest(DIGEST_IDENTITY, self.payload().into_iter())
+    }
+
+    /// Checks that `payload` is this identity.
+    fn check(&self, payload: &[u8]) -> Result<(), Error> {
+        let [magic, version, state_size, features] = read(payload);
+
+        if magic != MAGIC {
+            return Err(Error::BadMagic);
+        }
+        if version as u32 != VERSION {
+            return Err(Error::BadVersion);
+        }
+        if version >> 32 != PAGE_SIZE as u64 {
+            return Err(Error::BadPageSize);
+        }
+        if state_size != self.state_size {
+            return Err(Error::BadStateSize);
+        }
+        if features != 0 {
+            return Err(Error::BadFeatures);
+        }
+        Ok(())
+    }
+}
+
+/// The trailer of a stream: it marks the image complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trailer {
+    /// The digest of the whole image, see [`Digests::image`].
+    pub digest: u64,
+
+    /// What stands in front of the trailer.
+    pub tally: Tally,
+}
+
+impl Trailer {
+    /// Returns the record with its header.
+    pub fn record(&self) -> [u8; TRAILER_RECORD as usize] {
+        encode(&[
+            tag_word(TAG_TRAILER),
+            TRAILER_LEN as u64,
+            self.digest,
+            self.tally.pages,
+            self.tally.records,
+            self.tally.bytes,
+        ])
+    }
+
+    /// Reads the payload of the record.
+    fn read(payload: &[u8]) -> Self {
+        let [digest, pages, records, bytes] = read(payload);
+
+        Self {
+            digest,
+            tally: Tally {
+                records,
+                bytes,
+                pages,
+            },
+        }
+    }
+}
+
+/// Returns the header and the offset in front of `pages` pages from byte `offset` on.
+pub fn run_header(offset: u64, pages: u64) -> [u8; RUN_OVERHEAD as usize] {
+    let length = run_record(pages) - HEADER_LEN as u64;
+
+    encode(&[tag_word(TAG_PAGES), length, offset])
+}
+
+/// Returns the header in front of `len` bytes of device registers.
+pub fn registers_header(len: usize) -> [u8; HEADER_LEN] {
+    encode(&[tag_word(TAG_REGISTERS), len as u64])
+}
+
+/// Returns the first words of `bytes`, 0 where there are no more.
+fn read<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let mut out = [0; N];
+
+    for (out, word) in out.iter_mut().zip(words(bytes)) {
+        *out = word;
+    }
+    out
+}
+
+/// Where a [`Decoder`] puts what it reads.
+pub trait Sink {
+    /// Writes `bytes` to the state memory from byte `offset` on.
+    ///
+    /// The range is inside the memory, not empty, and inside one record of pages. It may cross page
+    /// boundaries.
+    fn write(&mut self, offset: u64, bytes: &[u8]);
+
+    /// Returns the [`page_digest`] of what the memory holds now.
+    fn page_digest(&self, page: u64) -> u64;
+
+    /// Checks the device registers and keeps them.
+    ///
+    /// # Errors
+    ///
+    /// The error sticks to the decoder like its own ones, [`Error::BadRegisters`] for instance.
+    fn registers(&mut self, bytes: &[u8]) -> Result<(), Error>;
+}
+
+/// What a [`Decoder`] expects next.
+#[derive(Clone, Copy)]
+enum Expect {
+    /// The header of a record.
+    Header,
+
+    /// The payload of the identity record.
+    Identity,
+
+    /// The offset in front of this many bytes of pages.
+    Offset(u64),
+
+    /// Bytes of pages: at this offset, this many.
+    Pages(u64, u64),
+
+    /// The payload of the registers record.
+    Registers,
+
+    /// This many bytes of an optional record.
+    Skip(u64),
+
+    /// The payload of the trailer record.
+    Trailer,
+
+    /// Nothing: the stream is complete.
+    End,
+}
+
+/// Which records may come next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The identity only.
+    Identity,
+
+    /// Pages and registers.
+    Pages,
+
+    /// The trailer only.
+    Trailer,
+}
+
+/// Reads a stream in pieces of any length.
+///
+/// Every length is checked before it is used, and nothing is allocated. The first error sticks.
+pub struct Decoder<S: DerefMut<Target = [u64]>> {
+    /// The identity that the stream must have.
+    identity: Identity,
+
+    /// The length that the registers must have.
+    registers_len: usize,
+
+    /// The digests of the pages that have arrived.
+    digests: Digests<S>,
+
+    /// The digest of the registers that have arrived.
+    registers_digest: u64,
+
+    /// The records that have arrived, the current one included.
+    tally: Tally,
+
+    /// Which records may come next.
+    phase: Phase,
+
+    /// What comes next.
+    expect: Expect,
+
+    /// A header or payload in pieces.
+    buffer: [u8; BUFFER_LEN],
+
+    /// The bytes in `buffer`.
+    filled: usize,
+
+    /// The error that sticks.
+    error: Option<Error>,
+}
+
+impl<S: DerefMut<Target = [u64]>> Decoder<S> {
+    /// Creates a decoder for a device with `state_size` bytes of memory and `registers_len` bytes
+    /// of registers.
+    ///
+    /// Returns [`None`] if `state_size` is not as many pages as `table` has words, or if
+    /// `registers_len` is more than [`MAX_REGISTERS`].
+    pub fn new(state_size: u64, registers_len: usize, table: S) -> Option<Self> {
+        let pages = u64::try_from(table.len()).ok()?;
+
+        if pages.checked_mul(PAGE_SIZE as u64)? != state_size || registers_len > MAX_REGISTERS {
+            return None;
+        }
+        Some(Self {
+            identity: Identity { state_size },
+            registers_len,
+            digests: Digests::new(table),
+            registers_digest: 0,
+            tally: Tally::default(),
+            phase: Phase::Identity,
+            expect: Expect::Header,
+            buffer: [0; BUFFER_LEN],
+            filled: 0,
+            error: None,
+        })
+    }
+
+    /// Reads the next bytes of the stream, all of them.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the stream is bad, and from then on always with the same error.
+    pub fn feed(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<(), Error> {
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match self.advance(rest, sink) {
+                Ok(behind) => rest = behind,
+                Err(error) => {
+                    self.error = Some(error);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the stream is complete and good.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the error that sticks, or if the end of the trailer has not arrived.
+    pub fn finish(&self) -> Result<(), Error> {
+        match self.error {
+            Some(error) => Err(error),
+            None if self.is_done() => Ok(()),
+            None => Err(Error::Truncated),
+        }
+    }
+
+    /// Returns whether the trailer has arrived and is good, and nothing bad came behind it.
+    pub fn is_done(&self) -> bool {
+        self.error.is_none() && matches!(self.expect, Expect::End)
+    }
+
+    /// Reads from `bytes`, at most up to the end of what is expected, and returns what is behind.
+    fn advance<'a>(&mut self, bytes: &'a [u8], sink: &mut impl Sink) -> Result<&'a [u8], Error> {
+        match self.expect {
+            Expect::Header => self.collect(HEADER_LEN, bytes, |this| this.header(sink)),
+            Expect::Identity => self.collect(IDENTITY_LEN, bytes, Self::identity),
+            Expect::Offset(left) => self.collect(OFFSET_LEN, bytes, |this| this.offset(left)),
+            Expect::Pages(offset, left) => Ok(self.pages(offset, left, bytes, sink)),
+            Expect::Registers => {
+                self.collect(self.registers_len, bytes, |this| this.registers(sink))
+            }
+            Expect::Skip(left) => {
+                let (_, behind, left) = take(bytes, left);
+
+                self.expect = match left {
+                    0 => Expect::Header,
+                    left => Expect::Skip(left),
+                };
+                Ok(behind)
+            }
+            Expect::Trailer => self.collect(TRAILER_LEN, bytes, Self::trailer),
+            Expect::End => Err(Error::Trailing),
+        }
+    }
+
+    /// Collects `len` bytes in the buffer, calls `complete` when they are there, and returns what
+    /// is behind them.
+    fn collect<'a>(
+        &mut self,
+        len: usize,
+        bytes: &'a [u8],
+        complete: impl FnOnce(&mut Self) -> Result<(), Error>,
+    ) -> Result<&'a [u8], Error> {
+        let room = self.buffer.get_mut(self.filled..len).unwrap_or_default();
+        let (bytes, behind) = bytes.split_at_checked(room.len()).unwrap_or((bytes, &[]));
+
+        for (to, from) in room.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        self.filled += bytes.len();
+        if self.filled == len {
+            self.filled = 0;
+            complete(self)?;
+        }
+        Ok(behind)
+    }
+
+    /// Returns the first `len` bytes of the buffer.
+    fn collected(&self, len: usize) -> &[u8] {
+        self.buffer.get(..len).unwrap_or(&self.buffer)
+    }
+
+    /// Reads a header.
+    fn header(&mut self, sink: &mut impl Sink) -> Result<(), Error> {
+        let [kind, length] = read(self.collected(HEADER_LEN));
+        let (tag, flags) = (kind as u32, (kind >> 32) as u32);
+        let known = matches!(tag, TAG_IDENTITY | TAG_PAGES | TAG_REGISTERS | TAG_TRAILER);
+
+        if known && flags != 0 {
+            return Err(Error::BadFlags);
+        }
+        if !known && flags != FLAG_OPTIONAL {
+            return Err(Error::BadTag);
+        }
+
+        let in_order = match tag {
+            TAG_IDENTITY => self.phase == Phase::Identity,
+            TAG_PAGES | TAG_REGISTERS => self.phase == Phase::Pages,
+            TAG_TRAILER => self.phase == Phase::Trailer,
+            _ => self.phase != Phase::Identity,
+        };
+        if !in_order {
+            return Err(Error::BadOrder);
+        }
+
+        let good_length = match tag {
+            TAG_IDENTITY => length == IDENTITY_LEN as u64,
+            TAG_PAGES => {
+                let pages = length.wrapping_sub(OFFSET_LEN as u64) / PAGE_SIZE as u64;
+
+                (1..=RUN_PAGES).contains(&pages) && run_record(pages) - HEADER_LEN as u64 == length
+            }
+            TAG_REGISTERS => length == self.registers_len as u64,
+            TAG_TRAILER => length == TRAILER_LEN as u64,
+            _ => length <= OPTIONAL_MAX,
+        };
+        if !good_length {
+            return Err(Error::BadLength);
+        }
+
+        // The trailer counts what is in front of it, so it is not counted itself.
+        if tag != TAG_TRAILER {
+            self.tally.record(HEADER_LEN as u64 + length);
+        }
+        self.expect = match tag {
+            TAG_IDENTITY => Expect::Identity,
+            TAG_PAGES => Expect::Offset(length - OFFSET_LEN as u64),
+            // Without a payload no byte follows that would complete the record.
+            TAG_REGISTERS if length == 0 => return self.registers(sink),
+            TAG_REGISTERS => Expect::Registers,
+            TAG_TRAILER => Expect::Trailer,
+            _ if length == 0 => Expect::Header,
+            _ => Expect::Skip(length),
+        };
+        Ok(())
+    }
+
+    /// Reads the payload of the identity record.
+    fn identity(&mut self) -> Result<(), Error> {
+        self.identity.check(self.collected(IDENTITY_LEN))?;
+        self.phase = Phase::Pages;
+        self.expect = Expect::Header;
+        Ok(())
+    }
+
+    /// Reads the offset in front of `length` bytes of pages.
+    fn offset(&mut self, length: u64) -> Result<(), Error> {
+        const RUN: u64 = RUN_PAGES * PAGE_SIZE as u64;
+
+        let [offset] = read(self.collected(OFFSET_LEN));
+        let inside = offset
+            .checked_add(length)
+            .is_some_and(|end| end <= self.identity.state_size);
+
+        if !inside || offset % PAGE_SIZE as u64 != 0 || offset % RUN + length > RUN {
+            return Err(Error::BadOffset);
+        }
+        self.tally.pages = self.tally.pages.wrapping_add(length / PAGE_SIZE as u64);
+        self.expect = Expect::Pages(offset, length);
+        Ok(())
+    }
+
+    /// Writes `bytes` to `offset` of the memory, at most `left`, and returns what is behind.
+    fn pages<'a>(
+        &mut self,
+        offset: u64,
+        left: u64,
+        bytes: &'a [u8],
+        sink: &mut impl Sink,
+    ) -> &'a [u8] {
+        let (bytes, behind, left) = take(bytes, left);
+        let end = offset + bytes.len() as u64;
+
+        sink.write(offset, bytes);
+        for page in offset / PAGE_SIZE as u64..end / PAGE_SIZE as u64 {
+            self.digests.set(page, sink.page_digest(page));
+        }
+        self.expect = match left {
+            0 => Expect::Header,
+            left => Expect::Pages(end, left),
+        };
+        behind
+    }
+
+    /// Reads the payload of the registers record.
+    fn registers(&mut self, sink: &mut impl Sink) -> Result<(), Error> {
+        let registers = self.collected(self.registers_len);
+        let digest = registers_digest(registers);
+
+        sink.registers(registers)?;
+        self.registers_digest = digest;
+        self.phase = Phase::Trailer;
+        self.expect = Expect::Header;
+        Ok(())
+    }
+
+    /// Reads the payload of the trailer record and compares it with what has arrived.
+    fn trailer(&mut self) -> Result<(), Error> {
+        let trailer = Trailer::read(self.collected(TRAILER_LEN));
+        let digest = self.digests.image(&self.identity, self.registers_digest);
+
+        if !self.digests.complete() {
+            return Err(Error::MissingPages);
+        }
+        if trailer.tally != self.tally {
+            return Err(Error::BadTotals);
+        }
+        if trailer.digest != digest {
+            return Err(Error::BadDigest);
+        }
+        self.expect = Expect::End;
+        Ok(())
+    }
+}
+
+/// Splits up to `left` bytes off `bytes` and returns them, what is behind them, and how many of
+/// `left` are not there yet.
+fn take(bytes: &[u8], left: u64) -> (&[u8], &[u8], u64) {
+    let (bytes, behind) = usize::try_from(left)
+        .ok()
+        .and_then(|left| bytes.split_at_checked(left))
+        .unwrap_or((bytes, &[]));
+
+    (bytes, behind, left.saturating_sub(bytes.len() as u64))
+}
