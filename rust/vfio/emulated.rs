@@ -56,6 +56,7 @@ use kernel::{
     sync::{
         aref::ARef,
         Arc,
+        Completion,
         SpinLock, //
     },
     uaccess::{
@@ -128,6 +129,8 @@ struct Private<T: Operations> {
     /// `request` may come at any time.
     #[pin]
     opened: SpinLock<Option<Arc<Opened<T>>>>,
+    /// Tells that the core has let go of the device.
+    released: Arc<Completion>,
 }
 
 /// A device of driver `T`, as the core allocates it.
@@ -146,12 +149,14 @@ impl<T: Operations> Emulated<T> {
     fn allocate(
         parent: &device::Device<Bound>,
         data: impl PinInit<T, Error>,
-    ) -> Result<ARef<Device>> {
+    ) -> Result<(ARef<Device>, Arc<Completion>)> {
         const {
             assert!(offset_of!(Self, dev) == 0);
             // The core allocates with kvzalloc().
             assert!(align_of::<Self>() <= PAGE_SIZE);
         }
+
+        let released = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
 
         // SAFETY: `parent` is valid, the operations live for ever, and they have neither `init`
         // nor `release`, which would need `private` to be initialised.
@@ -167,6 +172,7 @@ impl<T: Operations> Emulated<T> {
         // wrapper. If anything fails below, dropping it frees the memory.
         let dev = unsafe { ARef::from_raw(NonNull::new_unchecked(raw.cast::<Device>())) };
 
+        let private_released = released.clone();
         // SAFETY: `raw` points to memory of the size of `Self`, in which `private` is not
         // initialised yet; the memory does not move.
         unsafe {
@@ -176,6 +182,7 @@ impl<T: Operations> Emulated<T> {
                     data <- data,
                     engine <- Engine::new(data.migration_flags()),
                     opened <- new_spinlock!(None, "vfio::emulated::Private::opened"),
+                    released: private_released,
                 }? Error),
             )?
         };
@@ -186,7 +193,7 @@ impl<T: Operations> Emulated<T> {
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
             (*raw).log_ops = &VTable::<T>::LOG_OPS;
         }
-        Ok(dev)
+        Ok((dev, released))
     }
 
     /// Returns the device that a callback is about.
@@ -331,7 +338,9 @@ const RESET: u32 = vfio_io(11);
 /// Dropping it removes the device: the user is asked to let go of it, and the drop waits until that
 /// has happened.
 pub(crate) struct Registration<T: Operations> {
-    dev: ARef<Device>,
+    /// Present until the registration is dropped.
+    dev: Option<ARef<Device>>,
+    released: Arc<Completion>,
     _driver: PhantomData<T>,
 }
 
@@ -349,7 +358,7 @@ impl<T: Operations> Registration<T> {
         parent: &device::Device<Bound>,
         data: impl PinInit<T, Error>,
     ) -> Result<Self> {
-        let dev = Emulated::<T>::allocate(parent, data)?;
+        let (dev, released) = Emulated::<T>::allocate(parent, data)?;
         let raw = dev.as_raw();
         // SAFETY: `Emulated::allocate()` allocated and finished it, and `dev` is a reference.
         let this = unsafe { Emulated::<T>::from_raw(raw) };
@@ -359,7 +368,8 @@ impl<T: Operations> Registration<T> {
         // complete.
         to_result(unsafe { bindings::vfio_register_emulated_iommu_dev(raw) })?;
         Ok(Self {
-            dev,
+            dev: Some(dev),
+            released,
             _driver: PhantomData,
         })
     }
@@ -367,8 +377,15 @@ impl<T: Operations> Registration<T> {
 
 impl<T: Operations> Drop for Registration<T> {
     fn drop(&mut self) {
+        let Some(dev) = self.dev.take() else {
+            return;
+        };
         // SAFETY: The device is registered, and nothing is held that its callbacks need.
-        unsafe { bindings::vfio_unregister_group_dev(self.dev.as_raw()) };
+        unsafe { bindings::vfio_unregister_group_dev(dev.as_raw()) };
+        drop(dev);
+        // A file that is being closed lets go of the device after it has let go of the
+        // registration, and nothing but this keeps the module until `release` has been called.
+        self.released.wait_for_completion();
     }
 }
 
@@ -420,9 +437,13 @@ impl<T: Operations> VTable<T> {
     /// Must be called by the core on a device with these operations, when its last reference is
     /// gone.
     unsafe extern "C" fn release(vdev: *mut bindings::vfio_device) {
-        // SAFETY: By the type invariants of `Emulated` its private part is initialised, and nobody
-        // uses it any more. The core frees the memory.
-        unsafe { core::ptr::drop_in_place(&raw mut (*vdev.cast::<Emulated<T>>()).private) };
+        // SAFETY: The device is valid, and by the type invariants its private part is initialised.
+        let private = unsafe { &raw mut (*vdev.cast::<Emulated<T>>()).private };
+        // SAFETY: As above.
+        let released = unsafe { (*private).released.clone() };
+        // SAFETY: Nobody uses the private part any more. The core frees the memory.
+        unsafe { core::ptr::drop_in_place(private) };
+        released.complete_all();
     }
 
     /// # Safety

@@ -42,7 +42,7 @@ impl Memory {
         if words == 0 || words.checked_mul(WORD).is_none() {
             return Err(EINVAL);
         }
-        let plain = VVec::<u64>::zeroed(words, GFP_KERNEL_ACCOUNT)?;
+        let plain = VVec::<u64>::zeroed(words, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
         let (ptr, len, capacity) = plain.into_raw_parts();
         // INVARIANT: A whole number of pages was asked for.
         // SAFETY: `Atomic<u64>` is a transparent wrapper of a cell of `u64`, hence of the same
