@@ -10,6 +10,7 @@
 //! * [`emulated`]: devices without an IOMMU of their own, made of software.
 //! * [`mdev`]: the mediated device bus, on which emulated devices are created by the administrator.
 //! * [`region`], [`irq`], [`dma`]: what a device shows its user: regions, interrupts, DMA logging.
+//! * [`config_space`]: the PCI configuration space of an emulated device.
 //! * [`memory`]: device memory that kernel and user space access at the same time.
 //!
 //! A driver implements [`emulated::Operations`] for its registration data,
@@ -27,6 +28,7 @@ mod compat;
 mod device;
 mod user;
 
+pub mod config_space;
 pub mod dma;
 pub mod emulated;
 pub mod irq;

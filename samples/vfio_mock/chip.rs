@@ -3,16 +3,14 @@
 //! The device behind its bus.
 
 use crate::{
-    config_space::{
-        self,
-        ConfigSpace, //
-    },
+    config_space::power_on,
     registers::{
         self,
         Command,
         Registers, //
     },
     state_memory::StateMemory,
+    stream::PAGE_SIZE, //
 };
 use kernel::{
     new_mutex,
@@ -21,6 +19,10 @@ use kernel::{
         Arc,
         Mutex, //
     },
+};
+use vfio::config_space::{
+    self,
+    ConfigSpace, //
 };
 
 /// How many MSI-X vectors the device has.
@@ -52,10 +54,10 @@ struct Front {
 }
 
 impl Front {
-    fn new(state_size: usize) -> Self {
+    fn power_on(config: ConfigSpace) -> Self {
         Self {
             running: true,
-            config: ConfigSpace::new(state_size),
+            config,
             registers: Registers::default(),
             msix_table: [0; TABLE_SIZE],
             dropped: 0,
@@ -66,6 +68,8 @@ impl Front {
 /// The device behind its bus, shared by the driver and the migration session.
 #[pin_data]
 pub(crate) struct Chip {
+    /// The configuration space at power on.
+    config: ConfigSpace,
     #[pin]
     pub(crate) memory: StateMemory,
     /// Held across a whole bus access, commands included, so that who stops the device waits for
@@ -78,14 +82,14 @@ impl Chip {
     /// Makes a device in the state of power on, with `pages` pages of state memory.
     pub(crate) fn new(pages: usize) -> Result<Arc<Self>> {
         let memory = StateMemory::new(pages)?;
+        let config = power_on(pages * PAGE_SIZE)?;
+        let front = Front::power_on(config.clone());
         Arc::pin_init(
-            try_pin_init!(Self {
+            pin_init!(Self {
+                config,
                 memory <- memory,
-                front <- new_mutex!(
-                    Front::new(pages * crate::stream::PAGE_SIZE),
-                    "vfio_mock::Chip::front"
-                ),
-            }? Error),
+                front <- new_mutex!(front, "vfio_mock::Chip::front"),
+            }),
             GFP_KERNEL_ACCOUNT,
         )
     }
@@ -98,7 +102,7 @@ impl Chip {
     /// Brings the device into the state of power on.
     pub(crate) fn reset(&self) {
         let mut front = self.front.lock();
-        *front = Front::new(self.memory.size());
+        *front = Front::power_on(self.config.clone());
         self.memory.clear();
     }
 
@@ -189,7 +193,7 @@ impl Chip {
     /// Tells whether a device like this can be in such a state.
     pub(crate) fn accepts(&self, snapshot: &Snapshot) -> bool {
         Parts::of(snapshot).is_some_and(|parts| {
-            ConfigSpace::load(self.memory.size(), parts.config).is_some()
+            self.config.clone().load(parts.config).is_ok()
                 && Registers::load(parts.registers).is_some()
                 && parts.pba.iter().all(|byte| *byte == 0)
         })
@@ -198,10 +202,9 @@ impl Chip {
     /// Brings the device into a state that it accepts.
     pub(crate) fn restore(&self, snapshot: &Snapshot) -> Result {
         let parts = Parts::of(snapshot).ok_or(EINVAL)?;
-        let config = ConfigSpace::load(self.memory.size(), parts.config).ok_or(EINVAL)?;
         let registers = Registers::load(parts.registers).ok_or(EINVAL)?;
         let mut front = self.front.lock();
-        front.config = config;
+        front.config.load(parts.config)?;
         front.registers = registers;
         front.msix_table = *parts.msix_table;
         Ok(())

@@ -7,7 +7,6 @@ use crate::{
         Chip,
         VECTORS, //
     },
-    config_space,
     load::MockLoader,
     migration_flags, registers,
     save::{
@@ -21,7 +20,7 @@ use kernel::{
     sync::Arc, //
 };
 use vfio::{
-    emulated,
+    config_space, emulated,
     irq::{
         self,
         Irqs, //

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The PCI configuration space of an emulated device.
+//!
+//! C header: [`include/uapi/linux/pci_regs.h`](srctree/include/uapi/linux/pci_regs.h)
+
+use kernel::prelude::*;
+
+/// The size in bytes of a conventional configuration space.
+pub const SIZE: usize = 256;
+
+/// Offsets, as in `PCI_*`.
+const VENDOR_ID: usize = 0x00;
+const COMMAND: usize = 0x04;
+const CLASS_REVISION: usize = 0x08;
+const CACHE_LINE_SIZE: usize = 0x0c;
+const BASE_ADDRESS_0: usize = 0x10;
+const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
+const CAPABILITY_LIST: usize = 0x34;
+const INTERRUPT_LINE: usize = 0x3c;
+/// Where the only capability is.
+const CAPABILITY: usize = 0x40;
+
+/// In the command register: memory space, bus master, parity, SERR#, INTx disable.
+const COMMAND_WRITABLE: u32 = 0x0546;
+/// In the status register, which shares a dword with the command register.
+const STATUS_CAP_LIST: u32 = 1 << 20;
+/// In a base address register: memory anywhere in 64 bits.
+const BASE_ADDRESS_64: u32 = 1 << 2;
+const BASE_ADDRESS_PREFETCH: u32 = 1 << 3;
+/// The capability MSI-X, and what of its first dword can be written: enable, function mask.
+const CAP_ID_MSIX: u32 = 0x11;
+const MSIX_WRITABLE: u32 = 0xc000_0000;
+
+/// What kind of device it is.
+pub struct Id {
+    /// Who made it; the subsystem's vendor too.
+    pub vendor: u16,
+    /// What it is; the subsystem too.
+    pub device: u16,
+    /// Class, subclass and programming interface, in 24 bits.
+    pub class: u32,
+}
+
+/// The configuration space of a PCI device without INTx.
+///
+/// Users find the size of a base address register by writing ones to it, and what the device can
+/// do from the list of capabilities.
+#[derive(Clone)]
+pub struct ConfigSpace {
+    bytes: [u8; SIZE],
+    /// The bits that a write changes.
+    writable: [u8; SIZE],
+}
+
+impl ConfigSpace {
+    /// Makes the configuration space of a device without BARs and capabilities, at power on.
+    pub fn new(id: Id) -> Self {
+        let mut this = Self {
+            bytes: [0; SIZE],
+            writable: [0; SIZE],
+        };
+        let ids = u32::from(id.device) << 16 | u32::from(id.vendor);
+        this.put(VENDOR_ID, ids, 0);
+        this.put(COMMAND, 0, COMMAND_WRITABLE);
+        this.put(CLASS_REVISION, id.class << 8 | 1, 0);
+        this.put(CACHE_LINE_SIZE, 0, 0xff);
+        this.put(SUBSYSTEM_VENDOR_ID, ids, 0);
+        this.put(INTERRUPT_LINE, 0, 0xff);
+        this
+    }
+
+    /// Adds a memory BAR of 64 bits, which takes two registers from `index` on.
+    ///
+    /// Fails with `EINVAL` if `index` is not 0, 2 or 4, or if `size` in bytes is not a power of
+    /// two of at least 16.
+    pub fn memory_bar(mut self, index: usize, size: u64, prefetchable: bool) -> Result<Self> {
+        if index > 4 || index % 2 != 0 || size < 16 || !size.is_power_of_two() {
+            return Err(EINVAL);
+        }
+        // The address bits below the size are fixed, by which a user finds the size.
+        let mask = !(size - 1);
+        let flags = BASE_ADDRESS_64
+            | if prefetchable {
+                BASE_ADDRESS_PREFETCH
+            } else {
+                0
+            };
+        let low = BASE_ADDRESS_0 + index * 4;
+        self.put(low, flags, mask as u32);
+        self.put(low + 4, 0, (mask >> 32) as u32);
+        Ok(self)
+    }
+
+    /// Adds the capability MSI-X with `vectors` vectors, whose table and pending bits are in the
+    /// BAR `bar`, at these offsets.
+    ///
+    /// Fails with `EINVAL` if there are not 1 to 2048 vectors, if there is no such BAR, or if an
+    /// offset is not a multiple of 8.
+    pub fn msix(mut self, vectors: u32, bar: u32, table: u32, pba: u32) -> Result<Self> {
+        if vectors == 0 || vectors > 2048 || bar > 5 || (table | pba) % 8 != 0 {
+            return Err(EINVAL);
+        }
+        self.put(COMMAND, STATUS_CAP_LIST, COMMAND_WRITABLE);
+        self.put(CAPABILITY_LIST, CAPABILITY as u32, 0);
+        self.put(CAPABILITY, (vectors - 1) << 16 | CAP_ID_MSIX, MSIX_WRITABLE);
+        self.put(CAPABILITY + 4, table | bar, 0);
+        self.put(CAPABILITY + 8, pba | bar, 0);
+        Ok(self)
+    }
+
+    fn put(&mut self, offset: usize, value: u32, writable: u32) {
+        let range = offset..offset + size_of::<u32>();
+        if let Some(bytes) = self.bytes.get_mut(range.clone()) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+        if let Some(bytes) = self.writable.get_mut(range) {
+            bytes.copy_from_slice(&writable.to_le_bytes());
+        }
+    }
+
+    /// Reads bytes; what is behind the end reads as zero.
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
+        for (at, byte) in (offset..).zip(to) {
+            *byte = self.bytes.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    /// Writes bytes, of which only the writable bits count.
+    pub fn write(&mut self, offset: usize, from: &[u8]) {
+        let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
+        for ((byte, mask), from) in bytes.zip(from) {
+            *byte = *byte & !mask | from & mask;
+        }
+    }
+
+    /// Returns all of it, for the stream.
+    pub fn save(&self) -> &[u8; SIZE] {
+        &self.bytes
+    }
+
+    /// Replaces all of it by what is in a stream.
+    ///
+    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it differs in
+    /// what cannot be written.
+    pub fn load(&mut self, bytes: &[u8; SIZE]) -> Result {
+        let mut loaded = self.clone();
+        loaded.write(0, bytes);
+        if loaded.bytes != *bytes {
+            return Err(EINVAL);
+        }
+        *self = loaded;
+        Ok(())
+    }
+}
