@@ -294,6 +294,9 @@ impl<T: Operations> Emulated<T> {
         if (argsz as usize) < 4 * size_of::<u32>() || index >= irq::COUNT {
             return Err(EINVAL);
         }
+        if index == irq::ERR && irqs.count(index) == 0 {
+            return Err(EINVAL);
+        }
         // MSI-X vectors come and go one by one; what has a single vector has nothing to resize.
         let flags = match index {
             irq::MSIX => bindings::VFIO_IRQ_INFO_EVENTFD,

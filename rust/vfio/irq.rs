@@ -20,6 +20,8 @@ use kernel::{
 
 /// Message signalled interrupts of the extended kind.
 pub const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
+/// Errors of PCI Express, which `vfio-pci` denies to exist where a device cannot have them.
+pub(crate) const ERR: u32 = bindings::VFIO_PCI_ERR_IRQ_INDEX;
 /// The request that the user let go of the device.
 pub const REQ: u32 = bindings::VFIO_PCI_REQ_IRQ_INDEX;
 /// How many interrupt indexes a PCI device has, present or not.

@@ -43,7 +43,7 @@ mod offset {
     pub(super) const IRQ_VECTOR: usize = 0x3c;
     /// What the last checksum was, 64 bits, read-only.
     pub(super) const RESULT: usize = 0x40;
-    /// How many commands have ended since the last reset, 64 bits, read-only.
+    /// How many commands were executed since the last reset, 64 bits, read-only.
     pub(super) const COMPLETIONS: usize = 0x48;
     /// Why the last command was refused, 32 bits, read-only.
     pub(super) const ERROR: usize = 0x50;
@@ -209,11 +209,13 @@ impl Registers {
 
     /// Notes how a command ended.
     pub(crate) fn complete(&mut self, result: Result<(), u32>) {
-        self.completions = self.completions.wrapping_add(1);
         (self.status, self.error) = match result {
             Ok(()) => (STATUS_DONE, 0),
             Err(error) => (STATUS_ERROR, error),
         };
+        if result.is_ok() {
+            self.completions = self.completions.wrapping_add(1);
+        }
     }
 
     /// Returns the vector that a command signals at its end.
