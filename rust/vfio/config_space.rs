@@ -4,6 +4,10 @@
 //!
 //! C header: [`include/uapi/linux/pci_regs.h`](srctree/include/uapi/linux/pci_regs.h)
 
+use crate::{
+    irq,
+    region, //
+};
 use kernel::prelude::*;
 
 /// The size in bytes of a conventional configuration space.
@@ -51,6 +55,10 @@ pub struct ConfigSpace {
     bytes: [u8; SIZE],
     /// The bits that a write changes.
     writable: [u8; SIZE],
+    /// The size of each BAR in bytes.
+    bars: [u64; 6],
+    /// How many MSI-X vectors there are.
+    vectors: u32,
 }
 
 impl ConfigSpace {
@@ -59,6 +67,8 @@ impl ConfigSpace {
         let mut this = Self {
             bytes: [0; SIZE],
             writable: [0; SIZE],
+            bars: [0; 6],
+            vectors: 0,
         };
         let ids = u32::from(id.device) << 16 | u32::from(id.vendor);
         this.put(VENDOR_ID, ids, 0);
@@ -89,6 +99,9 @@ impl ConfigSpace {
         let low = BASE_ADDRESS_0 + index * 4;
         self.put(low, flags, mask as u32);
         self.put(low + 4, 0, (mask >> 32) as u32);
+        if let Some(bar) = self.bars.get_mut(index) {
+            *bar = size;
+        }
         Ok(self)
     }
 
@@ -106,7 +119,24 @@ impl ConfigSpace {
         self.put(CAPABILITY, (vectors - 1) << 16 | CAP_ID_MSIX, MSIX_WRITABLE);
         self.put(CAPABILITY + 4, table | bar, 0);
         self.put(CAPABILITY + 8, pba | bar, 0);
+        self.vectors = vectors;
         Ok(self)
+    }
+
+    /// Returns the size in bytes of a region of the device; zero if it has no such region.
+    pub(crate) fn region_size(&self, region_index: u32) -> u64 {
+        match region_index {
+            region::CONFIG => SIZE as u64,
+            index => self.bars.get(index as usize).copied().unwrap_or(0),
+        }
+    }
+
+    /// Returns how many vectors the device has at each interrupt index.
+    pub(crate) fn irq_counts(&self) -> irq::Counts {
+        let mut counts = irq::Counts::default();
+        counts[irq::MSIX as usize] = self.vectors;
+        counts[irq::REQ as usize] = 1;
+        counts
     }
 
     fn put(&mut self, offset: usize, value: u32, writable: u32) {
@@ -120,14 +150,14 @@ impl ConfigSpace {
     }
 
     /// Reads bytes; what is behind the end reads as zero.
-    pub fn read(&self, offset: usize, to: &mut [u8]) {
+    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) {
         for (at, byte) in (offset..).zip(to) {
             *byte = self.bytes.get(at).copied().unwrap_or(0);
         }
     }
 
     /// Writes bytes, of which only the writable bits count.
-    pub fn write(&mut self, offset: usize, from: &[u8]) {
+    pub(crate) fn write(&mut self, offset: usize, from: &[u8]) {
         let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
         for ((byte, mask), from) in bytes.zip(from) {
             *byte = *byte & !mask | from & mask;
@@ -135,7 +165,7 @@ impl ConfigSpace {
     }
 
     /// Returns all of it, for the stream.
-    pub fn save(&self) -> &[u8; SIZE] {
+    pub(crate) fn save(&self) -> &[u8; SIZE] {
         &self.bytes
     }
 
@@ -143,7 +173,7 @@ impl ConfigSpace {
     ///
     /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it differs in
     /// what cannot be written.
-    pub fn load(&mut self, bytes: &[u8; SIZE]) -> Result {
+    pub(crate) fn load(&mut self, bytes: &[u8; SIZE]) -> Result {
         let mut loaded = self.clone();
         loaded.write(0, bytes);
         if loaded.bytes != *bytes {

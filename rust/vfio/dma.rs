@@ -16,7 +16,7 @@ use kernel::{
 /// The core does not know whether logging is on, so this does: what a user asks for out of order
 /// is refused here. Since there is no DMA, no page is ever dirty.
 #[pin_data]
-pub struct Log {
+pub(crate) struct Log {
     /// The page size agreed on in bytes, while logging is on.
     #[pin]
     page_size: Mutex<Option<u64>>,
@@ -24,7 +24,7 @@ pub struct Log {
 
 impl Log {
     /// Makes a log that is off.
-    pub fn new() -> impl PinInit<Self> {
+    pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             page_size <- new_mutex!(None, "vfio::dma::Log"),
         })
@@ -34,7 +34,7 @@ impl Log {
     /// that reports will have, in bytes: `page_size`, or the kernel's if that is larger.
     ///
     /// Fails with `EINVAL` if logging is on or `page_size` is not a power of two. May sleep.
-    pub fn start(&self, page_size: u64) -> Result<u64> {
+    pub(crate) fn start(&self, page_size: u64) -> Result<u64> {
         if !page_size.is_power_of_two() {
             return Err(EINVAL);
         }
@@ -50,14 +50,14 @@ impl Log {
     /// Stops logging, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`. Without effect if it is off.
     ///
     /// May sleep.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         *self.page_size.lock() = None;
     }
 
     /// Reports dirty pages, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`.
     ///
     /// Fails with `EINVAL` if logging is off. May sleep.
-    pub fn report(&self) -> Result {
+    pub(crate) fn report(&self) -> Result {
         self.page_size.lock().map(|_| ()).ok_or(EINVAL)
     }
 }

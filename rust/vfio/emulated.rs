@@ -12,11 +12,13 @@
 use crate::{
     bindings,
     compat::AsRaw,
+    config_space::ConfigSpace,
     device::{
         Device,
         Open, //
     },
     dma,
+    endpoint::Endpoint,
     irq::{
         self,
         Irqs, //
@@ -84,36 +86,32 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Returns which migration states the device supports. Asked once, before it is registered.
     fn migration_flags(&self) -> Flags;
 
+    /// Returns the PCI configuration space at power on, and with it what BARs and interrupts the
+    /// device has. Asked once, before it is registered.
+    fn config_space(&self) -> Result<ConfigSpace>;
+
     /// Makes the data of an open device, in the state of power on.
     ///
     /// Called on the first open. May sleep. If it fails the open fails with the same error.
-    fn open(&self) -> impl PinInit<Self::OpenData, Error>;
+    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Self::OpenData, Error>;
 
-    /// Returns the size of a region in bytes; zero if the device has no such region.
-    ///
-    /// Does not change while the device exists. `region_index` is below [`region::COUNT`].
-    fn region_size(&self, region_index: u32) -> u64;
-
-    /// Returns the interrupts of an open device.
-    fn irqs(open: &Self::OpenData) -> &Irqs;
-
-    /// Reads from a region. The whole range is inside of it.
+    /// Reads from a BAR. The whole range is inside of it.
     ///
     /// May sleep. No user memory is involved: the bytes are copied on afterwards.
-    fn read(&self, open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
+    fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
 
-    /// Writes to a region. The whole range is inside of it.
+    /// Writes to a BAR. The whole range is inside of it.
     ///
     /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
     /// bytes arrives in one piece, as it would on a bus.
-    fn write(&self, open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
+    fn write(open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
 }
 
 /// What exists from the first open to the last close.
 #[pin_data]
 struct Opened<T: Operations> {
-    #[pin]
-    data: T::OpenData,
+    data: Arc<T::OpenData>,
+    endpoint: Arc<Endpoint>,
     #[pin]
     log: dma::Log,
 }
@@ -123,6 +121,8 @@ struct Opened<T: Operations> {
 struct Private<T: Operations> {
     #[pin]
     data: T,
+    /// The configuration space at power on.
+    config: ConfigSpace,
     #[pin]
     engine: Engine<T::OpenData>,
     /// Present while the device is open. A callback that needs it takes a reference, because
@@ -180,6 +180,7 @@ impl<T: Operations> Emulated<T> {
                 &raw mut (*raw.cast::<Self>()).private,
                 try_pin_init!(Private {
                     data <- data,
+                    config: data.config_space()?,
                     engine <- Engine::new(data.migration_flags()),
                     opened <- new_spinlock!(None, "vfio::emulated::Private::opened"),
                     released: private_released,
@@ -213,10 +214,13 @@ impl<T: Operations> Emulated<T> {
     }
 
     fn open(&self) -> Result {
-        let data = self.private.data.open();
+        let endpoint = Endpoint::new(self.private.config.clone())?;
+        let data = self.private.data.open(endpoint.clone());
+        let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
         let opened = Arc::pin_init(
             try_pin_init!(Opened {
-                data <- data,
+                data,
+                endpoint,
                 log <- dma::Log::new(),
             }? Error),
             GFP_KERNEL_ACCOUNT,
@@ -233,7 +237,7 @@ impl<T: Operations> Emulated<T> {
     }
 
     fn region_size(&self, region_index: u32) -> u64 {
-        self.private.data.region_size(region_index)
+        self.private.config.region_size(region_index)
     }
 
     fn read(&self, user: &mut UserBuf, pos: i64) -> Result<usize> {
@@ -242,7 +246,13 @@ impl<T: Operations> Emulated<T> {
             user,
             pos,
             |index| self.region_size(index),
-            |pos, to| self.private.data.read(&opened.data, pos, to),
+            |pos, to| match pos.region_index {
+                region::CONFIG => {
+                    opened.endpoint.read_config(pos.region_offset as usize, to);
+                    Ok(())
+                }
+                _ => T::read(&opened.data, pos, to),
+            },
         )
     }
 
@@ -252,7 +262,15 @@ impl<T: Operations> Emulated<T> {
             user,
             pos,
             |index| self.region_size(index),
-            |pos, from| self.private.data.write(&opened.data, pos, from),
+            |pos, from| match pos.region_index {
+                region::CONFIG => {
+                    opened
+                        .endpoint
+                        .write_config(pos.region_offset as usize, from);
+                    Ok(())
+                }
+                _ => T::write(&opened.data, pos, from),
+            },
         )
     }
 
@@ -260,10 +278,11 @@ impl<T: Operations> Emulated<T> {
         let opened = self.opened()?;
         match cmd {
             GET_INFO => Self::get_info(arg),
-            GET_IRQ_INFO => Self::get_irq_info(T::irqs(&opened.data), arg),
-            SET_IRQS => Self::set_irqs(T::irqs(&opened.data), arg),
+            GET_IRQ_INFO => Self::get_irq_info(&opened.endpoint.irqs, arg),
+            SET_IRQS => Self::set_irqs(&opened.endpoint.irqs, arg),
             RESET => {
                 self.private.engine.reset(&opened.data);
+                opened.endpoint.reset(self.private.config.clone());
                 Ok(())
             }
             _ => Err(ENOTTY),
@@ -547,7 +566,7 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call.
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         if let Ok(opened) = this.opened() {
-            T::irqs(&opened.data).trigger(irq::REQ, 0);
+            opened.endpoint.irqs.trigger(irq::REQ, 0);
         }
     }
 

@@ -19,13 +19,13 @@ use kernel::{
 };
 
 /// Message signalled interrupts of the extended kind.
-pub const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
+pub(crate) const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
 /// Errors of PCI Express, which `vfio-pci` denies to exist where a device cannot have them.
 pub(crate) const ERR: u32 = bindings::VFIO_PCI_ERR_IRQ_INDEX;
 /// The request that the user let go of the device.
-pub const REQ: u32 = bindings::VFIO_PCI_REQ_IRQ_INDEX;
+pub(crate) const REQ: u32 = bindings::VFIO_PCI_REQ_IRQ_INDEX;
 /// How many interrupt indexes a PCI device has, present or not.
-pub const COUNT: u32 = bindings::VFIO_PCI_NUM_IRQS;
+pub(crate) const COUNT: u32 = bindings::VFIO_PCI_NUM_IRQS;
 
 /// An eventfd that somebody else waits on.
 ///
@@ -63,7 +63,7 @@ impl Drop for EventFd {
 unsafe impl Send for EventFd {}
 
 /// How many vectors a device has at each interrupt index.
-pub type Counts = [u32; COUNT as usize];
+pub(crate) type Counts = [u32; COUNT as usize];
 
 /// What the user asked for in `VFIO_DEVICE_SET_IRQS`, as it was given.
 #[derive(Clone, Copy)]
@@ -79,7 +79,7 @@ pub(crate) struct Request {
 ///
 /// Lives in the device's open data, so that nobody is signalled after the last close.
 #[pin_data]
-pub struct Irqs {
+pub(crate) struct Irqs {
     counts: Counts,
     /// The vectors of all indexes, one after the other.
     #[pin]
@@ -89,7 +89,7 @@ pub struct Irqs {
 impl Irqs {
     /// Makes the interrupts of a device with `counts[index]` vectors at each index, all of them
     /// silent.
-    pub fn new(counts: Counts) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(counts: Counts) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             counts,
             vectors <- {
@@ -103,7 +103,7 @@ impl Irqs {
     }
 
     /// Returns how many vectors there are at `index`; none if there is no such index.
-    pub fn count(&self, index: u32) -> u32 {
+    pub(crate) fn count(&self, index: u32) -> u32 {
         self.counts.get(index as usize).copied().unwrap_or(0)
     }
 
@@ -117,7 +117,7 @@ impl Irqs {
     }
 
     /// Signals a vector, if its user asked for that. Does not sleep.
-    pub fn trigger(&self, index: u32, vector: u32) {
+    pub(crate) fn trigger(&self, index: u32, vector: u32) {
         if let Some(slot) = self.slot(index, vector) {
             if let Some(Some(eventfd)) = self.vectors.lock().get(slot) {
                 eventfd.signal();

@@ -9,9 +9,9 @@
 //!   owns the states, the transfer sessions and the data_fd. It asks for nothing but a [`Device`].
 //! * [`emulated`]: devices without an IOMMU of their own, made of software.
 //! * [`mdev`]: the mediated device bus, on which emulated devices are created by the administrator.
-//! * [`region`], [`irq`], [`dma`]: what a device shows its user: regions, interrupts, DMA logging.
-//! * [`config_space`]: the PCI configuration space of an emulated device.
-//! * [`memory`]: device memory that kernel and user space access at the same time.
+//! * [`config_space`], [`endpoint`]: what such a device is on its PCI bus.
+//! * [`region`]: what a user reads and writes of a device.
+//! * [`memory`]: device memory that many access at the same time, and the tracking of changes.
 //!
 //! A driver implements [`emulated::Operations`] for its registration data,
 //! [`migration::Migratable`] for its open data, and [`mdev::Driver`] to be created through sysfs.
@@ -26,15 +26,18 @@ mod bindings;
 mod compat;
 
 mod device;
+mod irq;
 mod user;
 
+mod dma;
+
 pub mod config_space;
-pub mod dma;
 pub mod emulated;
-pub mod irq;
+pub mod endpoint;
 pub mod mdev;
 pub mod memory;
 pub mod migration;
+pub mod prelude;
 pub mod region;
 
 pub use self::device::{

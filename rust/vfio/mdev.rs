@@ -289,3 +289,40 @@ impl<T: Driver> PinnedDrop for Registration<T> {
         }
     }
 }
+
+/// Declares a kernel module that is one driver of mediated devices.
+///
+/// ```ignore
+/// vfio::module_mdev_driver! {
+///     type: MyDriver,
+///     name: "my_driver",
+///     authors: ["Author name"],
+///     description: "What it is",
+///     license: "GPL",
+/// }
+/// ```
+#[macro_export]
+macro_rules! module_mdev_driver {
+    (type: $driver:ty, $($info:tt)*) => {
+        #[::kernel::prelude::pin_data]
+        struct DriverModule {
+            #[pin]
+            _registration: $crate::mdev::Registration<$driver>,
+        }
+
+        impl ::kernel::InPlaceModule for DriverModule {
+            fn init(
+                _module: &'static ::kernel::ThisModule,
+            ) -> impl ::pin_init::PinInit<Self, ::kernel::error::Error> {
+                ::kernel::try_pin_init!(Self {
+                    _registration <- $crate::mdev::Registration::new(),
+                })
+            }
+        }
+
+        ::kernel::prelude::module! {
+            type: DriverModule,
+            $($info)*
+        }
+    };
+}

@@ -2,6 +2,16 @@
 
 //! Device memory.
 
+pub mod dirty_map;
+mod state;
+
+pub use self::state::{
+    Pages,
+    Pending,
+    StateMemory,
+    Tracking, //
+};
+
 use core::{
     ops::Range,
     ptr, //

@@ -46,7 +46,8 @@ use kernel::{
 
 /// What a device must be able to do to be migrated.
 ///
-/// Implemented by the data of an open device, which exists from the first open to the last close.
+/// Implemented by the data of an open device, which exists from the first open to the last close,
+/// and which a [`Saver`] or [`Loader`] may share.
 ///
 /// No two methods run at the same time on one device, except [`data_size`](Self::data_size), which
 /// may run beside any other while no session exists. All may sleep, and none is called with a lock
@@ -87,12 +88,12 @@ pub trait Migratable: Send + Sync + 'static {
     /// Called running, for the arcs to `PRE_COPY` and `PRE_COPY_P2P`, or stopped, for the arc to
     /// `STOP_COPY`. When the session ends, for whatever reason, the saver is dropped, and with it
     /// goes the tracking. The saver keeps `notifier` if anything becomes readable by itself.
-    fn save(&self, notifier: Arc<Notifier>) -> Result<Self::Saver>;
+    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver>;
 
     /// Begins to load, for the arc from `STOP` to `RESUMING`.
     ///
     /// When the session ends the loader is dropped.
-    fn load(&self) -> Result<Self::Loader>;
+    fn load(this: &Arc<Self>) -> Result<Self::Loader>;
 
     /// Puts into effect what was loaded, for the arc from `RESUMING` to `STOP`.
     ///
@@ -264,6 +265,47 @@ impl Chunk {
                     user.write_memory(memory, start..range.end)
                 }
             }
+    }
+}
+
+/// Puts records of one size together again, however the user cut the stream. For a [`Loader`].
+pub struct Records {
+    /// The record that is arriving.
+    record: KVec<u8>,
+    size: usize,
+}
+
+impl Records {
+    /// Makes room for a record of `size` bytes. Fails with `EINVAL` if there are none.
+    pub fn new(size: usize) -> Result<Self> {
+        if size == 0 {
+            return Err(EINVAL);
+        }
+        Ok(Self {
+            record: KVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
+            size,
+        })
+    }
+
+    /// Takes bytes in, and calls `take` for each record that becomes complete.
+    pub fn feed(&mut self, bytes: &[u8], mut take: impl FnMut(&[u8]) -> Result) -> Result {
+        let mut bytes = bytes;
+        while !bytes.is_empty() {
+            let missing = self.size - self.record.len();
+            let (now, later) = bytes.split_at(missing.min(bytes.len()));
+            self.record.extend_from_slice(now, GFP_KERNEL_ACCOUNT)?;
+            if self.record.len() == self.size {
+                take(&self.record)?;
+                self.record.clear();
+            }
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    /// Tells whether a record has arrived in part.
+    pub fn is_partial(&self) -> bool {
+        !self.record.is_empty()
     }
 }
 

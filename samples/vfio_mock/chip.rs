@@ -3,27 +3,42 @@
 //! The device behind its bus.
 
 use crate::{
-    config_space::power_on,
     registers::{
         self,
         Command,
         Registers, //
     },
-    state_memory::StateMemory,
-    stream::PAGE_SIZE, //
+    stream::{
+        page_digest,
+        pattern_word,
+        words,
+        Digest, //
+    },
 };
+use core::ops::Range;
 use kernel::{
     new_mutex,
     prelude::*,
     sync::{
+        atomic::Relaxed,
         Arc,
         Mutex, //
     },
 };
-use vfio::config_space::{
-    self,
-    ConfigSpace, //
+use vfio::{
+    config_space,
+    endpoint::Endpoint,
+    memory::{
+        Memory,
+        StateMemory, //
+    },
 };
+
+/// Bytes in a word.
+const WORD: usize = size_of::<u64>();
+
+/// Bytes on the stack that a command works with at once.
+const BLOCK: usize = 256;
 
 /// How many MSI-X vectors the device has.
 pub(crate) const VECTORS: u32 = 4;
@@ -45,7 +60,6 @@ pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
 struct Front {
     /// The device is not stopped. While it is, its state changes by loading and reset alone.
     running: bool,
-    config: ConfigSpace,
     registers: Registers,
     msix_table: [u8; TABLE_SIZE],
     /// How many writes were dropped because the device was stopped. Says something about this
@@ -54,10 +68,9 @@ struct Front {
 }
 
 impl Front {
-    fn power_on(config: ConfigSpace) -> Self {
+    fn power_on() -> Self {
         Self {
             running: true,
-            config,
             registers: Registers::default(),
             msix_table: [0; TABLE_SIZE],
             dropped: 0,
@@ -65,12 +78,10 @@ impl Front {
     }
 }
 
-/// The device behind its bus, shared by the driver and the migration session.
+/// The device behind its bus, made anew for each user who opens it.
 #[pin_data]
 pub(crate) struct Chip {
-    /// The configuration space at power on.
-    config: ConfigSpace,
-    #[pin]
+    endpoint: Arc<Endpoint>,
     pub(crate) memory: StateMemory,
     /// Held across a whole bus access, commands included, so that who stops the device waits for
     /// the access under way. Never held across a user copy.
@@ -80,18 +91,12 @@ pub(crate) struct Chip {
 
 impl Chip {
     /// Makes a device in the state of power on, with `pages` pages of state memory.
-    pub(crate) fn new(pages: usize) -> Result<Arc<Self>> {
-        let memory = StateMemory::new(pages)?;
-        let config = power_on(pages * PAGE_SIZE)?;
-        let front = Front::power_on(config.clone());
-        Arc::pin_init(
-            pin_init!(Self {
-                config,
-                memory <- memory,
-                front <- new_mutex!(front, "vfio_mock::Chip::front"),
-            }),
-            GFP_KERNEL_ACCOUNT,
-        )
+    pub(crate) fn new(endpoint: Arc<Endpoint>, pages: usize) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            endpoint,
+            memory: StateMemory::new(pages)?,
+            front <- new_mutex!(Front::power_on(), "vfio_mock::Chip::front"),
+        }? Error)
     }
 
     /// Lets the device run or stops it. What is under way is finished when this returns.
@@ -100,9 +105,9 @@ impl Chip {
     }
 
     /// Brings the device into the state of power on.
-    pub(crate) fn reset(&self) {
+    pub(crate) fn power_on(&self) {
         let mut front = self.front.lock();
-        *front = Front::power_on(self.config.clone());
+        *front = Front::power_on();
         self.memory.clear();
     }
 
@@ -120,14 +125,12 @@ impl Chip {
         );
     }
 
-    /// Writes to BAR0. Returns the vector to signal, if the write was a command that asked for
-    /// one.
-    pub(crate) fn write_registers(&self, offset: usize, from: &[u8]) -> Option<u32> {
-        let mut guard = self.front.lock();
-        let front = &mut *guard;
+    /// Writes to BAR0, and executes the command if the write was one.
+    pub(crate) fn write_registers(&self, offset: usize, from: &[u8]) {
+        let front = &mut *self.front.lock();
         if !front.running {
             front.dropped += 1;
-            return None;
+            return;
         }
         underlay(
             offset,
@@ -135,26 +138,35 @@ impl Chip {
             registers::MSIX_TABLE as usize,
             &mut front.msix_table,
         );
-        let command = front.registers.write(offset, from)?;
+        let Some(command) = front.registers.write(offset, from) else {
+            return;
+        };
         let range = front.registers.range(self.memory.size());
         let result = match (command, range) {
             (Command::Reinit, _) => {
-                self.memory.reinit(front.registers.seed);
+                let seed = front.registers.seed;
+                let all = 0..self.memory.size();
+                self.memory
+                    .reinit(|memory| write_pattern(memory, seed, all));
                 Ok(())
             }
             (Command::Unknown, _) => Err(registers::ERROR_COMMAND),
             (_, None) => Err(registers::ERROR_RANGE),
             (Command::Fill, Some(range)) => {
-                self.memory.fill(front.registers.seed, range);
+                let seed = front.registers.seed;
+                self.memory
+                    .change(range.clone(), |memory| write_pattern(memory, seed, range));
                 Ok(())
             }
             (Command::Checksum, Some(range)) => {
-                front.registers.result = self.memory.checksum(range);
+                front.registers.result = checksum(&self.memory, range);
                 Ok(())
             }
         };
         front.registers.complete(result);
-        front.registers.vector()
+        if let Some(vector) = front.registers.vector() {
+            self.endpoint.signal(vector);
+        }
     }
 
     /// Writes to BAR2.
@@ -167,23 +179,22 @@ impl Chip {
         self.memory.write(offset, from)
     }
 
-    /// Reads from the configuration space.
-    pub(crate) fn read_config(&self, offset: usize, to: &mut [u8]) {
-        self.front.lock().config.read(offset, to);
-    }
-
-    /// Writes to the configuration space: it belongs to the bus and works while the device is
-    /// stopped.
-    pub(crate) fn write_config(&self, offset: usize, from: &[u8]) {
-        self.front.lock().config.write(offset, from);
+    /// Returns the digest of a page, as it is in the stream.
+    pub(crate) fn page_digest(&self, page: usize) -> u64 {
+        let words = self.memory.page(page).iter();
+        page_digest(
+            page as u64,
+            words.map(|word| u64::from_le(word.load(Relaxed))),
+        )
     }
 
     /// Returns all of the device's state but its memory.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let front = self.front.lock();
         let mut snapshot = [0; SNAPSHOT_SIZE];
+        let config = self.endpoint.save_config();
         let registers = front.registers.save();
-        let parts: [&[u8]; 3] = [front.config.save(), &registers, &front.msix_table];
+        let parts: [&[u8]; 3] = [&config, &registers, &front.msix_table];
         for (to, from) in snapshot.iter_mut().zip(parts.into_iter().flatten()) {
             *to = *from;
         }
@@ -193,7 +204,7 @@ impl Chip {
     /// Tells whether a device like this can be in such a state.
     pub(crate) fn accepts(&self, snapshot: &Snapshot) -> bool {
         Parts::of(snapshot).is_some_and(|parts| {
-            self.config.clone().load(parts.config).is_ok()
+            self.endpoint.accepts_config(parts.config)
                 && Registers::load(parts.registers).is_some()
                 && parts.pba.iter().all(|byte| *byte == 0)
         })
@@ -204,7 +215,7 @@ impl Chip {
         let parts = Parts::of(snapshot).ok_or(EINVAL)?;
         let registers = Registers::load(parts.registers).ok_or(EINVAL)?;
         let mut front = self.front.lock();
-        front.config.load(parts.config)?;
+        self.endpoint.load_config(parts.config)?;
         front.registers = registers;
         front.msix_table = *parts.msix_table;
         Ok(())
@@ -249,4 +260,40 @@ fn underlay(offset: usize, from: &[u8], base: usize, to: &mut [u8]) {
             *to = *byte;
         }
     }
+}
+
+/// Writes the pattern of `seed` to a range, which need not begin or end with a word.
+fn write_pattern(memory: &Memory, seed: u64, range: Range<usize>) {
+    let whole = range.start.div_ceil(WORD)..range.end / WORD;
+    let edges = [
+        range.start..range.end.min(whole.start * WORD),
+        range.start.max(whole.end * WORD)..range.end,
+    ];
+    for (index, word) in (whole.start as u64..).zip(memory.words(whole)) {
+        word.store(pattern_word(seed, index).to_le(), Relaxed);
+    }
+    for at in edges.into_iter().flatten() {
+        let bytes = pattern_word(seed, (at / WORD) as u64).to_le_bytes();
+        if let Some(byte) = bytes.get(at % WORD..=at % WORD) {
+            // The range is inside the memory, as its caller has checked.
+            let _ = memory.write(at, byte);
+        }
+    }
+}
+
+/// Returns the checksum of a range.
+fn checksum(memory: &Memory, range: Range<usize>) -> u64 {
+    let mut digest = Digest::new(range.len() as u64);
+    let mut block = [0; BLOCK];
+    for start in range.clone().step_by(BLOCK) {
+        let len = BLOCK.min(range.end - start);
+        let Some(part) = block.get_mut(..len) else {
+            break;
+        };
+        if memory.read(start, part).is_err() {
+            break;
+        }
+        words(part).for_each(|word| digest.add(word));
+    }
+    digest.value()
 }

@@ -3,12 +3,10 @@
 //! The driver: what VFIO asks of the mock device.
 
 use crate::{
-    chip::{
-        Chip,
-        VECTORS, //
-    },
+    chip::Chip,
+    config_space,
     load::MockLoader,
-    migration_flags, registers,
+    migration_flags,
     save::{
         self,
         MockSaver, //
@@ -20,11 +18,9 @@ use kernel::{
     sync::Arc, //
 };
 use vfio::{
-    config_space, emulated,
-    irq::{
-        self,
-        Irqs, //
-    },
+    config_space::ConfigSpace,
+    emulated,
+    endpoint::Endpoint,
     mdev,
     migration::{
         Flags,
@@ -87,19 +83,9 @@ impl mdev::Driver for Mock {
     }
 }
 
-/// A mock device, from the first open to the last close.
-///
-/// The chip with all of its state is made anew for each user.
-#[pin_data]
-pub(crate) struct OpenMock {
-    #[pin]
-    irqs: Irqs,
-    chip: Arc<Chip>,
-}
-
 #[vtable]
 impl emulated::Operations for Mock {
-    type OpenData = OpenMock;
+    type OpenData = Chip;
 
     const NAME: &'static CStr = c"vfio_mock";
 
@@ -107,51 +93,28 @@ impl emulated::Operations for Mock {
         self.flags
     }
 
-    fn open(&self) -> impl PinInit<OpenMock, Error> {
-        let mut counts = irq::Counts::default();
-        counts[irq::MSIX as usize] = VECTORS;
-        counts[irq::REQ as usize] = 1;
-        try_pin_init!(OpenMock {
-            irqs <- Irqs::new(counts),
-            chip: Chip::new(self.state_size / PAGE_SIZE)?,
-        }? Error)
+    fn config_space(&self) -> Result<ConfigSpace> {
+        config_space::power_on(self.state_size)
     }
 
-    fn region_size(&self, region_index: u32) -> u64 {
-        match region_index {
-            region::BAR0 => u64::from(registers::BAR_SIZE),
-            region::BAR2 => self.state_size as u64,
-            region::CONFIG => config_space::SIZE as u64,
-            _ => 0,
-        }
+    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+        Chip::new(endpoint, self.state_size / PAGE_SIZE)
     }
 
-    fn irqs(open: &OpenMock) -> &Irqs {
-        &open.irqs
-    }
-
-    fn read(&self, open: &OpenMock, pos: Position, to: &mut [u8]) -> Result {
+    fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {
         let offset = usize::try_from(pos.region_offset)?;
         match pos.region_index {
-            region::BAR0 => open.chip.read_registers(offset, to),
-            region::BAR2 => open.chip.memory.read(offset, to)?,
-            region::CONFIG => open.chip.read_config(offset, to),
-            _ => return Err(EINVAL),
+            region::BAR2 => return chip.memory.read(offset, to),
+            _ => chip.read_registers(offset, to),
         }
         Ok(())
     }
 
-    fn write(&self, open: &OpenMock, pos: Position, from: &[u8]) -> Result {
+    fn write(chip: &Chip, pos: Position, from: &[u8]) -> Result {
         let offset = usize::try_from(pos.region_offset)?;
         match pos.region_index {
-            region::BAR0 => {
-                if let Some(vector) = open.chip.write_registers(offset, from) {
-                    open.irqs.trigger(irq::MSIX, vector);
-                }
-            }
-            region::BAR2 => open.chip.write_memory(offset, from)?,
-            region::CONFIG => open.chip.write_config(offset, from),
-            _ => return Err(EINVAL),
+            region::BAR2 => return chip.write_memory(offset, from),
+            _ => chip.write_registers(offset, from),
         }
         Ok(())
     }
@@ -159,26 +122,26 @@ impl emulated::Operations for Mock {
 
 /// The device does no DMA, so that there is nothing to do for peer-to-peer.
 #[vtable]
-impl Migratable for OpenMock {
+impl Migratable for Chip {
     type Saver = MockSaver;
     type Loader = MockLoader;
 
     fn stop(&self) -> Result {
-        self.chip.run(false);
+        self.run(false);
         Ok(())
     }
 
     fn start(&self) -> Result {
-        self.chip.run(true);
+        self.run(true);
         Ok(())
     }
 
-    fn save(&self, notifier: Arc<Notifier>) -> Result<MockSaver> {
-        MockSaver::new(self.chip.clone(), notifier)
+    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {
+        MockSaver::new(this.clone(), notifier)
     }
 
-    fn load(&self) -> Result<MockLoader> {
-        MockLoader::new(self.chip.clone())
+    fn load(this: &Arc<Self>) -> Result<MockLoader> {
+        MockLoader::new(this.clone())
     }
 
     fn loaded(&self, loader: &mut MockLoader) -> Result {
@@ -186,10 +149,10 @@ impl Migratable for OpenMock {
     }
 
     fn data_size(&self) -> u64 {
-        save::image_size(self.chip.memory.pages())
+        save::image_size(self.memory.pages())
     }
 
     fn reset(&self) {
-        self.chip.reset();
+        self.power_on();
     }
 }

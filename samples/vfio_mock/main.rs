@@ -12,12 +12,11 @@
 //!
 //! What is where:
 //!
-//! * `device`: the driver: types, regions, and what the migration engine asks for.
-//! * `chip`: the device behind its bus, shared by the driver, a saver and a loader.
-//! * `registers`, `config_space`, `state_memory`: the chip's organs.
+//! * `device`: the driver: types, BARs, and what the migration engine asks for.
+//! * `chip`: the device behind its bus.
+//! * `registers`, `config_space`: what the bus sees of it.
 //! * `save`, `load`: the device's state as a stream, and back.
-//! * `stream`, `dirty_map`: the format of the stream and the map of what changed; pure, without
-//!   the kernel.
+//! * [`stream`]: the format of the stream; pure, without the kernel.
 
 use kernel::{
     prelude::*,
@@ -31,11 +30,9 @@ use vfio::{
 mod chip;
 mod config_space;
 mod device;
-pub mod dirty_map;
 mod load;
 mod registers;
 mod save;
-mod state_memory;
 pub mod stream;
 
 use device::Mock;

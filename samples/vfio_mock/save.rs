@@ -7,10 +7,6 @@ use crate::{
         Chip,
         SNAPSHOT_SIZE, //
     },
-    dirty_map::{
-        Run,
-        PAGES_PER_WORD, //
-    },
     stream::{
         registers_digest,
         registers_header,
@@ -30,13 +26,23 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
-use vfio::migration::{
-    Chunk,
-    Next,
-    Notifier,
-    Phase,
-    Remaining,
-    Saver, //
+use vfio::{
+    memory::{
+        dirty_map::{
+            Run,
+            PAGES_PER_WORD, //
+        },
+        Pages,
+        Tracking, //
+    },
+    migration::{
+        Chunk,
+        Next,
+        Notifier,
+        Phase,
+        Remaining,
+        Saver, //
+    },
 };
 
 /// Returns the size in bytes of the stream of a device with `pages` pages, each of them once.
@@ -61,6 +67,8 @@ enum Step {
 /// change, and when the device is stopped, the registers and the trailer.
 pub(crate) struct MockSaver {
     chip: Arc<Chip>,
+    /// What changes since it was streamed.
+    tracking: Tracking,
     identity: Identity,
     step: Step,
     digests: Digests<KVVec<u64>>,
@@ -74,9 +82,10 @@ impl MockSaver {
         let identity = Identity {
             state_size: chip.memory.size() as u64,
         };
-        chip.memory.track(notifier)?;
+        let tracking = chip.memory.track(notifier)?;
         Ok(Self {
             chip,
+            tracking,
             identity,
             step: Step::Identity,
             digests,
@@ -91,8 +100,7 @@ impl MockSaver {
     fn pages(&mut self, run: &Run, initial: bool) -> Result<Chunk> {
         let pages = run.first..run.first + run.count;
         for page in pages.clone() {
-            self.digests
-                .set(page as u64, self.chip.memory.page_digest(page));
+            self.digests.set(page as u64, self.chip.page_digest(page));
         }
         self.tally.run(run.count as u64);
         let start = pages.start * PAGE_SIZE;
@@ -111,7 +119,7 @@ impl Saver for MockSaver {
                 self.step = Step::Pages;
                 chunk
             }
-            Step::Pages => match self.chip.memory.take() {
+            Step::Pages => match self.tracking.take(PAGES_PER_WORD) {
                 Some((run, initial)) => self.pages(&run, initial)?,
                 None if phase == Phase::PreCopy => return Ok(Next::End),
                 None => {
@@ -143,23 +151,22 @@ impl Saver for MockSaver {
     }
 
     fn remaining(&self) -> Remaining {
-        let mut remaining = self.chip.memory.remaining();
-        if matches!(self.step, Step::Identity) {
-            remaining.initial += IDENTITY_RECORD;
-        }
-        remaining.tail = match self.step {
-            Step::Identity | Step::Pages | Step::Registers => {
-                registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD
-            }
-            Step::Trailer { .. } => TRAILER_RECORD,
-            Step::End => 0,
+        let pending = self.tracking.pending();
+        let size = |Pages { pages, runs }| run_records(runs, pages);
+        let (identity, tail) = match self.step {
+            Step::Identity => (
+                IDENTITY_RECORD,
+                registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD,
+            ),
+            Step::Pages | Step::Registers => (0, registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD),
+            Step::Trailer { .. } => (0, TRAILER_RECORD),
+            Step::End => (0, 0),
         };
-        remaining
-    }
-}
-
-impl Drop for MockSaver {
-    fn drop(&mut self) {
-        self.chip.memory.untrack();
+        Remaining {
+            initial: identity + size(pending.initial),
+            dirty: size(pending.dirty),
+            tail,
+            reinits: pending.reinits,
+        }
     }
 }

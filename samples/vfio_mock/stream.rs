@@ -663,9 +663,11 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
     }
 
     /// Reads from `bytes`, at most up to the end of what is expected, and returns what is behind.
+    ///
+    /// An empty payload is read with the first byte behind it, which the trailer makes sure exists.
     fn advance<'a>(&mut self, bytes: &'a [u8], sink: &mut impl Sink) -> Result<&'a [u8], Error> {
         match self.expect {
-            Expect::Header => self.collect(HEADER_LEN, bytes, |this| this.header(sink)),
+            Expect::Header => self.collect(HEADER_LEN, bytes, Self::header),
             Expect::Identity => self.collect(IDENTITY_LEN, bytes, Self::identity),
             Expect::Offset(left) => self.collect(OFFSET_LEN, bytes, |this| this.offset(left)),
             Expect::Pages(offset, left) => Ok(self.pages(offset, left, bytes, sink)),
@@ -714,7 +716,7 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
     }
 
     /// Reads a header.
-    fn header(&mut self, sink: &mut impl Sink) -> Result<(), Error> {
+    fn header(&mut self) -> Result<(), Error> {
         let [kind, length] = read(self.collected(HEADER_LEN));
         let (tag, flags) = (kind as u32, (kind >> 32) as u32);
         let known = matches!(tag, TAG_IDENTITY | TAG_PAGES | TAG_REGISTERS | TAG_TRAILER);
@@ -758,11 +760,8 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
         self.expect = match tag {
             TAG_IDENTITY => Expect::Identity,
             TAG_PAGES => Expect::Offset(length - OFFSET_LEN as u64),
-            // Without a payload no byte follows that would complete the record.
-            TAG_REGISTERS if length == 0 => return self.registers(sink),
             TAG_REGISTERS => Expect::Registers,
             TAG_TRAILER => Expect::Trailer,
-            _ if length == 0 => Expect::Header,
             _ => Expect::Skip(length),
         };
         Ok(())

@@ -110,12 +110,12 @@ pub(super) struct SaveSession<M: Migratable> {
 impl<M: Migratable> SaveSession<M> {
     /// Begins a session.
     pub(super) fn begin(
-        driver: &M,
+        driver: &Arc<M>,
         device: &Device<Open>,
         phase: Phase,
     ) -> Result<(Arc<Self>, ARef<File>)> {
         let notifier = Notifier::new()?;
-        let mut saver = driver.save(notifier.clone())?;
+        let mut saver = M::save(driver, notifier.clone())?;
         if phase == Phase::StopCopy {
             saver.seal()?;
         }
@@ -386,11 +386,11 @@ pub(super) struct LoadSession<M: Migratable> {
 
 impl<M: Migratable> LoadSession<M> {
     /// Begins a session.
-    pub(super) fn begin(driver: &M) -> Result<(Arc<Self>, ARef<File>)> {
+    pub(super) fn begin(driver: &Arc<M>) -> Result<(Arc<Self>, ARef<File>)> {
         let notifier = Notifier::new()?;
         let loading = Loading {
             block: Some(KVVec::zeroed(BLOCK, GFP_KERNEL_ACCOUNT)?),
-            loader: driver.load()?,
+            loader: M::load(driver)?,
             failed: None,
         };
         let session = Arc::pin_init(
@@ -410,7 +410,7 @@ impl<M: Migratable> LoadSession<M> {
     }
 
     /// Puts into effect what was loaded.
-    pub(super) fn finish(&self, driver: &M) -> Result {
+    pub(super) fn finish(&self, driver: &Arc<M>) -> Result {
         let mut guard = self.loading.lock();
         let loading = (*guard).as_mut().ok_or(ENODEV)?;
         match loading.failed {

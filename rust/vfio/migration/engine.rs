@@ -125,7 +125,7 @@ impl<M: Migratable> Engine<M> {
     /// [`state()`](Self::state) tells.
     pub fn set_state(
         &self,
-        driver: &M,
+        driver: &Arc<M>,
         device: &Device<Open>,
         target: u32,
     ) -> Result<Option<ARef<File>>> {
@@ -149,7 +149,7 @@ impl<M: Migratable> Engine<M> {
     /// Fails without a change of state, unless undoing what was done fails too; then the device is
     /// in `ERROR`.
     fn arc(
-        driver: &M,
+        driver: &Arc<M>,
         device: &Device<Open>,
         current: &mut Current<M>,
         to: State,
@@ -255,7 +255,7 @@ impl<M: Migratable> Engine<M> {
 
     /// Returns how many bytes `STOP_COPY` would stream from now on, for
     /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. May sleep.
-    pub fn data_size(&self, driver: &M) -> u64 {
+    pub fn data_size(&self, driver: &Arc<M>) -> u64 {
         let current = self.current.lock();
         match current.saving() {
             Ok(session) => session.data_size(),
@@ -266,7 +266,7 @@ impl<M: Migratable> Engine<M> {
     /// Resets the device and returns it to `RUNNING`, from every state, for `VFIO_DEVICE_RESET`.
     ///
     /// Waits for a state change that is under way. May sleep.
-    pub fn reset(&self, driver: &M) {
+    pub fn reset(&self, driver: &Arc<M>) {
         let mut current = self.current.lock();
         // The session ends first, so that nothing of it reaches the device after the reset.
         current.leave(Current::Error);

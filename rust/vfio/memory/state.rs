@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Device memory that is part of a device's state, and the tracking of what changes in it.
+
+use super::{
+    dirty_map::{
+        self,
+        DirtyMap,
+        Run,
+        PAGES_PER_WORD, //
+    },
+    Memory,
+};
+use crate::migration::Notifier;
+use core::{
+    cmp::min,
+    ops::{
+        Deref,
+        Range, //
+    },
+};
+use kernel::{
+    new_spinlock,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        Arc,
+        SpinLock, //
+    },
+};
+
+/// How many pages there are to stream, and in how many runs of neighbours within 64 pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pages {
+    /// Pages.
+    pub pages: u64,
+    /// Runs, each of at most 64 pages, none across a multiple of 64.
+    pub runs: u64,
+}
+
+/// What there is to stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// What was never streamed.
+    pub initial: Pages,
+    /// What was streamed and has changed since.
+    pub dirty: Pages,
+    /// How often all became initial again.
+    pub reinits: u32,
+}
+
+/// What there is to stream, page by page.
+///
+/// All pages from `initial` on were never streamed. They count as dirty in the map too, so that
+/// nothing needs to be done when they are written to.
+struct Tracker {
+    map: DirtyMap<KVVec<u64>>,
+    initial: usize,
+    /// Where to look for changed pages next, so that a page that always changes does not keep
+    /// others from being streamed. A multiple of 64, so that no run is cut.
+    cursor: usize,
+    reinits: u32,
+    notifier: Arc<Notifier>,
+}
+
+impl Tracker {
+    fn take(&mut self, max: usize) -> Option<(Run, bool)> {
+        let initial = self.initial < self.map.pages();
+        let from = if initial { self.initial } else { self.cursor };
+        let mut run = match self.map.take_run(from) {
+            Some(run) => run,
+            None => self.map.take_run(0)?,
+        };
+        if run.count > max {
+            self.map.mark_range(run.first + max, run.count - max);
+            run.count = max;
+        }
+        if initial {
+            self.initial = run.first + run.count;
+        } else {
+            self.cursor = (run.first / PAGES_PER_WORD + 1) * PAGES_PER_WORD;
+        }
+        Some((run, initial))
+    }
+
+    fn pending(&self) -> Pending {
+        let words = self.map.pages().div_ceil(PAGES_PER_WORD);
+        let initial = Pages {
+            pages: (self.map.pages() - self.initial) as u64,
+            runs: words.saturating_sub(self.initial / PAGES_PER_WORD) as u64,
+        };
+        // A run that reaches across `initial` is one in the map and two to stream.
+        let across = self.initial < self.map.pages()
+            && self.initial % PAGES_PER_WORD != 0
+            && self.map.is_dirty(self.initial - 1);
+        let initial = if initial.pages == 0 {
+            Pages::default()
+        } else {
+            initial
+        };
+        Pending {
+            initial,
+            dirty: Pages {
+                pages: self.map.dirty() as u64 - initial.pages,
+                runs: self.map.runs() as u64 + u64::from(across) - initial.runs,
+            },
+            reinits: self.reinits,
+        }
+    }
+}
+
+#[pin_data]
+struct Inner {
+    memory: Arc<Memory>,
+    #[pin]
+    tracker: SpinLock<Option<Tracker>>,
+}
+
+/// The memory of a device, as far as it is to be migrated.
+///
+/// While it is [tracked](StateMemory::track), each page is known to be as it was streamed or not.
+/// Whoever changes the memory does so first and marks the pages then; who streams them clears the
+/// mark first and reads then. So a page that is not marked is as it was streamed.
+///
+/// Clones stand for the same memory.
+#[derive(Clone)]
+pub struct StateMemory(Arc<Inner>);
+
+impl StateMemory {
+    /// Allocates `pages` pages of zeroes. See [`Memory::new()`].
+    pub fn new(pages: usize) -> Result<Self> {
+        let memory = Arc::new(Memory::new(pages)?, GFP_KERNEL_ACCOUNT)?;
+        Ok(Self(Arc::pin_init(
+            pin_init!(Inner {
+                memory,
+                tracker <- new_spinlock!(None, "vfio::memory::StateMemory"),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?))
+    }
+
+    /// Returns the size in pages.
+    pub fn pages(&self) -> usize {
+        self.size() / PAGE_SIZE
+    }
+
+    /// Returns the memory itself, for a [`Chunk`](crate::migration::Chunk).
+    ///
+    /// What is written to it is not tracked.
+    pub fn shared(&self) -> Arc<Memory> {
+        self.0.memory.clone()
+    }
+
+    /// Writes bytes and marks their pages.
+    ///
+    /// Fails with `EINVAL` if the range is not inside the memory; nothing has changed then.
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result {
+        self.0.memory.write(offset, from)?;
+        self.changed(offset..offset + from.len());
+        Ok(())
+    }
+
+    /// Lets `change` change what is in `range`, in bytes, and marks its pages.
+    pub fn change(&self, range: Range<usize>, change: impl FnOnce(&Memory)) {
+        change(&self.0.memory);
+        self.changed(range);
+    }
+
+    /// Lets `change` change everything, after which all pages count as never streamed.
+    pub fn reinit(&self, change: impl FnOnce(&Memory)) {
+        change(&self.0.memory);
+        if let Some(tracker) = &mut *self.0.tracker.lock() {
+            tracker.map.mark_all();
+            tracker.initial = 0;
+            tracker.reinits = tracker.reinits.wrapping_add(1);
+            tracker.notifier.notify();
+        }
+    }
+
+    fn changed(&self, range: Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        let first = range.start / PAGE_SIZE;
+        let last = (range.end - 1) / PAGE_SIZE;
+        if let Some(tracker) = &mut *self.0.tracker.lock() {
+            let fresh = tracker.map.mark_range(first, last - first + 1);
+            // Only who waits at an empty stream needs to be told.
+            if fresh > 0 && fresh == tracker.map.dirty() {
+                tracker.notifier.notify();
+            }
+        }
+    }
+
+    /// Begins to track, with all pages still to be streamed, until the result is dropped.
+    ///
+    /// `notifier` is told when there is something to stream again after there was nothing. May
+    /// sleep. Fails with `EBUSY` if the memory is tracked already, and with `ENOMEM`.
+    pub fn track(&self, notifier: Arc<Notifier>) -> Result<Tracking> {
+        let pages = self.pages();
+        let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?;
+        let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_KERNEL_ACCOUNT)?;
+        let mut map = DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?;
+        map.mark_all();
+        let mut tracker = Some(Tracker {
+            map,
+            initial: 0,
+            cursor: 0,
+            reinits: 0,
+            notifier,
+        });
+        let mut slot = self.0.tracker.lock();
+        if slot.is_none() {
+            core::mem::swap(&mut *slot, &mut tracker);
+        }
+        drop(slot);
+        match tracker {
+            None => Ok(Tracking(self.clone())),
+            Some(_) => Err(EBUSY),
+        }
+    }
+}
+
+impl Deref for StateMemory {
+    type Target = Memory;
+
+    /// Returns the memory for reading. What is written by this way is not tracked.
+    fn deref(&self) -> &Memory {
+        &self.0.memory
+    }
+}
+
+/// That a [`StateMemory`] is tracked. Dropping it ends the tracking; may sleep.
+pub struct Tracking(StateMemory);
+
+impl Tracking {
+    /// Takes the next run to stream, of at most `max` pages, and tells whether it was never
+    /// streamed. What was never streamed comes first.
+    ///
+    /// The pages' marks are cleared: they count as streamed from here on.
+    pub fn take(&self, max: usize) -> Option<(Run, bool)> {
+        (*self.0 .0.tracker.lock())
+            .as_mut()
+            .and_then(|tracker| tracker.take(min(max.max(1), PAGES_PER_WORD)))
+    }
+
+    /// Returns what there is to stream. The number of runs is exact as long as whole runs are
+    /// taken.
+    pub fn pending(&self) -> Pending {
+        (*self.0 .0.tracker.lock())
+            .as_ref()
+            .map_or(Pending::default(), Tracker::pending)
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        let tracker = self.0 .0.tracker.lock().take();
+        // Outside of the lock, because memory is given back and the notifier may go.
+        drop(tracker);
+    }
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What nearly every driver uses.
+//!
+//! ```ignore
+//! use vfio::prelude::*;
+//! ```
+
+pub use crate::{
+    config_space::{
+        self,
+        ConfigSpace, //
+    },
+    emulated,
+    endpoint::Endpoint,
+    mdev,
+    memory::{
+        StateMemory,
+        Tracking, //
+    },
+    migration::{
+        Chunk,
+        Flags,
+        Loader,
+        Migratable,
+        Next,
+        Notifier,
+        Phase,
+        Records,
+        Remaining,
+        Saver, //
+    },
+    region::{
+        self,
+        Position, //
+    },
+};
