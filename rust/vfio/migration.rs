@@ -158,6 +158,11 @@ pub trait Saver: Send + Unpin + 'static {
     /// Returns how much there is to come.
     fn remaining(&self) -> Remaining;
 
+    /// Tells whether [`next`](Self::next) would not return [`Next::NotReady`], for poll().
+    fn is_ready(&self) -> bool {
+        true
+    }
+
     /// Makes ready for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved;
     /// the device then goes on and the session with it.
     fn seal(&mut self) -> Result {

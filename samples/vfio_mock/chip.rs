@@ -179,6 +179,11 @@ impl Chip {
         self.memory.write(offset, from)
     }
 
+    /// Returns how many microseconds the device takes to get a record of its state ready.
+    pub(crate) fn save_delay(&self) -> u32 {
+        self.front.lock().registers.save_delay
+    }
+
     /// Returns the digest of a page, as it is in the stream.
     pub(crate) fn page_digest(&self, page: usize) -> u64 {
         let words = self.memory.page(page).iter();
@@ -216,7 +221,9 @@ impl Chip {
         let registers = Registers::load(parts.registers).ok_or(EINVAL)?;
         let mut front = self.front.lock();
         self.endpoint.load_config(parts.config)?;
+        let save_delay = front.registers.save_delay;
         front.registers = registers;
+        front.registers.save_delay = save_delay;
         front.msix_table = *parts.msix_table;
         Ok(())
     }

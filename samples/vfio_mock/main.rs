@@ -15,7 +15,7 @@
 //! * `device`: the driver: types, BARs, and what the migration engine asks for.
 //! * `chip`: the device behind its bus.
 //! * `registers`, `config_space`: what the bus sees of it.
-//! * `save`, `load`: the device's state as a stream, and back.
+//! * `save`, `load`: the device's state as a stream, and back; `delay`: how slow that may be.
 //! * [`stream`]: the format of the stream; pure, without the kernel.
 
 use kernel::{
@@ -29,6 +29,7 @@ use vfio::{
 
 mod chip;
 mod config_space;
+mod delay;
 mod device;
 mod load;
 mod registers;

@@ -47,6 +47,9 @@ mod offset {
     pub(super) const COMPLETIONS: usize = 0x48;
     /// Why the last command was refused, 32 bits, read-only.
     pub(super) const ERROR: usize = 0x50;
+    /// How long the device takes to get each record of its state ready to be streamed, in
+    /// microseconds, 32 bits. Does not migrate.
+    pub(super) const SAVE_DELAY: usize = 0x54;
     /// How many writes were dropped because the device was stopped, 64 bits, read-only.
     pub(super) const DROPPED: usize = 0x58;
     /// Where the registers end.
@@ -94,6 +97,7 @@ pub(crate) struct Registers {
     irq_vector: u32,
     status: u32,
     error: u32,
+    pub(crate) save_delay: u32,
 }
 
 impl Default for Registers {
@@ -108,6 +112,7 @@ impl Default for Registers {
             irq_vector: NO_VECTOR,
             status: 0,
             error: 0,
+            save_delay: 0,
         }
     }
 }
@@ -166,6 +171,11 @@ impl Registers {
             &self.completions.to_le_bytes(),
         );
         put(&mut image, offset::ERROR, &self.error.to_le_bytes());
+        put(
+            &mut image,
+            offset::SAVE_DELAY,
+            &self.save_delay.to_le_bytes(),
+        );
         put(&mut image, offset::DROPPED, &dropped.to_le_bytes());
         image
     }
@@ -182,13 +192,12 @@ impl Registers {
         ] {
             *value = u64::from_le_bytes(merge(value.to_le_bytes(), register, offset, from));
         }
-        let vector = u32::from_le_bytes(merge(
-            self.irq_vector.to_le_bytes(),
-            offset::IRQ_VECTOR,
-            offset,
-            from,
-        ));
-        self.irq_vector = vector;
+        for (register, value) in [
+            (offset::IRQ_VECTOR, &mut self.irq_vector),
+            (offset::SAVE_DELAY, &mut self.save_delay),
+        ] {
+            *value = u32::from_le_bytes(merge(value.to_le_bytes(), register, offset, from));
+        }
 
         let start = offset::DOORBELL.checked_sub(offset)?;
         let rung = from.get(start..)?.first_chunk()?;
@@ -264,6 +273,7 @@ impl Registers {
             irq_vector: half(0)?,
             status: half(1)?,
             error: half(2)?,
+            save_delay: 0,
         };
         let ended = match registers.status {
             0 | STATUS_DONE => registers.error == 0,

@@ -7,6 +7,7 @@ use crate::{
         Chip,
         SNAPSHOT_SIZE, //
     },
+    delay::Delay,
     stream::{
         registers_digest,
         registers_header,
@@ -69,6 +70,7 @@ pub(crate) struct MockSaver {
     chip: Arc<Chip>,
     /// What changes since it was streamed.
     tracking: Tracking,
+    delay: Delay,
     identity: Identity,
     step: Step,
     digests: Digests<KVVec<u64>>,
@@ -82,15 +84,28 @@ impl MockSaver {
         let identity = Identity {
             state_size: chip.memory.size() as u64,
         };
-        let tracking = chip.memory.track(notifier)?;
+        let tracking = chip.memory.track(notifier.clone())?;
         Ok(Self {
             chip,
             tracking,
+            delay: Delay::new(notifier),
             identity,
             step: Step::Identity,
             digests,
             tally: Tally::default(),
         })
+    }
+
+    /// Tells whether there is anything to stream.
+    fn is_pending(&self, phase: Phase) -> bool {
+        match self.step {
+            Step::Pages if phase == Phase::PreCopy => {
+                let pending = self.tracking.pending();
+                pending.initial.pages + pending.dirty.pages > 0
+            }
+            Step::End => false,
+            _ => true,
+        }
     }
 
     /// Makes the record of a run of pages, whose marks have been cleared.
@@ -108,10 +123,9 @@ impl MockSaver {
             .memory(self.chip.memory.shared(), start..pages.end * PAGE_SIZE);
         Ok(if initial { chunk.initial() } else { chunk })
     }
-}
 
-impl Saver for MockSaver {
-    fn next(&mut self, phase: Phase) -> Result<Next> {
+    /// Makes the next record.
+    fn record(&mut self, phase: Phase) -> Result<Next> {
         let chunk = match self.step {
             Step::Identity => {
                 let chunk = Chunk::new(&self.identity.record())?.initial();
@@ -124,7 +138,7 @@ impl Saver for MockSaver {
                 None if phase == Phase::PreCopy => return Ok(Next::End),
                 None => {
                     self.step = Step::Registers;
-                    return self.next(phase);
+                    return self.record(phase);
                 }
             },
             Step::Registers => {
@@ -148,6 +162,19 @@ impl Saver for MockSaver {
             Step::End => return Ok(Next::End),
         };
         Ok(Next::Chunk(chunk))
+    }
+}
+
+impl Saver for MockSaver {
+    fn next(&mut self, phase: Phase) -> Result<Next> {
+        if self.is_pending(phase) && !self.delay.pass(self.chip.save_delay())? {
+            return Ok(Next::NotReady);
+        }
+        self.record(phase)
+    }
+
+    fn is_ready(&self) -> bool {
+        self.delay.is_over()
     }
 
     fn remaining(&self) -> Remaining {

@@ -283,7 +283,9 @@ impl<M: Migratable> SaveSession<M> {
             None => bindings::POLLIN | bindings::POLLRDNORM | POLLRDHUP,
             Some(saving) => {
                 let Remaining { initial, dirty, .. } = saving.remaining();
-                if saving.phase == Phase::StopCopy || initial + dirty > 0 {
+                let begun = saving.pos < saving.len;
+                let readable = initial + dirty > 0 && (begun || saving.saver.is_ready());
+                if saving.phase == Phase::StopCopy || readable {
                     bindings::POLLIN | bindings::POLLRDNORM
                 } else {
                     0
