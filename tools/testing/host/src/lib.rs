@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The parts of the project that use `core` alone, built for the host.
+//!
+//! These are the very files that the kernel modules are built from. The tests of this package
+//! check them without a kernel, in seconds: `cargo test`.
+
+#![no_std]
+
+#[path = "../../../../rust/vfio/memory/dirty_map.rs"]
+pub mod dirty_map;
+#[path = "../../../../rust/vfio/migration/fsm.rs"]
+pub mod fsm;
+#[path = "../../../../samples/vfio_mock/stream.rs"]
+pub mod stream;

@@ -1,0 +1,477 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KUnit tests of the parts that use `core` alone, in the kernel that they are made for.
+//!
+//! The tests of the host (`tools/testing/host`) are the thorough ones. These ones check what only
+//! the kernel can answer, that the state machine is that of vfio core, and that the other parts
+//! work when they are built with the flags of the kernel.
+
+use kernel::prelude::*;
+
+#[path = "../../../rust/vfio/memory/dirty_map.rs"]
+pub mod dirty_map;
+#[path = "../../../rust/vfio/migration/fsm.rs"]
+pub mod fsm;
+#[path = "../../../samples/vfio_mock/stream.rs"]
+pub mod stream;
+
+module! {
+    type: VfioKunit,
+    name: "vfio_kunit",
+    description: "KUnit tests of the VFIO migration state machine, dirty map and stream",
+    license: "GPL",
+}
+
+/// The module does nothing: KUnit runs the suites when it is loaded.
+struct VfioKunit;
+
+impl kernel::Module for VfioKunit {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        Ok(Self)
+    }
+}
+
+#[kunit_tests(vfio_migration_fsm)]
+mod fsm_tests {
+    use super::fsm::{
+        arcs,
+        ends_session,
+        next,
+        opens_session,
+        Flags,
+        State, //
+    };
+    use kernel::ffi::c_int;
+
+    unsafe extern "C" {
+        /// Returns the answer of vfio core, see `vfio_kunit_core.c`.
+        fn vfio_kunit_core_next_state(flags: u32, cur: u32, new: u32) -> c_int;
+    }
+
+    /// Returns the next state according to vfio core.
+    fn core_next(flags: Flags, cur: State, target: u32) -> Option<State> {
+        // SAFETY: The function takes numbers of any value and keeps nothing.
+        let next =
+            unsafe { vfio_kunit_core_next_state(flags.as_raw() as u32, cur.as_raw(), target) };
+
+        u32::try_from(next).ok().and_then(State::from_raw)
+    }
+
+    #[test]
+    fn next_state_is_that_of_vfio_core() {
+        let mut compared = 0;
+
+        for flags in Flags::ALL {
+            for cur in State::ALL {
+                // vfio core warns about a device that is in such a state.
+                if !flags.has(cur) {
+                    continue;
+                }
+                for target in State::ALL {
+                    assert_eq!(
+                        next(flags, cur, target),
+                        core_next(flags, cur, target.as_raw())
+                    );
+                    compared += 1;
+                }
+            }
+        }
+        assert_eq!(compared, (4 + 5 + 5 + 7) * 8);
+    }
+
+    #[test]
+    fn both_refuse_unknown_targets() {
+        for flags in Flags::ALL {
+            for raw in [8, 9, 0x8000_0001, u32::MAX] {
+                assert!(State::from_raw(raw).is_none());
+                assert!(core_next(flags, State::Running, raw).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn unsupported_states_lead_nowhere() {
+        for flags in Flags::ALL {
+            for cur in State::ALL {
+                for target in State::ALL {
+                    if !flags.has(cur) || !flags.has(target) {
+                        assert!(next(flags, cur, target).is_none());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_step_is_an_arc() {
+        for flags in Flags::ALL {
+            for cur in State::ALL {
+                for target in State::ALL {
+                    let Some(step) = next(flags, cur, target) else {
+                        continue;
+                    };
+                    assert!(step == cur || arcs(flags).any(|arc| arc == (cur, step)));
+                }
+            }
+        }
+        assert_eq!(arcs(Flags::new(true, true)).count(), 15);
+    }
+
+    #[test]
+    fn sessions_are_opened_and_ended_in_pairs() {
+        for flags in Flags::ALL {
+            for (from, to) in arcs(flags) {
+                let with = |state: State| state.is_saving() || state == State::Resuming;
+
+                assert_eq!(opens_session(from, to), !with(from) && with(to));
+                assert_eq!(ends_session(from, to), with(from) && !with(to));
+            }
+        }
+    }
+}
+
+#[kunit_tests(vfio_dirty_map)]
+mod dirty_map_tests {
+    use super::dirty_map::{
+        leaf_words,
+        summary_words,
+        DirtyMap,
+        Run,
+        PAGES_PER_WORD, //
+    };
+    use super::stream::pattern_word;
+    use kernel::prelude::*;
+
+    /// Returns a clean map of `pages` pages.
+    fn new_map(pages: usize) -> Result<DirtyMap<KVVec<u64>>> {
+        let leaf = KVVec::from_elem(u64::MAX, leaf_words(pages), GFP_KERNEL)?;
+        let summary = KVVec::from_elem(u64::MAX, summary_words(pages), GFP_KERNEL)?;
+
+        DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)
+    }
+
+    #[test]
+    fn lengths_have_to_match() {
+        assert!(DirtyMap::new(65, [0; 2].as_mut_slice(), [0; 1].as_mut_slice()).is_some());
+        assert!(DirtyMap::new(65, [0; 1].as_mut_slice(), [0; 1].as_mut_slice()).is_none());
+        assert!(DirtyMap::new(65, [0; 3].as_mut_slice(), [0; 1].as_mut_slice()).is_none());
+        assert!(DirtyMap::new(65, [0; 2].as_mut_slice(), [0; 2].as_mut_slice()).is_none());
+    }
+
+    #[test]
+    fn runs_are_found_and_taken() -> Result {
+        let mut map = new_map(200)?;
+
+        assert_eq!((map.dirty(), map.runs()), (0, 0));
+        assert_eq!(map.mark_range(60, 70), 70);
+        assert_eq!(map.mark(61), 0);
+        assert_eq!(map.mark(199), 1);
+        assert_eq!(map.mark_range(200, usize::MAX), 0);
+        assert_eq!((map.dirty(), map.runs()), (71, 4));
+        assert_eq!(
+            map.next_run(70),
+            Some(Run {
+                first: 70,
+                count: 58
+            })
+        );
+        assert_eq!(
+            map.take_run(0),
+            Some(Run {
+                first: 60,
+                count: 4
+            })
+        );
+        assert_eq!(
+            map.take_run(0),
+            Some(Run {
+                first: 64,
+                count: 64
+            })
+        );
+        assert_eq!(
+            map.take_run(0),
+            Some(Run {
+                first: 128,
+                count: 2
+            })
+        );
+        assert_eq!(
+            map.take_run(0),
+            Some(Run {
+                first: 199,
+                count: 1
+            })
+        );
+        assert_eq!(map.take_run(0), None);
+        assert_eq!((map.dirty(), map.runs()), (0, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_large_map_is_searched_by_its_summary() -> Result {
+        // As many pages as a device of 1 GiB has.
+        let mut map = new_map(1 << 18)?;
+
+        assert_eq!(map.mark_all(), 1 << 18);
+        assert_eq!((map.dirty(), map.runs()), (1 << 18, 1 << 12));
+        map.clear_all();
+        assert_eq!(map.next_run(0), None);
+        assert_eq!(map.mark((1 << 18) - 1), 1);
+        assert_eq!(
+            map.next_run(0),
+            Some(Run {
+                first: (1 << 18) - 1,
+                count: 1,
+            })
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn map_behaves_like_single_flags() -> Result {
+        const PAGES: usize = 200;
+
+        let mut map = new_map(PAGES)?;
+        let mut model = [false; PAGES];
+
+        for step in 0..1000 {
+            let random = pattern_word(1, step) as usize;
+            let (first, count) = (random % PAGES, (random >> 16) % 90);
+
+            if random >> 32 & 3 == 0 {
+                let run = map.take_run(first);
+                let dirty = model.iter().skip(first).position(|page| *page);
+
+                assert_eq!(run.map(|run| run.first), dirty.map(|dirty| first + dirty));
+                if let Some(run) = run {
+                    for page in model.iter_mut().skip(run.first).take(run.count) {
+                        assert!(*page);
+                        *page = false;
+                    }
+                }
+            } else {
+                map.mark_range(first, count);
+                for page in model.iter_mut().skip(first).take(count) {
+                    *page = true;
+                }
+            }
+
+            let mut runs = 0;
+            let mut before = false;
+            for (page, dirty) in model.iter().enumerate() {
+                let begins = *dirty && (page % PAGES_PER_WORD == 0 || !before);
+
+                assert_eq!(map.is_dirty(page), *dirty);
+                runs += usize::from(begins);
+                before = *dirty;
+            }
+            assert_eq!(map.dirty(), model.iter().filter(|page| **page).count());
+            assert_eq!(map.runs(), runs);
+        }
+        Ok(())
+    }
+}
+
+#[kunit_tests(vfio_mock_stream)]
+mod stream_tests {
+    use super::stream::{
+        self,
+        digest,
+        page_digest,
+        pattern_word,
+        registers_digest,
+        registers_header,
+        registers_record,
+        run_header,
+        words,
+        Decoder,
+        Digests,
+        Identity,
+        Sink,
+        Tally,
+        Trailer,
+        IDENTITY_RECORD,
+        PAGE_SIZE,
+        RUN_OVERHEAD, //
+    };
+    use kernel::prelude::*;
+
+    /// The pages of the device.
+    const PAGES: usize = 2;
+
+    /// The registers of the device.
+    const REGISTERS: [u8; 20] = [
+        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+    ];
+
+    /// Returns the memory of the device.
+    fn memory() -> Result<KVVec<u8>> {
+        let mut memory = KVVec::new();
+
+        for index in 0..(PAGES * PAGE_SIZE / 8) as u64 {
+            memory.extend_from_slice(&pattern_word(9, index).to_le_bytes(), GFP_KERNEL)?;
+        }
+        Ok(memory)
+    }
+
+    /// Returns the stream of `memory` in one run.
+    fn save(memory: &[u8]) -> Result<KVVec<u8>> {
+        let identity = Identity {
+            state_size: memory.len() as u64,
+        };
+        let mut digests = Digests::new(KVVec::from_elem(0, PAGES, GFP_KERNEL)?);
+        let mut tally = Tally::default();
+        let mut out = KVVec::new();
+
+        tally.record(IDENTITY_RECORD);
+        out.extend_from_slice(&identity.record(), GFP_KERNEL)?;
+        tally.run(PAGES as u64);
+        out.extend_from_slice(&run_header(0, PAGES as u64), GFP_KERNEL)?;
+        out.extend_from_slice(memory, GFP_KERNEL)?;
+        for (page, content) in (0..).zip(memory.chunks(PAGE_SIZE)) {
+            digests.set(page, page_digest(page, words(content)));
+        }
+        tally.record(registers_record(REGISTERS.len()));
+        out.extend_from_slice(&registers_header(REGISTERS.len()), GFP_KERNEL)?;
+        out.extend_from_slice(&REGISTERS, GFP_KERNEL)?;
+
+        let trailer = Trailer {
+            digest: digests.image(&identity, registers_digest(&REGISTERS)),
+            tally,
+        };
+        out.extend_from_slice(&trailer.record(), GFP_KERNEL)?;
+        Ok(out)
+    }
+
+    /// A device that a stream is loaded into.
+    struct Loader {
+        memory: KVVec<u8>,
+    }
+
+    impl Loader {
+        /// Creates a device with empty memory.
+        fn new() -> Result<Self> {
+            Ok(Self {
+                memory: KVVec::from_elem(0, PAGES * PAGE_SIZE, GFP_KERNEL)?,
+            })
+        }
+    }
+
+    impl Sink for Loader {
+        fn write(&mut self, offset: u64, bytes: &[u8]) {
+            let to = self.memory.iter_mut().skip(offset as usize);
+
+            to.zip(bytes).for_each(|(to, from)| *to = *from);
+        }
+
+        fn page_digest(&self, page: u64) -> u64 {
+            let content = self.memory.chunks(PAGE_SIZE).nth(page as usize);
+
+            page_digest(page, words(content.unwrap_or_default()))
+        }
+
+        fn registers(&mut self, bytes: &[u8]) -> Result<(), stream::Error> {
+            if bytes == REGISTERS {
+                Ok(())
+            } else {
+                Err(stream::Error::BadRegisters)
+            }
+        }
+    }
+
+    /// Loads `stream` in pieces of `size` bytes into `loader` and returns what the decoder says.
+    fn load(loader: &mut Loader, stream: &[u8], size: usize) -> Result<Result<(), stream::Error>> {
+        let table = KVVec::from_elem(0, PAGES, GFP_KERNEL)?;
+        let state_size = (PAGES * PAGE_SIZE) as u64;
+        let mut decoder = Decoder::new(state_size, REGISTERS.len(), table).ok_or(EINVAL)?;
+
+        for piece in stream.chunks(size) {
+            if let Err(error) = decoder.feed(piece, loader) {
+                return Ok(Err(error));
+            }
+        }
+        Ok(decoder.finish())
+    }
+
+    /// Returns whether tests look at byte `at` of the stream: all outside of the pages, some
+    /// inside.
+    fn sample(at: &usize) -> bool {
+        let pages = (IDENTITY_RECORD + RUN_OVERHEAD) as usize;
+
+        !(pages..pages + PAGES * PAGE_SIZE).contains(at) || at % 509 == 0
+    }
+
+    #[test]
+    fn format_is_fixed() -> Result {
+        let image = save(&memory()?)?;
+
+        // The same numbers as in the tests of the host.
+        assert_eq!(pattern_word(0, 0), 0xe220a8397b1dcdaf);
+        assert_eq!(image.len(), 8348);
+        assert_eq!(digest(0, words(&image)), 0x9263ebea7230a7d1);
+        Ok(())
+    }
+
+    #[test]
+    fn any_pieces_arrive() -> Result {
+        let memory = memory()?;
+        let image = save(&memory)?;
+
+        for size in [1, 2, 3, 7, 16, 63, 64, 4095, 4096, 4097, 9000] {
+            let mut loader = Loader::new()?;
+
+            assert_eq!(load(&mut loader, &image, size)?, Ok(()));
+            assert!(loader.memory[..] == memory[..]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn truncated_streams_are_refused() -> Result {
+        let image = save(&memory()?)?;
+        let mut loader = Loader::new()?;
+
+        for len in (0..image.len()).filter(sample) {
+            assert_eq!(
+                load(&mut loader, image.get(..len).ok_or(EINVAL)?, 4096)?,
+                Err(stream::Error::Truncated)
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn corrupted_streams_are_refused() -> Result {
+        let mut image = save(&memory()?)?;
+        let mut loader = Loader::new()?;
+
+        for at in (0..image.len()).filter(sample) {
+            for bit in [0, 3, 7] {
+                let byte = image.get_mut(at).ok_or(EINVAL)?;
+
+                *byte ^= 1 << bit;
+                assert!(load(&mut loader, &image, 4096)?.is_err());
+
+                let byte = image.get_mut(at).ok_or(EINVAL)?;
+                *byte ^= 1 << bit;
+            }
+        }
+        assert_eq!(load(&mut loader, &image, 4096)?, Ok(()));
+        Ok(())
+    }
+
+    #[test]
+    fn trailing_bytes_are_refused() -> Result {
+        let mut image = save(&memory()?)?;
+        let mut loader = Loader::new()?;
+
+        image.push(0, GFP_KERNEL)?;
+        assert_eq!(
+            load(&mut loader, &image, 9000)?,
+            Err(stream::Error::Trailing)
+        );
+        assert_eq!(load(&mut loader, &image, 1)?, Err(stream::Error::Trailing));
+        Ok(())
+    }
+}
