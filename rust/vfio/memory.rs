@@ -13,16 +13,13 @@ pub use self::state::{
 };
 
 use core::{
+    cell::UnsafeCell,
     ops::Range,
     ptr, //
 };
 use kernel::{
     page::PAGE_SIZE,
-    prelude::*,
-    sync::atomic::{
-        Atomic,
-        Relaxed, //
-    },
+    prelude::*, //
 };
 
 /// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.
@@ -36,11 +33,14 @@ const WORD: usize = size_of::<u64>();
 ///
 /// # Invariants
 ///
-/// `words` spans whole pages. Its bytes are only ever accessed by atomic or volatile means, or by
-/// user copies.
+/// `words` spans whole pages. Its bytes are only ever accessed by volatile means or by user copies.
 pub struct Memory {
-    words: VVec<Atomic<u64>>,
+    words: VVec<UnsafeCell<u64>>,
 }
+
+// SAFETY: By the type invariants all accesses are volatile, which the kernel's memory model allows to
+// be concurrent, or user copies, which race with user space anyway. Any bytes are valid words.
+unsafe impl Sync for Memory {}
 
 impl Memory {
     /// Allocates `pages` pages of zeroes, charged to the caller's memory cgroup.
@@ -55,9 +55,9 @@ impl Memory {
         let plain = VVec::<u64>::zeroed(words, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
         let (ptr, len, capacity) = plain.into_raw_parts();
         // INVARIANT: A whole number of pages was asked for.
-        // SAFETY: `Atomic<u64>` is a transparent wrapper of a cell of `u64`, hence of the same
-        // layout, and the parts come from a vector with the same allocator.
-        let words = unsafe { VVec::from_raw_parts(ptr.cast::<Atomic<u64>>(), len, capacity) };
+        // SAFETY: `UnsafeCell<u64>` has the layout of `u64`, and the parts come from a vector with
+        // the same allocator.
+        let words = unsafe { VVec::from_raw_parts(ptr.cast::<UnsafeCell<u64>>(), len, capacity) };
         Ok(Self { words })
     }
 
@@ -67,19 +67,32 @@ impl Memory {
         self.words.len() * WORD
     }
 
-    /// Returns the words in `range` (counted in words), for reading and writing one by one.
-    ///
-    /// Returns nothing if the range is not inside the memory.
+    /// Returns what the words in `range` hold, counted in words and cut to the size of the memory.
     #[inline]
-    pub fn words(&self, range: Range<usize>) -> &[Atomic<u64>] {
-        self.words.get(range).unwrap_or(&[])
+    pub fn words(&self, range: Range<usize>) -> impl Iterator<Item = u64> + '_ {
+        let end = range.end.min(self.words.len());
+        let words = self.words.get(range.start..end).unwrap_or(&[]);
+        // SAFETY: The word is inside the memory, and the access is volatile.
+        words
+            .iter()
+            .map(|word| unsafe { word.get().read_volatile() })
     }
 
-    /// Returns the words of one page.
+    /// Returns what the words of a page hold.
     #[inline]
-    pub fn page(&self, page: usize) -> &[Atomic<u64>] {
+    pub fn page(&self, page: usize) -> impl Iterator<Item = u64> + '_ {
         let start = page.saturating_mul(PAGE_SIZE / WORD);
         self.words(start..start.saturating_add(PAGE_SIZE / WORD))
+    }
+
+    /// Writes words from the word `start` on, as far as there are any and the memory reaches.
+    #[inline]
+    pub fn set_words(&self, start: usize, words: impl Iterator<Item = u64>) {
+        let to = self.words.get(start..).unwrap_or(&[]);
+        for (to, word) in to.iter().zip(words) {
+            // SAFETY: The word is inside the memory, and the access is volatile.
+            unsafe { to.get().write_volatile(word) };
+        }
     }
 
     /// Returns the bytes in `range` (counted in bytes), cut to the size of the memory.
@@ -149,9 +162,7 @@ impl Memory {
 
     /// Sets every byte to zero.
     pub fn clear(&self) {
-        for word in self.words.iter() {
-            word.store(0, Relaxed);
-        }
+        self.set_words(0, core::iter::repeat(0));
     }
 
     /// Returns where `offset` is, if `len` bytes from there on are inside the memory.

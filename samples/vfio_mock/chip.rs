@@ -20,7 +20,6 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::Relaxed,
         Arc,
         Mutex, //
     },
@@ -186,11 +185,7 @@ impl Chip {
 
     /// Returns the digest of a page, as it is in the stream.
     pub(crate) fn page_digest(&self, page: usize) -> u64 {
-        let words = self.memory.page(page).iter();
-        page_digest(
-            page as u64,
-            words.map(|word| u64::from_le(word.load(Relaxed))),
-        )
+        page_digest(page as u64, self.memory.page(page).map(u64::from_le))
     }
 
     /// Returns all of the device's state but its memory.
@@ -276,9 +271,9 @@ fn write_pattern(memory: &Memory, seed: u64, range: Range<usize>) {
         range.start..range.end.min(whole.start * WORD),
         range.start.max(whole.end * WORD)..range.end,
     ];
-    for (index, word) in (whole.start as u64..).zip(memory.words(whole)) {
-        word.store(pattern_word(seed, index).to_le(), Relaxed);
-    }
+    let start = whole.start;
+    let words = whole.map(|index| pattern_word(seed, index as u64).to_le());
+    memory.set_words(start, words);
     for at in edges.into_iter().flatten() {
         let bytes = pattern_word(seed, (at / WORD) as u64).to_le_bytes();
         if let Some(byte) = bytes.get(at % WORD..=at % WORD) {
