@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+#
+# Paths and environment shared by the scripts of the test machine. Sourced,
+# never run.
+
+# shellcheck disable=SC2034 # the variables are for the scripts that source this
+
+set -u -o pipefail
+
+# Where the user's own tools are, before tool_env hides them.
+vm_path=${vm_path:-$PATH}
+export vm_path
+
+vm_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+vm_top=$(cd -- "$vm_dir/../../.." && pwd -P)
+vm_cache=${VFIO_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vfio-rust}
+vm_logs=$vm_cache/logs
+vm_src=$vm_cache/src/linux-source-7.3
+vm_build=$vm_cache/build
+
+die()
+{
+	printf '%s: %s\n' "${0##*/}" "$1" >&2
+	shift
+	[ $# -eq 0 ] || printf '  %s\n' "$@" >&2
+	exit 1
+}
+
+say()
+{
+	[ "${QUIET:-}" = 1 ] || printf '%s\n' "$*" >&2
+}
+
+# The folder of the kernel that modules are built against and that is booted.
+kdir()
+{
+	printf '%s\n' "${KDIR:-$vm_build}"
+}
+
+# Where the modules of that kernel are installed for the test machine.
+modroot()
+{
+	local name=modroot
+
+	[ "$(kdir)" = "$vm_build" ] || name+=-$(kdir | cksum | cut -d' ' -f1)
+	printf '%s\n' "$vm_cache/$name"
+}
+
+# The newest LLVM of the distribution that has all that the kernel asks for.
+llvm_bin()
+{
+	local dir found=
+
+	while read -r dir; do
+		[ -x "$dir/clang" ] && [ -x "$dir/ld.lld" ] &&
+			[ -x "$dir/llvm-ar" ] &&
+			compgen -G "${dir%/bin}/lib/libclang-[0-9]*.so*" >/dev/null &&
+			found=$dir
+	done < <(compgen -G '/usr/lib/llvm-*/bin' | sort -V)
+	[ -n "$found" ] && printf '%s\n' "$found"
+}
+
+# A fixed PATH keeps other toolchains out: a rustc without the kernel's
+# rust-src, or of another version, breaks the build in ways hard to read.
+tool_env()
+{
+	local llvm
+
+	llvm=$(llvm_bin) || llvm=
+	RUSTC=${RUSTC:-/usr/bin/rustc}
+	PATH=$vm_cache/tools/bin${llvm:+:$llvm}:${RUSTC%/*}:/usr/bin:/bin:/usr/sbin:/sbin
+	RUSTDOC=${RUSTC%/*}/rustdoc
+	RUSTFMT=${RUSTC%/*}/rustfmt
+	LLVM=1
+	[ -z "$llvm" ] || LIBCLANG_PATH=${llvm%/bin}/lib
+	[ "${V:-}" != 1 ] || export KBUILD_VERBOSE=1
+	# The variables and the job server of the make that runs the scripts are
+	# not meant for the builds that they start.
+	unset MAKEFLAGS MFLAGS MAKELEVEL RUSTFLAGS RUSTUP_TOOLCHAIN
+	export PATH RUSTC RUSTDOC RUSTFMT LLVM LIBCLANG_PATH
+}
+
+# The source tree of the kernel in kdir().
+ksrc()
+{
+	local dir
+
+	dir=$(kdir)
+	if [ -n "${KDIR:-}" ]; then
+		[ ! -e "$dir/source" ] || dir=$(realpath -- "$dir/source")
+		printf '%s\n' "$dir"
+	else
+		printf '%s\n' "$vm_src"
+	fi
+}
+
+# True when version $1 is at least $2.
+at_least()
+{
+	printf '%s\n%s\n' "$2" "$1" | sort -VC
+}
+
+# The first version number that a tool prints.
+tool_version()
+{
+	"$@" 2>/dev/null | grep -oEm1 '[0-9]+\.[0-9]+(\.[0-9]+)?' | head -n 1
+}
+
+# Words that make a command run as root, none for root itself.
+root_prefix()
+{
+	if [ "$(id -u)" = 0 ]; then
+		return
+	elif command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
+		echo sudo
+	else
+		return 1
+	fi
+}
+
+# A cargo for programs of this machine: the user's own, else the distribution's.
+find_cargo()
+{
+	local cargo
+
+	for cargo in "$(PATH=$vm_path command -v cargo)" "$HOME/.cargo/bin/cargo" \
+		/usr/bin/cargo; do
+		if [ -x "$cargo" ] && at_least "$(tool_version "$cargo" --version)" 1.70
+		then
+			printf '%s\n' "$cargo"
+			return
+		fi
+	done
+	return 1
+}
+
+# Run that cargo in its own environment, not in the one of kernel builds.
+run_cargo()
+{
+	local cargo
+
+	cargo=$(find_cargo) || return 1
+	env -u RUSTC -u RUSTDOC -u RUSTFLAGS PATH="${cargo%/*}:$vm_path" "$cargo" "$@"
+}
