@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The vfio_mock device as its users see it: identity, registers, and the two
+ * functions (pattern and digest) that tell what its memory holds.
+ *
+ * For user space programs; everything is little-endian, and the readers and
+ * writers of 64-bit words here expect a little-endian host.
+ */
+#ifndef VFIO_MOCK_H
+#define VFIO_MOCK_H
+
+#include <linux/types.h>
+#include <string.h>
+
+#define VFIO_MOCK_VENDOR_ID	0x1af4
+#define VFIO_MOCK_DEVICE_ID	0x10f0
+#define VFIO_MOCK_CLASS		0xff0000
+
+#define VFIO_MOCK_MAGIC		0x4b4d4656	/* "VFMK" */
+#define VFIO_MOCK_ABI_VERSION	1
+#define VFIO_MOCK_PAGE_SIZE	4096
+
+#define VFIO_MOCK_BAR0_SIZE	0x4000
+#define VFIO_MOCK_MSIX_CAP	0x40
+#define VFIO_MOCK_MSIX_VECTORS	4
+#define VFIO_MOCK_MSIX_TABLE	0x1000
+#define VFIO_MOCK_MSIX_PBA	0x2000
+
+/* Registers in BAR0 */
+#define VFIO_MOCK_REG_MAGIC		0x00	/* u32, read-only */
+#define VFIO_MOCK_REG_ABI_VERSION	0x04	/* u32, read-only */
+#define VFIO_MOCK_REG_STATE_SIZE	0x08	/* u64, read-only: bytes of BAR2 */
+#define VFIO_MOCK_REG_PAGE_SIZE		0x10	/* u32, read-only */
+#define VFIO_MOCK_REG_STATUS		0x14	/* u32, read-only */
+#define VFIO_MOCK_REG_SCRATCH		0x18	/* u64 */
+#define VFIO_MOCK_REG_ADDR		0x20	/* u64: byte offset in BAR2 */
+#define VFIO_MOCK_REG_LEN		0x28	/* u64: bytes */
+#define VFIO_MOCK_REG_SEED		0x30	/* u64 */
+#define VFIO_MOCK_REG_DOORBELL		0x38	/* u32, write-only: a command */
+#define VFIO_MOCK_REG_IRQ_VECTOR	0x3c	/* u32: signalled on completion */
+#define VFIO_MOCK_REG_RESULT		0x40	/* u64, read-only */
+#define VFIO_MOCK_REG_COMPLETIONS	0x48	/* u64, read-only */
+#define VFIO_MOCK_REG_ERROR		0x50	/* u32, read-only */
+#define VFIO_MOCK_REG_SAVE_DELAY	0x54	/* u32, not migrated: us per record */
+#define VFIO_MOCK_REG_DROPPED		0x58	/* u64, read-only, not migrated */
+#define VFIO_MOCK_REGS_END		0x60
+
+#define VFIO_MOCK_STATUS_BUSY		0x1
+#define VFIO_MOCK_STATUS_DONE		0x2
+#define VFIO_MOCK_STATUS_ERROR		0x4
+
+#define VFIO_MOCK_CMD_FILL		1
+#define VFIO_MOCK_CMD_CHECKSUM		2
+#define VFIO_MOCK_CMD_REINIT		3
+
+#define VFIO_MOCK_ERROR_NONE		0
+#define VFIO_MOCK_ERROR_COMMAND		1
+#define VFIO_MOCK_ERROR_RANGE		2
+
+#define VFIO_MOCK_IRQ_NONE		0xffffffffU
+
+#define VFIO_MOCK_GOLDEN		0x9E3779B97F4A7C15ULL
+
+/* The finaliser of splitmix64. */
+static inline __u64 vfio_mock_mix(__u64 z)
+{
+	z ^= z >> 30;
+	z *= 0xBF58476D1CE4E5B9ULL;
+	z ^= z >> 27;
+	z *= 0x94D049BB133111EBULL;
+	z ^= z >> 31;
+	return z;
+}
+
+/* The 8 bytes of the pattern of @seed at device offsets 8 * @index and on. */
+static inline __u64 vfio_mock_pattern_word(__u64 seed, __u64 index)
+{
+	return vfio_mock_mix(seed + (index + 1) * VFIO_MOCK_GOLDEN);
+}
+
+/* The byte of the pattern of @seed at device offset @offset. */
+static inline __u8 vfio_mock_pattern_byte(__u64 seed, __u64 offset)
+{
+	return vfio_mock_pattern_word(seed, offset >> 3) >> (8 * (offset & 7));
+}
+
+/* Writes to @buf what FILL with @seed puts at [@offset, @offset + @len). */
+static inline void vfio_mock_pattern(void *buf, __u64 seed, __u64 offset,
+				     __u64 len)
+{
+	__u8 *p = buf;
+	__u64 word;
+
+	while (len && (offset & 7)) {
+		*p++ = vfio_mock_pattern_byte(seed, offset++);
+		len--;
+	}
+	for (; len >= 8; len -= 8, offset += 8, p += 8) {
+		word = vfio_mock_pattern_word(seed, offset >> 3);
+		memcpy(p, &word, 8);
+	}
+	while (len--)
+		*p++ = vfio_mock_pattern_byte(seed, offset++);
+}
+
+/* One step of the digest. */
+static inline __u64 vfio_mock_digest_word(__u64 h, __u64 word)
+{
+	return (((h << 5) | (h >> 59)) ^ word) * VFIO_MOCK_GOLDEN;
+}
+
+/* The digest of @len bytes from @h; a last short word is padded with zeroes. */
+static inline __u64 vfio_mock_digest(__u64 h, const void *buf, __u64 len)
+{
+	const __u8 *p = buf;
+	__u64 word;
+
+	for (; len >= 8; len -= 8, p += 8) {
+		memcpy(&word, p, 8);
+		h = vfio_mock_digest_word(h, word);
+	}
+	if (len) {
+		word = 0;
+		memcpy(&word, p, len);
+		h = vfio_mock_digest_word(h, word);
+	}
+	return h;
+}
+
+/* What the command CHECKSUM leaves in RESULT for a range that holds @buf. */
+static inline __u64 vfio_mock_checksum(const void *buf, __u64 len)
+{
+	return vfio_mock_digest(len, buf, len);
+}
+
+#endif /* VFIO_MOCK_H */

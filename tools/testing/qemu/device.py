@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-2.0
+"""One mediated device: its life in sysfs, and what it holds while a VMM has it.
+
+A VMM owns its device alone. The kernel lends us its file descriptors, though
+(pidfd_getfd), and through them the device itself says what it holds and how
+much it has left to send.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import struct
+import time
+import uuid
+from pathlib import Path
+
+BUS = Path("/sys/class/mdev_bus")
+DEVICES = Path("/sys/bus/mdev/devices")
+DEBUGFS = Path("/sys/kernel/debug/vfio")
+
+SYS_PIDFD_GETFD = 438
+
+# <linux/vfio.h>
+VFIO_IO = 0x3B00 + 100
+VFIO_DEVICE_GET_REGION_INFO = VFIO_IO + 8
+VFIO_DEVICE_FEATURE = VFIO_IO + 17
+VFIO_MIG_GET_PRECOPY_INFO = VFIO_IO + 21
+VFIO_DEVICE_FEATURE_SET = 1 << 17
+VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE = 2
+VFIO_DEVICE_STATE_STOP = 1
+
+DEVICE_FILE = re.compile(r"anon_inode:\[vfio-device\]|/dev/vfio/devices/.*")
+STREAM_FILE = re.compile(r"anon_inode:.*mig.*")
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Device:
+    """A mediated device of a parent's type, from creation to removal."""
+
+    def __init__(self, parent, mdev_type):
+        types = BUS / parent / "mdev_supported_types"
+        self.uuid = str(uuid.uuid4())
+        self.path = DEVICES / self.uuid
+        (types / mdev_type / "create").write_text(self.uuid)
+
+    def remove(self, timeout=10):
+        """Removes the device; one that is still in use stays a moment."""
+        deadline = time.monotonic() + timeout
+        while self.path.exists():
+            try:
+                (self.path / "remove").write_text("1")
+            except OSError as error:
+                busy = error.errno in (errno.EAGAIN, errno.EBUSY)
+                if not busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+
+    def _debugfs(self, name):
+        with contextlib.suppress(OSError):
+            return (DEBUGFS / self.uuid / "migration" / name).read_text()
+        return ""
+
+    def state(self):
+        """The migration state, empty when the kernel does not tell."""
+        return self._debugfs("state").strip()
+
+    def features(self):
+        """The names of what the device can do for migration."""
+        return self._debugfs("features").split()
+
+
+@contextlib.contextmanager
+def borrow(pid, pattern):
+    """A copy of the one file of process `pid` that `pattern` tells, or None.
+
+    Kept for one question only: the device must see the owner's close().
+    """
+    pidfd = fd = -1
+    try:
+        number = _find_file(pid, pattern)
+        if number is not None:
+            pidfd = os.pidfd_open(pid)
+            fd = libc.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
+        yield fd if fd >= 0 else None
+    finally:
+        for each in (fd, pidfd):
+            if each >= 0:
+                os.close(each)
+
+
+def _find_file(pid, pattern):
+    folder = Path(f"/proc/{pid}/fd")
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if pattern.fullmatch(os.readlink(entry)):
+                return int(entry.name)
+    return None
+
+
+def bytes_left(pid):
+    """(initial, dirty) of the stream that process `pid` reads, or None."""
+    with contextlib.suppress(OSError), borrow(pid, STREAM_FILE) as fd:
+        if fd is not None:
+            # struct vfio_precopy_info
+            info = bytearray(struct.pack("=IIQQ", 24, 0, 0, 0))
+            fcntl.ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, info)
+            return struct.unpack("=IIQQ", info)[2:]
+    return None
+
+
+def finish_loading(pid):
+    """Takes the device of process `pid` from RESUMING to STOP.
+
+    That puts in effect what was loaded, and is a part of the way to RUNNING
+    that the VMM goes next.
+    """
+    with borrow(pid, DEVICE_FILE) as fd:
+        if fd is None:
+            raise OSError(errno.ENODEV, f"process {pid} has no VFIO device")
+        flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
+        feature = struct.pack("=IIIi", 16, flags, VFIO_DEVICE_STATE_STOP, -1)
+        fcntl.ioctl(fd, VFIO_DEVICE_FEATURE, bytearray(feature))
+
+
+def read_region(pid, index):
+    """All that region `index` of the device of process `pid` holds."""
+    with borrow(pid, DEVICE_FILE) as fd:
+        if fd is None:
+            raise OSError(errno.ENODEV, f"process {pid} has no VFIO device")
+        # struct vfio_region_info
+        info = bytearray(struct.pack("=IIIIQQ", 32, 0, index, 0, 0, 0))
+        fcntl.ioctl(fd, VFIO_DEVICE_GET_REGION_INFO, info)
+        size, offset = struct.unpack("=IIIIQQ", info)[4:]
+        parts = []
+        while size:
+            part = os.pread(fd, min(size, 1 << 20), offset)
+            if not part:
+                raise OSError(errno.EIO, f"region {index} ends early")
+            parts.append(part)
+            size -= len(part)
+            offset += len(part)
+        return b"".join(parts)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-2.0
+"""A QEMU process with one VFIO device, and the guest that it runs."""
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import time
+
+from qmp import Qmp, QmpError
+from view import size
+
+# A test kernel need not test itself again in every guest.
+KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 kunit.enable=0"
+
+PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
+
+
+class Failure(Exception):
+    """Something is not as it must be; the scenario ends here."""
+
+
+class Guest:
+    """What guest.c reports. The object follows its guest to the target."""
+
+    def __init__(self):
+        self.buffer = b""
+        self.lines = []
+        self.progress = {}
+        self.ready = None
+        self.verdicts = []
+        self.troubles = []
+
+    def feed(self, data):
+        """Takes in bytes of the serial port, in whatever pieces they come."""
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        for line in lines:
+            self._line(line.decode(errors="replace"))
+
+    def _line(self, line):
+        self.lines.append(line)
+        word, _, rest = line.partition(" ")
+        pairs = {k: v.strip('"') for k, v in PAIR.findall(rest)}
+        if word == "@work":
+            self.progress = pairs
+        elif word == "@ready":
+            self.ready = pairs
+        elif word == "@verdict":
+            self.progress = pairs
+            self.verdicts.append(pairs)
+        elif word in ("@fatal", "@mismatch", "@unknown"):
+            self.troubles.append(line)
+
+    def count(self, name):
+        """One counter of the last report."""
+        return int(self.progress.get(name, 0))
+
+    def reaches(self, **counters):
+        """True when each counter is as high as asked."""
+        return all(self.count(k) >= v for k, v in counters.items())
+
+    def work_done(self):
+        """The guest's work so far, for people."""
+        written = size(self.count("written") + self.count("filled"))
+        return (
+            f"generation {self.count('gen')}, {written} written, "
+            f"{self.count('doorbells')} doorbells, "
+            f"{self.count('irqs')} interrupts, "
+            f"{self.count('mismatches')} mismatches"
+        )
+
+
+class Machine:
+    """A QEMU process, from start to close()."""
+
+    def __init__(self, name, options, plan, mdev, guest=None):
+        self.name = name
+        self.guest = guest
+        self.folder = options.folder / name
+        self.folder.mkdir()
+        self.states = []
+        self.closed = False
+        self.excused = 0
+        report, far_report = socket.socketpair()
+        monitor, far_monitor = socket.socketpair()
+        self.report = report
+        self.report.setblocking(False)
+        self.qmp = Qmp(monitor)
+        argv = self._argv(options, plan, mdev, far_report, far_monitor)
+        with open(self.folder / "stderr", "wb") as stderr:
+            self.process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=(far_report.fileno(), far_monitor.fileno()),
+            )
+        far_report.close()
+        far_monitor.close()
+
+    def _argv(self, options, plan, mdev, report, monitor):
+        vfio = ["vfio-pci", "id=mock", f"sysfsdev={mdev.path}"]
+        # Without a feature that migration needs, QEMU must not even start.
+        vfio += ["enable-migration=on", "migration-events=on"]
+        vfio += plan.properties
+        argv = [options.qemu, "-nodefaults", "-display", "none", "-no-reboot"]
+        argv += ["-machine", "q35", "-m", options.memory, "-S"]
+        if os.access("/dev/kvm", os.R_OK | os.W_OK):
+            argv += ["-accel", "kvm"]
+        # The plainest model runs where the real one, nested, does not.
+        argv += ["-cpu", "qemu64"]
+        argv += ["-kernel", options.kernel, "-initrd", options.initramfs]
+        argv += ["-append", f"{KERNEL_OPTIONS} {options.append}"]
+        argv += ["-serial", f"file:{self.folder / 'console'}"]
+        argv += ["-chardev", f"socket,id=report,fd={report.fileno()}"]
+        argv += ["-serial", "chardev:report"]
+        argv += ["-chardev", f"socket,id=monitor,fd={monitor.fileno()}"]
+        argv += ["-mon", "chardev=monitor,mode=control"]
+        if plan.backend == "iommufd":
+            argv += ["-object", "iommufd,id=iommufd0"]
+            vfio += ["iommufd=iommufd0"]
+        argv += ["-device", ",".join(vfio)]
+        argv += ["-trace", "vfio_migration*", "-trace", "vfio_save*"]
+        argv += ["-trace", "vfio_load*", "-trace", "vfio_state*"]
+        argv += ["-D", str(self.folder / "trace")]
+        if self.guest is None:
+            argv += ["-incoming", "defer"]
+        return argv
+
+    @property
+    def pid(self):
+        """The process id of QEMU."""
+        return self.process.pid
+
+    def start(self, timeout):
+        """Waits until QEMU has made the machine."""
+        try:
+            self.qmp.handshake(timeout)
+        except QmpError as error:
+            raise Failure(f"{self.name} QEMU does not start: {error}") from None
+
+    def allow(self, capability):
+        """Turns a capability of migration on."""
+        state = {"capability": capability, "state": True}
+        self.qmp.command("migrate-set-capabilities", {"capabilities": [state]})
+
+    def poll(self):
+        """Takes in what guest and QEMU say, and notices when QEMU is gone."""
+        self.qmp.poll()
+        for event in self.qmp.take_events("VFIO_MIGRATION"):
+            self.states.append(event["device-state"].upper().replace("-", "_"))
+        if self.qmp.take_events("STOP"):
+            status = self.qmp.command("query-status")["status"]
+            if status in ("internal-error", "guest-panicked", "io-error"):
+                raise Failure(f"{self.name} QEMU stops: {status}")
+        while True:
+            try:
+                data = self.report.recv(65536)
+            except (BlockingIOError, ConnectionError):
+                break
+            if not data:
+                break
+            if self.guest:
+                self.guest.feed(data)
+        if self.process.poll() is not None:
+            status = self.process.returncode
+            raise Failure(f"{self.name} QEMU ended, status {status}")
+
+    def send(self, command):
+        """Gives the guest a command."""
+        self.report.sendall(command.encode() + b"\n")
+
+    def close(self):
+        """Ends QEMU, politely at first; returns once it is gone."""
+        if self.closed:
+            return
+        self.closed = True
+        with contextlib.suppress(QmpError, OSError):
+            if self.process.poll() is None:
+                self.qmp.command("quit", timeout=5)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.report.close()
+        self.qmp.sock.close()
+
+    def read(self, title):
+        """The lines of one of the files that QEMU writes."""
+        with contextlib.suppress(OSError):
+            path = self.folder / title
+            return path.read_text(errors="replace").splitlines()
+        return []
+
+    def excuse(self):
+        """What QEMU complained of until now was to be expected."""
+        self.excused = len(self.read("stderr"))
+
+    def complaints(self):
+        """What QEMU printed that was not to be expected."""
+        return self.read("stderr")[self.excused :]
+
+    def diagnostics(self):
+        """The last words of QEMU and of its guest."""
+        for title in ("stderr", "console", "trace"):
+            for line in ends(self.read(title)):
+                yield f"{self.name} {title}: {line}"
+        for line in self.guest.lines[-20:] if self.guest else ():
+            yield f"{self.name} guest: {line}"
+
+
+def ends(lines, head=8, tail=20):
+    """The first and the last lines of many."""
+    if len(lines) <= head + tail:
+        return lines
+    return [*lines[:head], "...", *lines[-tail:]]
+
+
+def wait(machines, condition, timeout, what, patient=False):
+    """Polls the machines until `condition` holds; its value is returned.
+
+    A guest that finds a mismatch ends the wait, unless told to be patient.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        for machine in machines:
+            machine.poll()
+            for line in machine.guest.troubles if machine.guest else ():
+                if not (patient and line.startswith("@mismatch")):
+                    raise Failure(f"guest: {line}")
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise Failure(f"{what}: not within {timeout} s")
+        time.sleep(0.01)

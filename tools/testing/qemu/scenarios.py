@@ -1,0 +1,480 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Live migration of a guest that works with a vfio_mock device, end to end.
+
+Runs as root where the modules are loaded: the test machine, or your own. Two
+QEMU processes have a device each; the guest of the first one keeps writing to
+its device, migrates to the second one, and goes on there.
+"""
+
+import argparse
+import hashlib
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+
+import device
+from machine import Failure, Guest, Machine, wait
+from qmp import QmpError
+from view import View, size
+
+BAR0, BAR2 = 0, 2
+REG_DROPPED = 0x58
+
+BOOT_TIMEOUT = 240
+WORK_TIMEOUT = 60
+MIGRATE_TIMEOUT = 240
+VERIFY_TIMEOUT = 240
+QUIT_TIMEOUT = 20
+
+# How often a migration is looked at: looking takes time from the guest.
+LOOK_INTERVAL = 0.05
+
+HEADER = (
+    f"{'time':>6} {'source':12} {'target':11} {'initial':>10} "
+    f"{'dirty left':>10} {'sent':>10} {'round':>5} guest at"
+)
+
+
+class Scenario:
+    """One guest, from its start on a source to its end on a target."""
+
+    def __init__(self, options, plan, view):
+        self.options = options
+        self.plan = plan
+        self.view = view
+        self.stack = ExitStack()
+        self.machines = []
+        self.guest = Guest()
+        self.source_mdev = self.target_mdev = None
+
+    def close(self):
+        """Ends what the scenario started, and removes its devices."""
+        self.stack.close()
+
+    def _mdev(self):
+        mdev = device.Device(self.options.parent, self.options.type)
+        self.stack.callback(mdev.remove)
+        return mdev
+
+    def _machine(self, name, mdev, guest=None):
+        machine = Machine(name, self.options, self.plan, mdev, guest)
+        self.stack.callback(machine.close)
+        self.machines.append(machine)
+        machine.start(BOOT_TIMEOUT)
+        for capability in self.plan.capabilities:
+            machine.allow(capability)
+        return machine
+
+    def _drop(self, machine):
+        """Ends a QEMU that has done its part."""
+        machine.close()
+        self.machines.remove(machine)
+        for line in machine.complaints():
+            self.view.say(f"{machine.name} QEMU says: {line}")
+
+    def boot(self):
+        """Starts the source and waits until its guest works."""
+        start = time.monotonic()
+        self.source_mdev = self._mdev()
+        self.target_mdev = self._mdev()
+        source = self._machine("source", self.source_mdev, self.guest)
+        source.qmp.command("cont")
+        wait(
+            [source],
+            lambda: self.guest.ready,
+            BOOT_TIMEOUT,
+            "the guest finds its device",
+        )
+        wait(
+            [source],
+            lambda: self.guest.count("irqs") >= 8,
+            WORK_TIMEOUT,
+            "the guest works with its device",
+        )
+        ready = self.guest.ready
+        self.view.say(
+            f"guest up in {time.monotonic() - start:.0f} s with device "
+            f"{ready['pci']}, state {size(int(ready['state_size']))}, "
+            f"interrupts by {ready['irq']}"
+        )
+        self.view.say(f"guest works: {self.guest.work_done()}")
+        return source
+
+    def target(self, name="target"):
+        """Starts a QEMU that waits for the guest."""
+        return self._machine(name, self.target_mdev)
+
+    def begin(self, source, target, bandwidth):
+        """Starts the migration."""
+        path = f"unix:{target.folder / 'stream'}"
+        target.qmp.command("migrate-incoming", {"uri": path})
+        source.qmp.command(
+            "migrate-set-parameters", {"max-bandwidth": bandwidth << 20}
+        )
+        source.states.clear()
+        source.qmp.command("migrate", {"uri": path})
+
+    def watch(self, source, target, until):
+        """Shows the migration until `until` tells the end of the watch."""
+        start = time.monotonic()
+        last = None
+        self.view.say(HEADER)
+
+        def look():
+            nonlocal last
+            if last and time.monotonic() < last + LOOK_INTERVAL:
+                return None
+            last = time.monotonic()
+            sample = Sample(source, self.source_mdev, self.target_mdev)
+            self.view.follow(
+                (sample.state, sample.target_state),
+                f"{last - start:4.1f} s {sample} {self.guest.count('gen'):8}",
+            )
+            return sample if until(sample) else None
+
+        sample = wait([source, target], look, MIGRATE_TIMEOUT, "migration")
+        self.view.settle()
+        return sample
+
+    def complete(self, source, target):
+        """Migrates, compares, and lets the guest go on; returns the facts."""
+        self.begin(source, target, self.options.bandwidth)
+        sample = self.watch(
+            source, target, lambda s: s.status in ("completed", "failed")
+        )
+        if sample.status != "completed":
+            why = sample.info.get("error-desc", "no reason given")
+            raise Failure(f"the migration fails: {why}")
+        wait(
+            [source, target],
+            lambda: incoming_done(target),
+            MIGRATE_TIMEOUT,
+            "the target takes everything in",
+        )
+        expect("state of the source's device", self.source_mdev.state(), "STOP")
+        digest = self.compare(source, target)
+        self.view.say(f"devices at switchover: equal, sha256 {digest[:16]}")
+
+        target.guest, source.guest = self.guest, None
+        target.qmp.command("cont")
+        self.work_on(target, self.target_mdev)
+        features = self.target_mdev.features()
+        expect("source's states", source.states, source_states(features))
+        expect("target's states", target.states, target_states(features))
+        self._drop(source)
+        return sample
+
+    def compare(self, source, target):
+        """Compares all that both devices hold, while both stand still."""
+        both = (source.pid, target.pid)
+        try:
+            device.finish_loading(target.pid)
+            registers = [device.read_region(pid, BAR0) for pid in both]
+            memory = [device.read_region(pid, BAR2) for pid in both]
+        except OSError as error:
+            raise Failure(f"cannot look into a device: {error}") from None
+        for name, bar in zip(("source", "target"), registers):
+            (dropped,) = struct.unpack_from("<Q", bar, REG_DROPPED)
+            expect(f"writes that the {name}'s device dropped", dropped, 0)
+        same("registers", *registers)
+        same("memory", *memory)
+        if memory[0].count(0) > len(memory[0]) // 2:
+            raise Failure("the device's memory is empty: nothing was proved")
+        return hashlib.sha256(memory[0]).hexdigest()
+
+    def work_on(self, machine, mdev):
+        """Checks that guest and device go on working."""
+        wait(
+            [machine],
+            lambda: mdev.state() == "RUNNING",
+            WORK_TIMEOUT,
+            f"the device of the {machine.name} runs",
+        )
+        generation = self.guest.count("gen") + 16
+        irqs = self.guest.count("irqs") + 2
+        wait(
+            [machine],
+            lambda: self.guest.reaches(gen=generation, irqs=irqs),
+            WORK_TIMEOUT,
+            f"the guest works on the {machine.name}",
+        )
+
+    def verify(self, machine):
+        """Has the guest compare its whole device with its own model."""
+        known = len(self.guest.verdicts)
+        machine.send("verify")
+        wait(
+            [machine],
+            lambda: len(self.guest.verdicts) > known,
+            VERIFY_TIMEOUT,
+            f"the guest's check on the {machine.name}",
+            patient=True,
+        )
+        verdict = self.guest.verdicts[-1]
+        self.view.say(
+            f"guest on the {machine.name}: {verdict['result']}, "
+            f"{size(int(verdict['checksummed']))} by checksum, "
+            f"{size(int(verdict['readback']))} read back, "
+            f"{verdict['checks']} checks so far"
+        )
+        self.view.say(f"guest works: {self.guest.work_done()}")
+        if verdict["result"] != "ok" or verdict["mismatches"] != "0":
+            raise Failure(f"the guest's check fails: {self.guest.troubles[0]}")
+
+    def quit(self, machine):
+        """Lets the guest turn its machine off."""
+        machine.send("quit")
+        try:
+            machine.process.wait(QUIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise Failure("the guest does not turn off") from None
+        self._drop(machine)
+
+    def summary(self, sample):
+        """The one line that says it all."""
+        return (
+            f"state {size(int(self.guest.ready['state_size']))}, "
+            f"streamed {size(sample.sent)} in {sample.rounds} rounds, "
+            f"downtime {sample.info['downtime']} ms, "
+            "devices equal at switchover, guest's check on the target ok"
+        )
+
+
+class Sample:
+    """A migration at one moment, as QEMU and the devices tell it."""
+
+    def __init__(self, source, source_mdev, target_mdev):
+        self.state = source_mdev.state()
+        self.target_state = target_mdev.state()
+        self.left = device.bytes_left(source.pid)
+        self.info = source.qmp.command("query-migrate")
+        self.status = self.info.get("status", "none")
+        self.sent = self.info.get("vfio", {}).get("transferred", 0)
+        # A round ends when QEMU asks all devices what they still have.
+        self.rounds = self.info.get("ram", {}).get("dirty-sync-count", 0)
+
+    def __str__(self):
+        initial, dirty = map(size, self.left) if self.left else "--"
+        return (
+            f"{self.state or '-':12} {self.target_state or '-':11} "
+            f"{initial:>10} {dirty:>10} {size(self.sent):>10} {self.rounds:5}"
+        )
+
+
+def source_states(features):
+    """The way of a device that leaves, by the features it has."""
+    p2p = "p2p" in features
+    if "pre-copy" in features:
+        start = ["PRE_COPY", "PRE_COPY_P2P"] if p2p else ["PRE_COPY"]
+    else:
+        start = ["RUNNING_P2P", "STOP"] if p2p else ["STOP"]
+    return [*start, "STOP_COPY", "STOP"]
+
+
+def target_states(features):
+    """The way of a device that arrives."""
+    if "p2p" in features:
+        return ["RESUMING", "RUNNING_P2P", "RUNNING"]
+    return ["RESUMING", "RUNNING"]
+
+
+def incoming_done(target):
+    """True once the target holds the whole guest."""
+    info = target.qmp.command("query-migrate")
+    status = info.get("status")
+    if status == "failed":
+        raise Failure(f"the target fails: {info.get('error-desc')}")
+    return status == "completed"
+
+
+def expect(what, got, want):
+    """Fails unless a value is the wanted one."""
+    if got != want:
+        raise Failure(f"{what}: {got}, not {want}")
+
+
+def same(what, one, other):
+    """Fails unless two regions hold the same bytes, and tells where not."""
+    if one == other:
+        return
+    if len(one) != len(other):
+        raise Failure(f"{what}: {len(one)} and {len(other)} bytes")
+    bad = [i for i, (a, b) in enumerate(zip(one, other)) if a != b]
+    raise Failure(
+        f"{what}: {len(bad)} bytes differ between source and target, "
+        f"first at 0x{bad[0]:x}, last at 0x{bad[-1]:x}"
+    )
+
+
+def migrate(scenario):
+    """The guest migrates while it works."""
+    source = scenario.boot()
+    target = scenario.target()
+    sample = scenario.complete(source, target)
+    scenario.verify(target)
+    scenario.quit(target)
+    return scenario.summary(sample)
+
+
+def cancel(scenario):
+    """The migration is cancelled half-way, and a second one completes."""
+    source = scenario.boot()
+    target = scenario.target("target")
+    if "pre-copy" not in scenario.source_mdev.features():
+        raise Failure("without pre-copy there is no half-way")
+    scenario.begin(source, target, scenario.options.slow_bandwidth)
+    whole = 0
+
+    def half_way(sample):
+        nonlocal whole
+        if sample.status in ("completed", "failed"):
+            raise Failure(f"the migration is {sample.status} before half-way")
+        left = sum(sample.left) if sample.left else 0
+        whole = max(whole, left)
+        return sample.sent and 0 < left <= whole // 2
+
+    scenario.watch(source, target, half_way)
+    source.qmp.command("migrate_cancel")
+    wait(
+        [source],
+        lambda: source.qmp.command("query-migrate")["status"] == "cancelled",
+        MIGRATE_TIMEOUT,
+        "QEMU cancels the migration",
+    )
+    # Both sides may complain that the stream ended early.
+    target.close()
+    scenario.machines.remove(target)
+    scenario.work_on(source, scenario.source_mdev)
+    expect("source's states", source.states, ["PRE_COPY", "RUNNING"])
+    source.excuse()
+    scenario.view.say("cancelled half-way, the source goes on")
+    scenario.verify(source)
+
+    target = scenario.target("second-target")
+    sample = scenario.complete(source, target)
+    scenario.verify(target)
+    scenario.quit(target)
+    return "cancelled half-way, then " + scenario.summary(sample)
+
+
+# How a scenario goes, and what QEMU is told for it.
+Plan = namedtuple("Plan", "play title backend capabilities properties")
+
+SCENARIOS = {
+    "group": Plan(migrate, "group and container", "group", (), ()),
+    "iommufd": Plan(migrate, "character device and iommufd", "iommufd", (), ()),
+    "cancel": Plan(
+        cancel, "cancelled half-way, then completed", "iommufd", (), ()
+    ),
+    "multifd": Plan(
+        migrate,
+        "device state over a channel of its own, switchover acknowledged",
+        "iommufd",
+        ("multifd", "return-path", "switchover-ack"),
+        ("x-migration-multifd-transfer=on",),
+    ),
+}
+
+
+def run(name, options, view):
+    """Runs one scenario; returns (passed, one line)."""
+    plan = SCENARIOS[name]
+    view.say(f"{name}: {plan.title}")
+    with tempfile.TemporaryDirectory(prefix="vfio-demo-") as folder:
+        options.folder = Path(folder)
+        scenario = Scenario(options, plan, view)
+        try:
+            try:
+                return True, plan.play(scenario)
+            except (Failure, QmpError, OSError) as error:
+                view.settle()
+                diagnose(scenario, view)
+                return False, str(error)
+            finally:
+                scenario.close()
+        except OSError as error:
+            return False, f"cannot clean up: {error}"
+
+
+def diagnose(scenario, view):
+    """Says all that may help to understand a failure."""
+    for mdev in (scenario.source_mdev, scenario.target_mdev):
+        if mdev:
+            view.say(f"device {mdev.uuid}: {mdev.state()}")
+    for machine in scenario.machines:
+        for line in machine.diagnostics():
+            view.say(line)
+    dmesg = subprocess.run(
+        ["dmesg"], capture_output=True, text=True, check=False
+    )
+    for line in dmesg.stdout.splitlines()[-20:]:
+        view.say(f"kernel: {line}")
+
+
+def parse(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Scenarios: "
+        + "; ".join(f"{name}: {p.title}" for name, p in SCENARIOS.items()),
+    )
+    add = parser.add_argument
+    add("scenario", nargs="*", default=list(SCENARIOS), help="what to run")
+    add("--kernel", required=True, help="kernel of the guest")
+    add("--initramfs", required=True, help="initramfs, from initramfs.py")
+    add("--append", default="", help="more options for the guest's kernel")
+    add("--qemu", default="qemu-system-x86_64", help="the QEMU to run")
+    add("--memory", default="160", help="memory of the guest in MiB")
+    add("--parent", default="vfio_mock", help="parent of the devices")
+    add("--type", default="vfio_mock-16M", help="type of the devices")
+    add("--bandwidth", type=int, default=32, help="limit in MiB/s")
+    add(
+        "--slow-bandwidth",
+        type=int,
+        default=8,
+        help="limit in MiB/s of a migration to be cancelled",
+    )
+    add("--tap", action="store_true", help="print TAP")
+    add("--columns", type=int, default=0, help="width of the terminal, if any")
+    options = parser.parse_args(argv)
+    for name in options.scenario:
+        if name not in SCENARIOS:
+            parser.error(f"no scenario {name}")
+    if not shutil.which(options.qemu):
+        parser.error(f"{options.qemu}: not found")
+    return options
+
+
+def main(argv):
+    """Runs the scenarios; status 0 only if all of them pass."""
+    options = parse(argv)
+    names = options.scenario
+    if options.tap:
+        view = View(prefix="# ")
+        print(f"TAP version 13\n1..{len(names)}", flush=True)
+    else:
+        view = View(columns=options.columns)
+    failed = 0
+    for number, name in enumerate(names, 1):
+        passed, text = run(name, options, view)
+        failed += not passed
+        if options.tap:
+            word = "ok" if passed else "not ok"
+            print(f"{word} {number} - {name}: {text}", flush=True)
+        else:
+            view.say(f"{name}: {'PASS' if passed else 'FAIL'}: {text}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
