@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * A small library over the VFIO migration uAPI for the tests beside it: devices
+ * of either backend, the features and ioctls, whole streams in memory, and a
+ * model of the state machine.
+ *
+ * Functions return 0 (or a count) or a negative errno; none of them judges.
+ */
+#ifndef MIG_H
+#define MIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include <linux/types.h>
+#include <linux/vfio.h>
+
+/* The number under which the draft of the pre-copy series had this ioctl. */
+#define MIG_DRAFT_PRECOPY_INFO	_IO(VFIO_TYPE, VFIO_BASE + 22)
+
+#define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
+
+/* Upper bound for anything that must happen at once: a guard against hangs. */
+#define MIG_HANG_SECONDS	20
+
+enum mig_backend {
+	MIG_GROUP,	/* /dev/vfio/N in a type1 container */
+	MIG_IOMMUFD,	/* /dev/vfio/devices/vfioN bound to an iommufd */
+};
+
+struct mig_device {
+	const char *sysfs;
+	enum mig_backend backend;
+	int fd;
+	int group;
+	int iommu;		/* the container or the iommufd */
+	__u64 flags;		/* of VFIO_DEVICE_FEATURE_MIGRATION, 0: none */
+	struct vfio_device_info info;
+	char why[256];		/* what mig_open() stumbled over */
+};
+
+/*
+ * Opens the device at @sysfs and asks its migration flags. -EOPNOTSUPP means
+ * that device or kernel do not offer @backend; dev->why says what is missing.
+ */
+int mig_open(struct mig_device *dev, const char *sysfs, enum mig_backend backend);
+void mig_close(struct mig_device *dev);
+
+/* Closes and opens the device alone: the container or iommufd stays. */
+void mig_close_device(struct mig_device *dev);
+int mig_reopen_device(struct mig_device *dev);
+
+/* One VFIO_DEVICE_FEATURE call: @size bytes at @data go in and come back. */
+int mig_feature(const struct mig_device *dev, __u32 flags, void *data, size_t size);
+/* The same with an argsz that does not match the buffer. */
+int mig_feature_argsz(const struct mig_device *dev, __u32 flags, void *data,
+		      size_t size, __u32 argsz);
+
+int mig_get_state(const struct mig_device *dev, __u32 *state);
+/* @data_fd may be NULL: a descriptor that comes is closed then. */
+int mig_set_state(const struct mig_device *dev, __u32 state, int *data_fd);
+int mig_data_size(const struct mig_device *dev, __u64 *size);
+int mig_opt_in_v2(const struct mig_device *dev);
+int mig_reset(const struct mig_device *dev);
+int mig_precopy_info(int data_fd, struct vfio_precopy_info *info);
+
+int mig_log_start(const struct mig_device *dev, __u64 *page_size,
+		  const struct vfio_device_feature_dma_logging_range *ranges,
+		  __u32 nr);
+int mig_log_stop(const struct mig_device *dev);
+int mig_log_report(const struct mig_device *dev, __u64 iova, __u64 length,
+		   __u64 page_size, __u64 *bitmap);
+
+int mig_region_info(const struct mig_device *dev, __u32 index,
+		    struct vfio_region_info *info);
+int mig_irq_info(const struct mig_device *dev, __u32 index,
+		 struct vfio_irq_info *info);
+int mig_set_irqs(const struct mig_device *dev, __u32 index, __u32 flags,
+		 __u32 start, __u32 count, const void *data, size_t size);
+
+/* A stream, or a part of one, in memory. */
+struct mig_stream {
+	__u8 *data;
+	size_t len;
+	size_t room;
+};
+
+void mig_stream_free(struct mig_stream *s);
+int mig_stream_add(struct mig_stream *s, const void *data, size_t len);
+int mig_stream_copy(struct mig_stream *to, const struct mig_stream *from);
+
+/* One read() of at most @max bytes, appended: its count or -errno. */
+ssize_t mig_read(int data_fd, struct mig_stream *s, size_t max);
+
+/*
+ * Reads to the end of the stream: 0 at a permanent end, -ENOMSG at a temporary
+ * one, -EFBIG when @limit bytes have come and there is no end.
+ */
+int mig_save(int data_fd, struct mig_stream *s, size_t limit);
+
+/*
+ * Writes @len bytes in pieces of @chunk (0: in one piece). @done, which may be
+ * NULL, receives how many bytes were taken.
+ */
+int mig_load(int data_fd, const void *data, size_t len, size_t chunk, size_t *done);
+
+/* The events of one poll(), or -errno. */
+int mig_poll(int data_fd, short events, int timeout_ms);
+
+/* Is the session of this descriptor over, that is, does it say ENODEV? */
+bool mig_fd_is_dead(int data_fd);
+
+/* The state machine, written from the text of the uAPI; see mig_fsm.c. */
+bool mig_fsm_exists(__u64 flags, __u32 state);
+bool mig_fsm_saving(__u32 state);
+
+/*
+ * Does SET_STATE from @from to @to succeed, and with a new data_fd? @path, which
+ * may be NULL, receives the states after @from, ended by ERROR.
+ */
+bool mig_fsm_move(__u64 flags, __u32 from, __u32 to, bool *new_fd,
+		  __u32 path[MIG_STATE_NR]);
+const char *mig_state_name(__u32 state);
+
+#endif /* MIG_H */

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * VFIO devices of either backend, and the ioctls of the migration uAPI.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <linux/iommufd.h>
+
+#include "mig.h"
+
+static int do_ioctl(int fd, unsigned long cmd, void *arg)
+{
+	int ret = ioctl(fd, cmd, arg);
+
+	return ret < 0 ? -errno : ret;
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static int __attribute__((format(printf, 3, 4)))
+complain(struct mig_device *dev, int ret, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(dev->why, sizeof(dev->why), fmt, ap);
+	va_end(ap);
+	return ret;
+}
+
+static int ask_group(struct mig_device *dev)
+{
+	struct vfio_group_status status = { .argsz = sizeof(status) };
+	char path[PATH_MAX + 16], link[PATH_MAX];
+	const char *number;
+	ssize_t len;
+	int ret;
+
+	snprintf(path, sizeof(path), "%s/iommu_group", dev->sysfs);
+	len = readlink(path, link, sizeof(link) - 1);
+	if (len < 0)
+		return complain(dev, -EOPNOTSUPP, "%s: no such link", path);
+	link[len] = 0;
+	number = strrchr(link, '/');
+	number = number ? number + 1 : link;
+
+	dev->iommu = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC);
+	if (dev->iommu < 0)
+		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
+				"/dev/vfio/vfio: %s", strerror(errno));
+	snprintf(path, sizeof(path), "/dev/vfio/%s", number);
+	dev->group = open(path, O_RDWR | O_CLOEXEC);
+	if (dev->group < 0)
+		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
+				"%s: %s", path, strerror(errno));
+
+	ret = do_ioctl(dev->group, VFIO_GROUP_GET_STATUS, &status);
+	if (ret)
+		return complain(dev, ret, "GROUP_GET_STATUS: %s", strerror(-ret));
+	if (!(status.flags & VFIO_GROUP_FLAGS_VIABLE))
+		return complain(dev, -EBUSY, "%s is not viable", path);
+	ret = do_ioctl(dev->group, VFIO_GROUP_SET_CONTAINER, &dev->iommu);
+	if (ret)
+		return complain(dev, ret, "SET_CONTAINER: %s", strerror(-ret));
+	ret = do_ioctl(dev->iommu, VFIO_SET_IOMMU, (void *)(uintptr_t)VFIO_TYPE1v2_IOMMU);
+	if (ret)
+		return complain(dev, ret, "SET_IOMMU: %s", strerror(-ret));
+	return 0;
+}
+
+static int open_in_group(struct mig_device *dev)
+{
+	char name[NAME_MAX + 1];
+	const char *base;
+	int ret;
+
+	base = strrchr(dev->sysfs, '/');
+	snprintf(name, sizeof(name), "%s", base ? base + 1 : dev->sysfs);
+	ret = do_ioctl(dev->group, VFIO_GROUP_GET_DEVICE_FD, name);
+	if (ret < 0)
+		return complain(dev, ret, "GROUP_GET_DEVICE_FD(%s): %s", name,
+				strerror(-ret));
+	dev->fd = ret;
+	return 0;
+}
+
+static int ask_iommufd(struct mig_device *dev)
+{
+	dev->iommu = open("/dev/iommu", O_RDWR | O_CLOEXEC);
+	if (dev->iommu < 0)
+		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
+				"/dev/iommu: %s", strerror(errno));
+	return 0;
+}
+
+static int open_cdev(struct mig_device *dev)
+{
+	struct vfio_device_bind_iommufd bind = { .argsz = sizeof(bind) };
+	struct vfio_device_attach_iommufd_pt attach = { .argsz = sizeof(attach) };
+	struct iommu_ioas_alloc ioas = { .size = sizeof(ioas) };
+	char path[PATH_MAX], node[NAME_MAX + 1] = "";
+	struct dirent *entry;
+	DIR *dir;
+	int ret;
+
+	snprintf(path, sizeof(path), "%s/vfio-dev", dev->sysfs);
+	dir = opendir(path);
+	if (!dir)
+		return complain(dev, -EOPNOTSUPP, "%s: %s", path, strerror(errno));
+	while ((entry = readdir(dir)))
+		if (!strncmp(entry->d_name, "vfio", 4))
+			snprintf(node, sizeof(node), "%s", entry->d_name);
+	closedir(dir);
+	if (!node[0])
+		return complain(dev, -EOPNOTSUPP, "%s is empty", path);
+
+	snprintf(path, sizeof(path), "/dev/vfio/devices/%s", node);
+	dev->fd = open(path, O_RDWR | O_CLOEXEC);
+	if (dev->fd < 0)
+		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
+				"%s: %s", path, strerror(errno));
+	bind.iommufd = dev->iommu;
+	ret = do_ioctl(dev->fd, VFIO_DEVICE_BIND_IOMMUFD, &bind);
+	if (ret)
+		return complain(dev, ret, "BIND_IOMMUFD: %s", strerror(-ret));
+	ret = do_ioctl(dev->iommu, IOMMU_IOAS_ALLOC, &ioas);
+	if (ret)
+		return complain(dev, ret, "IOAS_ALLOC: %s", strerror(-ret));
+	attach.pt_id = ioas.out_ioas_id;
+	ret = do_ioctl(dev->fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach);
+	if (ret)
+		return complain(dev, ret, "ATTACH_IOMMUFD_PT: %s", strerror(-ret));
+	return 0;
+}
+
+int mig_reopen_device(struct mig_device *dev)
+{
+	struct vfio_device_feature_migration migration = {};
+	int ret;
+
+	ret = dev->backend == MIG_GROUP ? open_in_group(dev) : open_cdev(dev);
+	if (ret)
+		return ret;
+
+	dev->info = (struct vfio_device_info){ .argsz = sizeof(dev->info) };
+	ret = do_ioctl(dev->fd, VFIO_DEVICE_GET_INFO, &dev->info);
+	if (ret)
+		return complain(dev, ret, "DEVICE_GET_INFO: %s", strerror(-ret));
+	ret = mig_feature(dev, VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_MIGRATION,
+			  &migration, sizeof(migration));
+	dev->flags = ret ? 0 : migration.flags;
+	return 0;
+}
+
+int mig_open(struct mig_device *dev, const char *sysfs, enum mig_backend backend)
+{
+	int ret;
+
+	*dev = (struct mig_device){
+		.sysfs = sysfs, .backend = backend,
+		.fd = -1, .group = -1, .iommu = -1,
+	};
+	if (access(sysfs, F_OK))
+		return complain(dev, -errno, "%s: %s", sysfs, strerror(errno));
+	ret = backend == MIG_GROUP ? ask_group(dev) : ask_iommufd(dev);
+	if (!ret)
+		ret = mig_reopen_device(dev);
+	if (ret)
+		mig_close(dev);
+	return ret;
+}
+
+void mig_close_device(struct mig_device *dev)
+{
+	close_fd(&dev->fd);
+}
+
+void mig_close(struct mig_device *dev)
+{
+	mig_close_device(dev);
+	close_fd(&dev->group);
+	close_fd(&dev->iommu);
+}
+
+int mig_feature_argsz(const struct mig_device *dev, __u32 flags, void *data,
+		      size_t size, __u32 argsz)
+{
+	size_t len = sizeof(struct vfio_device_feature) + size;
+	struct vfio_device_feature *feature;
+	int ret;
+
+	feature = calloc(1, len > argsz ? len : argsz);
+	if (!feature)
+		return -ENOMEM;
+	feature->argsz = argsz;
+	feature->flags = flags;
+	if (size)
+		memcpy(feature->data, data, size);
+	ret = do_ioctl(dev->fd, VFIO_DEVICE_FEATURE, feature);
+	if (size)
+		memcpy(data, feature->data, size);
+	free(feature);
+	return ret;
+}
+
+int mig_feature(const struct mig_device *dev, __u32 flags, void *data, size_t size)
+{
+	return mig_feature_argsz(dev, flags, data, size,
+				 sizeof(struct vfio_device_feature) + size);
+}
+
+int mig_get_state(const struct mig_device *dev, __u32 *state)
+{
+	struct vfio_device_feature_mig_state mig = {
+		.device_state = ~0U, .data_fd = -2,
+	};
+	int ret;
+
+	ret = mig_feature(dev, VFIO_DEVICE_FEATURE_GET |
+			  VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, &mig, sizeof(mig));
+	*state = mig.device_state;
+	return ret;
+}
+
+int mig_set_state(const struct mig_device *dev, __u32 state, int *data_fd)
+{
+	struct vfio_device_feature_mig_state mig = {
+		.device_state = state, .data_fd = -1,
+	};
+	int ret;
+
+	ret = mig_feature(dev, VFIO_DEVICE_FEATURE_SET |
+			  VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, &mig, sizeof(mig));
+	if (data_fd)
+		*data_fd = mig.data_fd;
+	else
+		close_fd(&mig.data_fd);
+	return ret;
+}
+
+int mig_data_size(const struct mig_device *dev, __u64 *size)
+{
+	struct vfio_device_feature_mig_data_size data = {};
+	int ret;
+
+	ret = mig_feature(dev, VFIO_DEVICE_FEATURE_GET |
+			  VFIO_DEVICE_FEATURE_MIG_DATA_SIZE, &data, sizeof(data));
+	*size = data.stop_copy_length;
+	return ret;
+}
+
+int mig_opt_in_v2(const struct mig_device *dev)
+{
+	return mig_feature(dev, VFIO_DEVICE_FEATURE_SET |
+			   VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2, NULL, 0);
+}
+
+int mig_reset(const struct mig_device *dev)
+{
+	return do_ioctl(dev->fd, VFIO_DEVICE_RESET, NULL);
+}
+
+int mig_precopy_info(int data_fd, struct vfio_precopy_info *info)
+{
+	*info = (struct vfio_precopy_info){ .argsz = sizeof(*info) };
+	return do_ioctl(data_fd, VFIO_MIG_GET_PRECOPY_INFO, info);
+}
+
+int mig_log_start(const struct mig_device *dev, __u64 *page_size,
+		  const struct vfio_device_feature_dma_logging_range *ranges,
+		  __u32 nr)
+{
+	struct vfio_device_feature_dma_logging_control control = {
+		.page_size = *page_size, .num_ranges = nr,
+		.ranges = (uintptr_t)ranges,
+	};
+	int ret;
+
+	ret = mig_feature(dev, VFIO_DEVICE_FEATURE_SET |
+			  VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
+			  &control, sizeof(control));
+	*page_size = control.page_size;
+	return ret;
+}
+
+int mig_log_stop(const struct mig_device *dev)
+{
+	return mig_feature(dev, VFIO_DEVICE_FEATURE_SET |
+			   VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, NULL, 0);
+}
+
+int mig_log_report(const struct mig_device *dev, __u64 iova, __u64 length,
+		   __u64 page_size, __u64 *bitmap)
+{
+	struct vfio_device_feature_dma_logging_report report = {
+		.iova = iova, .length = length, .page_size = page_size,
+		.bitmap = (uintptr_t)bitmap,
+	};
+
+	return mig_feature(dev, VFIO_DEVICE_FEATURE_GET |
+			   VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT,
+			   &report, sizeof(report));
+}
+
+int mig_region_info(const struct mig_device *dev, __u32 index,
+		    struct vfio_region_info *info)
+{
+	*info = (struct vfio_region_info){
+		.argsz = sizeof(*info), .index = index,
+	};
+	return do_ioctl(dev->fd, VFIO_DEVICE_GET_REGION_INFO, info);
+}
+
+int mig_irq_info(const struct mig_device *dev, __u32 index,
+		 struct vfio_irq_info *info)
+{
+	*info = (struct vfio_irq_info){
+		.argsz = sizeof(*info), .index = index,
+	};
+	return do_ioctl(dev->fd, VFIO_DEVICE_GET_IRQ_INFO, info);
+}
+
+int mig_set_irqs(const struct mig_device *dev, __u32 index, __u32 flags,
+		 __u32 start, __u32 count, const void *data, size_t size)
+{
+	struct vfio_irq_set *set = calloc(1, sizeof(*set) + size);
+	int ret;
+
+	if (!set)
+		return -ENOMEM;
+	set->argsz = sizeof(*set) + size;
+	set->flags = flags;
+	set->index = index;
+	set->start = start;
+	set->count = count;
+	if (size)
+		memcpy(set->data, data, size);
+	ret = do_ioctl(dev->fd, VFIO_DEVICE_SET_IRQS, set);
+	free(set);
+	return ret;
+}

@@ -1,0 +1,249 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the test programs share on top of kselftest_harness.h: failure messages
+ * that quote the promise, and the moves every test makes.
+ */
+#ifndef MIG_TEST_H
+#define MIG_TEST_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kselftest_harness.h"
+#include "mig.h"
+
+#define ERROR		((__u32)VFIO_DEVICE_STATE_ERROR)
+#define STOP		((__u32)VFIO_DEVICE_STATE_STOP)
+#define RUNNING		((__u32)VFIO_DEVICE_STATE_RUNNING)
+#define STOP_COPY	((__u32)VFIO_DEVICE_STATE_STOP_COPY)
+#define RESUMING	((__u32)VFIO_DEVICE_STATE_RESUMING)
+#define RUNNING_P2P	((__u32)VFIO_DEVICE_STATE_RUNNING_P2P)
+#define PRE_COPY	((__u32)VFIO_DEVICE_STATE_PRE_COPY)
+#define PRE_COPY_P2P	((__u32)VFIO_DEVICE_STATE_PRE_COPY_P2P)
+
+/* Follows an EXPECT or ASSERT: the promise that its failure breaks. */
+#define PROMISE(fmt, ...) TH_LOG("  promise broken: " fmt, ##__VA_ARGS__)
+/* The same for a step that is not itself what the test is about. */
+#define STEP(fmt, ...) TH_LOG("  could not " fmt, ##__VA_ARGS__)
+
+/* Opens a device for a fixture; a device without migration skips the test. */
+#define OPEN_OR_SKIP(dev, path, backend) do {					\
+	int __ret;								\
+										\
+	if (!(path))								\
+		SKIP(return, "no device given (see the head of this file)");	\
+	__ret = mig_open(dev, path, backend);					\
+	if (__ret == -EOPNOTSUPP)						\
+		SKIP(return, "backend not available: %s", (dev)->why);		\
+	ASSERT_EQ(0, __ret)							\
+		STEP("open the device: %s", (dev)->why);			\
+	if (!((dev)->flags & VFIO_MIGRATION_STOP_COPY))				\
+		SKIP(return, "the device does not claim VFIO_MIGRATION_STOP_COPY"); \
+} while (0)
+
+#define NEED(dev, flag, name) do {						\
+	if (((dev)->flags & (flag)) != (flag))					\
+		SKIP(return, "the device does not claim " name);		\
+} while (0)
+#define NEED_PRE_COPY(dev) NEED(dev, VFIO_MIGRATION_PRE_COPY, "VFIO_MIGRATION_PRE_COPY")
+#define NEED_P2P(dev) NEED(dev, VFIO_MIGRATION_P2P, "VFIO_MIGRATION_P2P")
+
+/* Expects the device to be in @want. */
+static inline void expect_state(struct __test_metadata *_metadata,
+				const struct mig_device *dev, __u32 want,
+				const char *when)
+{
+	__u32 state;
+
+	ASSERT_EQ(0, mig_get_state(dev, &state))
+		STEP("get the state %s", when);
+	EXPECT_EQ(want, state)
+		TH_LOG("  %s: the state is %s instead of %s", when,
+		       mig_state_name(state), mig_state_name(want));
+}
+
+/* Back to RUNNING with no session, by RESET where one is needed. */
+static inline void go_home(struct __test_metadata *_metadata,
+			   const struct mig_device *dev)
+{
+	__u32 state;
+
+	ASSERT_EQ(0, mig_get_state(dev, &state))
+		STEP("get the state");
+	if (state == RUNNING)
+		return;
+	if (mig_reset(dev)) {
+		ASSERT_EQ(0, mig_set_state(dev, RUNNING, NULL))
+			STEP("come back from %s to RUNNING", mig_state_name(state));
+	}
+	expect_state(_metadata, dev, RUNNING, "after the way home");
+}
+
+/* From RUNNING to @state; the descriptor of its session or -1. */
+static inline int go(struct __test_metadata *_metadata,
+		     const struct mig_device *dev, __u32 state)
+{
+	int fd;
+
+	go_home(_metadata, dev);
+	ASSERT_EQ(0, mig_set_state(dev, state, &fd))
+		STEP("go from RUNNING to %s", mig_state_name(state));
+	if (mig_fsm_saving(state) || state == RESUMING) {
+		ASSERT_LE(0, fd)
+			PROMISE("the arc into %s will return a new data_fd",
+				mig_state_name(state));
+	}
+	return fd;
+}
+
+/* On within one test: SET_STATE that must succeed and bring no descriptor. */
+static inline void move_on(struct __test_metadata *_metadata,
+			   const struct mig_device *dev, __u32 state)
+{
+	int fd, ret;
+
+	ret = mig_set_state(dev, state, &fd);
+	ASSERT_EQ(0, ret)
+		STEP("go on to %s: %s", mig_state_name(state), strerror(-ret));
+	EXPECT_EQ(-1, fd)
+		PROMISE("no new session starts on this arc to %s",
+			mig_state_name(state));
+}
+
+/* A whole image into a descriptor of RESUMING. */
+static inline void load_all(struct __test_metadata *_metadata, int fd,
+			    const struct mig_stream *image)
+{
+	int ret = mig_load(fd, image->data, image->len, 0, NULL);
+
+	ASSERT_EQ(0, ret)
+		STEP("load a good image: %s", strerror(-ret));
+}
+
+/* More than any honest stream of this device. */
+static inline size_t stream_limit(const struct mig_device *dev)
+{
+	__u64 size = 0;
+
+	mig_data_size(dev, &size);
+	return 2 * size + (64 << 20);
+}
+
+/* A whole image of the stopped device, which comes home afterwards. */
+static inline void take_image(struct __test_metadata *_metadata,
+			      const struct mig_device *dev, struct mig_stream *image)
+{
+	int fd = go(_metadata, dev, STOP_COPY);
+	int ret;
+
+	image->len = 0;
+	ret = mig_save(fd, image, stream_limit(dev));
+	ASSERT_EQ(0, ret)
+		STEP("save an image: %s after %zu bytes", strerror(-ret), image->len);
+	ASSERT_LT(0U, image->len)
+		PROMISE("End of stream on the FD indicates the entire device state has been transferred");
+	close(fd);
+	go_home(_metadata, dev);
+}
+
+/* Loads a good image and runs the device. */
+static inline void load_and_run(struct __test_metadata *_metadata,
+				const struct mig_device *dev,
+				const struct mig_stream *image, size_t chunk)
+{
+	size_t done;
+	int fd, ret;
+
+	fd = go(_metadata, dev, RESUMING);
+	ret = mig_load(fd, image->data, image->len, chunk, &done);
+	ASSERT_EQ(0, ret)
+		PROMISE("a good image loads in pieces of %zu bytes; write() said %s after %zu of %zu bytes",
+			chunk, strerror(-ret), done, image->len);
+	ret = mig_set_state(dev, STOP, NULL);
+	ASSERT_EQ(0, ret)
+		PROMISE("a good image loaded in pieces of %zu bytes is accepted at RESUMING -> STOP: %s",
+			chunk, strerror(-ret));
+	move_on(_metadata, dev, RUNNING);
+	close(fd);
+}
+
+/* A thread that sleeps in poll() until something wakes it. */
+struct poller {
+	pthread_t thread;
+	int fd;
+	atomic_int tid;
+	atomic_bool done;
+	int revents;
+};
+
+static inline void *poller_main(void *arg)
+{
+	struct poller *p = arg;
+
+	atomic_store(&p->tid, gettid());
+	p->revents = mig_poll(p->fd, POLLIN, -1);
+	atomic_store(&p->done, true);
+	return NULL;
+}
+
+/* Returns when the thread sleeps, or when it is done already. */
+static inline void wait_until_asleep(struct poller *p)
+{
+	char path[64], line[256], *paren;
+	FILE *file;
+	size_t len;
+
+	while (!atomic_load(&p->done)) {
+		usleep(1000);
+		if (!atomic_load(&p->tid))
+			continue;
+		snprintf(path, sizeof(path), "/proc/self/task/%d/stat",
+			 atomic_load(&p->tid));
+		file = fopen(path, "r");
+		if (!file)
+			continue;
+		len = fread(line, 1, sizeof(line) - 1, file);
+		fclose(file);
+		line[len] = 0;
+		paren = strrchr(line, ')');
+		if (paren && !strncmp(paren, ") S", 3))
+			break;
+	}
+}
+
+static inline void poller_start(struct __test_metadata *_metadata,
+				struct poller *p, int fd)
+{
+	*p = (struct poller){ .fd = fd };
+	ASSERT_EQ(0, pthread_create(&p->thread, NULL, poller_main, p));
+	wait_until_asleep(p);
+}
+
+/* Waits for the end of a thread, and fails when nothing ends it. */
+static inline bool joined(pthread_t thread)
+{
+	struct timespec deadline;
+
+	clock_gettime(CLOCK_REALTIME, &deadline);
+	deadline.tv_sec += MIG_HANG_SECONDS;
+	return !pthread_timedjoin_np(thread, NULL, &deadline);
+}
+
+/*
+ * The events that woke the poller; 0 when nothing did. A poll() with a timeout
+ * would not tell: it looks once more when its time is over.
+ */
+static inline int poller_join(struct poller *p)
+{
+	return joined(p->thread) ? p->revents : 0;
+}
+
+#endif /* MIG_TEST_H */

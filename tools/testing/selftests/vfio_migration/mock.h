@@ -1,0 +1,381 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * A vfio_mock device as the tests drive it: registers, state memory, config
+ * space and commands, beside a copy of what the memory must hold.
+ */
+#ifndef MOCK_H
+#define MOCK_H
+
+#include <limits.h>
+
+#include "mig_test.h"
+#include "vfio_mock.h"
+
+#define BAR0	VFIO_PCI_BAR0_REGION_INDEX
+#define BAR2	VFIO_PCI_BAR2_REGION_INDEX
+#define CONFIG	VFIO_PCI_CONFIG_REGION_INDEX
+
+#define PAGE	((__u64)VFIO_MOCK_PAGE_SIZE)
+
+/* All of the device that software sees, but its state memory. */
+struct mock_front {
+	__u8 registers[VFIO_MOCK_REGS_END];
+	__u8 msix_table[VFIO_MOCK_MSIX_VECTORS * 16];
+	__u8 config[256];
+};
+
+struct mock {
+	struct mig_device dev;
+	char path[PATH_MAX];
+	__u64 offset[VFIO_PCI_NUM_REGIONS];
+	struct mock_front fresh;	/* how it was when it was opened */
+	__u64 size;		/* of the state memory */
+	__u8 *want;		/* what the state memory must hold */
+	__u8 *seen;
+};
+
+/* One access; its count or -errno. */
+static inline ssize_t mock_read(const struct mock *m, int region, __u64 at,
+				void *buf, size_t len)
+{
+	ssize_t ret = pread(m->dev.fd, buf, len, m->offset[region] + at);
+
+	return ret < 0 ? -errno : ret;
+}
+
+static inline ssize_t mock_write(const struct mock *m, int region, __u64 at,
+				 const void *buf, size_t len)
+{
+	ssize_t ret = pwrite(m->dev.fd, buf, len, m->offset[region] + at);
+
+	return ret < 0 ? -errno : ret;
+}
+
+static inline int mock_read_front(const struct mock *m, struct mock_front *front)
+{
+	if (mock_read(m, BAR0, 0, front->registers, sizeof(front->registers)) !=
+	    sizeof(front->registers) ||
+	    mock_read(m, BAR0, VFIO_MOCK_MSIX_TABLE, front->msix_table,
+		      sizeof(front->msix_table)) != sizeof(front->msix_table) ||
+	    mock_read(m, CONFIG, 0, front->config, sizeof(front->config)) !=
+	    sizeof(front->config))
+		return -EIO;
+	return 0;
+}
+
+/*
+ * Opens the first (@which 0) or second path in the environment variable @name.
+ * -ENODEV: the variable has no such path.
+ */
+static inline int mock_open(struct mock *m, const char *name, int which,
+			    enum mig_backend backend)
+{
+	const char *value = getenv(name);
+	struct vfio_region_info info;
+	unsigned int i;
+	int ret;
+
+	*m = (struct mock){ .dev.fd = -1 };
+	if (!value || sscanf(value, which ? "%*s %4095s" : "%4095s", m->path) != 1)
+		return -ENODEV;
+	ret = mig_open(&m->dev, m->path, backend);
+	if (ret)
+		return ret;
+	for (i = 0; i < ARRAY_SIZE(m->offset); i++) {
+		ret = mig_region_info(&m->dev, i, &info);
+		if (ret)
+			return ret;
+		m->offset[i] = info.offset;
+		if (i == BAR2)
+			m->size = info.size;
+	}
+	m->want = calloc(1, m->size);
+	m->seen = calloc(1, m->size);
+	if (!m->want || !m->seen)
+		return -ENOMEM;
+	return mock_read_front(m, &m->fresh);
+}
+
+#define MOCK_OPEN_OR_SKIP(m, name, which, backend) do {				\
+	int __ret = mock_open(m, name, which, backend);				\
+										\
+	if (__ret == -ENODEV)							\
+		SKIP(return, "%s does not name the devices", name);		\
+	if (__ret == -EOPNOTSUPP)						\
+		SKIP(return, "backend not available: %s", (m)->dev.why);	\
+	ASSERT_EQ(0, __ret)							\
+		STEP("open the device: %s", (m)->dev.why);			\
+} while (0)
+
+static inline void mock_close(struct mock *m)
+{
+	mig_close(&m->dev);
+	free(m->want);
+	free(m->seen);
+	m->want = NULL;
+	m->seen = NULL;
+}
+
+/* A register or configuration field of @width bytes. */
+static inline __u64 get(struct __test_metadata *_metadata, const struct mock *m,
+			int region, __u64 at, size_t width)
+{
+	__u64 value = 0;
+	ssize_t ret = mock_read(m, region, at, &value, width);
+
+	ASSERT_EQ((ssize_t)width, ret)
+		STEP("read %zu bytes at %#llx of region %d", width, at, region);
+	return value;
+}
+
+static inline void put(struct __test_metadata *_metadata, const struct mock *m,
+		       int region, __u64 at, __u64 value, size_t width)
+{
+	ssize_t ret = mock_write(m, region, at, &value, width);
+
+	ASSERT_EQ((ssize_t)width, ret)
+		STEP("write %zu bytes at %#llx of region %d", width, at, region);
+}
+
+#define reg32(m, name)		get(_metadata, m, BAR0, VFIO_MOCK_REG_##name, 4)
+#define reg64(m, name)		get(_metadata, m, BAR0, VFIO_MOCK_REG_##name, 8)
+#define set32(m, name, value)	put(_metadata, m, BAR0, VFIO_MOCK_REG_##name, value, 4)
+#define set64(m, name, value)	put(_metadata, m, BAR0, VFIO_MOCK_REG_##name, value, 8)
+
+/* Rings the doorbell; whether the command is accepted is the caller's matter. */
+static inline void command(struct __test_metadata *_metadata, const struct mock *m,
+			   __u32 cmd, __u64 at, __u64 len, __u64 seed)
+{
+	set64(m, ADDR, at);
+	set64(m, LEN, len);
+	set64(m, SEED, seed);
+	set32(m, DOORBELL, cmd);
+}
+
+/* The device fills a range by itself. */
+static inline void fill(struct __test_metadata *_metadata, struct mock *m,
+			__u64 at, __u64 len, __u64 seed)
+{
+	command(_metadata, m, VFIO_MOCK_CMD_FILL, at, len, seed);
+	ASSERT_EQ(VFIO_MOCK_STATUS_DONE, (int)reg32(m, STATUS))
+		PROMISE("FILL of [%#llx, +%#llx) is done when the doorbell write returns",
+			at, len);
+	vfio_mock_pattern(m->want + at, seed, at, len);
+}
+
+/* The driver of the device writes a range. */
+static inline void store(struct __test_metadata *_metadata, struct mock *m,
+			 __u64 at, const void *data, size_t len)
+{
+	size_t done = 0;
+	ssize_t ret;
+
+	while (done < len) {
+		ret = mock_write(m, BAR2, at + done, (const __u8 *)data + done, len - done);
+		ASSERT_LT(0, ret)
+			STEP("write %zu bytes at %#llx of the state memory", len, at);
+		done += ret;
+	}
+	memcpy(m->want + at, data, len);
+}
+
+/* A byte pattern that differs from what FILL writes. */
+static inline void store_noise(struct __test_metadata *_metadata, struct mock *m,
+			       __u64 at, size_t len, __u64 seed)
+{
+	__u8 *data = malloc(len);
+
+	ASSERT_NE(NULL, data);
+	vfio_mock_pattern(data, ~seed, at + 1, len);
+	store(_metadata, m, at, data, len);
+	free(data);
+}
+
+/* Compares the whole state memory of @m with @want. */
+static inline void expect_memory(struct __test_metadata *_metadata, struct mock *m,
+				 const __u8 *want, const char *when)
+{
+	size_t done = 0, i;
+	ssize_t ret;
+
+	while (done < m->size) {
+		ret = mock_read(m, BAR2, done, m->seen + done, m->size - done);
+		ASSERT_LT(0, ret)
+			STEP("read the state memory %s", when);
+		done += ret;
+	}
+	if (!memcmp(m->seen, want, m->size))
+		return;
+	for (i = 0; m->seen[i] == want[i]; i++)
+		;
+	EXPECT_EQ(want[i], m->seen[i])
+		PROMISE("%s: the state memory differs from byte %#zx on (page %zu)",
+			when, i, i / VFIO_MOCK_PAGE_SIZE);
+}
+
+static inline void expect_zero_memory(struct __test_metadata *_metadata,
+				      struct mock *m, const char *when)
+{
+	__u8 *zero = calloc(1, m->size);
+
+	ASSERT_NE(NULL, zero);
+	expect_memory(_metadata, m, zero, when);
+	free(zero);
+}
+
+static inline void read_front(struct __test_metadata *_metadata,
+			      const struct mock *m, struct mock_front *front)
+{
+	ASSERT_EQ(0, mock_read_front(m, front))
+		PROMISE("block accesses read all registers and the config space");
+}
+
+/* What migrates, by what it was before and is now. */
+static inline void expect_same_front(struct __test_metadata *_metadata,
+				     const struct mock_front *before,
+				     const struct mock_front *now, const char *when)
+{
+	static const struct {
+		const char *name;
+		__u32 at;
+		__u32 len;
+	} regs[] = {
+		{ "MAGIC", VFIO_MOCK_REG_MAGIC, 4 },
+		{ "ABI_VERSION", VFIO_MOCK_REG_ABI_VERSION, 4 },
+		{ "STATE_SIZE", VFIO_MOCK_REG_STATE_SIZE, 8 },
+		{ "PAGE_SIZE", VFIO_MOCK_REG_PAGE_SIZE, 4 },
+		{ "STATUS", VFIO_MOCK_REG_STATUS, 4 },
+		{ "SCRATCH", VFIO_MOCK_REG_SCRATCH, 8 },
+		{ "ADDR", VFIO_MOCK_REG_ADDR, 8 },
+		{ "LEN", VFIO_MOCK_REG_LEN, 8 },
+		{ "SEED", VFIO_MOCK_REG_SEED, 8 },
+		{ "IRQ_VECTOR", VFIO_MOCK_REG_IRQ_VECTOR, 4 },
+		{ "RESULT", VFIO_MOCK_REG_RESULT, 8 },
+		{ "COMPLETIONS", VFIO_MOCK_REG_COMPLETIONS, 8 },
+		{ "ERROR", VFIO_MOCK_REG_ERROR, 4 },
+	};
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(regs); i++) {
+		EXPECT_EQ(0, memcmp(before->registers + regs[i].at,
+				    now->registers + regs[i].at, regs[i].len))
+			PROMISE("%s: register %s is what it was", when, regs[i].name);
+	}
+	EXPECT_EQ(0, memcmp(before->msix_table, now->msix_table, sizeof(now->msix_table)))
+		PROMISE("%s: the MSI-X table is what it was", when);
+	for (i = 0; i < sizeof(now->config); i++) {
+		EXPECT_EQ(before->config[i], now->config[i])
+			PROMISE("%s: config space is what it was at %#x", when, i);
+	}
+}
+
+static const struct {
+	const char *name;
+	__u32 at;
+	__u32 len;
+	__u64 value;
+} reset_values[] = {
+	{ "MAGIC", VFIO_MOCK_REG_MAGIC, 4, VFIO_MOCK_MAGIC },
+	{ "ABI_VERSION", VFIO_MOCK_REG_ABI_VERSION, 4, VFIO_MOCK_ABI_VERSION },
+	{ "PAGE_SIZE", VFIO_MOCK_REG_PAGE_SIZE, 4, VFIO_MOCK_PAGE_SIZE },
+	{ "STATUS", VFIO_MOCK_REG_STATUS, 4, 0 },
+	{ "SCRATCH", VFIO_MOCK_REG_SCRATCH, 8, 0 },
+	{ "ADDR", VFIO_MOCK_REG_ADDR, 8, 0 },
+	{ "LEN", VFIO_MOCK_REG_LEN, 8, 0 },
+	{ "SEED", VFIO_MOCK_REG_SEED, 8, 0 },
+	{ "IRQ_VECTOR", VFIO_MOCK_REG_IRQ_VECTOR, 4, VFIO_MOCK_IRQ_NONE },
+	{ "RESULT", VFIO_MOCK_REG_RESULT, 8, 0 },
+	{ "COMPLETIONS", VFIO_MOCK_REG_COMPLETIONS, 8, 0 },
+	{ "ERROR", VFIO_MOCK_REG_ERROR, 4, 0 },
+	{ "SAVE_DELAY", VFIO_MOCK_REG_SAVE_DELAY, 4, 0 },
+	{ "DROPPED", VFIO_MOCK_REG_DROPPED, 8, 0 },
+};
+
+static inline void expect_fresh(struct __test_metadata *_metadata, struct mock *m,
+				const char *when)
+{
+	struct mock_front now;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(reset_values); i++) {
+		EXPECT_EQ(reset_values[i].value,
+			  get(_metadata, m, BAR0, reset_values[i].at, reset_values[i].len))
+			PROMISE("%s: register %s has its reset value", when,
+				reset_values[i].name);
+	}
+	read_front(_metadata, m, &now);
+	expect_same_front(_metadata, &m->fresh, &now, when);
+	expect_zero_memory(_metadata, m, when);
+}
+
+/* Gives each byte and each register a value that would be missed. */
+static inline void populate(struct __test_metadata *_metadata, struct mock *m, __u64 seed)
+{
+	unsigned int i;
+
+	fill(_metadata, m, 0, m->size, seed);
+	store_noise(_metadata, m, 1, 1, seed);
+	store_noise(_metadata, m, PAGE - 3, 7, seed + 1);
+	store_noise(_metadata, m, 5 * PAGE, 2 * PAGE, seed + 2);
+	store_noise(_metadata, m, m->size - 1, 1, seed + 3);
+	set64(m, SCRATCH, vfio_mock_mix(seed));
+	set32(m, IRQ_VECTOR, 2);
+	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS * 2; i++)
+		put(_metadata, m, BAR0, VFIO_MOCK_MSIX_TABLE + 8 * i,
+		    vfio_mock_mix(seed + i) & 0x1ffffffffULL, 8);
+	put(_metadata, m, CONFIG, 0x04, 6, 2);
+	put(_metadata, m, CONFIG, 0x10, 0xfe000000, 4);
+	put(_metadata, m, CONFIG, 0x18, 0x1200000000ULL, 8);
+	put(_metadata, m, CONFIG, VFIO_MOCK_MSIX_CAP + 3, 0x80, 1);
+	command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 3, m->size - 5, seed);
+	EXPECT_EQ(vfio_mock_checksum(m->want + 3, m->size - 5), reg64(m, RESULT))
+		PROMISE("CHECKSUM sees what was written");
+}
+
+/* Stops @m and streams the rest; the bytes are as many as was said. */
+static inline void stop_and_save(struct __test_metadata *_metadata,
+				 const struct mock *m, int *fd,
+				 struct mig_stream *image)
+{
+	size_t start = image->len;
+	__u64 running, stopped;
+	int new_fd;
+
+	ASSERT_EQ(0, mig_data_size(&m->dev, &running));
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP_COPY, &new_fd));
+	if (new_fd >= 0)
+		*fd = new_fd;
+	ASSERT_EQ(0, mig_data_size(&m->dev, &stopped));
+	ASSERT_EQ(0, mig_save(*fd, image, stream_limit(&m->dev)));
+	EXPECT_EQ(running, image->len - start)
+		PROMISE("MIG_DATA_SIZE before STOP_COPY is exact on a quiet device");
+	EXPECT_EQ(stopped, image->len - start)
+		PROMISE("MIG_DATA_SIZE in STOP_COPY is exact");
+}
+
+/* Loads @image into @dst, which then is what @src was, stopped and running. */
+static inline void load_and_compare(struct __test_metadata *_metadata,
+				    struct mock *dst, const struct mig_stream *image,
+				    size_t chunk, const __u8 *want,
+				    const struct mock_front *front)
+{
+	struct mock_front now;
+	size_t done;
+	int fd, ret;
+
+	fd = go(_metadata, &dst->dev, RESUMING);
+	ret = mig_load(fd, image->data, image->len, chunk, &done);
+	ASSERT_EQ(0, ret)
+		PROMISE("a good image loads in pieces of %zu bytes; write() said %s after %zu of %zu bytes",
+			chunk, strerror(-ret), done, image->len);
+	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL))
+		PROMISE("a good image is accepted at RESUMING -> STOP");
+	close(fd);
+	expect_memory(_metadata, dst, want, "in STOP on the target");
+	read_front(_metadata, dst, &now);
+	expect_same_front(_metadata, front, &now, "on the target");
+	move_on(_metadata, &dst->dev, RUNNING);
+	expect_memory(_metadata, dst, want, "running on the target");
+}
+
+#endif /* MOCK_H */

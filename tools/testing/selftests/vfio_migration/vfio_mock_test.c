@@ -1,0 +1,1618 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The mock migratable device vfio_mock: its registers, config space, interrupts
+ * and migration stream, and that what arrives is what was sent.
+ *
+ *	VFIO_MOCK_64K="SOURCE TARGET" VFIO_MOCK_1M=... VFIO_MOCK_16M=... \
+ *		./vfio_mock_test
+ *
+ * with the sysfs paths of two mediated devices of each size. run_mock.sh makes
+ * them and runs this.
+ */
+#include <sys/eventfd.h>
+
+#include "mock.h"
+#include "mock_image.h"
+
+/* ---- Migration between two devices of one size ---- */
+
+FIXTURE(mock)
+{
+	struct mock src;
+	struct mock dst;
+};
+
+FIXTURE_VARIANT(mock)
+{
+	enum mig_backend backend;
+	const char *devices;
+	__u64 size;
+};
+
+FIXTURE_VARIANT_ADD(mock, group_64K) {
+	.backend = MIG_GROUP, .devices = "VFIO_MOCK_64K", .size = 64 << 10,
+};
+
+FIXTURE_VARIANT_ADD(mock, group_1M) {
+	.backend = MIG_GROUP, .devices = "VFIO_MOCK_1M", .size = 1 << 20,
+};
+
+FIXTURE_VARIANT_ADD(mock, iommufd_64K) {
+	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_64K", .size = 64 << 10,
+};
+
+FIXTURE_VARIANT_ADD(mock, iommufd_1M) {
+	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_1M", .size = 1 << 20,
+};
+
+FIXTURE_VARIANT_ADD(mock, iommufd_16M) {
+	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_16M", .size = 16 << 20,
+};
+
+FIXTURE_SETUP(mock)
+{
+	MOCK_OPEN_OR_SKIP(&self->src, variant->devices, 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, variant->devices, 1, variant->backend);
+	ASSERT_EQ(variant->size, self->src.size)
+		PROMISE("BAR2 is the state memory");
+	ASSERT_EQ(variant->size, self->dst.size);
+}
+
+FIXTURE_TEARDOWN(mock)
+{
+	mock_close(&self->src);
+	mock_close(&self->dst);
+}
+
+/*
+ * The accounting of a quiet device in PRE_COPY: initial_bytes + dirty_bytes is
+ * what STOP_COPY would stream, except that both are 0 at the temporary end.
+ */
+static __u64 expect_exact_info(struct __test_metadata *_metadata,
+			       const struct mock *m, int fd)
+{
+	struct vfio_precopy_info info;
+	__u64 size;
+
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
+	if (info.initial_bytes || info.dirty_bytes) {
+		EXPECT_EQ(size, info.initial_bytes + info.dirty_bytes)
+			PROMISE("initial_bytes (%llu) + dirty_bytes (%llu) matches the amount of data an immediate transition to STOP_COPY will require",
+				info.initial_bytes, info.dirty_bytes);
+		EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN | POLLOUT, 0))
+			PROMISE("there is something to read and nothing to write");
+	} else {
+		EXPECT_EQ(0, mig_poll(fd, POLLIN | POLLOUT, 0))
+			PROMISE("at the temporary end there is nothing to read");
+	}
+	return info.initial_bytes + info.dirty_bytes;
+}
+
+static void migrate(struct __test_metadata *_metadata, struct mock *src,
+		    struct mock *dst, int fd, struct mig_stream *image)
+{
+	struct mock_front front;
+
+	read_front(_metadata, src, &front);
+	stop_and_save(_metadata, src, &fd, image);
+	close(fd);
+	load_and_compare(_metadata, dst, image, 0, src->want, &front);
+	memcpy(dst->want, src->want, dst->size);
+}
+
+/* The same without a look at poll(), for a device that is not ready. */
+static __u64 expect_unready_info(struct __test_metadata *_metadata,
+				 const struct mock *m, int fd)
+{
+	struct vfio_precopy_info info;
+	__u64 size;
+
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
+	EXPECT_EQ(size, info.initial_bytes + info.dirty_bytes)
+		PROMISE("initial_bytes + dirty_bytes matches the amount of data an immediate transition to STOP_COPY will require");
+	return info.initial_bytes + info.dirty_bytes;
+}
+
+/* The life of one migration, with all that may happen on the way. */
+TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
+{
+	struct mock *src = &self->src, *dst = &self->dst;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u64 size, left, before;
+	int fd = -1, ret;
+
+	populate(_metadata, src, 0x1234);
+	if (src->dev.flags & VFIO_MIGRATION_PRE_COPY) {
+		fd = go(_metadata, &src->dev, PRE_COPY);
+		ASSERT_EQ(0, mig_precopy_info(fd, &info));
+		ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+		EXPECT_EQ(size, info.initial_bytes)
+			PROMISE("generally initial_bytes should start out as approximately the entire device state");
+		EXPECT_LT(src->size, info.initial_bytes);
+		EXPECT_EQ(0U, info.dirty_bytes)
+			PROMISE("dirty_bytes starts at zero");
+
+		/* Half of it, while the driver and the device go on. */
+		while (image.len < size / 2)
+			ASSERT_LT(0, mig_read(fd, &image, 10007));
+		left = expect_exact_info(_metadata, src, fd);
+		EXPECT_EQ(size - image.len, left)
+			PROMISE("on a quiet device what was read is what is no longer left");
+		store_noise(_metadata, src, 0, 1, 77);
+		fill(_metadata, src, PAGE + 5, PAGE, 78);
+		expect_exact_info(_metadata, src, fd);
+		ASSERT_EQ(0, mig_precopy_info(fd, &info));
+		EXPECT_LT(0U, info.dirty_bytes)
+			PROMISE("dirty_bytes increases as the internal device state is modified");
+
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+		EXPECT_EQ(0U, expect_exact_info(_metadata, src, fd));
+
+		/* Rounds of dirtying and reading until the switchover. */
+		fill(_metadata, src, 0, src->size / 4, 79);
+		left = expect_exact_info(_metadata, src, fd);
+		before = image.len;
+		ret = mig_save(fd, &image, stream_limit(&src->dev));
+		ASSERT_EQ(-ENOMSG, ret);
+		EXPECT_LT(image.len - before, left)
+			PROMISE("registers and trailer wait for STOP_COPY");
+		store_noise(_metadata, src, src->size - PAGE - 1, 2, 80);
+		if (src->dev.flags & VFIO_MIGRATION_P2P) {
+			left = expect_exact_info(_metadata, src, fd);
+			move_on(_metadata, &src->dev, PRE_COPY_P2P);
+			EXPECT_EQ(left, expect_exact_info(_metadata, src, fd));
+			store_noise(_metadata, src, 3 * PAGE, 9, 81);
+			expect_exact_info(_metadata, src, fd);
+		}
+		set64(src, SCRATCH, 0xfeedfacecafebeefULL);
+	}
+	migrate(_metadata, src, dst, fd, &image);
+
+	/* The target is no copy, it is the device: it works on from there. */
+	before = reg64(dst, COMPLETIONS);
+	fill(_metadata, dst, 2 * PAGE - 1, 2 * PAGE, 90);
+	EXPECT_EQ(before + 1, reg64(dst, COMPLETIONS))
+		PROMISE("the target counts on from what migrated");
+	command(_metadata, dst, VFIO_MOCK_CMD_CHECKSUM, 0, dst->size, 0);
+	EXPECT_EQ(vfio_mock_checksum(dst->want, dst->size), reg64(dst, RESULT));
+	expect_memory(_metadata, dst, dst->want, "after work on the target");
+
+	/* And the source, if the user wants it back, is untouched. */
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	expect_memory(_metadata, src, src->want, "on the source, back in RUNNING");
+
+	/* From the target back to the source. */
+	image.len = 0;
+	migrate(_metadata, dst, src, -1, &image);
+}
+
+TEST_F_TIMEOUT(mock, any_dirtying_is_accounted_exactly, 120)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct mock_image parsed;
+	__u64 r, n = 0, at, len;
+	unsigned int i;
+	ssize_t ret;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	populate(_metadata, src, 5);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	for (i = 0; i < 300; i++) {
+		r = vfio_mock_mix(++n);
+		at = vfio_mock_mix(++n) % src->size;
+		len = vfio_mock_mix(++n) % (3 * PAGE) + 1;
+		if (len > src->size - at)
+			len = src->size - at;
+		switch (r % 5) {
+		case 0:
+			store_noise(_metadata, src, at, len, n);
+			break;
+		case 1:
+			fill(_metadata, src, at, len, n);
+			break;
+		default:
+			/* Often enough to come to the temporary end at times. */
+			if (r % 5 == 2)
+				len = r % (src->size / 2) + 1;
+			ret = mig_read(fd, &image, len);
+			if (ret < 0) {
+				ASSERT_EQ(-ENOMSG, ret);
+				EXPECT_EQ(0U, expect_exact_info(_metadata, src, fd))
+					PROMISE("ENOMSG comes only when both counters are zero");
+			}
+		}
+		expect_exact_info(_metadata, src, fd);
+	}
+	migrate(_metadata, src, &self->dst, fd, &image);
+
+	EXPECT_EQ(0, mock_image_parse(&parsed, &image))
+		PROMISE("the stream follows its format: %s", parsed.why);
+	EXPECT_EQ(0, memcmp(parsed.memory, src->want, src->size))
+		PROMISE("the last content of each page wins");
+}
+
+/* Without pre-copy the image is canonical: each page once, whole runs. */
+TEST_F(mock, stop_copy_stream_follows_its_format)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct mock_image parsed;
+	int fd = -1;
+
+	populate(_metadata, src, 6);
+	stop_and_save(_metadata, src, &fd, &image);
+	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
+		PROMISE("the stream follows its format: %s", parsed.why);
+	EXPECT_EQ(src->size, parsed.identity.state_size);
+	EXPECT_EQ((size_t)MOCK_REGISTERS_LEN, parsed.registers_len);
+	EXPECT_EQ(src->size / PAGE, parsed.trailer.pages)
+		PROMISE("a stopped device sends each page once");
+	EXPECT_EQ(0, memcmp(parsed.memory, src->want, src->size))
+		PROMISE("the stream holds the state memory");
+	/* IDENTITY, full runs, REGISTERS. */
+	EXPECT_EQ(2 + (src->size / PAGE + MOCK_RUN_PAGES - 1) / MOCK_RUN_PAGES,
+		  parsed.trailer.records)
+		PROMISE("neighbouring pages share a record");
+}
+
+TEST_F(mock, one_dirty_page_costs_one_page)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u64 tail;
+	int fd, i;
+
+	NEED_PRE_COPY(&src->dev);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	ASSERT_EQ(0, mig_data_size(&src->dev, &tail));
+	EXPECT_LT(0U, tail)
+		PROMISE("registers and trailer are still to come");
+
+	/* However often and by whomever the page is written. */
+	for (i = 0; i < 3; i++) {
+		store_noise(_metadata, src, 7 * PAGE + 100 * i, 50, i);
+		fill(_metadata, src, 8 * PAGE - 1, 1, i);
+		ASSERT_EQ(0, mig_precopy_info(fd, &info));
+		EXPECT_EQ(0U, info.initial_bytes)
+			PROMISE("what was dirtied later is not initial data");
+		EXPECT_EQ(24 + PAGE + tail, info.dirty_bytes)
+			PROMISE("one dirty page is one record of one page");
+	}
+	image.len = 0;
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	EXPECT_EQ(24 + PAGE, image.len)
+		PROMISE("only the dirty page is sent again");
+	EXPECT_EQ(0, memcmp(image.data + 24, src->want + 7 * PAGE, PAGE))
+		PROMISE("the page is sent with its last content");
+
+	/* Reading dirties nothing. */
+	expect_memory(_metadata, src, src->want, "in PRE_COPY");
+	command(_metadata, src, VFIO_MOCK_CMD_CHECKSUM, 0, src->size, 0);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.dirty_bytes)
+		PROMISE("reads do not dirty the state");
+	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0));
+}
+
+TEST_F_TIMEOUT(mock, poller_wakes_when_state_gets_dirty, 60)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct poller poller;
+	int fd, i;
+
+	NEED_PRE_COPY(&src->dev);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	for (i = 0; i < 2; i++) {
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+		poller_start(_metadata, &poller, fd);
+		EXPECT_FALSE(atomic_load(&poller.done))
+			PROMISE("poll waits at the temporary end of stream");
+		if (i)
+			fill(_metadata, src, 0, 1, 1);
+		else
+			store_noise(_metadata, src, 0, 1, 1);
+		EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
+			PROMISE("userspace can wait for more data by using poll");
+		EXPECT_LT(0, mig_read(fd, &image, 1))
+			PROMISE("what poll announced can be read");
+	}
+}
+
+TEST_F(mock, reinit_announces_new_initial_data)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u64 size;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
+	populate(_metadata, src, 8);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.flags & VFIO_PRECOPY_INFO_REINIT)
+		PROMISE("REINIT is only for new initial data later on");
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	store_noise(_metadata, src, 0, 1, 1);
+
+	command(_metadata, src, VFIO_MOCK_CMD_REINIT, 0, 0, 4711);
+	EXPECT_EQ(VFIO_MOCK_STATUS_DONE, (int)reg32(src, STATUS));
+	vfio_mock_pattern(src->want, 4711, 0, src->size);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ((__u32)VFIO_PRECOPY_INFO_REINIT, info.flags)
+		PROMISE("REINIT indicates that new initial data is present on the stream");
+	EXPECT_LT(src->size, info.initial_bytes)
+		PROMISE("initial_bytes may report a non-zero value irrespective of any previously reported values");
+	EXPECT_EQ(0U, info.dirty_bytes)
+		PROMISE("dirty_bytes is also reset to zero");
+	EXPECT_EQ(size, info.initial_bytes);
+
+	store_noise(_metadata, src, 3, 5, 2);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.flags)
+		PROMISE("REINIT is over when the new initial data was read");
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
+TEST_F(mock, reinit_is_silent_without_the_opt_in)
+{
+	struct vfio_precopy_info info = { .argsz = sizeof(info), .flags = 0x50 };
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	command(_metadata, src, VFIO_MOCK_CMD_REINIT, 0, 0, 4711);
+	vfio_mock_pattern(src->want, 4711, 0, src->size);
+	ASSERT_EQ(0, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
+	EXPECT_EQ(0x50U, info.flags)
+		PROMISE("REINIT can be reported only after userspace opts in");
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
+/* The draft's ioctl number answers as mainline's, on every kind of data_fd. */
+TEST_F(mock, precopy_info_has_two_numbers)
+{
+	struct vfio_precopy_info draft = { .argsz = sizeof(draft) }, info;
+	struct mock *src = &self->src;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_LT(0, mig_read(fd, &(struct mig_stream){}, 99));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft))
+		PROMISE("the data_fd answers both numbers");
+	EXPECT_EQ(info.initial_bytes, draft.initial_bytes);
+	EXPECT_EQ(info.dirty_bytes, draft.dirty_bytes);
+	draft.argsz = 8;
+	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
+	EXPECT_EQ(EINVAL, errno);
+
+	move_on(_metadata, &src->dev, STOP_COPY);
+	draft.argsz = sizeof(draft);
+	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
+	EXPECT_EQ(EINVAL, errno);
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	EXPECT_EQ(-ENODEV, mig_precopy_info(fd, &info))
+		PROMISE("every call on the fd of an ended session gives ENODEV");
+	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
+	EXPECT_EQ(ENODEV, errno)
+		PROMISE("every call on the fd of an ended session gives ENODEV");
+}
+
+TEST_F(mock, cancelled_migration_leaves_the_source_alone)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u64 first;
+	int fd, i;
+
+	NEED_PRE_COPY(&src->dev);
+	populate(_metadata, src, 9);
+	for (i = 0; i < 3; i++) {
+		fd = go(_metadata, &src->dev, PRE_COPY);
+		ASSERT_EQ(0, mig_precopy_info(fd, &info));
+		if (!i)
+			first = info.initial_bytes;
+		EXPECT_EQ(first, info.initial_bytes)
+			PROMISE("each session sends the whole state");
+		image.len = 0;
+		ASSERT_LT(0, mig_read(fd, &image, src->size / 2));
+		store_noise(_metadata, src, i * PAGE, 9, i);
+		if (i == 2)
+			break;
+		move_on(_metadata, &src->dev, RUNNING);
+		EXPECT_TRUE(mig_fd_is_dead(fd));
+		close(fd);
+		expect_memory(_metadata, src, src->want, "after a cancelled migration");
+		fill(_metadata, src, 100, 200, i);
+	}
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
+TEST_F_TIMEOUT(mock, content_survives_any_chunking, 120)
+{
+	static const size_t chunks[] = { 1, 7, 4095, 4096, 1 << 20, 0 };
+	struct mock *src = &self->src, *dst = &self->dst;
+	struct mig_stream image = {};
+	struct mock_front front;
+	unsigned int i;
+	int fd = -1;
+
+	populate(_metadata, src, 10);
+	read_front(_metadata, src, &front);
+	stop_and_save(_metadata, src, &fd, &image);
+	for (i = 0; i < ARRAY_SIZE(chunks); i++) {
+		/* A system call for each byte of a large image takes too long. */
+		if (chunks[i] && image.len / chunks[i] > (1 << 18))
+			continue;
+		ASSERT_EQ(0, mig_reset(&dst->dev));
+		load_and_compare(_metadata, dst, &image, chunks[i], src->want, &front);
+	}
+}
+
+/* As above on the way out: reads of any size give the same stream. */
+TEST_F_TIMEOUT(mock, stream_is_the_same_for_any_reads, 120)
+{
+	static const size_t chunks[] = { 1, 7, 4095, 4096, 1 << 20 };
+	struct mig_stream image = {}, again = {};
+	struct mock *src = &self->src;
+	unsigned int i;
+	ssize_t ret;
+	int fd = -1;
+
+	populate(_metadata, src, 11);
+	stop_and_save(_metadata, src, &fd, &image);
+	for (i = 0; i < ARRAY_SIZE(chunks); i++) {
+		if (image.len / chunks[i] > (1 << 18))
+			continue;
+		/* STOP_COPY -> STOP -> STOP_COPY is a session of its own. */
+		ASSERT_EQ(0, mig_set_state(&src->dev, STOP, NULL));
+		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
+		again.len = 0;
+		while ((ret = mig_read(fd, &again, chunks[i])) > 0)
+			;
+		ASSERT_EQ(0, ret);
+		ASSERT_EQ(image.len, again.len);
+		EXPECT_EQ(0, memcmp(image.data, again.data, image.len))
+			PROMISE("reads of %zu bytes give the same stream", chunks[i]);
+		close(fd);
+	}
+}
+
+TEST_F(mock, p2p_states_keep_the_device_working)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int fd;
+
+	NEED_P2P(&src->dev);
+	populate(_metadata, src, 12);
+	move_on(_metadata, &src->dev, RUNNING_P2P);
+	fill(_metadata, src, 9, 99, 13);
+	store_noise(_metadata, src, PAGE - 1, 2, 14);
+	expect_memory(_metadata, src, src->want, "in RUNNING_P2P");
+	if (!(src->dev.flags & VFIO_MIGRATION_PRE_COPY))
+		return;
+	ASSERT_EQ(0, mig_set_state(&src->dev, PRE_COPY_P2P, &fd));
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	fill(_metadata, src, 19, 99, 15);
+	EXPECT_LT(0U, expect_exact_info(_metadata, src, fd))
+		PROMISE("PRE_COPY_P2P continues all the behaviors of PRE_COPY");
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
+/* A write that must not matter, and is counted. */
+static void expect_dropped(struct __test_metadata *_metadata, struct mock *m,
+			   int region, __u64 at, __u64 value, size_t width,
+			   const char *state)
+{
+	__u64 before = reg64(m, DROPPED);
+
+	put(_metadata, m, region, at, value, width);
+	EXPECT_EQ(before + 1, reg64(m, DROPPED))
+		PROMISE("in %s a write to region %d at %#llx is dropped and counted",
+			state, region, at);
+}
+
+TEST_F(mock, stopped_device_does_not_change)
+{
+	static const __u32 states[] = { STOP, STOP_COPY, RESUMING };
+	struct mock *src = &self->src;
+	struct mock_front before, now;
+	struct mig_stream image = {};
+	__u8 page[8192];
+	unsigned int i;
+	__u64 dropped;
+	int fd;
+
+	memset(page, 0xee, sizeof(page));
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		const char *name = mig_state_name(states[i]);
+
+		go_home(_metadata, &src->dev);
+		populate(_metadata, src, 20 + i);
+		set64(src, ADDR, 0);
+		set64(src, LEN, src->size);
+		read_front(_metadata, src, &before);
+		ASSERT_EQ(0, mig_set_state(&src->dev, states[i], &fd));
+		if (states[i] == RESUMING)
+			read_front(_metadata, src, &before);
+
+		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_REG_SCRATCH, ~0ULL, 8, name);
+		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_REG_SCRATCH + 3, 0x55, 1, name);
+		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_REG_DOORBELL,
+			       VFIO_MOCK_CMD_FILL, 4, name);
+		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_REG_DOORBELL,
+			       VFIO_MOCK_CMD_REINIT, 4, name);
+		expect_dropped(_metadata, src, BAR2, 0, 0x0102030405060708ULL, 8, name);
+		expect_dropped(_metadata, src, BAR2, 5 * PAGE + 1, 0xff, 1, name);
+		dropped = reg64(src, DROPPED);
+		EXPECT_EQ((ssize_t)sizeof(page),
+			  mock_write(src, BAR2, 3 * PAGE, page, sizeof(page)));
+		EXPECT_LT(dropped, reg64(src, DROPPED))
+			PROMISE("in %s a write of a block is dropped and counted", name);
+
+		read_front(_metadata, src, &now);
+		expect_same_front(_metadata, &before, &now, name);
+		put(_metadata, src, CONFIG, 4, 2, 2);
+		EXPECT_EQ(2U, get(_metadata, src, CONFIG, 4, 2))
+			PROMISE("in %s the device must respond to PCI config space", name);
+		put(_metadata, src, CONFIG, 4, before.config[4], 2);
+		if (states[i] == RESUMING)
+			continue;
+
+		expect_memory(_metadata, src, src->want, name);
+		if (states[i] == STOP_COPY) {
+			image.len = 0;
+			ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&src->dev)));
+			load_and_compare(_metadata, &self->dst, &image, 0, src->want,
+					 &before);
+			EXPECT_EQ(0U, reg64(&self->dst, DROPPED))
+				PROMISE("DROPPED does not migrate");
+		}
+		ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+		dropped = reg64(src, DROPPED);
+		store_noise(_metadata, src, 0, 100, 30);
+		fill(_metadata, src, 200, 100, 30);
+		expect_memory(_metadata, src, src->want, "running again");
+		EXPECT_EQ(dropped, reg64(src, DROPPED))
+			PROMISE("a running device drops nothing");
+	}
+}
+
+TEST_F(mock, reset_wipes_the_device)
+{
+	static const __u32 states[] = {
+		RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY, RESUMING,
+	};
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	unsigned int i;
+	int fd = -1;
+
+	populate(_metadata, src, 40);
+	stop_and_save(_metadata, src, &fd, &image);
+	close(fd);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(src->dev.flags, states[i]))
+			continue;
+		go_home(_metadata, &src->dev);
+		populate(_metadata, src, 41 + i);
+		ASSERT_EQ(0, mig_set_state(&src->dev, states[i], &fd));
+		if (states[i] == RESUMING)
+			load_all(_metadata, fd, &image);
+		ASSERT_EQ(0, mig_reset(&src->dev));
+		expect_state(_metadata, &src->dev, RUNNING, "after RESET");
+		expect_fresh(_metadata, src, "after RESET");
+		if (fd >= 0)
+			close(fd);
+	}
+}
+
+TEST_F(mock, next_opener_sees_nothing)
+{
+	static const __u32 states[] = { RUNNING, STOP, STOP_COPY, RESUMING };
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	unsigned int i;
+	int fd = -1;
+
+	expect_fresh(_metadata, src, "on open");
+	populate(_metadata, src, 50);
+	stop_and_save(_metadata, src, &fd, &image);
+	close(fd);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		go_home(_metadata, &src->dev);
+		populate(_metadata, src, 51 + i);
+		ASSERT_EQ(0, mig_set_state(&src->dev, states[i], &fd));
+		if (states[i] == RESUMING)
+			load_all(_metadata, fd, &image);
+		if (fd >= 0)
+			close(fd);
+		mig_close_device(&src->dev);
+		ASSERT_EQ(0, mig_reopen_device(&src->dev))
+			STEP("open the device again: %s", src->dev.why);
+		expect_state(_metadata, &src->dev, RUNNING, "for the next opener");
+		expect_fresh(_metadata, src, "for the next opener");
+	}
+}
+
+/* ---- A device that is slow to get its state ready ---- */
+
+#define NEVER	0xffffffffU	/* microseconds: longer than any test */
+
+TEST_F(mock, slow_device_is_waited_for)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int fd = -1;
+
+	populate(_metadata, src, 70);
+	set32(src, SAVE_DELAY, 500);
+	if (src->dev.flags & VFIO_MIGRATION_PRE_COPY) {
+		fd = go(_metadata, &src->dev, PRE_COPY);
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+		store_noise(_metadata, src, 0, 1, 71);
+		EXPECT_LT(0U, expect_exact_info(_metadata, src, fd));
+	}
+	migrate(_metadata, src, &self->dst, fd, &image);
+	EXPECT_EQ(0U, reg32(&self->dst, SAVE_DELAY))
+		PROMISE("SAVE_DELAY does not migrate");
+}
+
+TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int fd = -1;
+
+	NEED_PRE_COPY(&src->dev);
+	populate(_metadata, src, 72);
+	set32(src, SAVE_DELAY, NEVER);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
+	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096))
+		PROMISE("with O_NONBLOCK a read() for which nothing is ready is EAGAIN");
+	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
+		PROMISE("poll does not announce what read() does not have");
+	EXPECT_LT(0U, expect_unready_info(_metadata, src, fd))
+		PROMISE("what is not ready is still to be streamed");
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	EXPECT_TRUE(mig_fd_is_dead(fd));
+	close(fd);
+
+	set32(src, SAVE_DELAY, 0);
+	migrate(_metadata, src, &self->dst, -1, &image);
+}
+
+/* A thread that waits in read() for what does not come. */
+struct reader {
+	struct poller poller;
+	int fd;
+	ssize_t ret;
+};
+
+static void *reader_main(void *arg)
+{
+	struct reader *r = arg;
+	char byte;
+
+	atomic_store(&r->poller.tid, gettid());
+	r->ret = read(r->fd, &byte, 1);
+	if (r->ret < 0)
+		r->ret = -errno;
+	atomic_store(&r->poller.done, true);
+	return NULL;
+}
+
+/* However the session ends, it does not wait for the reader, who learns of it. */
+static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m,
+			       __u32 from, const char *how)
+{
+	struct reader r = {};
+	int ret = 0;
+
+	set32(m, SAVE_DELAY, NEVER);
+	r.fd = go(_metadata, &m->dev, from);
+	ASSERT_EQ(0, pthread_create(&r.poller.thread, NULL, reader_main, &r));
+	wait_until_asleep(&r.poller);
+	EXPECT_FALSE(atomic_load(&r.poller.done))
+		PROMISE("read() waits for a device that is not ready");
+
+	if (!strcmp(how, "RESET"))
+		ret = mig_reset(&m->dev);
+	else if (!strcmp(how, "close"))
+		mig_close_device(&m->dev);
+	else
+		ret = mig_set_state(&m->dev, RUNNING, NULL);
+	EXPECT_EQ(0, ret);
+	ASSERT_TRUE(joined(r.poller.thread))
+		PROMISE("a reader that waits in %s wakes at the end of the session by %s",
+			mig_state_name(from), how);
+	EXPECT_EQ(-ENODEV, r.ret)
+		PROMISE("a reader that waits in %s learns of the end of the session by %s",
+			mig_state_name(from), how);
+	close(r.fd);
+	if (m->dev.fd < 0)
+		ret = mig_reopen_device(&m->dev);
+	ASSERT_EQ(0, ret);
+}
+
+TEST_F_TIMEOUT(mock, waiting_reader_is_in_nobodys_way, 60)
+{
+	static const char *const ends[] = { "SET_STATE", "RESET", "close" };
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(ends); i++) {
+		if (self->src.dev.flags & VFIO_MIGRATION_PRE_COPY)
+			check_reader_wakes(_metadata, &self->src, PRE_COPY, ends[i]);
+		check_reader_wakes(_metadata, &self->src, STOP_COPY, ends[i]);
+	}
+}
+
+/* Two readers share a stream: each byte goes to one of them, in order. */
+struct sharer {
+	pthread_t thread;
+	int fd;
+	struct mig_stream got;
+	int err;
+};
+
+static void *sharer_main(void *arg)
+{
+	struct sharer *s = arg;
+	ssize_t ret;
+
+	while ((ret = mig_read(s->fd, &s->got, 4096)) > 0)
+		;
+	s->err = ret;
+	return NULL;
+}
+
+TEST_F_TIMEOUT(mock, parallel_readers_lose_and_double_nothing, 60)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct sharer sharers[2] = {};
+	__u64 seen = 0, sum = 0;
+	size_t total = 0, j;
+	unsigned int i;
+	int fd = -1;
+
+	/* What the bytes sum up to does not depend on who got them. */
+	populate(_metadata, src, 73);
+	stop_and_save(_metadata, src, &fd, &image);
+	for (j = 0; j < image.len; j++)
+		sum += image.data[j];
+	ASSERT_EQ(0, mig_set_state(&src->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
+	for (i = 0; i < ARRAY_SIZE(sharers); i++) {
+		sharers[i].fd = fd;
+		ASSERT_EQ(0, pthread_create(&sharers[i].thread, NULL, sharer_main,
+					    &sharers[i]));
+	}
+	for (i = 0; i < ARRAY_SIZE(sharers); i++) {
+		pthread_join(sharers[i].thread, NULL);
+		EXPECT_EQ(0, sharers[i].err)
+			PROMISE("each reader comes to the permanent end");
+		total += sharers[i].got.len;
+		for (j = 0; j < sharers[i].got.len; j++)
+			seen += sharers[i].got.data[j];
+	}
+	EXPECT_EQ(image.len, total)
+		PROMISE("parallel readers get each byte once");
+	EXPECT_EQ(sum, seen)
+		PROMISE("parallel readers get each byte once");
+}
+
+TEST_F(mock, data_fd_outlives_its_device)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int save, load;
+
+	populate(_metadata, src, 60);
+	save = go(_metadata, &src->dev, STOP_COPY);
+	load = go(_metadata, &self->dst.dev, RESUMING);
+	ASSERT_LT(0, mig_read(save, &image, 4096));
+	ASSERT_EQ(0, mig_load(load, image.data, image.len, 0, NULL));
+	mig_close(&src->dev);
+	mig_close(&self->dst.dev);
+	EXPECT_EQ(-ENODEV, mig_read(save, &image, 4096))
+		PROMISE("after close every call on the data_fd gives ENODEV");
+	EXPECT_EQ(-ENODEV, mig_load(load, image.data, image.len, 0, NULL))
+		PROMISE("after close every call on the data_fd gives ENODEV");
+	EXPECT_NE(0, mig_poll(save, POLLIN, 0))
+		PROMISE("nobody waits for a closed device");
+}
+
+/* ---- The PCI device ---- */
+
+FIXTURE(pci)
+{
+	struct mock m;
+};
+
+FIXTURE_VARIANT(pci)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(pci, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(pci, iommufd) { .backend = MIG_IOMMUFD };
+
+FIXTURE_SETUP(pci)
+{
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_64K", 0, variant->backend);
+}
+
+FIXTURE_TEARDOWN(pci)
+{
+	mock_close(&self->m);
+}
+
+TEST_F(pci, device_info)
+{
+	struct vfio_device_info info = { .argsz = sizeof(info) };
+	struct mock *m = &self->m;
+
+	EXPECT_EQ((__u32)(VFIO_DEVICE_FLAGS_PCI | VFIO_DEVICE_FLAGS_RESET),
+		  m->dev.info.flags & ~VFIO_DEVICE_FLAGS_CAPS);
+	EXPECT_EQ((__u32)VFIO_PCI_NUM_REGIONS, m->dev.info.num_regions);
+	EXPECT_EQ((__u32)VFIO_PCI_NUM_IRQS, m->dev.info.num_irqs);
+	info.argsz = 8;
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("argsz must cover the structure");
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, NULL));
+	EXPECT_EQ(EFAULT, errno);
+	EXPECT_EQ(-1, ioctl(m->dev.fd, _IO(VFIO_TYPE, VFIO_BASE + 98), &info));
+	EXPECT_EQ(ENOTTY, errno)
+		PROMISE("an unknown ioctl is ENOTTY");
+}
+
+TEST_F(pci, every_region_answers)
+{
+	static const __u32 rw = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
+	const __u64 sizes[VFIO_PCI_NUM_REGIONS] = {
+		[BAR0] = VFIO_MOCK_BAR0_SIZE, [BAR2] = self->m.size, [CONFIG] = 256,
+	};
+	struct vfio_region_info info;
+	struct mock *m = &self->m;
+	__u8 buf[16] = {};
+	ssize_t ret;
+	__u32 i;
+
+	for (i = 0; i < VFIO_PCI_NUM_REGIONS; i++) {
+		ASSERT_EQ(0, mig_region_info(&m->dev, i, &info))
+			PROMISE("region %u answers GET_REGION_INFO", i);
+		EXPECT_EQ(sizes[i], info.size)
+			PROMISE("region %u has this size", i);
+		EXPECT_EQ(sizes[i] ? rw : 0, info.flags & rw)
+			PROMISE("region %u can be read and written if it is there", i);
+		if (!sizes[i]) {
+			EXPECT_EQ(-EINVAL, mock_read(m, i, 0, buf, 4))
+				PROMISE("region %u is not there", i);
+			EXPECT_EQ(-EINVAL, mock_write(m, i, 0, buf, 4));
+			continue;
+		}
+		/* Past the end, across the end, and as far as offsets reach. */
+		EXPECT_GE(0, mock_read(m, i, sizes[i], buf, 4))
+			PROMISE("region %u ends at its size", i);
+		EXPECT_GE(0, mock_write(m, i, sizes[i], buf, 4));
+		EXPECT_GE(0, mock_read(m, i, (1ULL << 40) - 8, buf, 4))
+			PROMISE("region %u ends at its size", i);
+		ret = mock_read(m, i, sizes[i] - 4, buf, 8);
+		EXPECT_TRUE(ret == -EINVAL || ret == 4)
+			PROMISE("a read across the end of region %u is short or refused: %zd",
+				i, ret);
+		ret = mock_write(m, i, sizes[i] - 4, buf, 8);
+		EXPECT_TRUE(ret == -EINVAL || ret == 4)
+			PROMISE("a write across the end of region %u is short or refused: %zd",
+				i, ret);
+	}
+	EXPECT_EQ(-EINVAL, mig_region_info(&m->dev, VFIO_PCI_NUM_REGIONS, &info))
+		PROMISE("there is no region behind the last");
+	EXPECT_EQ(-EINVAL, mig_region_info(&m->dev, ~0U, &info));
+	EXPECT_GE(0, pread(m->dev.fd, buf, 4, 0x7ffffffffffff000ULL));
+
+	info = (struct vfio_region_info){ .argsz = 16, .index = BAR0 };
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_REGION_INFO, &info));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("argsz must cover the structure");
+}
+
+TEST_F(pci, registers_identify_the_device)
+{
+	struct mock *m = &self->m;
+	unsigned int i;
+
+	expect_fresh(_metadata, m, "on open");
+	EXPECT_EQ(m->size, reg64(m, STATE_SIZE));
+	EXPECT_EQ(64U << 10, reg64(m, STATE_SIZE));
+
+	/* Registers that tell cannot be told. */
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_STATE_SIZE, ~0ULL, 8);
+	for (i = 0; i < ARRAY_SIZE(reset_values); i++) {
+		switch (reset_values[i].at) {
+		case VFIO_MOCK_REG_SCRATCH:
+		case VFIO_MOCK_REG_ADDR:
+		case VFIO_MOCK_REG_LEN:
+		case VFIO_MOCK_REG_SEED:
+		case VFIO_MOCK_REG_IRQ_VECTOR:
+		case VFIO_MOCK_REG_SAVE_DELAY:
+			continue;
+		}
+		put(_metadata, m, BAR0, reset_values[i].at, 0x5555555555555555ULL,
+		    reset_values[i].len);
+	}
+	EXPECT_EQ(m->size, reg64(m, STATE_SIZE))
+		PROMISE("STATE_SIZE is read-only");
+	expect_fresh(_metadata, m, "after writes to read-only registers");
+}
+
+TEST_F(pci, registers_take_any_access)
+{
+	struct mock *m = &self->m;
+	__u64 model[4], value, n = 0;
+	__u8 *bytes = (__u8 *)model, block[32];
+	unsigned int i, at, len, j;
+
+	/* SCRATCH, ADDR, LEN and SEED are 32 bytes that keep what is written. */
+	memset(model, 0, sizeof(model));
+	for (i = 0; i < 400; i++) {
+		at = vfio_mock_mix(++n) % 32;
+		len = vfio_mock_mix(++n) % 8 + 1;
+		value = vfio_mock_mix(++n);
+		if (at + len > 32)
+			len = 32 - at;
+		put(_metadata, m, BAR0, VFIO_MOCK_REG_SCRATCH + at, value, len);
+		memcpy(bytes + at, &value, len);
+		ASSERT_EQ(32, mock_read(m, BAR0, VFIO_MOCK_REG_SCRATCH, block, 32))
+			PROMISE("a block access works");
+		ASSERT_EQ(0, memcmp(block, bytes, 32))
+			PROMISE("a write of %u bytes at %u changes these bytes alone",
+				len, at);
+		for (j = 0; j + len <= 32; j += 5) {
+			value = get(_metadata, m, BAR0, VFIO_MOCK_REG_SCRATCH + j, len);
+			EXPECT_EQ(0, memcmp(&value, bytes + j, len))
+				PROMISE("a read of %u bytes at %u is a part of the whole",
+					len, j);
+		}
+	}
+	for (i = 0; i < 32; i++)
+		block[i] = 0xa0 + i;
+	ASSERT_EQ(32, mock_write(m, BAR0, VFIO_MOCK_REG_SCRATCH, block, 32));
+	EXPECT_EQ(0xa7a6a5a4a3a2a1a0ULL, reg64(m, SCRATCH));
+	EXPECT_EQ(0xbfbebdbcbbbab9b8ULL, reg64(m, SEED));
+	EXPECT_EQ(0, mock_read(m, BAR0, 0, block, 0))
+		PROMISE("a read of nothing returns 0");
+	EXPECT_EQ(VFIO_MOCK_REGS_END, (int)mock_read(m, BAR0, 0, m->seen, VFIO_MOCK_REGS_END));
+	EXPECT_EQ(VFIO_MOCK_BAR0_SIZE, (int)mock_read(m, BAR0, 0, m->seen, VFIO_MOCK_BAR0_SIZE))
+		PROMISE("all of BAR0 can be read");
+}
+
+TEST_F(pci, state_memory_takes_any_access)
+{
+	struct mock *m = &self->m;
+	__u64 n = 0, at, len;
+	unsigned int i;
+
+	for (i = 0; i < 300; i++) {
+		at = vfio_mock_mix(++n) % m->size;
+		len = vfio_mock_mix(++n) % (i % 3 ? 8 : 3 * PAGE) + 1;
+		if (len > m->size - at)
+			len = m->size - at;
+		store_noise(_metadata, m, at, len, n);
+		ASSERT_EQ((ssize_t)len, mock_read(m, BAR2, at, m->seen, len));
+		EXPECT_EQ(0, memcmp(m->seen, m->want + at, len))
+			PROMISE("what was written is read (%llu bytes at %#llx)", len, at);
+	}
+	expect_memory(_metadata, m, m->want, "after writes of any size");
+}
+
+/* A command that is refused with @error and changes nothing. */
+static void expect_refused_command(struct __test_metadata *_metadata, struct mock *m,
+				   __u32 cmd, __u64 at, __u64 len, int error)
+{
+	__u64 done = reg64(m, COMPLETIONS);
+
+	command(_metadata, m, cmd, at, len, 1);
+	EXPECT_EQ(error, (int)reg32(m, ERROR))
+		PROMISE("command %u of [%#llx, +%#llx) is refused with this error",
+			cmd, at, len);
+	EXPECT_EQ(VFIO_MOCK_STATUS_ERROR, (int)reg32(m, STATUS))
+		PROMISE("STATUS tells that the last command was refused");
+	EXPECT_EQ(done, reg64(m, COMPLETIONS))
+		PROMISE("a refused command is not completed");
+}
+
+TEST_F(pci, doorbell_commands)
+{
+	struct mock *m = &self->m;
+	__u64 n = 0, at, len, done = 0;
+	unsigned int i;
+
+	for (i = 0; i < 100; i++) {
+		at = vfio_mock_mix(++n) % m->size;
+		len = vfio_mock_mix(++n) % (i % 2 ? 20 : m->size - at) + 1;
+		if (len > m->size - at)
+			len = m->size - at;
+		fill(_metadata, m, at, len, n);
+		EXPECT_EQ(++done, reg64(m, COMPLETIONS))
+			PROMISE("COMPLETIONS counts commands");
+		EXPECT_EQ(VFIO_MOCK_ERROR_NONE, (int)reg32(m, ERROR));
+		command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, at, len, 0);
+		EXPECT_EQ(vfio_mock_checksum(m->want + at, len), reg64(m, RESULT))
+			PROMISE("RESULT is the checksum of [%#llx, +%#llx)", at, len);
+		EXPECT_EQ(++done, reg64(m, COMPLETIONS));
+	}
+	expect_memory(_metadata, m, m->want, "after FILLs");
+
+	command(_metadata, m, VFIO_MOCK_CMD_REINIT, 0, 0, 99);
+	EXPECT_EQ(VFIO_MOCK_STATUS_DONE, (int)reg32(m, STATUS));
+	EXPECT_EQ(++done, reg64(m, COMPLETIONS));
+	vfio_mock_pattern(m->want, 99, 0, m->size);
+	expect_memory(_metadata, m, m->want, "after REINIT");
+}
+
+TEST_F(pci, doorbell_refuses)
+{
+	static const __u32 unknown[] = { 0, 4, 5, 0x100, 0x80000001, ~0U };
+	struct mock *m = &self->m;
+	unsigned int i;
+	__u64 result;
+
+	fill(_metadata, m, 0, m->size, 1);
+	command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 0, 8, 0);
+	result = reg64(m, RESULT);
+	for (i = 0; i < ARRAY_SIZE(unknown); i++)
+		expect_refused_command(_metadata, m, unknown[i], 0, 8,
+				       VFIO_MOCK_ERROR_COMMAND);
+	for (i = VFIO_MOCK_CMD_FILL; i <= VFIO_MOCK_CMD_CHECKSUM; i++) {
+		expect_refused_command(_metadata, m, i, 0, 0, VFIO_MOCK_ERROR_RANGE);
+		expect_refused_command(_metadata, m, i, 0, m->size + 1,
+				       VFIO_MOCK_ERROR_RANGE);
+		expect_refused_command(_metadata, m, i, m->size, 1,
+				       VFIO_MOCK_ERROR_RANGE);
+		expect_refused_command(_metadata, m, i, m->size - 1, 2,
+				       VFIO_MOCK_ERROR_RANGE);
+		expect_refused_command(_metadata, m, i, ~0ULL, 1,
+				       VFIO_MOCK_ERROR_RANGE);
+		expect_refused_command(_metadata, m, i, ~0ULL, 2,
+				       VFIO_MOCK_ERROR_RANGE);
+		expect_refused_command(_metadata, m, i, 1, ~0ULL,
+				       VFIO_MOCK_ERROR_RANGE);
+	}
+	EXPECT_EQ(result, reg64(m, RESULT))
+		PROMISE("a refused CHECKSUM leaves RESULT alone");
+	expect_memory(_metadata, m, m->want, "after refused commands");
+	fill(_metadata, m, m->size - 1, 1, 2);
+	EXPECT_EQ(VFIO_MOCK_ERROR_NONE, (int)reg32(m, ERROR))
+		PROMISE("a good command clears the error");
+}
+
+TEST_F(pci, doorbell_acts_only_when_written_whole)
+{
+	struct mock *m = &self->m;
+	struct {
+		__u64 addr;
+		__u64 len;
+		__u64 seed;
+		__u32 doorbell;
+		__u32 vector;
+	} block = { 100, 300, 5, VFIO_MOCK_CMD_FILL, 1 };
+
+	set64(m, ADDR, 0);
+	set64(m, LEN, 8);
+	set64(m, SEED, 3);
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL, VFIO_MOCK_CMD_FILL, 1);
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL, VFIO_MOCK_CMD_FILL, 2);
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL + 2, 0, 2);
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL, VFIO_MOCK_CMD_FILL, 3);
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL + 1, 0, 4);
+	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL - 2, 0, 4);
+	EXPECT_EQ(0U, reg64(m, COMPLETIONS))
+		PROMISE("DOORBELL acts only when all its 4 bytes are written by one access");
+	EXPECT_EQ(0U, reg32(m, STATUS));
+	expect_memory(_metadata, m, m->want, "after partial doorbell writes");
+
+	/* One access that covers the arguments as well. */
+	ASSERT_EQ((ssize_t)sizeof(block),
+		  mock_write(m, BAR0, VFIO_MOCK_REG_ADDR, &block, sizeof(block)));
+	vfio_mock_pattern(m->want + 100, 5, 100, 300);
+	EXPECT_EQ(1U, reg64(m, COMPLETIONS))
+		PROMISE("a block access that covers DOORBELL rings it");
+	EXPECT_EQ(1U, reg32(m, IRQ_VECTOR));
+	expect_memory(_metadata, m, m->want, "after a block write of a command");
+}
+
+/* ---- Config space ---- */
+
+TEST_F(pci, config_space_identifies_the_device)
+{
+	struct mock *m = &self->m;
+	__u64 cap;
+
+	EXPECT_EQ((__u64)VFIO_MOCK_VENDOR_ID, get(_metadata, m, CONFIG, 0x00, 2));
+	EXPECT_EQ((__u64)VFIO_MOCK_DEVICE_ID, get(_metadata, m, CONFIG, 0x02, 2));
+	EXPECT_EQ((__u64)VFIO_MOCK_CLASS, get(_metadata, m, CONFIG, 0x09, 3));
+	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 0x0e, 1) & 0x7f)
+		PROMISE("a type 0 header");
+	EXPECT_EQ((__u64)VFIO_MOCK_VENDOR_ID, get(_metadata, m, CONFIG, 0x2c, 2));
+	EXPECT_EQ((__u64)VFIO_MOCK_DEVICE_ID, get(_metadata, m, CONFIG, 0x2e, 2));
+	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 0x3d, 1))
+		PROMISE("no INTx: interrupt pin 0");
+
+	EXPECT_EQ(0x10U, get(_metadata, m, CONFIG, 0x06, 2) & 0x10)
+		PROMISE("status announces the capability list");
+	cap = get(_metadata, m, CONFIG, 0x34, 1);
+	EXPECT_EQ((__u64)VFIO_MOCK_MSIX_CAP, cap);
+	EXPECT_EQ(0x11U, get(_metadata, m, CONFIG, cap, 1))
+		PROMISE("the capability is MSI-X");
+	EXPECT_EQ(0U, get(_metadata, m, CONFIG, cap + 1, 1))
+		PROMISE("the list ends");
+	EXPECT_EQ(VFIO_MOCK_MSIX_VECTORS - 1U, get(_metadata, m, CONFIG, cap + 2, 2) & 0x7ff);
+	EXPECT_EQ((__u64)VFIO_MOCK_MSIX_TABLE, get(_metadata, m, CONFIG, cap + 4, 4));
+	EXPECT_EQ((__u64)VFIO_MOCK_MSIX_PBA, get(_metadata, m, CONFIG, cap + 8, 4));
+}
+
+TEST_F(pci, config_space_sizes_its_bars)
+{
+	/* Size of the BAR that starts at each register, and its type bits. */
+	const struct {
+		__u64 size;
+		__u32 bits;
+	} bars[6] = {
+		{ VFIO_MOCK_BAR0_SIZE, 0x4 }, {}, { self->m.size, 0xc }, {}, {}, {},
+	};
+	struct mock *m = &self->m;
+	__u64 sizing;
+	int i;
+
+	for (i = 0; i < 6; i++) {
+		if (!bars[i].size) {
+			/* The upper half of the 64-bit BAR before, or nothing. */
+			if (i && bars[i - 1].size)
+				continue;
+			put(_metadata, m, CONFIG, 0x10 + 4 * i, ~0U, 4);
+			EXPECT_EQ(0U, get(_metadata, m, CONFIG, 0x10 + 4 * i, 4))
+				PROMISE("BAR%d is not there", i);
+			continue;
+		}
+		EXPECT_EQ(bars[i].bits, get(_metadata, m, CONFIG, 0x10 + 4 * i, 4) & 0xf)
+			PROMISE("BAR%d is a 64-bit memory BAR", i);
+		put(_metadata, m, CONFIG, 0x10 + 4 * i, ~0U, 4);
+		put(_metadata, m, CONFIG, 0x14 + 4 * i, ~0U, 4);
+		sizing = get(_metadata, m, CONFIG, 0x10 + 4 * i, 4) |
+			 get(_metadata, m, CONFIG, 0x14 + 4 * i, 4) << 32;
+		EXPECT_EQ(~(bars[i].size - 1) | bars[i].bits, sizing)
+			PROMISE("BAR%d tells its size through a write of all ones", i);
+		put(_metadata, m, CONFIG, 0x10 + 4 * i, 0xabcdef00ff000000ULL, 8);
+		EXPECT_EQ((0xabcdef00ff000000ULL & ~(bars[i].size - 1)) | bars[i].bits,
+			  get(_metadata, m, CONFIG, 0x10 + 4 * i, 8))
+			PROMISE("BAR%d keeps its address", i);
+	}
+	put(_metadata, m, CONFIG, 0x30, ~0U, 4);
+	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 0x30, 4))
+		PROMISE("there is no expansion ROM");
+}
+
+TEST_F(pci, config_space_takes_any_access)
+{
+	struct mock *m = &self->m;
+	__u8 before[256], now[256], part[8], ones[256];
+	unsigned int at, len;
+
+	ASSERT_EQ(256, mock_read(m, CONFIG, 0, before, 256))
+		PROMISE("the whole config space is read by one access");
+	for (len = 1; len <= 8; len++) {
+		for (at = 0; at + len <= 256; at++) {
+			ASSERT_EQ((ssize_t)len, mock_read(m, CONFIG, at, part, len));
+			EXPECT_EQ(0, memcmp(part, before + at, len))
+				PROMISE("%u bytes at %#x are a part of the whole", len, at);
+		}
+	}
+
+	/* What a PCI function never lets software change. */
+	memset(ones, 0xff, sizeof(ones));
+	ASSERT_EQ(256, mock_write(m, CONFIG, 0, ones, 256));
+	ASSERT_EQ(256, mock_read(m, CONFIG, 0, now, 256));
+	EXPECT_EQ(0, memcmp(before, now, 4))
+		PROMISE("vendor and device id are read-only");
+	EXPECT_EQ(0, memcmp(before + 6, now + 6, 6))
+		PROMISE("status, revision and class are read-only");
+	EXPECT_EQ(before[0x0e], now[0x0e])
+		PROMISE("the header type is read-only");
+	EXPECT_EQ(0, memcmp(before + 0x2c, now + 0x2c, 4))
+		PROMISE("subsystem ids are read-only");
+	EXPECT_EQ(before[0x34], now[0x34])
+		PROMISE("the capability pointer is read-only");
+	EXPECT_EQ(before[0x3d], now[0x3d])
+		PROMISE("the interrupt pin is read-only");
+	EXPECT_EQ(0, memcmp(before + 0x40, now + 0x40, 3))
+		PROMISE("id, next and table size of the MSI-X capability are read-only");
+	EXPECT_EQ(0, memcmp(before + 0x44, now + 0x44, 8))
+		PROMISE("the places of MSI-X table and PBA are read-only");
+
+	put(_metadata, m, CONFIG, 4, 6, 2);
+	EXPECT_EQ(6U, get(_metadata, m, CONFIG, 4, 2) & 7)
+		PROMISE("memory space and bus master can be enabled");
+	put(_metadata, m, CONFIG, 4, 0, 1);
+	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 4, 2) & 7)
+		PROMISE("a byte access to the command register works");
+}
+
+/* ---- Interrupts ---- */
+
+#define MSIX		VFIO_PCI_MSIX_IRQ_INDEX
+#define EVENTFD_TRIGGER	(VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER)
+#define NONE_TRIGGER	(VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER)
+#define BOOL_TRIGGER	(VFIO_IRQ_SET_DATA_BOOL | VFIO_IRQ_SET_ACTION_TRIGGER)
+
+/* How often the eventfd was signalled since the last time it was asked. */
+static __u64 signals(int fd)
+{
+	__u64 count;
+
+	return read(fd, &count, sizeof(count)) == sizeof(count) ? count : 0;
+}
+
+static void enable_vectors(struct __test_metadata *_metadata, struct mock *m,
+			   int fds[VFIO_MOCK_MSIX_VECTORS])
+{
+	int i;
+
+	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
+		fds[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+		ASSERT_LE(0, fds[i]);
+	}
+	ASSERT_EQ(0, mig_set_irqs(&m->dev, MSIX, EVENTFD_TRIGGER, 0,
+				  VFIO_MOCK_MSIX_VECTORS, fds,
+				  VFIO_MOCK_MSIX_VECTORS * sizeof(int)))
+		STEP("set an eventfd for each vector");
+}
+
+TEST_F(pci, irq_info)
+{
+	static const __u32 counts[VFIO_PCI_NUM_IRQS] = {
+		[MSIX] = VFIO_MOCK_MSIX_VECTORS, [VFIO_PCI_REQ_IRQ_INDEX] = 1,
+	};
+	struct vfio_irq_info info;
+	struct mock *m = &self->m;
+	__u32 i;
+
+	for (i = 0; i < VFIO_PCI_NUM_IRQS; i++) {
+		/* As vfio-pci on a device that is not PCI Express. */
+		if (i == VFIO_PCI_ERR_IRQ_INDEX) {
+			EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, i, &info));
+			continue;
+		}
+		ASSERT_EQ(0, mig_irq_info(&m->dev, i, &info))
+			PROMISE("irq index %u answers GET_IRQ_INFO", i);
+		EXPECT_EQ(counts[i], info.count)
+			PROMISE("irq index %u has so many vectors", i);
+		if (counts[i]) {
+			EXPECT_EQ((__u32)VFIO_IRQ_INFO_EVENTFD,
+				  info.flags & VFIO_IRQ_INFO_EVENTFD)
+				PROMISE("irq index %u signals by eventfd", i);
+		}
+	}
+	EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, VFIO_PCI_NUM_IRQS, &info));
+	EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, ~0U, &info));
+	info = (struct vfio_irq_info){ .argsz = 8 };
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, &info));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("argsz must cover the structure");
+}
+
+TEST_F(pci, msix_signals_completion)
+{
+	int fds[VFIO_MOCK_MSIX_VECTORS], i, j;
+	struct mock *m = &self->m;
+
+	enable_vectors(_metadata, m, fds);
+	fill(_metadata, m, 0, 8, 1);
+	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
+		EXPECT_EQ(0U, signals(fds[i]))
+			PROMISE("no interrupt is asked for after reset");
+	}
+	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
+		set32(m, IRQ_VECTOR, i);
+		fill(_metadata, m, 0, 8, i);
+		command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 0, 8, i);
+		for (j = 0; j < VFIO_MOCK_MSIX_VECTORS; j++) {
+			EXPECT_EQ(i == j ? 2U : 0U, signals(fds[j]))
+				PROMISE("a completed command signals vector %d, and no other (%d)",
+					i, j);
+		}
+	}
+	/* The end of a refused command is an end, too. */
+	command(_metadata, m, 77, 0, 8, 0);
+	EXPECT_EQ(1U, signals(fds[VFIO_MOCK_MSIX_VECTORS - 1]))
+		PROMISE("the vector is signalled at the end of a command");
+	/* A vector that is not there is nobody's interrupt. */
+	set32(m, IRQ_VECTOR, VFIO_MOCK_MSIX_VECTORS);
+	fill(_metadata, m, 0, 8, 1);
+	set32(m, IRQ_VECTOR, 0x7fffffff);
+	fill(_metadata, m, 0, 8, 1);
+	/* And a stopped device must not generate interrupts. */
+	set32(m, IRQ_VECTOR, 0);
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	command(_metadata, m, VFIO_MOCK_CMD_FILL, 0, 8, 1);
+	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
+		EXPECT_EQ(0U, signals(fds[i]))
+			PROMISE("while in STOP the device must not generate interrupts");
+	}
+	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	fill(_metadata, m, 0, 8, 1);
+	EXPECT_EQ(1U, signals(fds[0]));
+}
+
+TEST_F(pci, set_irqs_triggers_and_disables)
+{
+	int fds[VFIO_MOCK_MSIX_VECTORS], none = -1;
+	__u8 some[VFIO_MOCK_MSIX_VECTORS] = { 1, 0, 0, 1 };
+	struct mock *m = &self->m;
+
+	enable_vectors(_metadata, m, fds);
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, MSIX, NONE_TRIGGER, 1, 2, NULL, 0));
+	EXPECT_EQ(0U, signals(fds[0]));
+	EXPECT_EQ(1U, signals(fds[1]))
+		PROMISE("DATA_NONE with ACTION_TRIGGER signals each vector of the range");
+	EXPECT_EQ(1U, signals(fds[2]));
+	EXPECT_EQ(0U, signals(fds[3]));
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, MSIX, BOOL_TRIGGER, 0, 4, some, sizeof(some)));
+	EXPECT_EQ(1U, signals(fds[0]))
+		PROMISE("DATA_BOOL with ACTION_TRIGGER signals the vectors that are true");
+	EXPECT_EQ(0U, signals(fds[1]));
+	EXPECT_EQ(0U, signals(fds[2]));
+	EXPECT_EQ(1U, signals(fds[3]));
+
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, MSIX, EVENTFD_TRIGGER, 0, 1, &none, sizeof(none)));
+	set32(m, IRQ_VECTOR, 0);
+	fill(_metadata, m, 0, 8, 1);
+	EXPECT_EQ(0U, signals(fds[0]))
+		PROMISE("an eventfd of -1 de-assigns the vector");
+	set32(m, IRQ_VECTOR, 3);
+	fill(_metadata, m, 0, 8, 1);
+	EXPECT_EQ(1U, signals(fds[3]))
+		PROMISE("the other vectors stay as they are");
+
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, MSIX, NONE_TRIGGER, 0, 0, NULL, 0))
+		PROMISE("count 0 with DATA_NONE and ACTION_TRIGGER disables the index");
+	fill(_metadata, m, 0, 8, 1);
+	EXPECT_EQ(0U, signals(fds[3]))
+		PROMISE("a disabled index signals nothing");
+
+	/* The eventfd stays referenced by the device when the user closes it. */
+	enable_vectors(_metadata, m, fds);
+	close(fds[3]);
+	fill(_metadata, m, 0, 8, 1);
+}
+
+TEST_F(pci, set_irqs_arguments)
+{
+	const struct {
+		const char *what;
+		__u32 index, flags, start, count;
+		size_t size;
+		int want;
+	} calls[] = {
+		{ "an index that is not there",
+		  VFIO_PCI_NUM_IRQS, EVENTFD_TRIGGER, 0, 1, 4, -EINVAL },
+		{ "a start past the end", MSIX, EVENTFD_TRIGGER, 4, 1, 4, -EINVAL },
+		{ "a range past the end", MSIX, EVENTFD_TRIGGER, 1, 4, 16, -EINVAL },
+		{ "a count that wraps", MSIX, EVENTFD_TRIGGER, 1, ~0U, 4, -EINVAL },
+		{ "data that is too short", MSIX, EVENTFD_TRIGGER, 0, 2, 4, -EINVAL },
+		{ "no data type", MSIX, VFIO_IRQ_SET_ACTION_TRIGGER, 0, 1, 4, -EINVAL },
+		{ "two data types",
+		  MSIX, EVENTFD_TRIGGER | VFIO_IRQ_SET_DATA_BOOL, 0, 1, 4, -EINVAL },
+		{ "an unknown flag", MSIX, NONE_TRIGGER | 1 << 12, 0, 1, 0, -EINVAL },
+		{ "a vector of INTx, which is not there",
+		  VFIO_PCI_INTX_IRQ_INDEX, EVENTFD_TRIGGER, 0, 1, 4, -EINVAL },
+		{ "a second REQ vector",
+		  VFIO_PCI_REQ_IRQ_INDEX, EVENTFD_TRIGGER, 0, 2, 8, -EINVAL },
+		/* As vfio-pci, for what an index cannot do. */
+		{ "no action", MSIX, VFIO_IRQ_SET_DATA_NONE, 0, 1, 0, -ENOTTY },
+		{ "two actions",
+		  MSIX, NONE_TRIGGER | VFIO_IRQ_SET_ACTION_MASK, 0, 1, 0, -ENOTTY },
+		{ "to mask MSI-X", MSIX, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK,
+		  0, 1, 0, -ENOTTY },
+	};
+	int fds[VFIO_MOCK_MSIX_VECTORS], good[4], bad;
+	struct mock *m = &self->m;
+	struct vfio_irq_set set;
+	unsigned int i;
+
+	enable_vectors(_metadata, m, fds);
+	for (i = 0; i < 4; i++)
+		good[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	for (i = 0; i < ARRAY_SIZE(calls); i++) {
+		EXPECT_EQ(calls[i].want,
+			  mig_set_irqs(&m->dev, calls[i].index, calls[i].flags,
+				       calls[i].start, calls[i].count, good, calls[i].size))
+			PROMISE("SET_IRQS refuses %s", calls[i].what);
+	}
+	set = (struct vfio_irq_set){
+		.argsz = sizeof(set) - 1, .flags = NONE_TRIGGER, .index = MSIX, .count = 1,
+	};
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, &set));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("argsz must cover the structure");
+
+	bad = 999;
+	EXPECT_EQ(-EBADF, mig_set_irqs(&m->dev, MSIX, EVENTFD_TRIGGER, 0, 1, &bad, sizeof(bad)))
+		PROMISE("a descriptor that is not open is refused");
+	bad = m->dev.fd;
+	EXPECT_EQ(-EINVAL, mig_set_irqs(&m->dev, MSIX, EVENTFD_TRIGGER, 0, 1, &bad, sizeof(bad)))
+		PROMISE("a descriptor that is no eventfd is refused");
+
+	/* Nothing of this touched the vectors that were set. */
+	set32(m, IRQ_VECTOR, 0);
+	fill(_metadata, m, 0, 8, 1);
+	EXPECT_EQ(1U, signals(fds[0]))
+		PROMISE("a refused SET_IRQS changes nothing");
+	EXPECT_EQ(0U, signals(good[0]));
+}
+
+TEST_F(pci, interrupts_follow_the_device_to_its_target)
+{
+	int fds[VFIO_MOCK_MSIX_VECTORS];
+	struct mock *m = &self->m, dst;
+	struct mig_stream image = {};
+
+	MOCK_OPEN_OR_SKIP(&dst, "VFIO_MOCK_64K", 1, variant->backend);
+	set32(m, IRQ_VECTOR, 1);
+	take_image(_metadata, &m->dev, &image);
+	enable_vectors(_metadata, &dst, fds);
+	load_and_run(_metadata, &dst.dev, &image, 0);
+	EXPECT_EQ(0U, signals(fds[1]));
+	EXPECT_EQ(1U, reg32(&dst, IRQ_VECTOR));
+	fill(_metadata, &dst, 0, 8, 1);
+	EXPECT_EQ(1U, signals(fds[1]))
+		PROMISE("the vector migrates, the eventfd is the target's own");
+	mock_close(&dst);
+}
+
+/* ---- Removal of the mediated device ---- */
+
+/* Writes one word to a file of sysfs; 0 or -errno. */
+static int write_sysfs(const char *path, const char *word)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC), ret;
+
+	if (fd < 0)
+		return -errno;
+	ret = write(fd, word, strlen(word)) < 0 ? -errno : 0;
+	close(fd);
+	return ret;
+}
+
+/* A device that lives for one test. */
+struct guest {
+	struct mig_device dev;
+	char path[64];
+	char remove[80];
+	pthread_t remover;
+	int ret;
+};
+
+static void create_guest(struct __test_metadata *_metadata, struct guest *g,
+			 const struct mock *like)
+{
+	char uuid[37] = "", create[PATH_MAX + 32];
+	int fd;
+
+	fd = open("/proc/sys/kernel/random/uuid", O_RDONLY | O_CLOEXEC);
+	ASSERT_EQ(36, read(fd, uuid, 36));
+	close(fd);
+	snprintf(create, sizeof(create), "%s/mdev_type/create", like->path);
+	ASSERT_EQ(0, write_sysfs(create, uuid))
+		STEP("create a device through %s", create);
+	snprintf(g->path, sizeof(g->path), "/sys/bus/mdev/devices/%s", uuid);
+	snprintf(g->remove, sizeof(g->remove), "%s/remove", g->path);
+	ASSERT_EQ(0, mig_open(&g->dev, g->path, like->dev.backend))
+		STEP("open the new device: %s", g->dev.why);
+}
+
+static void *remover_main(void *arg)
+{
+	struct guest *g = arg;
+
+	g->ret = write_sysfs(g->remove, "1");
+	return NULL;
+}
+
+TEST_F(pci, data_fd_outlives_the_mediated_device)
+{
+	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	struct vfio_precopy_info info;
+	struct guest guest;
+	unsigned int i;
+	int fd;
+
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(self->m.dev.flags, states[i]))
+			continue;
+		create_guest(_metadata, &guest, &self->m);
+		fd = go(_metadata, &guest.dev, states[i]);
+		mig_close(&guest.dev);
+		ASSERT_EQ(0, write_sysfs(guest.remove, "1"));
+		EXPECT_EQ(-1, access(guest.path, F_OK))
+			PROMISE("a data_fd does not keep its device");
+		EXPECT_TRUE(mig_fd_is_dead(fd))
+			PROMISE("the fd may outlive device and mdev: ENODEV");
+		EXPECT_GT(0, mig_precopy_info(fd, &info));
+		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0));
+		close(fd);
+	}
+}
+
+TEST_F_TIMEOUT(pci, removal_asks_the_user_to_let_go, 60)
+{
+	int req = eventfd(0, EFD_CLOEXEC);
+	struct guest guest;
+
+	create_guest(_metadata, &guest, &self->m);
+	ASSERT_EQ(0, mig_set_irqs(&guest.dev, VFIO_PCI_REQ_IRQ_INDEX, EVENTFD_TRIGGER,
+				  0, 1, &req, sizeof(req)));
+	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
+	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, MIG_HANG_SECONDS * 1000))
+		PROMISE("the removal of an open device signals the request interrupt");
+	mig_close(&guest.dev);
+	ASSERT_TRUE(joined(guest.remover))
+		PROMISE("the removal goes on when the device is closed");
+	EXPECT_EQ(0, guest.ret);
+	EXPECT_EQ(-1, access(guest.path, F_OK));
+}
+
+/* ---- DMA logging, stricter than the uAPI needs ---- */
+
+TEST_F(pci, dma_logging_refuses_bad_page_sizes)
+{
+	static const struct vfio_device_feature_dma_logging_range nothing = {},
+		range = { .length = 1 << 20 };
+	static const __u64 sizes[] = { 1, 3, 4095, 12288 };
+	__u64 size = 0, bitmap[4] = {};
+	struct mock *m = &self->m;
+	unsigned int i;
+
+	EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &nothing, 1))
+		PROMISE("page_size 0 is refused");
+	for (i = 1; i < ARRAY_SIZE(sizes); i++) {
+		size = sizes[i];
+		EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &range, 1))
+			PROMISE("page_size %llu is refused", sizes[i]);
+	}
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, 1 << 20, PAGE, bitmap))
+		PROMISE("logging was not started");
+	size = PAGE;
+	ASSERT_EQ(0, mig_log_start(&m->dev, &size, &range, 1));
+	EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &range, 1))
+		PROMISE("another start is not allowed in the meantime");
+	fill(_metadata, m, 0, m->size, 1);
+	ASSERT_EQ(0, mig_log_report(&m->dev, 0, 1 << 20, PAGE, bitmap));
+	EXPECT_EQ(0U, bitmap[0] | bitmap[1] | bitmap[2] | bitmap[3])
+		PROMISE("a device that does no DMA reports no dirty pages");
+	EXPECT_EQ(0, mig_log_stop(&m->dev));
+}
+
+TEST_HARNESS_MAIN
