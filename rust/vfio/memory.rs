@@ -38,8 +38,8 @@ pub struct Memory {
     words: VVec<UnsafeCell<u64>>,
 }
 
-// SAFETY: By the type invariants all accesses are volatile, which the kernel's memory model allows to
-// be concurrent, or user copies, which race with user space anyway. Any bytes are valid words.
+// SAFETY: By the type invariants all accesses are volatile, which the kernel's memory model allows
+// to be concurrent, or user copies, which race with user space anyway. Any bytes are valid words.
 unsafe impl Sync for Memory {}
 
 impl Memory {

@@ -2,9 +2,9 @@
 
 //! A migratable VFIO device without hardware.
 //!
-//! For who writes a driver of a migratable device, to read and to copy, and for who writes a virtual
-//! machine monitor, to migrate at will. The device looks like a PCI endpoint: BAR0 has registers,
-//! BAR2 is its state memory. Create one, of 1 MiB, with:
+//! For who writes a driver of a migratable device, to read and to copy, and for who writes a
+//! virtual machine monitor, to migrate at will. The device looks like a PCI endpoint: BAR0 has
+//! registers, BAR2 is its state memory. Create one, of 1 MiB, with:
 //!
 //! ```sh
 //! echo $(uuidgen) > /sys/class/mdev_bus/vfio_mock/mdev_supported_types/vfio_mock-1M/create
