@@ -16,6 +16,7 @@ import struct
 import time
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 BUS = Path("/sys/class/mdev_bus")
 DEVICES = Path("/sys/bus/mdev/devices")
@@ -36,6 +37,24 @@ DEVICE_FILE = re.compile(r"anon_inode:\[vfio-device\]|/dev/vfio/devices/.*")
 STREAM_FILE = re.compile(r"anon_inode:.*mig.*")
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Kind(NamedTuple):
+    """What the devices of one parent have, and can do."""
+
+    parent: str
+    type: str
+    # The BARs that must be equal on both sides, by what they hold.
+    bars: dict
+    # The register that counts the writes dropped in a stopped state, if any.
+    dropped: int | None
+    interrupts: bool
+
+
+MOCK = Kind(
+    "vfio_mock", "vfio_mock-16M", {"registers": 0, "memory": 2}, 0x58, True
+)
+MINIMAL = Kind("vfio_minimal", "vfio_minimal-64K", {"memory": 0}, None, False)
 
 
 class Device:

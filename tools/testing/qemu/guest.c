@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The program that a guest of the demo runs as its /init: it keeps a vfio_mock
- * device busy and keeps in its own memory a model of all that the device must
- * hold. The model travels with the memory of the guest, the device by its own
- * migration: when both agree on the target, the device has migrated whole.
+ * or vfio_minimal device busy and keeps in its own memory a model of all that
+ * the device must hold. The model travels with the memory of the guest, the
+ * device by its own migration: when both agree on the target, the device has
+ * migrated whole.
  *
  * It reports on the second serial port, one line each, first a word with an @,
  * then key=value pairs, and takes commands there: "verify" compares the whole
@@ -47,8 +48,27 @@
 #define READBACK_PAGES	32
 #define BAD_PAGES_SHOWN	8
 
+/* The offset of the count of writes in a memory that has a header. */
+#define HEADER_WRITES	8
+
+/* What a device can do. */
+struct kind {
+	__u16 id;		/* PCI device id */
+	unsigned int bar;	/* the one that is the memory */
+	__u64 header;		/* read-only bytes at the memory's start */
+	__u64 magic;		/* the first word of the header */
+	bool engine;		/* has registers, commands and interrupts */
+};
+
+static const struct kind kinds[] = {
+	{ .id = VFIO_MOCK_DEVICE_ID, .bar = 2, .engine = true },
+	/* vfio_minimal: the magic reads "MINIMAL", from the top byte down. */
+	{ .id = 0x10f1, .bar = 0, .header = 16, .magic = 0x4d494e494d414c00 },
+	{}
+};
+
 struct counters {
-	__u64 written;		/* bytes written through BAR2 */
+	__u64 written;		/* bytes written to the memory */
 	__u64 filled;		/* bytes the device was told to write */
 	__u64 doorbells;
 	__u64 irqs;
@@ -67,7 +87,8 @@ struct registers {
 	__u32 irq_vector;
 };
 
-struct mock {
+struct device {
+	const struct kind *kind;
 	char pci[256];
 	__u8 *regs;
 	__u8 *mem;
@@ -114,13 +135,13 @@ static noreturn void halt(int error)
 		pause();
 }
 
-static void say_counters(const struct mock *m)
+static void say_counters(const struct device *d)
 {
 	tell(" gen=%llu written=%llu filled=%llu doorbells=%llu irqs=%llu",
-	     m->generation, m->count.written, m->count.filled,
-	     m->count.doorbells, m->count.irqs);
-	say(" checks=%llu mismatches=%llu", m->count.checks,
-	    m->count.mismatches);
+	     d->generation, d->count.written, d->count.filled,
+	     d->count.doorbells, d->count.irqs);
+	say(" checks=%llu mismatches=%llu", d->count.checks,
+	    d->count.mismatches);
 }
 
 static __u64 now_ms(void)
@@ -132,9 +153,9 @@ static __u64 now_ms(void)
 }
 
 /* A number below @limit that depends on the generation and @salt alone. */
-static __u64 pick(const struct mock *m, __u64 salt, __u64 limit)
+static __u64 pick(const struct device *d, __u64 salt, __u64 limit)
 {
-	return vfio_mock_mix((m->generation << 16) + salt) % limit;
+	return vfio_mock_mix((d->generation << 16) + salt) % limit;
 }
 
 /*
@@ -184,238 +205,283 @@ static void mmio_write(void *p, unsigned int width, __u64 value)
 	}
 }
 
-static void check(struct mock *m, const char *where, __u64 offset, __u64 want,
+static void check(struct device *d, const char *where, __u64 offset, __u64 want,
 		  __u64 got)
 {
-	m->count.checks++;
+	d->count.checks++;
 	if (want == got)
 		return;
-	m->count.mismatches++;
+	d->count.mismatches++;
 	say("@mismatch where=%s offset=0x%llx want=0x%llx got=0x%llx gen=%llu",
-	    where, offset, want, got, m->generation);
+	    where, offset, want, got, d->generation);
 }
 
-static void check_reg(struct mock *m, const char *name, unsigned int reg,
+static void check_reg(struct device *d, const char *name, unsigned int reg,
 		      unsigned int width, __u64 want)
 {
-	check(m, name, reg, want, mmio_read(m->regs + reg, width));
+	check(d, name, reg, want, mmio_read(d->regs + reg, width));
 }
 
-static __u64 model_word(const struct mock *m, __u64 offset, unsigned int width)
+static __u64 model_word(const struct device *d, __u64 offset,
+			unsigned int width)
 {
 	__u64 word = 0;
 
-	memcpy(&word, m->model + offset, width);
+	memcpy(&word, d->model + offset, width);
 	return word;
 }
 
 /* Writes @width bytes of the pattern of this generation at @offset. */
-static void mem_write(struct mock *m, __u64 offset, unsigned int width)
+static void mem_write(struct device *d, __u64 offset, unsigned int width)
 {
-	vfio_mock_pattern(m->model + offset, m->generation, offset, width);
-	mmio_write(m->mem + offset, width, model_word(m, offset, width));
-	m->count.written += width;
+	__u64 word = 0, writes;
+
+	vfio_mock_pattern(&word, d->generation, offset, width);
+	mmio_write(d->mem + offset, width, word);
+	d->count.written += width;
+	if (offset >= d->kind->header)
+		memcpy(d->model + offset, &word, width);
+	if (d->kind->header) {
+		writes = model_word(d, HEADER_WRITES, 8) + 1;
+		memcpy(d->model + HEADER_WRITES, &writes, 8);
+	}
 }
 
-static void mem_check(struct mock *m, __u64 offset, unsigned int width)
+static void mem_check(struct device *d, __u64 offset, unsigned int width)
 {
-	check(m, "memory", offset, model_word(m, offset, width),
-	      mmio_read(m->mem + offset, width));
+	check(d, "memory", offset, model_word(d, offset, width),
+	      mmio_read(d->mem + offset, width));
 }
 
 /* Waits for the interrupt of @vector, and takes none of the others. */
-static void wait_irq(struct mock *m, unsigned int vector)
+static void wait_irq(struct device *d, unsigned int vector)
 {
-	struct pollfd pfd = { .fd = m->irq[vector], .events = POLLIN };
+	struct pollfd pfd = { .fd = d->irq[vector], .events = POLLIN };
 	unsigned int i;
 	__u64 n;
 
 	if (poll(&pfd, 1, IRQ_TIMEOUT_MS) != 1)
-		check(m, "lost-irq", vector, 1, 0);
+		check(d, "lost-irq", vector, 1, 0);
 	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
 		n = 0;
-		if (read(m->irq[i], &n, sizeof(n)) == sizeof(n))
-			m->count.irqs += n;
-		check(m, "irq", i, i == vector, n);
+		if (read(d->irq[i], &n, sizeof(n)) == sizeof(n))
+			d->count.irqs += n;
+		check(d, "irq", i, i == vector, n);
 	}
 }
 
-static void command(struct mock *m, __u32 cmd, __u64 addr, __u64 len)
+static void command(struct device *d, __u32 cmd, __u64 addr, __u64 len)
 {
-	__u32 vector = m->count.doorbells % VFIO_MOCK_MSIX_VECTORS;
+	__u32 vector = d->count.doorbells % VFIO_MOCK_MSIX_VECTORS;
 
-	m->want.addr = addr;
-	m->want.len = len;
-	m->want.irq_vector = vector;
-	mmio_write(m->regs + VFIO_MOCK_REG_ADDR, 8, addr);
-	mmio_write(m->regs + VFIO_MOCK_REG_LEN, 8, len);
-	mmio_write(m->regs + VFIO_MOCK_REG_IRQ_VECTOR, 4, vector);
-	mmio_write(m->regs + VFIO_MOCK_REG_DOORBELL, 4, cmd);
-	m->count.doorbells++;
-	m->want.completions++;
-	wait_irq(m, vector);
-	check_reg(m, "status", VFIO_MOCK_REG_STATUS, 4, VFIO_MOCK_STATUS_DONE);
-	check_reg(m, "completions", VFIO_MOCK_REG_COMPLETIONS, 8,
-		  m->want.completions);
+	d->want.addr = addr;
+	d->want.len = len;
+	d->want.irq_vector = vector;
+	mmio_write(d->regs + VFIO_MOCK_REG_ADDR, 8, addr);
+	mmio_write(d->regs + VFIO_MOCK_REG_LEN, 8, len);
+	mmio_write(d->regs + VFIO_MOCK_REG_IRQ_VECTOR, 4, vector);
+	mmio_write(d->regs + VFIO_MOCK_REG_DOORBELL, 4, cmd);
+	d->count.doorbells++;
+	d->want.completions++;
+	wait_irq(d, vector);
+	check_reg(d, "status", VFIO_MOCK_REG_STATUS, 4, VFIO_MOCK_STATUS_DONE);
+	check_reg(d, "completions", VFIO_MOCK_REG_COMPLETIONS, 8,
+		  d->want.completions);
 }
 
-static void fill(struct mock *m, __u64 addr, __u64 len)
+static void fill(struct device *d, __u64 addr, __u64 len)
 {
-	__u64 seed = vfio_mock_mix(m->generation);
+	__u64 seed = vfio_mock_mix(d->generation);
 
-	m->want.seed = seed;
-	mmio_write(m->regs + VFIO_MOCK_REG_SEED, 8, seed);
-	vfio_mock_pattern(m->model + addr, seed, addr, len);
-	command(m, VFIO_MOCK_CMD_FILL, addr, len);
-	m->count.filled += len;
+	d->want.seed = seed;
+	mmio_write(d->regs + VFIO_MOCK_REG_SEED, 8, seed);
+	vfio_mock_pattern(d->model + addr, seed, addr, len);
+	command(d, VFIO_MOCK_CMD_FILL, addr, len);
+	d->count.filled += len;
 }
 
 /* Has the device sum up a range, and compares; true when the sums agree. */
-static bool checksum(struct mock *m, __u64 addr, __u64 len)
+static bool checksum(struct device *d, __u64 addr, __u64 len)
 {
-	command(m, VFIO_MOCK_CMD_CHECKSUM, addr, len);
-	m->want.result = mmio_read(m->regs + VFIO_MOCK_REG_RESULT, 8);
-	return m->want.result == vfio_mock_checksum(m->model + addr, len);
+	command(d, VFIO_MOCK_CMD_CHECKSUM, addr, len);
+	d->want.result = mmio_read(d->regs + VFIO_MOCK_REG_RESULT, 8);
+	return d->want.result == vfio_mock_checksum(d->model + addr, len);
 }
 
-static __u64 hot_page(const struct mock *m, unsigned int i)
+static __u64 hot_page(const struct device *d, unsigned int i)
 {
-	return m->size / HOT_PAGES * i;
+	return d->size / HOT_PAGES * i;
 }
 
 /* Another page each time, until all were written. */
-static __u64 cold_page(const struct mock *m, __u64 generation)
+static __u64 cold_page(const struct device *d, __u64 generation)
 {
-	return generation * 1597 * PAGE % m->size;
+	return generation * 1597 * PAGE % d->size;
 }
 
-static void write_pages(struct mock *m)
+static void write_pages(struct device *d)
 {
-	__u64 page = cold_page(m, m->generation);
+	__u64 page = cold_page(d, d->generation);
 	unsigned int i;
 
 	for (i = 0; i < HOT_PAGES; i++)
-		mem_write(m, hot_page(m, i) + pick(m, i, PAGE / 8) * 8, 8);
+		mem_write(d, hot_page(d, i) + pick(d, i, PAGE / 8) * 8, 8);
 	for (i = 0; i < 16; i++)
-		mem_write(m, page + pick(m, 16 + i, PAGE / 8) * 8, 8);
+		mem_write(d, page + pick(d, 16 + i, PAGE / 8) * 8, 8);
 	for (i = 1; i < 8; i *= 2)
-		mem_write(m, page + pick(m, 32 + i, PAGE / i) * i, i);
+		mem_write(d, page + pick(d, 32 + i, PAGE / i) * i, i);
 }
 
-static void read_back(struct mock *m)
+static void read_back(struct device *d)
 {
-	__u64 page = cold_page(m, m->generation);
+	__u64 page = cold_page(d, d->generation);
 	unsigned int width, i;
 
 	for (i = 0; i < HOT_PAGES; i++)
-		mem_check(m, hot_page(m, i) + pick(m, i, PAGE / 8) * 8, 8);
+		mem_check(d, hot_page(d, i) + pick(d, i, PAGE / 8) * 8, 8);
 	for (i = 0; i < 8; i++) {
 		width = 1 << (i & 3);
-		mem_check(m, page + pick(m, 64 + i, PAGE / width) * width,
+		mem_check(d, page + pick(d, 64 + i, PAGE / width) * width,
 			  width);
-		mem_check(m, pick(m, 80 + i, m->size / width) * width, width);
+		mem_check(d, pick(d, 80 + i, d->size / width) * width, width);
 	}
 }
 
-static void generation(struct mock *m)
+static void use_engine(struct device *d)
 {
 	__u64 addr, len;
 
-	m->generation++;
-	m->want.scratch = m->generation;
-	mmio_write(m->regs + VFIO_MOCK_REG_SCRATCH, 8, m->generation);
-	write_pages(m);
-	if (m->generation % 4 == 0) {
-		len = 1 + pick(m, 100, FILL_MAX);
-		addr = pick(m, 101, m->size - len + 1);
-		fill(m, addr, len);
+	d->want.scratch = d->generation;
+	mmio_write(d->regs + VFIO_MOCK_REG_SCRATCH, 8, d->generation);
+	if (d->generation % 4 == 0) {
+		len = 1 + pick(d, 100, FILL_MAX);
+		addr = pick(d, 101, d->size - len + 1);
+		fill(d, addr, len);
 	}
-	if (m->generation % 8 == 0) {
-		len = 1 + pick(m, 102, CHECKSUM_MAX);
-		addr = pick(m, 103, m->size - len + 1);
-		check(m, "checksum", addr, true, checksum(m, addr, len));
+	if (d->generation % 8 == 0) {
+		len = 1 + pick(d, 102, CHECKSUM_MAX);
+		addr = pick(d, 103, d->size - len + 1);
+		check(d, "checksum", addr, true, checksum(d, addr, len));
 	}
-	read_back(m);
-	check_reg(m, "scratch", VFIO_MOCK_REG_SCRATCH, 8, m->generation);
+	check_reg(d, "scratch", VFIO_MOCK_REG_SCRATCH, 8, d->generation);
 }
 
-static void check_registers(struct mock *m)
+static void generation(struct device *d)
 {
-	check_reg(m, "magic", VFIO_MOCK_REG_MAGIC, 4, VFIO_MOCK_MAGIC);
-	check_reg(m, "abi-version", VFIO_MOCK_REG_ABI_VERSION, 4,
+	d->generation++;
+	write_pages(d);
+	if (d->kind->engine)
+		use_engine(d);
+	read_back(d);
+}
+
+/* The whole memory once, so that no page is empty. */
+static void first_generation(struct device *d)
+{
+	__u64 offset;
+
+	if (d->kind->engine) {
+		fill(d, 0, d->size);
+		return;
+	}
+	for (offset = 0; offset < d->size; offset += 8)
+		mem_write(d, offset, 8);
+}
+
+static void check_registers(struct device *d)
+{
+	check_reg(d, "magic", VFIO_MOCK_REG_MAGIC, 4, VFIO_MOCK_MAGIC);
+	check_reg(d, "abi-version", VFIO_MOCK_REG_ABI_VERSION, 4,
 		  VFIO_MOCK_ABI_VERSION);
-	check_reg(m, "state-size", VFIO_MOCK_REG_STATE_SIZE, 8, m->size);
-	check_reg(m, "page-size", VFIO_MOCK_REG_PAGE_SIZE, 4, PAGE);
-	check_reg(m, "status", VFIO_MOCK_REG_STATUS, 4,
-		  m->want.completions ? VFIO_MOCK_STATUS_DONE : 0);
-	check_reg(m, "scratch", VFIO_MOCK_REG_SCRATCH, 8, m->want.scratch);
-	check_reg(m, "addr", VFIO_MOCK_REG_ADDR, 8, m->want.addr);
-	check_reg(m, "len", VFIO_MOCK_REG_LEN, 8, m->want.len);
-	check_reg(m, "seed", VFIO_MOCK_REG_SEED, 8, m->want.seed);
-	check_reg(m, "irq-vector", VFIO_MOCK_REG_IRQ_VECTOR, 4,
-		  m->want.irq_vector);
-	check_reg(m, "result", VFIO_MOCK_REG_RESULT, 8, m->want.result);
-	check_reg(m, "completions", VFIO_MOCK_REG_COMPLETIONS, 8,
-		  m->want.completions);
-	check_reg(m, "error", VFIO_MOCK_REG_ERROR, 4, VFIO_MOCK_ERROR_NONE);
+	check_reg(d, "state-size", VFIO_MOCK_REG_STATE_SIZE, 8, d->size);
+	check_reg(d, "page-size", VFIO_MOCK_REG_PAGE_SIZE, 4, PAGE);
+	check_reg(d, "status", VFIO_MOCK_REG_STATUS, 4,
+		  d->want.completions ? VFIO_MOCK_STATUS_DONE : 0);
+	check_reg(d, "scratch", VFIO_MOCK_REG_SCRATCH, 8, d->want.scratch);
+	check_reg(d, "addr", VFIO_MOCK_REG_ADDR, 8, d->want.addr);
+	check_reg(d, "len", VFIO_MOCK_REG_LEN, 8, d->want.len);
+	check_reg(d, "seed", VFIO_MOCK_REG_SEED, 8, d->want.seed);
+	check_reg(d, "irq-vector", VFIO_MOCK_REG_IRQ_VECTOR, 4,
+		  d->want.irq_vector);
+	check_reg(d, "result", VFIO_MOCK_REG_RESULT, 8, d->want.result);
+	check_reg(d, "completions", VFIO_MOCK_REG_COMPLETIONS, 8,
+		  d->want.completions);
+	check_reg(d, "error", VFIO_MOCK_REG_ERROR, 4, VFIO_MOCK_ERROR_NONE);
 }
 
 /* Tells which pages are not as the model has them, by the sum of each. */
-static __u64 bad_pages(struct mock *m)
+static __u64 bad_pages(struct device *d)
 {
 	__u64 page, bad = 0;
 
-	for (page = 0; page < m->size; page += PAGE) {
-		if (checksum(m, page, PAGE))
+	for (page = 0; page < d->size; page += PAGE) {
+		if (checksum(d, page, PAGE))
 			continue;
 		if (bad++ < BAD_PAGES_SHOWN)
-			check(m, "page", page,
-			      vfio_mock_checksum(m->model + page, PAGE),
-			      m->want.result);
+			check(d, "page", page,
+			      vfio_mock_checksum(d->model + page, PAGE),
+			      d->want.result);
 	}
 	return bad;
 }
 
-/* Reads whole pages: the hot ones, the last written ones, and some others. */
-static __u64 read_back_pages(struct mock *m)
+/*
+ * Reads whole pages: all of a small device; of others the hot ones, the last
+ * written ones, and some more.
+ */
+static __u64 read_back_pages(struct device *d)
 {
-	__u64 page, offset;
+	__u64 pages = d->size / PAGE, page, offset;
+	bool all = pages <= READBACK_PAGES;
 	unsigned int i;
 
-	for (i = 0; i < READBACK_PAGES; i++) {
-		if (i < HOT_PAGES)
-			page = hot_page(m, i);
-		else if (i < READBACK_PAGES / 2 && m->generation > i)
-			page = cold_page(m, m->generation - i);
+	for (i = 0; i < (all ? pages : READBACK_PAGES); i++) {
+		if (all)
+			page = i * PAGE;
+		else if (i < HOT_PAGES)
+			page = hot_page(d, i);
+		else if (i < READBACK_PAGES / 2 && d->generation > i)
+			page = cold_page(d, d->generation - i);
 		else
-			page = pick(m, 1000 + i, m->size / PAGE) * PAGE;
+			page = pick(d, 1000 + i, pages) * PAGE;
 		for (offset = page; offset < page + PAGE; offset += 8)
-			mem_check(m, offset, 8);
+			mem_check(d, offset, 8);
 	}
 	return i * PAGE;
 }
 
-/* Compares the whole device with the model. */
-static void verify(struct mock *m)
+/* Compares registers, sums and interrupts; returns how many pages are bad. */
+static __u64 verify_engine(struct device *d)
 {
-	__u64 start = now_ms(), bad = 0, bytes;
+	__u64 bad = 0;
 	bool sum;
 
-	check_registers(m);
-	sum = checksum(m, 0, m->size);
-	check(m, "checksum", 0, true, sum);
+	check_registers(d);
+	sum = checksum(d, 0, d->size);
+	check(d, "checksum", 0, true, sum);
 	if (!sum)
-		bad = bad_pages(m);
-	bytes = read_back_pages(m);
-	check(m, "irqs", 0, m->count.doorbells, m->count.irqs);
-	check_registers(m);
-	tell("@verdict result=%s checksummed=%llu readback=%llu bad_pages=%llu ms=%llu",
-	     m->count.mismatches ? "bad" : "ok", m->size, bytes, bad,
-	     now_ms() - start);
-	say_counters(m);
+		bad = bad_pages(d);
+	check(d, "irqs", 0, d->count.doorbells, d->count.irqs);
+	check_registers(d);
+	return bad;
 }
 
-static void read_commands(struct mock *m)
+/* Compares the whole device with the model. */
+static void verify(struct device *d)
+{
+	__u64 start = now_ms(), bytes = read_back_pages(d), summed = 0, bad = 0;
+
+	if (d->kind->engine) {
+		summed = d->size;
+		bad = verify_engine(d);
+	}
+	tell("@verdict result=%s checksummed=%llu readback=%llu bad_pages=%llu ms=%llu",
+	     d->count.mismatches ? "bad" : "ok", summed, bytes, bad,
+	     now_ms() - start);
+	say_counters(d);
+}
+
+static void read_commands(struct device *d)
 {
 	static char line[64];
 	static size_t used;
@@ -430,7 +496,7 @@ static void read_commands(struct mock *m)
 		line[used] = 0;
 		used = 0;
 		if (!strcmp(line, "verify")) {
-			verify(m);
+			verify(d);
 		} else if (!strcmp(line, "quit")) {
 			say("@quit");
 			tcdrain(commands);
@@ -441,18 +507,18 @@ static void read_commands(struct mock *m)
 	}
 }
 
-static void run(struct mock *m, useconds_t pace)
+static void run(struct device *d, useconds_t pace)
 {
 	__u64 next = 0;
 
 	for (;;) {
-		generation(m);
+		generation(d);
 		if (now_ms() >= next) {
 			tell("@work");
-			say_counters(m);
+			say_counters(d);
 			next = now_ms() + REPORT_MS;
 		}
-		read_commands(m);
+		read_commands(d);
 		usleep(pace);
 	}
 }
@@ -479,9 +545,22 @@ static unsigned long read_number(const char *dir, const char *name)
 	return strtoul(text, NULL, 0);
 }
 
-static void find_device(struct mock *m)
+static const struct kind *find_kind(const char *dir)
 {
-	char dir[sizeof(PCI_DEVICES) + sizeof(m->pci)];
+	const struct kind *kind;
+
+	if (read_number(dir, "vendor") != VFIO_MOCK_VENDOR_ID)
+		return NULL;
+	for (kind = kinds; kind->id; kind++) {
+		if (read_number(dir, "device") == kind->id)
+			return kind;
+	}
+	return NULL;
+}
+
+static void find_device(struct device *d)
+{
+	char dir[sizeof(PCI_DEVICES) + sizeof(d->pci)];
 	struct dirent *entry;
 	DIR *devices = opendir(PCI_DEVICES);
 
@@ -491,26 +570,25 @@ static void find_device(struct mock *m)
 		if (entry->d_name[0] == '.')
 			continue;
 		snprintf(dir, sizeof(dir), PCI_DEVICES "/%s", entry->d_name);
-		if (read_number(dir, "vendor") == VFIO_MOCK_VENDOR_ID &&
-		    read_number(dir, "device") == VFIO_MOCK_DEVICE_ID) {
-			snprintf(m->pci, sizeof(m->pci), "%s", entry->d_name);
+		d->kind = find_kind(dir);
+		if (d->kind) {
+			snprintf(d->pci, sizeof(d->pci), "%s", entry->d_name);
 			closedir(devices);
 			return;
 		}
 	}
 	errno = ENODEV;
-	die("no PCI device %04x:%04x", VFIO_MOCK_VENDOR_ID,
-	    VFIO_MOCK_DEVICE_ID);
+	die("no PCI device that is known here");
 }
 
-static void *map_bar(struct mock *m, unsigned int bar, __u64 *size)
+static void *map_bar(struct device *d, unsigned int bar, __u64 *size)
 {
 	struct stat st;
 	char path[512];
 	void *p;
 	int fd;
 
-	snprintf(path, sizeof(path), PCI_DEVICES "/%s/resource%u", m->pci, bar);
+	snprintf(path, sizeof(path), PCI_DEVICES "/%s/resource%u", d->pci, bar);
 	fd = open(path, O_RDWR | O_SYNC);
 	if (fd < 0 || fstat(fd, &st))
 		die("open %s", path);
@@ -523,13 +601,13 @@ static void *map_bar(struct mock *m, unsigned int bar, __u64 *size)
 }
 
 /* The group of a device without IOMMU, whose number vfio chooses. */
-static int open_group(const struct mock *m)
+static int open_group(const struct device *d)
 {
 	char path[512], link[256];
 	ssize_t len;
 	int fd;
 
-	snprintf(path, sizeof(path), PCI_DEVICES "/%s/iommu_group", m->pci);
+	snprintf(path, sizeof(path), PCI_DEVICES "/%s/iommu_group", d->pci);
 	len = readlink(path, link, sizeof(link) - 1);
 	if (len < 0)
 		die("read link %s", path);
@@ -542,10 +620,10 @@ static int open_group(const struct mock *m)
 	return fd;
 }
 
-static int open_device(const struct mock *m)
+static int open_vfio(const struct device *d)
 {
 	int container = open("/dev/vfio/vfio", O_RDWR);
-	int group = open_group(m);
+	int group = open_group(d);
 	int device;
 
 	if (container < 0)
@@ -554,20 +632,20 @@ static int open_device(const struct mock *m)
 		die("VFIO_GROUP_SET_CONTAINER");
 	if (ioctl(container, VFIO_SET_IOMMU, VFIO_NOIOMMU_IOMMU))
 		die("VFIO_SET_IOMMU");
-	device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, m->pci);
+	device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, d->pci);
 	if (device < 0)
 		die("VFIO_GROUP_GET_DEVICE_FD");
 	return device;
 }
 
 /* Memory on, and bus mastering, without which no MSI-X message leaves. */
-static void enable_device(const struct mock *m)
+static void enable_device(const struct device *d)
 {
 	char path[512];
 	__u16 cmd;
 	int fd;
 
-	snprintf(path, sizeof(path), PCI_DEVICES "/%s/config", m->pci);
+	snprintf(path, sizeof(path), PCI_DEVICES "/%s/config", d->pci);
 	fd = open(path, O_RDWR);
 	if (fd < 0 || pread(fd, &cmd, sizeof(cmd), PCI_COMMAND) != sizeof(cmd))
 		die("read %s", path);
@@ -577,11 +655,11 @@ static void enable_device(const struct mock *m)
 	close(fd);
 }
 
-static void enable_irqs(struct mock *m, int device)
+static void enable_irqs(struct device *d, int device)
 {
 	union {
 		struct vfio_irq_set set;
-		char room[sizeof(struct vfio_irq_set) + sizeof(m->irq)];
+		char room[sizeof(struct vfio_irq_set) + sizeof(d->irq)];
 	} u = { .set = {
 		.argsz = sizeof(u),
 		.flags = VFIO_IRQ_SET_DATA_EVENTFD |
@@ -592,36 +670,45 @@ static void enable_irqs(struct mock *m, int device)
 	unsigned int i;
 
 	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
-		m->irq[i] = eventfd(0, EFD_NONBLOCK);
-		if (m->irq[i] < 0)
+		d->irq[i] = eventfd(0, EFD_NONBLOCK);
+		if (d->irq[i] < 0)
 			die("eventfd");
 	}
-	memcpy(u.set.data, m->irq, sizeof(m->irq));
+	memcpy(u.set.data, d->irq, sizeof(d->irq));
 	if (ioctl(device, VFIO_DEVICE_SET_IRQS, &u.set))
 		die("VFIO_DEVICE_SET_IRQS of MSI-X");
 }
 
-static void open_mock(struct mock *m)
+static void open_engine(struct device *d)
 {
 	char path[512];
 	__u64 size;
 
-	find_device(m);
-	snprintf(path, sizeof(path), PCI_DEVICES "/%s/driver_override", m->pci);
+	snprintf(path, sizeof(path), PCI_DEVICES "/%s/driver_override", d->pci);
 	write_file(path, "vfio-pci");
-	write_file("/sys/bus/pci/drivers_probe", m->pci);
-	enable_irqs(m, open_device(m));
-	enable_device(m);
+	write_file("/sys/bus/pci/drivers_probe", d->pci);
+	enable_irqs(d, open_vfio(d));
+	d->want.irq_vector = VFIO_MOCK_IRQ_NONE;
 
-	m->regs = map_bar(m, 0, &size);
+	d->regs = map_bar(d, 0, &size);
 	if (size != VFIO_MOCK_BAR0_SIZE)
 		die("BAR0 has %llu bytes", size);
-	m->mem = map_bar(m, 2, &m->size);
-	m->model = calloc(1, m->size);
-	if (!m->model)
-		die("no memory for a model of %llu bytes", m->size);
-	m->want.irq_vector = VFIO_MOCK_IRQ_NONE;
-	check_registers(m);
+}
+
+static void open_device(struct device *d)
+{
+	find_device(d);
+	if (d->kind->engine)
+		open_engine(d);
+	enable_device(d);
+
+	d->mem = map_bar(d, d->kind->bar, &d->size);
+	d->model = calloc(1, d->size);
+	if (!d->model)
+		die("no memory for a model of %llu bytes", d->size);
+	memcpy(d->model, &d->kind->magic, sizeof(d->kind->magic));
+	if (d->kind->engine)
+		check_registers(d);
 }
 
 /* The build step numbers the modules in order of dependency. */
@@ -678,18 +765,17 @@ static void open_report(void)
 int main(void)
 {
 	const char *pace = getenv("pace");
-	struct mock m = { .generation = 0 };
+	struct device d = { .generation = 0 };
 
 	open_report();
 	if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		die("mlockall");
 	say("@boot");
 	load_modules();
-	open_mock(&m);
-	/* The whole memory first, so that no page is empty. */
-	fill(&m, 0, m.size);
-	say("@ready pci=%s state_size=%llu irq=msix vectors=%u", m.pci, m.size,
-	    VFIO_MOCK_MSIX_VECTORS);
-	run(&m, pace ? strtoul(pace, NULL, 0) : 1000);
+	open_device(&d);
+	first_generation(&d);
+	say("@ready pci=%s state_size=%llu irq=%s", d.pci, d.size,
+	    d.kind->engine ? "msix" : "none");
+	run(&d, pace ? strtoul(pace, NULL, 0) : 1000);
 	return 0;
 }

@@ -100,7 +100,7 @@ class Machine:
         far_monitor.close()
 
     def _argv(self, options, plan, mdev, report, monitor):
-        vfio = ["vfio-pci", "id=mock", f"sysfsdev={mdev.path}"]
+        vfio = ["vfio-pci", "id=device", f"sysfsdev={mdev.path}"]
         # Without a feature that migration needs, QEMU must not even start.
         vfio += ["enable-migration=on", "migration-events=on"]
         vfio += plan.properties
