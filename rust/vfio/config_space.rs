@@ -50,6 +50,22 @@ pub struct Id {
 ///
 /// Users find the size of a base address register by writing ones to it, and what the device can
 /// do from the list of capabilities.
+///
+/// # Examples
+///
+/// ```
+/// fn power_on() -> Result<ConfigSpace> {
+///     let id = config_space::Id {
+///         vendor: 0x1af4,
+///         device: 0x10f2,
+///         class: 0xff_0000,
+///     };
+///     ConfigSpace::new(id)
+///         .memory_bar(region::BAR0 as usize, 0x4000, false)?
+///         .memory_bar(region::BAR2 as usize, 1 << 20, true)?
+///         .msix(4, region::BAR0, 0x1000, 0x2000)
+/// }
+/// ```
 #[derive(Clone)]
 pub struct ConfigSpace {
     bytes: [u8; SIZE],

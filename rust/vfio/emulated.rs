@@ -75,6 +75,55 @@ use kernel::{
 ///
 /// [`read`](Self::read) and [`write`](Self::write) may be called by any number of threads at the
 /// same time, and beside the methods of [`Migratable`].
+///
+/// # Examples
+///
+/// A device with a BAR and two vectors of MSI-X. Its open data is that of the example on the front
+/// page.
+///
+/// ```
+/// struct Signalling;
+///
+/// #[vtable]
+/// impl emulated::Operations for Signalling {
+///     type OpenData = Chip;
+///     const NAME: &'static CStr = c"signalling";
+///
+///     fn migration_flags(&self) -> Flags {
+///         Flags::new(false, false)
+///     }
+///
+///     fn config_space(&self) -> Result<ConfigSpace> {
+///         let id = config_space::Id {
+///             vendor: 0x1af4,
+///             device: 0x10f2,
+///             class: 0xff_0000,
+///         };
+///         ConfigSpace::new(id)
+///             .memory_bar(region::BAR0 as usize, 0x4000, false)?
+///             .msix(2, region::BAR0, 0x1000, 0x2000)
+///     }
+///
+///     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+///         try_pin_init!(Chip {
+///             endpoint,
+///             registers <- new_mutex!(Registers::POWER_ON, "Chip::registers"),
+///         }? Error)
+///     }
+///
+///     fn read(_chip: &Chip, _pos: Position, to: &mut [u8]) -> Result {
+///         to.fill(0);
+///         Ok(())
+///     }
+///
+///     fn write(chip: &Chip, pos: Position, _from: &[u8]) -> Result {
+///         if pos.region_offset == 0 && chip.registers.lock().running {
+///             chip.endpoint.signal(1);
+///         }
+///         Ok(())
+///     }
+/// }
+/// ```
 #[vtable]
 pub trait Operations: Sized + Send + Sync + 'static {
     /// The data of an open device.
@@ -83,27 +132,33 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// The name of the driver.
     const NAME: &'static CStr;
 
-    /// Returns which migration states the device supports. Asked once, before it is registered.
+    /// Returns which migration states the device supports. Asked once, before it is registered. May
+    /// sleep.
     fn migration_flags(&self) -> Flags;
 
     /// Returns the PCI configuration space at power on, and with it what BARs and interrupts the
-    /// device has. Asked once, before it is registered.
+    /// device has. Asked once, before it is registered. May sleep.
+    ///
+    /// If it fails the device is not created, and who creates it gets the error.
     fn config_space(&self) -> Result<ConfigSpace>;
 
     /// Makes the data of an open device, in the state of power on.
     ///
     /// Called on the first open. May sleep. If it fails the open fails with the same error.
+    /// `endpoint` is of this open, too.
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Self::OpenData, Error>;
 
     /// Reads from a BAR. The whole range is inside of it.
     ///
-    /// May sleep. No user memory is involved: the bytes are copied on afterwards.
+    /// May sleep. No user memory is involved: the bytes are copied on afterwards. A failure is
+    /// returned from the read(), unless a part of it was served before.
     fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
 
     /// Writes to a BAR. The whole range is inside of it.
     ///
     /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
-    /// bytes arrives in one piece, as it would on a bus.
+    /// bytes arrives in one piece, as it would on a bus. A failure is returned from the write(),
+    /// unless a part of it was served before.
     fn write(open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
 }
 

@@ -46,7 +46,8 @@ impl Endpoint {
         )
     }
 
-    /// Signals an MSI-X vector, if its user asked for that. Does not sleep.
+    /// Signals an MSI-X vector, if its user asked for that and there is such a vector. Does not
+    /// sleep.
     pub fn signal(&self, vector: u32) {
         self.irqs.trigger(irq::MSIX, vector);
     }
@@ -67,13 +68,13 @@ impl Endpoint {
         *self.config.lock() = power_on;
     }
 
-    /// Returns the content of the configuration space, for the stream.
+    /// Returns the content of the configuration space, for the stream. May sleep.
     pub fn save_config(&self) -> [u8; SIZE] {
         *self.config.lock().save()
     }
 
     /// Tells whether a configuration space in a stream is of such a device: [`load_config`] would
-    /// succeed.
+    /// succeed. May sleep.
     ///
     /// [`load_config`]: Self::load_config
     pub fn accepts_config(&self, bytes: &[u8; SIZE]) -> bool {
@@ -84,7 +85,7 @@ impl Endpoint {
     /// Replaces the content of the configuration space by what is in a stream.
     ///
     /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it differs in
-    /// what cannot be written.
+    /// what cannot be written. May sleep.
     pub fn load_config(&self, bytes: &[u8; SIZE]) -> Result {
         self.config.lock().load(bytes)
     }

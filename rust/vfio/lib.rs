@@ -2,7 +2,40 @@
 
 //! Abstractions for VFIO drivers, above all live migration.
 //!
-//! What is where:
+//! A driver says what its device is, and how the device stops, saves and loads. The crate does what
+//! all drivers have in common, and does it once: the states of the migration uAPI and the paths
+//! between them, the transfer sessions and their data_fd, reset and close at any time, regions,
+//! interrupts, and the configuration space. A driver needs no `unsafe`, and much of what it could
+//! do wrong does not compile.
+//!
+//! # Where to begin
+//!
+//! A driver has four types, each of which lives shorter than the one before:
+//!
+//! | type | lives | implements |
+//! |---|---|---|
+//! | the device | from its creation to its removal | [`mdev::Driver`], [`emulated::Operations`] |
+//! | its open data | from the first open to the last close | [`Migratable`] |
+//! | its saver | while its state is read | [`Saver`] |
+//! | its loader | while a state is written | [`Loader`] |
+//!
+//! 1. Read the [example](#examples) below, which is a complete driver.
+//! 2. Read [`Migratable`]: what the device must be able to do, and when. The page of the module
+//!    [`migration`] tells which state change asks for what.
+//! 3. Copy `samples/vfio_minimal`, one file, in which the device goes on while it is saved: it uses
+//!    [`StateMemory`](memory::StateMemory) to know what has changed. `samples/vfio_mock` is what
+//!    has grown from there: interrupts, a checksum of the stream, a saver that is slow.
+//! 4. Build it as the samples are built, in `Kbuild`, and run the conformance suite in
+//!    `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
+//!
+//! A driver of a real PCI device, which has the core's `vfio_pci` for everything else, takes only
+//! the [`Engine`](migration::Engine) and calls it from its `struct vfio_migration_ops`.
+//!
+//! [`Migratable`]: migration::Migratable
+//! [`Saver`]: migration::Saver
+//! [`Loader`]: migration::Loader
+//!
+//! # What is where
 //!
 //! * [`Device`]: the `struct vfio_device` of any VFIO driver, and what may be done with it when.
 //! * [`migration`]: the migration engine. A driver says how it stops, saves and loads; the engine
@@ -13,8 +46,215 @@
 //! * [`region`]: what a user reads and writes of a device.
 //! * [`memory`]: device memory that many access at the same time, and the tracking of changes.
 //!
-//! A driver implements [`emulated::Operations`] for its registration data,
-//! [`migration::Migratable`] for its open data, and [`mdev::Driver`] to be created through sysfs.
+//! * [`prelude`]: what nearly every driver uses.
+//!
+//! # Examples
+//!
+//! A driver of a device that keeps 16 bytes. It is migrated while it is stopped: with
+//! `VFIO_MIGRATION_STOP_COPY` and nothing more.
+//!
+//! ```
+//! use kernel::{
+//!     new_mutex,
+//!     prelude::*,
+//!     sync::{
+//!         Arc,
+//!         Mutex, //
+//!     },
+//! };
+//! use vfio::prelude::*;
+//!
+//! vfio::module_mdev_driver! {
+//!     type: Note,
+//!     name: "note",
+//!     authors: ["Author name"],
+//!     description: "A device that keeps 16 bytes",
+//!     license: "GPL",
+//! }
+//!
+//! const SIZE: usize = 16;
+//!
+//! /// What the stream has: the bytes, and the configuration space.
+//! const STREAM: usize = SIZE + config_space::SIZE;
+//!
+//! /// The device, from its creation to its removal.
+//! struct Note;
+//!
+//! impl mdev::Driver for Note {
+//!     const TYPES: &'static [mdev::Type] = &[mdev::Type {
+//!         name: c"16",
+//!         pretty_name: c"Note",
+//!         description: c"A device that keeps 16 bytes",
+//!     }];
+//!     const MAX_INSTANCES: u32 = 8;
+//!
+//!     fn probe(_type_index: usize) -> impl PinInit<Self, Error> {
+//!         Ok(Note)
+//!     }
+//! }
+//!
+//! #[vtable]
+//! impl emulated::Operations for Note {
+//!     type OpenData = Chip;
+//!     const NAME: &'static CStr = c"note";
+//!
+//!     fn migration_flags(&self) -> Flags {
+//!         Flags::new(false, false)
+//!     }
+//!
+//!     fn config_space(&self) -> Result<ConfigSpace> {
+//!         let id = config_space::Id {
+//!             vendor: 0x1af4,
+//!             device: 0x10f2,
+//!             class: 0xff_0000,
+//!         };
+//!         ConfigSpace::new(id).memory_bar(region::BAR0 as usize, SIZE as u64, false)
+//!     }
+//!
+//!     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+//!         try_pin_init!(Chip {
+//!             endpoint,
+//!             registers <- new_mutex!(Registers::POWER_ON, "Chip::registers"),
+//!         }? Error)
+//!     }
+//!
+//!     fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {
+//!         let start = pos.region_offset as usize;
+//!         let from = chip.registers.lock();
+//!         to.copy_from_slice(from.bytes.get(start..start + to.len()).ok_or(EINVAL)?);
+//!         Ok(())
+//!     }
+//!
+//!     fn write(chip: &Chip, pos: Position, from: &[u8]) -> Result {
+//!         let start = pos.region_offset as usize;
+//!         let mut registers = chip.registers.lock();
+//!         // A stopped device does not change.
+//!         if registers.running {
+//!             let to = registers.bytes.get_mut(start..start + from.len());
+//!             to.ok_or(EINVAL)?.copy_from_slice(from);
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//!
+//! struct Registers {
+//!     running: bool,
+//!     bytes: [u8; SIZE],
+//! }
+//!
+//! impl Registers {
+//!     const POWER_ON: Self = Self {
+//!         running: true,
+//!         bytes: [0; SIZE],
+//!     };
+//! }
+//!
+//! /// The device, from the first open to the last close.
+//! #[pin_data]
+//! struct Chip {
+//!     endpoint: Arc<Endpoint>,
+//!     #[pin]
+//!     registers: Mutex<Registers>,
+//! }
+//!
+//! #[vtable]
+//! impl Migratable for Chip {
+//!     type Saver = ChipSaver;
+//!     type Loader = ChipLoader;
+//!
+//!     fn stop(&self) -> Result {
+//!         self.registers.lock().running = false;
+//!         Ok(())
+//!     }
+//!
+//!     fn start(&self) -> Result {
+//!         self.registers.lock().running = true;
+//!         Ok(())
+//!     }
+//!
+//!     fn save(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ChipSaver> {
+//!         Ok(ChipSaver {
+//!             chip: this.clone(),
+//!             ended: false,
+//!         })
+//!     }
+//!
+//!     fn load(this: &Arc<Self>) -> Result<ChipLoader> {
+//!         Ok(ChipLoader {
+//!             chip: this.clone(),
+//!             records: Records::new(STREAM)?,
+//!             ended: false,
+//!         })
+//!     }
+//!
+//!     fn loaded(&self, loader: &mut ChipLoader) -> Result {
+//!         loader.ended.then_some(()).ok_or(EINVAL)
+//!     }
+//!
+//!     fn data_size(&self) -> u64 {
+//!         STREAM as u64
+//!     }
+//!
+//!     fn reset(&self) {
+//!         *self.registers.lock() = Registers::POWER_ON;
+//!     }
+//! }
+//!
+//! /// Cuts the device's state into a stream, here of one chunk.
+//! struct ChipSaver {
+//!     chip: Arc<Chip>,
+//!     ended: bool,
+//! }
+//!
+//! impl Saver for ChipSaver {
+//!     fn next(&mut self, _phase: Phase) -> Result<Next> {
+//!         if self.ended {
+//!             return Ok(Next::End);
+//!         }
+//!         let chunk = Chunk::new(&self.chip.registers.lock().bytes)?;
+//!         let mut config = KVVec::new();
+//!         config.extend_from_slice(&self.chip.endpoint.save_config(), GFP_KERNEL_ACCOUNT)?;
+//!         self.ended = true;
+//!         Ok(Next::Chunk(chunk.initial().bytes(config)))
+//!     }
+//!
+//!     fn remaining(&self) -> Remaining {
+//!         Remaining {
+//!             initial: if self.ended { 0 } else { STREAM as u64 },
+//!             ..Default::default()
+//!         }
+//!     }
+//! }
+//!
+//! /// Takes such a stream in.
+//! struct ChipLoader {
+//!     chip: Arc<Chip>,
+//!     records: Records,
+//!     ended: bool,
+//! }
+//!
+//! impl Loader for ChipLoader {
+//!     fn write(&mut self, bytes: &[u8]) -> Result {
+//!         let (chip, ended) = (&self.chip, &mut self.ended);
+//!         self.records.feed(bytes, |record| {
+//!             let (bytes, config) = record.split_first_chunk().ok_or(EINVAL)?;
+//!             // Nothing may follow.
+//!             if core::mem::replace(ended, true) {
+//!                 return Err(EINVAL);
+//!             }
+//!             let config = config.first_chunk().ok_or(EINVAL)?;
+//!             chip.endpoint.load_config(config)?;
+//!             chip.registers.lock().bytes = *bytes;
+//!             Ok(())
+//!         })?;
+//!         // Nor may a part of a record.
+//!         if self.ended && self.records.is_partial() {
+//!             return Err(EINVAL);
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//! ```
 //!
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h),

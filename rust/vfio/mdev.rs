@@ -33,7 +33,7 @@ use kernel::{
 
 /// A type of mediated device.
 pub struct Type {
-    /// The last part of the directory's name.
+    /// The last part of the directory's name, after that of the driver.
     pub name: &'static CStr,
     /// What its `name` file says.
     pub pretty_name: &'static CStr,
@@ -42,6 +42,63 @@ pub struct Type {
 }
 
 /// A driver whose devices are created on the mediated device bus.
+///
+/// # Examples
+///
+/// A driver with two types of device. How they are accessed is in its [`emulated::Operations`].
+///
+/// ```
+/// struct TwoSizes {
+///     pages: usize,
+/// }
+///
+/// impl mdev::Driver for TwoSizes {
+///     const TYPES: &'static [mdev::Type] = &[
+///         mdev::Type {
+///             name: c"64K",
+///             pretty_name: c"Small",
+///             description: c"A device with 64 KiB of memory",
+///         },
+///         mdev::Type {
+///             name: c"1M",
+///             pretty_name: c"Large",
+///             description: c"A device with 1 MiB of memory",
+///         },
+///     ];
+///     const MAX_INSTANCES: u32 = 16;
+///
+///     fn probe(type_index: usize) -> impl PinInit<Self, Error> {
+///         let pages = [16, 256].get(type_index).copied().ok_or(EINVAL)?;
+///         Ok(TwoSizes { pages })
+///     }
+/// }
+/// #
+/// # #[vtable]
+/// # impl emulated::Operations for TwoSizes {
+/// #     type OpenData = Chip;
+/// #     const NAME: &'static CStr = c"two_sizes";
+/// #
+/// #     fn migration_flags(&self) -> Flags {
+/// #         Note.migration_flags()
+/// #     }
+/// #
+/// #     fn config_space(&self) -> Result<ConfigSpace> {
+/// #         Note.config_space()
+/// #     }
+/// #
+/// #     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+/// #         Note.open(endpoint)
+/// #     }
+/// #
+/// #     fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {
+/// #         Note::read(chip, pos, to)
+/// #     }
+/// #
+/// #     fn write(chip: &Chip, pos: Position, from: &[u8]) -> Result {
+/// #         Note::write(chip, pos, from)
+/// #     }
+/// # }
+/// ```
 pub trait Driver: emulated::Operations {
     /// The types of device that can be created.
     const TYPES: &'static [Type];
@@ -69,6 +126,29 @@ unsafe impl Sync for RawType {}
 /// [`emulated::Operations::NAME`].
 ///
 /// Dropping it removes the devices and waits until their users have let go of them.
+///
+/// # Examples
+///
+/// A module that registers a driver and has something to say. Without that,
+/// [`module_mdev_driver!`](crate::module_mdev_driver) does it.
+///
+/// ```
+/// # type Driver = Note;
+/// #[pin_data]
+/// struct Module {
+///     #[pin]
+///     _registration: mdev::Registration<Driver>,
+/// }
+///
+/// impl kernel::InPlaceModule for Module {
+///     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+///         pr_info!("devices can be created\n");
+///         try_pin_init!(Self {
+///             _registration <- mdev::Registration::new(),
+///         }? Error)
+///     }
+/// }
+/// ```
 #[pin_data(PinnedDrop)]
 pub struct Registration<T: Driver> {
     class: Class,
@@ -134,7 +214,11 @@ impl Drop for Class {
 impl<T: Driver> Registration<T> {
     /// Registers the driver and the parent device.
     ///
-    /// Fails with `EINVAL` if there are no types, and with the errors of the driver core.
+    /// Devices can be created before this returns. May sleep.
+    ///
+    /// Fails with `EINVAL` if there are no types, with `EEXIST` if there is a class or a driver of
+    /// this name, and with the other errors of `class_create()`, `device_create()`,
+    /// `mdev_register_driver()` and `mdev_register_parent()`.
     pub fn new() -> impl PinInit<Self, Error>
     where
         T: 'static,
@@ -292,7 +376,15 @@ impl<T: Driver> PinnedDrop for Registration<T> {
 
 /// Declares a kernel module that is one driver of mediated devices.
 ///
-/// ```ignore
+/// Loading the module fails as [`Registration::new()`](crate::mdev::Registration::new) does.
+///
+/// # Examples
+///
+/// The driver is a type that implements [`mdev::Driver`](crate::mdev::Driver). Everything else is
+/// handed on to the kernel's `module!`.
+///
+/// ```
+/// # type MyDriver = Note;
 /// vfio::module_mdev_driver! {
 ///     type: MyDriver,
 ///     name: "my_driver",

@@ -107,7 +107,7 @@ impl Memory {
         ptr::slice_from_raw_parts(base, end - start)
     }
 
-    /// Copies out of the memory.
+    /// Copies out of the memory. Does not sleep.
     ///
     /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
@@ -135,7 +135,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Copies into the memory.
+    /// Copies into the memory. Does not sleep.
     ///
     /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result {

@@ -8,6 +8,48 @@
 //! for: the states and the paths between them, the sessions and their data_fd, what read(), poll()
 //! and the ioctls of that file answer, who waits for whom, and what happens on reset and close.
 //!
+//! # What is called when
+//!
+//! The user asks for a state; the engine walks there along the arcs of [`fsm`], one by one, and on
+//! each arc calls, in this order:
+//!
+//! | from | to | calls |
+//! |---|---|---|
+//! | `RUNNING` | `RUNNING_P2P` | [`quiesce_p2p`] |
+//! | `RUNNING_P2P` | `RUNNING` | [`resume_p2p`] |
+//! | `RUNNING_P2P` | `STOP` | [`stop`] |
+//! | `STOP` | `RUNNING_P2P` | [`start`] |
+//! | `RUNNING` | `STOP` | [`quiesce_p2p`], [`stop`]; without P2P |
+//! | `STOP` | `RUNNING` | [`start`], [`resume_p2p`]; without P2P |
+//! | `RUNNING` | `PRE_COPY` | [`save`] |
+//! | `RUNNING_P2P` | `PRE_COPY_P2P` | [`save`] |
+//! | `PRE_COPY` | `PRE_COPY_P2P` | [`quiesce_p2p`] |
+//! | `PRE_COPY_P2P` | `PRE_COPY` | [`resume_p2p`] |
+//! | `PRE_COPY_P2P` | `STOP_COPY` | [`stop`], [`Saver::seal`] |
+//! | `PRE_COPY` | `STOP_COPY` | [`quiesce_p2p`], [`stop`], [`Saver::seal`]; without P2P |
+//! | `STOP` | `STOP_COPY` | [`save`], [`Saver::seal`] |
+//! | `PRE_COPY` | `RUNNING` | the saver is dropped |
+//! | `PRE_COPY_P2P` | `RUNNING_P2P` | the saver is dropped |
+//! | `STOP_COPY` | `STOP` | the saver is dropped |
+//! | `STOP` | `RESUMING` | [`load`] |
+//! | `RESUMING` | `STOP` | [`loaded`], the loader is dropped |
+//!
+//! Without P2P is without `VFIO_MIGRATION_P2P` in the device's [`Flags`].
+//!
+//! If a method fails, what was called before on the same arc is undone, and the state is the one
+//! from which the arc leads; the arcs before it stay done. If undoing fails too, the state is
+//! `ERROR`, which only [`reset`] leaves. Reset and the last close come in any state; both drop the
+//! saver or loader first, and close calls nothing else.
+//!
+//! [`quiesce_p2p`]: Migratable::quiesce_p2p
+//! [`resume_p2p`]: Migratable::resume_p2p
+//! [`stop`]: Migratable::stop
+//! [`start`]: Migratable::start
+//! [`save`]: Migratable::save
+//! [`load`]: Migratable::load
+//! [`loaded`]: Migratable::loaded
+//! [`reset`]: Migratable::reset
+//!
 //! # Locking
 //!
 //! `Engine::current` serialises state changes and is held while the driver's methods run. Each
@@ -49,9 +91,83 @@ use kernel::{
 /// Implemented by the data of an open device, which exists from the first open to the last close,
 /// and which a [`Saver`] or [`Loader`] may share.
 ///
-/// No two methods run at the same time on one device, except [`data_size`](Self::data_size), which
-/// may run beside any other while no session exists. All may sleep, and none is called with a lock
-/// held that a user copy is made under. A method that fails leaves the device as it was.
+/// No two methods run at the same time on one device. The methods of its [`Saver`] or [`Loader`]
+/// may run beside them. All may sleep, and none is called with a lock held that a user copy is made
+/// under.
+///
+/// A method that fails leaves the device as it was. What it fails with is what the user's ioctl
+/// fails with. `ENOMEM` is right for want of memory and `EINVAL` for a stream that is not good;
+/// `EIO` suits a device that does not answer.
+///
+/// # Examples
+///
+/// A device that does DMA to other devices, whose state is 4 bytes. Its saver and loader are those
+/// of the example on the front page.
+///
+/// ```
+/// #[pin_data]
+/// struct Engines {
+///     chip: Arc<Chip>,
+///     #[pin]
+///     allowed: Mutex<Allowed>,
+/// }
+///
+/// struct Allowed {
+///     work: bool,
+///     peers: bool,
+/// }
+///
+/// #[vtable]
+/// impl Migratable for Engines {
+///     type Saver = ChipSaver;
+///     type Loader = ChipLoader;
+///
+///     fn quiesce_p2p(&self) -> Result {
+///         // Held while a transfer is under way, so that this waits for it.
+///         self.allowed.lock().peers = false;
+///         Ok(())
+///     }
+///
+///     fn resume_p2p(&self) -> Result {
+///         self.allowed.lock().peers = true;
+///         Ok(())
+///     }
+///
+///     fn stop(&self) -> Result {
+///         self.allowed.lock().work = false;
+///         Ok(())
+///     }
+///
+///     fn start(&self) -> Result {
+///         self.allowed.lock().work = true;
+///         Ok(())
+///     }
+///
+///     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ChipSaver> {
+///         Chip::save(&this.chip, notifier)
+///     }
+///
+///     fn load(this: &Arc<Self>) -> Result<ChipLoader> {
+///         Chip::load(&this.chip)
+///     }
+///
+///     fn loaded(&self, loader: &mut ChipLoader) -> Result {
+///         self.chip.loaded(loader)
+///     }
+///
+///     fn data_size(&self) -> u64 {
+///         self.chip.data_size()
+///     }
+///
+///     fn reset(&self) {
+///         self.chip.reset();
+///         *self.allowed.lock() = Allowed {
+///             work: true,
+///             peers: true,
+///         };
+///     }
+/// }
+/// ```
 #[vtable]
 pub trait Migratable: Send + Sync + 'static {
     /// Cuts the device's state into a stream.
@@ -69,7 +185,8 @@ pub trait Migratable: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Allows peer-to-peer DMA again, for the arcs back.
+    /// Allows peer-to-peer DMA again, for the arcs back, and to undo
+    /// [`quiesce_p2p`](Self::quiesce_p2p) on an arc that fails.
     fn resume_p2p(&self) -> Result {
         Ok(())
     }
@@ -77,17 +194,20 @@ pub trait Migratable: Send + Sync + 'static {
     /// Stops the device: when it returns, there is no DMA and no interrupt any more, and nothing
     /// changes the device's state but a [`Loader`] and [`reset`](Self::reset).
     ///
-    /// Called after [`quiesce_p2p`](Self::quiesce_p2p).
+    /// Called after [`quiesce_p2p`](Self::quiesce_p2p), and to undo [`start`](Self::start) on an
+    /// arc that fails.
     fn stop(&self) -> Result;
 
-    /// Lets the device go on from where it was stopped, without peer-to-peer DMA.
+    /// Lets the device go on from where it was stopped, without peer-to-peer DMA. Also called to
+    /// undo [`stop`](Self::stop) on an arc that fails.
     fn start(&self) -> Result;
 
     /// Begins to save: from here on changes of the device's state are tracked.
     ///
     /// Called running, for the arcs to `PRE_COPY` and `PRE_COPY_P2P`, or stopped, for the arc to
     /// `STOP_COPY`. When the session ends, for whatever reason, the saver is dropped, and with it
-    /// goes the tracking. The saver keeps `notifier` if anything becomes readable by itself.
+    /// goes the tracking. The saver keeps `notifier` if anything becomes readable by itself: if it
+    /// returns [`Next::NotReady`], or [`Next::End`] in [`Phase::PreCopy`].
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver>;
 
     /// Begins to load, for the arc from `STOP` to `RESUMING`.
@@ -97,8 +217,9 @@ pub trait Migratable: Send + Sync + 'static {
 
     /// Puts into effect what was loaded, for the arc from `RESUMING` to `STOP`.
     ///
-    /// Fails if the stream is not complete; the device then stays in `RESUMING`, and the user may
-    /// write the rest or reset the device.
+    /// Fails, with `EINVAL`, if the stream is not complete; the device then stays in `RESUMING`,
+    /// and the user may write the rest or reset the device. Not called after [`Loader::write`]
+    /// failed.
     fn loaded(&self, loader: &mut Self::Loader) -> Result;
 
     /// Returns how many bytes `STOP_COPY` would stream if it began now, headers included.
@@ -107,6 +228,9 @@ pub trait Migratable: Send + Sync + 'static {
     fn data_size(&self) -> u64;
 
     /// Brings the device into the state of power on, running. For `VFIO_DEVICE_RESET`.
+    ///
+    /// Called in any state, when the session has ended. Cannot fail: it is the only way out of
+    /// `ERROR`.
     fn reset(&self);
 }
 
@@ -121,7 +245,7 @@ pub enum Phase {
 
 /// What comes next in the stream.
 pub enum Next {
-    /// These bytes.
+    /// These bytes. A chunk without any is a mistake: read() fails with `EIO`.
     Chunk(Chunk),
     /// Something that the device has not got ready yet. The reader waits, or fails with `EAGAIN`
     /// if it does not want to, until the [`Notifier`] tells.
@@ -148,14 +272,61 @@ pub struct Remaining {
 ///
 /// The methods run one at a time, under the session's lock. They may sleep but must not wait for
 /// the user, nor for anything that waits for a state change.
+///
+/// When the session ends the saver is dropped, in the context of whoever ends it, which may sleep.
+///
+/// # Examples
+///
+/// A saver that goes through tracked memory: page by page while the device runs, each page again
+/// after it has changed, and a last record when it is stopped.
+///
+/// ```
+/// use kernel::page::PAGE_SIZE;
+///
+/// struct PageSaver {
+///     memory: StateMemory,
+///     tracking: Tracking,
+///     ended: bool,
+/// }
+///
+/// impl Saver for PageSaver {
+///     fn next(&mut self, phase: Phase) -> Result<Next> {
+///         if let Some((run, initial)) = self.tracking.take(1) {
+///             let start = run.first * PAGE_SIZE;
+///             let chunk = Chunk::new(&(run.first as u64).to_le_bytes())?
+///                 .memory(self.memory.shared(), start..start + PAGE_SIZE);
+///             return Ok(Next::Chunk(if initial { chunk.initial() } else { chunk }));
+///         }
+///         if phase == Phase::PreCopy || self.ended {
+///             return Ok(Next::End);
+///         }
+///         self.ended = true;
+///         Ok(Next::Chunk(Chunk::new(&u64::MAX.to_le_bytes())?))
+///     }
+///
+///     fn remaining(&self) -> Remaining {
+///         let pending = self.tracking.pending();
+///         let record = (size_of::<u64>() + PAGE_SIZE) as u64;
+///         Remaining {
+///             initial: pending.initial.pages * record,
+///             dirty: pending.dirty.pages * record,
+///             tail: if self.ended { 0 } else { 8 },
+///             reinits: pending.reinits,
+///         }
+///     }
+/// }
+/// ```
 pub trait Saver: Send + Unpin + 'static {
     /// Returns what comes next in the stream.
     ///
-    /// Called when what was returned before has been read entirely. A failure is returned from the
-    /// read() and the next one asks again.
+    /// Called by a read(), when what was returned before has been read entirely. A failure is
+    /// returned from that read() and the next one asks again.
     fn next(&mut self, phase: Phase) -> Result<Next>;
 
-    /// Returns how much there is to come.
+    /// Returns how much there is to come, without what [`next`](Self::next) has returned.
+    ///
+    /// For `VFIO_MIG_GET_PRECOPY_INFO`, `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE` and poll(). It should
+    /// be exact: users decide by it when to stop the device.
     fn remaining(&self) -> Remaining;
 
     /// Tells whether [`next`](Self::next) would not return [`Next::NotReady`], for poll().
@@ -164,7 +335,9 @@ pub trait Saver: Send + Unpin + 'static {
     }
 
     /// Makes ready for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved;
-    /// the device then goes on and the session with it.
+    /// the state change then fails with the same error, the device goes on and the session with it.
+    ///
+    /// Called once, also if the session begins in `STOP_COPY`.
     fn seal(&mut self) -> Result {
         Ok(())
     }
@@ -174,6 +347,30 @@ pub trait Saver: Send + Unpin + 'static {
 ///
 /// The methods run one at a time, under the session's lock. They may sleep but must not wait for
 /// the user, nor for anything that waits for a state change.
+///
+/// When the session ends the loader is dropped, in the context of whoever ends it, which may sleep.
+///
+/// # Examples
+///
+/// A loader that keeps what comes until [`Migratable::loaded`] puts it into effect, and takes no
+/// more of it than there is room for.
+///
+/// ```
+/// struct Patient {
+///     image: KVVec<u8>,
+///     size: usize,
+/// }
+///
+/// impl Loader for Patient {
+///     fn write(&mut self, bytes: &[u8]) -> Result {
+///         if bytes.len() > self.size - self.image.len() {
+///             return Err(EINVAL);
+///         }
+///         self.image.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
+///         Ok(())
+///     }
+/// }
+/// ```
 pub trait Loader: Send + Unpin + 'static {
     /// Takes the next bytes of the stream, however the user cut it.
     ///
@@ -194,6 +391,20 @@ enum Body {
 }
 
 /// A piece of the stream: a few bytes of header, and a body that is not copied on its way.
+///
+/// # Examples
+///
+/// A record of a page, with its number in front.
+///
+/// ```
+/// use kernel::page::PAGE_SIZE;
+///
+/// fn page(memory: &StateMemory, number: usize) -> Result<Chunk> {
+///     let start = number * PAGE_SIZE;
+///     let chunk = Chunk::new(&(number as u64).to_le_bytes())?;
+///     Ok(chunk.memory(memory.shared(), start..start + PAGE_SIZE))
+/// }
+/// ```
 pub struct Chunk {
     head: [u8; HEAD],
     head_len: usize,
@@ -218,7 +429,7 @@ impl Chunk {
         })
     }
 
-    /// Lets bytes follow.
+    /// Lets bytes follow, in place of what was to follow before.
     pub fn bytes(self, bytes: KVVec<u8>) -> Self {
         Self {
             body: Body::Bytes(bytes),
@@ -226,10 +437,11 @@ impl Chunk {
         }
     }
 
-    /// Lets a range of device memory follow.
+    /// Lets a range of device memory follow, in place of what was to follow before.
     ///
-    /// The bytes are taken from the memory when the user reads them. In [`Phase::PreCopy`] what
-    /// changes before that must count as changed since it was handed out.
+    /// The range is in bytes, and is cut to the size of the memory. The bytes are taken from the
+    /// memory when the user reads them. In [`Phase::PreCopy`] what changes before that must count
+    /// as changed since it was handed out.
     pub fn memory(self, memory: Arc<Memory>, range: Range<usize>) -> Self {
         Self {
             body: Body::Memory(memory, range),
@@ -274,6 +486,35 @@ impl Chunk {
 }
 
 /// Puts records of one size together again, however the user cut the stream. For a [`Loader`].
+///
+/// # Examples
+///
+/// ```
+/// struct Sum {
+///     records: Records,
+///     sum: u64,
+/// }
+///
+/// impl Sum {
+///     fn new() -> Result<Self> {
+///         Ok(Self {
+///             records: Records::new(size_of::<u64>())?,
+///             sum: 0,
+///         })
+///     }
+/// }
+///
+/// impl Loader for Sum {
+///     fn write(&mut self, bytes: &[u8]) -> Result {
+///         let sum = &mut self.sum;
+///         self.records.feed(bytes, |record| {
+///             let word = record.try_into().map_err(|_| EINVAL)?;
+///             *sum = sum.wrapping_add(u64::from_le_bytes(word));
+///             Ok(())
+///         })
+///     }
+/// }
+/// ```
 pub struct Records {
     /// The record that is arriving.
     record: KVec<u8>,
@@ -281,7 +522,9 @@ pub struct Records {
 }
 
 impl Records {
-    /// Makes room for a record of `size` bytes. Fails with `EINVAL` if there are none.
+    /// Makes room for a record of `size` bytes. May sleep.
+    ///
+    /// Fails with `EINVAL` if `size` is zero, and with `ENOMEM`.
     pub fn new(size: usize) -> Result<Self> {
         if size == 0 {
             return Err(EINVAL);
@@ -293,6 +536,8 @@ impl Records {
     }
 
     /// Takes bytes in, and calls `take` for each record that becomes complete.
+    ///
+    /// Fails with what `take` fails with. After that it is of no use, as the [`Loader`] is.
     pub fn feed(&mut self, bytes: &[u8], mut take: impl FnMut(&[u8]) -> Result) -> Result {
         let mut bytes = bytes;
         while !bytes.is_empty() {
@@ -315,6 +560,8 @@ impl Records {
 }
 
 /// By which a device tells whoever waits for a session's data.
+///
+/// There is one for each session, which [`Migratable::save`] gets.
 #[pin_data]
 pub struct Notifier {
     #[pin]

@@ -2,8 +2,14 @@
 
 //! What nearly every driver uses.
 //!
-//! ```ignore
+//! # Examples
+//!
+//! ```
 //! use vfio::prelude::*;
+//!
+//! fn everything() -> Flags {
+//!     Flags::new(true, true)
+//! }
 //! ```
 
 pub use crate::{

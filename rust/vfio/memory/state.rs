@@ -123,11 +123,29 @@ struct Inner {
 /// mark first and reads then. So a page that is not marked is as it was streamed.
 ///
 /// Clones stand for the same memory.
+///
+/// # Examples
+///
+/// ```
+/// use kernel::page::PAGE_SIZE;
+///
+/// /// Fills a page, and begins to track what is changed from then on.
+/// fn begin(memory: &StateMemory, notifier: Arc<Notifier>) -> Result<Tracking> {
+///     memory.write(PAGE_SIZE, &[0xff; PAGE_SIZE])?;
+///     memory.track(notifier)
+/// }
+///
+/// /// Tells how many bytes of pages are still to be streamed.
+/// fn left(tracking: &Tracking) -> u64 {
+///     let pending = tracking.pending();
+///     (pending.initial.pages + pending.dirty.pages) * PAGE_SIZE as u64
+/// }
+/// ```
 #[derive(Clone)]
 pub struct StateMemory(Arc<Inner>);
 
 impl StateMemory {
-    /// Allocates `pages` pages of zeroes. See [`Memory::new()`].
+    /// Allocates `pages` pages of zeroes. May sleep. Fails as [`Memory::new()`] does.
     pub fn new(pages: usize) -> Result<Self> {
         let memory = Arc::new(Memory::new(pages)?, GFP_KERNEL_ACCOUNT)?;
         Ok(Self(Arc::pin_init(
@@ -153,7 +171,8 @@ impl StateMemory {
 
     /// Writes bytes and marks their pages.
     ///
-    /// Fails with `EINVAL` if the range is not inside the memory; nothing has changed then.
+    /// Fails with `EINVAL` if the range is not inside the memory; nothing has changed then. Does
+    /// not sleep.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result {
         self.0.memory.write(offset, from)?;
         self.changed(offset..offset + from.len());
@@ -161,12 +180,17 @@ impl StateMemory {
     }
 
     /// Lets `change` change what is in `range`, in bytes, and marks its pages.
+    ///
+    /// What `change` changes outside of the range is not tracked. Does not sleep, unless `change`
+    /// does.
     pub fn change(&self, range: Range<usize>, change: impl FnOnce(&Memory)) {
         change(&self.0.memory);
         self.changed(range);
     }
 
     /// Lets `change` change everything, after which all pages count as never streamed.
+    ///
+    /// The user learns of it by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep, unless `change` does.
     pub fn reinit(&self, change: impl FnOnce(&Memory)) {
         change(&self.0.memory);
         if let Some(tracker) = &mut *self.0.tracker.lock() {
@@ -237,7 +261,8 @@ impl Tracking {
     /// Takes the next run to stream, of at most `max` pages, and tells whether it was never
     /// streamed. What was never streamed comes first.
     ///
-    /// The pages' marks are cleared: they count as streamed from here on.
+    /// The pages' marks are cleared: they count as streamed from here on. Returns nothing if there
+    /// is nothing to stream. Does not sleep.
     pub fn take(&self, max: usize) -> Option<(Run, bool)> {
         (*self.0 .0.tracker.lock())
             .as_mut()
@@ -245,7 +270,7 @@ impl Tracking {
     }
 
     /// Returns what there is to stream. The number of runs is exact as long as whole runs are
-    /// taken.
+    /// taken. Does not sleep.
     pub fn pending(&self) -> Pending {
         (*self.0 .0.tracker.lock())
             .as_ref()

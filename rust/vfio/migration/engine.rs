@@ -82,6 +82,47 @@ impl<M: Migratable> Current<M> {
 ///
 /// Lives as long as the device. The driver's open data is handed in with each call that needs it,
 /// because it comes and goes with open and close.
+///
+/// A device of [`emulated`](crate::emulated) has one already. A driver that has its own
+/// `struct vfio_migration_ops` calls it from there, and from its reset and close.
+///
+/// # Examples
+///
+/// What a variant driver of a PCI device has for `migration_set_state`, and when the device was
+/// reset.
+///
+/// ```
+/// use kernel::{
+///     fs::File,
+///     sync::aref::ARef, //
+/// };
+/// use vfio::{
+///     migration::Engine,
+///     Device,
+///     Open, //
+/// };
+///
+/// #[pin_data]
+/// struct Variant {
+///     #[pin]
+///     engine: Engine<Chip>,
+/// }
+///
+/// impl Variant {
+///     fn set_state(
+///         &self,
+///         chip: &Arc<Chip>,
+///         device: &Device<Open>,
+///         target: u32,
+///     ) -> Result<Option<ARef<File>>> {
+///         self.engine.set_state(chip, device, target)
+///     }
+///
+///     fn reset_done(&self, chip: &Arc<Chip>) {
+///         self.engine.reset(chip);
+///     }
+/// }
+/// ```
 #[pin_data]
 pub struct Engine<M: Migratable> {
     flags: Flags,
@@ -118,10 +159,12 @@ impl<M: Migratable> Engine<M> {
     /// Brings the device into the state `target`, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
     ///
     /// Returns the data_fd's file if the last arc opened a session. `target` is what the user
-    /// wrote. May sleep.
+    /// wrote. Waits for another state change that is under way. May sleep.
     ///
-    /// Fails with `EINVAL` if there is no way to the target; nothing has changed then. If the
-    /// driver fails on the way, the device stays in a state of the path, which
+    /// Fails with `EINVAL` if there is no way to the target: if there is no such state, if the
+    /// device does not support it, if it is `ERROR`, or if the device is in `ERROR`; nothing has
+    /// changed then. Fails with the error of the [`Migratable`], and with `ENOMEM`, if something
+    /// fails on the way; the device stays in a state of the path then, which
     /// [`state()`](Self::state) tells.
     pub fn set_state(
         &self,
@@ -254,7 +297,8 @@ impl<M: Migratable> Engine<M> {
     }
 
     /// Returns how many bytes `STOP_COPY` would stream from now on, for
-    /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. May sleep.
+    /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. Waits for a state change that
+    /// is under way. May sleep.
     pub fn data_size(&self, driver: &Arc<M>) -> u64 {
         let current = self.current.lock();
         match current.saving() {

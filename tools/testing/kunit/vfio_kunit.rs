@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KUnit tests of the parts that use `core` alone, in the kernel that they are made for.
+//! KUnit tests of the migration engine, and of the parts that use `core` alone.
 //!
-//! The tests of the host (`tools/testing/host`) are the thorough ones. These ones check what only
-//! the kernel can answer, that the state machine is that of vfio core, and that the other parts
-//! work when they are built with the flags of the kernel.
+//! The engine is tested with a device that is not on any bus. For the other parts the tests of the
+//! host (`tools/testing/host`) are the thorough ones; these ones check what only the kernel can
+//! answer, that the state machine is that of vfio core, and that the other parts work when they
+//! are built with the flags of the kernel.
 
 use kernel::prelude::*;
 
@@ -15,10 +16,13 @@ pub mod fsm;
 #[path = "../../../samples/vfio_mock/stream.rs"]
 pub mod stream;
 
+mod engine;
+mod fake;
+
 module! {
     type: VfioKunit,
     name: "vfio_kunit",
-    description: "KUnit tests of the VFIO migration state machine, dirty map and stream",
+    description: "KUnit tests of VFIO migration: engine, state machine, dirty map, stream",
     license: "GPL",
 }
 

@@ -1,0 +1,749 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KUnit tests of the migration engine with a device that is no mediated device.
+//!
+//! What each arc is expected to do is written down here again, so that the engine is compared with
+//! a table and not with itself. The calls of a data_fd are only tested as far as they depend on the
+//! engine; the kselftests test the rest.
+
+use crate::fake::{
+    wait_until,
+    Call,
+    Job,
+    Rig,
+    UserMemory,
+    DATA_SIZE,
+    FAILURE, //
+};
+use kernel::prelude::*;
+use vfio::migration::{
+    fsm,
+    Flags,
+    Phase,
+    State, //
+};
+
+/// Ends a test that fails and says why. Unlike with `assert!`, destructors run.
+macro_rules! ensure_eq {
+    ($is:expr, $wanted:expr, $($what:tt)+) => {{
+        let (is, wanted) = (&$is, &$wanted);
+        if is != wanted {
+            pr_err!("{}: {:?} instead of {:?}\n", fmt!($($what)+), is, wanted);
+            return Err(EINVAL);
+        }
+    }};
+}
+
+/// Events of poll().
+const POLLIN: u32 = 0x1 | 0x40;
+const POLLOUT: u32 = 0x4 | 0x100;
+const POLLERR: u32 = 0x8;
+const POLLRDHUP: u32 = 0x2000;
+
+/// `VFIO_MIG_GET_PRECOPY_INFO`.
+const MIG_GET_PRECOPY_INFO: u32 = kernel::ioctl::_IO(b';' as u32, 100 + 21);
+
+/// Returns what the engine calls on an arc if nothing fails.
+fn calls_of(from: State, to: State) -> &'static [Call] {
+    use State::*;
+
+    match (from, to) {
+        (Running, RunningP2p) | (PreCopy, PreCopyP2p) => &[Call::QuiesceP2p],
+        (RunningP2p, Running) | (PreCopyP2p, PreCopy) => &[Call::ResumeP2p],
+        (RunningP2p, Stop) => &[Call::Stop],
+        (Stop, RunningP2p) => &[Call::Start],
+        (Running, Stop) => &[Call::QuiesceP2p, Call::Stop],
+        (Stop, Running) => &[Call::Start, Call::ResumeP2p],
+        (Running, PreCopy) | (RunningP2p, PreCopyP2p) => &[Call::Save],
+        (PreCopyP2p, StopCopy) => &[Call::Stop, Call::Seal],
+        (PreCopy, StopCopy) => &[Call::QuiesceP2p, Call::Stop, Call::Seal],
+        (Stop, StopCopy) => &[Call::Save, Call::Seal],
+        (PreCopy, Running) | (PreCopyP2p, RunningP2p) | (StopCopy, Stop) => &[Call::SaverDropped],
+        (Stop, Resuming) => &[Call::Load],
+        (Resuming, Stop) => &[Call::Loaded, Call::LoaderDropped],
+        _ => &[],
+    }
+}
+
+/// Returns what the engine calls to undo an arc on which `failed` has failed.
+fn undo_of(from: State, to: State, failed: Call) -> &'static [Call] {
+    use State::*;
+
+    match (from, to, failed) {
+        (Running, Stop, Call::Stop) => &[Call::ResumeP2p],
+        (Stop, Running, Call::ResumeP2p) => &[Call::Stop],
+        (PreCopyP2p, StopCopy, Call::Seal) => &[Call::Start],
+        (PreCopy, StopCopy, Call::Stop) => &[Call::ResumeP2p],
+        (PreCopy, StopCopy, Call::Seal) => &[Call::Start, Call::ResumeP2p],
+        (Stop, StopCopy, Call::Seal) => &[Call::SaverDropped],
+        _ => &[],
+    }
+}
+
+/// Returns whether a call can fail.
+fn can_fail(call: Call) -> bool {
+    !matches!(
+        call,
+        Call::SaverDropped | Call::LoaderDropped | Call::DataSize | Call::Reset
+    )
+}
+
+/// Returns the call by which a session ends, if a state has one.
+fn session_of(state: State) -> Option<Call> {
+    match state {
+        State::PreCopy | State::PreCopyP2p | State::StopCopy => Some(Call::SaverDropped),
+        State::Resuming => Some(Call::LoaderDropped),
+        _ => None,
+    }
+}
+
+/// Returns the arcs of the path from one state to another, none if there is no path.
+fn path(flags: Flags, from: State, to: State) -> Result<Option<KVec<(State, State)>>> {
+    let mut arcs = KVec::new();
+    let mut state = from;
+
+    loop {
+        match fsm::next(flags, state, to) {
+            None => return Ok(None),
+            Some(next) if next == state => return Ok(Some(arcs)),
+            Some(next) => {
+                arcs.push((state, next), GFP_KERNEL)?;
+                state = next;
+            }
+        }
+    }
+}
+
+/// Returns the states that a device of this shape can be in.
+fn states(flags: Flags) -> impl Iterator<Item = State> {
+    // Without an arc that has something to undo there is no way to `ERROR`.
+    let breaks = !flags.p2p() || flags.pre_copy();
+
+    State::ALL
+        .into_iter()
+        .filter(move |&state| flags.has(state) || (breaks && state == State::Error))
+}
+
+#[kunit_tests(vfio_migration_engine)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_arc_calls_its_methods() -> Result {
+        let mut arcs = 0;
+
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for (from, to) in fsm::arcs(flags) {
+                let session = rig.enter(from)?;
+                let fd = rig.set(to)?;
+
+                ensure_eq!(
+                    rig.fake.calls()[..],
+                    *calls_of(from, to),
+                    "{from:?} -> {to:?}"
+                );
+                ensure_eq!(rig.engine.state(), to, "{from:?} -> {to:?}");
+                ensure_eq!(
+                    fd.is_some(),
+                    fsm::opens_session(from, to),
+                    "a data_fd on {from:?} -> {to:?}"
+                );
+                drop(session);
+                arcs += 1;
+            }
+        }
+        ensure_eq!(arcs, 6 + 8 + 9 + 15, "arcs of all shapes");
+        Ok(())
+    }
+
+    #[test]
+    fn each_path_is_made_of_arcs() -> Result {
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in states(flags) {
+                for to in State::ALL {
+                    let session = rig.enter(from)?;
+                    let mut expected = KVec::new();
+                    let path = path(flags, from, to)?;
+
+                    for &(from, to) in path.iter().flatten() {
+                        expected.extend_from_slice(calls_of(from, to), GFP_KERNEL)?;
+                    }
+                    let last = path.as_ref().and_then(|arcs| arcs.last().copied());
+                    let opens = last.is_some_and(|(from, to)| fsm::opens_session(from, to));
+                    let done = rig.set(to);
+
+                    ensure_eq!(rig.fake.calls()[..], expected[..], "{from:?} to {to:?}");
+                    match (path, done) {
+                        (Some(_), Ok(fd)) => {
+                            ensure_eq!(rig.engine.state(), to, "{from:?} to {to:?}");
+                            ensure_eq!(fd.is_some(), opens, "a data_fd from {from:?} to {to:?}");
+                        }
+                        (None, Err(e)) => {
+                            ensure_eq!(e, EINVAL, "{from:?} to {to:?}");
+                            ensure_eq!(rig.engine.state(), from, "{from:?} to {to:?}");
+                        }
+                        (path, done) => {
+                            ensure_eq!(done.is_ok(), path.is_some(), "{from:?} to {to:?}");
+                        }
+                    }
+                    drop(session);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn unknown_targets_change_nothing() -> Result {
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in states(flags) {
+                let session = rig.enter(from)?;
+
+                for raw in [0, 8, 9, 0x8000_0002, u32::MAX] {
+                    ensure_eq!(rig.request(raw).err(), Some(EINVAL), "{from:?} to {raw}");
+                    ensure_eq!(rig.engine.state(), from, "{from:?} to {raw}");
+                }
+                ensure_eq!(rig.fake.calls()[..], [], "{from:?}");
+                drop(session);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_failure_leaves_a_state_of_the_path() -> Result {
+        let mut failures = 0;
+
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in states(flags) {
+                for to in State::ALL {
+                    let mut before = KVec::new();
+
+                    for (arc_from, arc_to) in path(flags, from, to)?.into_iter().flatten() {
+                        for &failing in calls_of(arc_from, arc_to) {
+                            before.push(failing, GFP_KERNEL)?;
+                            if !can_fail(failing) {
+                                continue;
+                            }
+                            let session = rig.enter(from)?;
+                            let earlier =
+                                before.iter().filter(|call| **call == failing).count() - 1;
+                            rig.fake.fail(failing, earlier)?;
+                            let done = rig.set(to).err();
+                            rig.fake.mend();
+
+                            let what = fmt!("{from:?} to {to:?} without {failing:?}");
+                            ensure_eq!(done, Some(FAILURE), "{what}");
+                            ensure_eq!(rig.engine.state(), arc_from, "{what}");
+                            let calls = rig.fake.calls();
+                            let undo = undo_of(arc_from, arc_to, failing);
+                            ensure_eq!(calls.get(..before.len()), Some(&before[..]), "{what}");
+                            ensure_eq!(calls.get(before.len()..), Some(undo), "undo {what}");
+
+                            // The device is as it was: what failed works now.
+                            let fd = rig.set(arc_to)?;
+                            let again = rig.fake.calls();
+                            ensure_eq!(again[..], *calls_of(arc_from, arc_to), "again {what}");
+                            ensure_eq!(rig.engine.state(), arc_to, "again {what}");
+                            drop((session, fd));
+                            failures += 1;
+                        }
+                    }
+                }
+            }
+        }
+        ensure_eq!(failures > 100, true, "failures tried");
+        Ok(())
+    }
+
+    #[test]
+    fn a_failure_to_undo_is_an_error() -> Result {
+        let mut errors = 0;
+
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for (from, to) in fsm::arcs(flags) {
+                for &failing in calls_of(from, to) {
+                    let undo = undo_of(from, to, failing);
+
+                    for (done, &undoing) in undo.iter().enumerate() {
+                        if !can_fail(undoing) {
+                            continue;
+                        }
+                        let session = rig.enter(from)?;
+                        // What undoes an arc may be what it began with.
+                        let forward = calls_of(from, to)
+                            .iter()
+                            .take_while(|call| **call != failing);
+                        let earlier = forward.filter(|call| **call == undoing).count();
+                        rig.fake.fail(failing, 0)?;
+                        rig.fake.fail(undoing, earlier)?;
+                        let result = rig.set(to).err();
+                        rig.fake.mend();
+
+                        let what = fmt!("{from:?} to {to:?} without {failing:?}, {undoing:?}");
+                        ensure_eq!(result, Some(FAILURE), "{what}");
+                        ensure_eq!(rig.engine.state(), State::Error, "{what}");
+                        let mut expected = KVec::new();
+                        for &call in calls_of(from, to) {
+                            expected.push(call, GFP_KERNEL)?;
+                            if call == failing {
+                                break;
+                            }
+                        }
+                        expected.extend_from_slice(undo.get(..=done).ok_or(EINVAL)?, GFP_KERNEL)?;
+                        if let Some(ended) = session_of(from) {
+                            expected.push(ended, GFP_KERNEL)?;
+                        }
+                        ensure_eq!(rig.fake.calls()[..], expected[..], "{what}");
+
+                        if let Some(fd) = &session {
+                            ensure_eq!(fd.read(0, 1), Err(ENODEV), "{what}");
+                        }
+                        errors += 1;
+                    }
+                }
+            }
+        }
+        // Two in the shapes without P2P, three more for its `PRE_COPY`, one with P2P.
+        ensure_eq!(errors, 2 + 5 + 1, "errors tried");
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_but_reset_leads_out_of_error() -> Result {
+        let mut shapes = 0;
+
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            if states(flags).all(|state| state != State::Error) {
+                continue;
+            }
+            drop(rig.enter(State::Error)?);
+            ensure_eq!(rig.engine.state(), State::Error, "{flags:?}");
+            for to in State::ALL {
+                ensure_eq!(rig.set(to).err(), Some(EINVAL), "ERROR to {to:?}");
+            }
+            ensure_eq!(rig.engine.state(), State::Error, "{flags:?}");
+            ensure_eq!(rig.fake.calls()[..], [], "{flags:?}");
+
+            rig.engine.reset(&rig.fake);
+            ensure_eq!(rig.engine.state(), State::Running, "{flags:?}");
+            ensure_eq!(rig.fake.calls()[..], [Call::Reset], "{flags:?}");
+            drop(rig.set(State::StopCopy)?);
+            ensure_eq!(rig.engine.state(), State::StopCopy, "{flags:?}");
+            shapes += 1;
+        }
+        ensure_eq!(shapes, 3, "shapes with ERROR");
+        Ok(())
+    }
+
+    #[test]
+    fn reset_and_close_work_in_every_state() -> Result {
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in states(flags) {
+                for reset in [true, false] {
+                    let session = rig.enter(from)?;
+                    let mut expected = KVec::new();
+
+                    if reset {
+                        rig.engine.reset(&rig.fake);
+                    } else {
+                        rig.engine.close();
+                    }
+                    // The session ends first, so that it cannot change what was reset.
+                    if let Some(ended) = session_of(from) {
+                        expected.push(ended, GFP_KERNEL)?;
+                    }
+                    if reset {
+                        expected.push(Call::Reset, GFP_KERNEL)?;
+                    }
+                    ensure_eq!(rig.fake.calls()[..], expected[..], "{from:?}, {reset}");
+                    ensure_eq!(rig.engine.state(), State::Running, "{from:?}, {reset}");
+                    ensure_eq!(rig.device_references(), 1, "{from:?}, {reset}");
+                    drop(session);
+
+                    // It goes on as from the beginning.
+                    drop(rig.set(State::Resuming)?);
+                    ensure_eq!(rig.engine.state(), State::Resuming, "{from:?}, {reset}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn data_size_is_known_in_every_state() -> Result {
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            rig.fake.provide(b"0123456789", true)?;
+            rig.fake.provide(b"abcde", false)?;
+            rig.fake.provide_tail(b"end");
+            for from in states(flags) {
+                let session = rig.enter(from)?;
+                let size = rig.engine.data_size(&rig.fake);
+
+                if from.is_saving() {
+                    ensure_eq!(size, 10 + 5 + 3, "{from:?}");
+                    ensure_eq!(rig.fake.calls()[..], [], "{from:?}");
+                } else {
+                    ensure_eq!(size, DATA_SIZE, "{from:?}");
+                    ensure_eq!(rig.fake.calls()[..], [Call::DataSize], "{from:?}");
+                }
+                ensure_eq!(rig.engine.state(), from, "{from:?}");
+                drop(session);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_session_goes_on_inside_the_saving_group() -> Result {
+        let rig = Rig::new(Flags::new(true, true))?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+
+        ensure_eq!(rig.device_references(), 2, "references");
+        for to in [State::PreCopyP2p, State::PreCopy, State::PreCopyP2p] {
+            ensure_eq!(rig.set(to)?.is_some(), false, "a data_fd in {to:?}");
+            ensure_eq!(fd.read(0, 1), Err(ENOMSG), "read in {to:?}");
+            ensure_eq!(fd.poll(), 0, "poll in {to:?}");
+        }
+        drop(rig.set(State::StopCopy)?);
+        ensure_eq!(fd.read(0, 1), Ok(0), "read in STOP_COPY");
+        ensure_eq!(fd.poll(), POLLIN, "poll in STOP_COPY");
+        let dropped = rig.fake.calls().contains(&Call::SaverDropped);
+        ensure_eq!(dropped, false, "the saver was dropped");
+        Ok(())
+    }
+
+    #[test]
+    fn sessions_end_on_every_way_out() -> Result {
+        let user = UserMemory::new(32)?;
+        let mut ways = 0;
+
+        user.put(&24_u32.to_le_bytes())?;
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for (from, to) in fsm::arcs(flags).filter(|&(from, to)| fsm::ends_session(from, to)) {
+                let fd = rig.enter(from)?.ok_or(EINVAL)?;
+
+                drop(rig.set(to)?);
+                let ended = session_of(from).ok_or(EINVAL)?;
+                let drops = rig
+                    .fake
+                    .calls()
+                    .iter()
+                    .filter(|call| **call == ended)
+                    .count();
+                ensure_eq!(drops, 1, "{ended:?} in {from:?}");
+                ensure_eq!(rig.device_references(), 1, "references after {from:?}");
+
+                // What comes afterwards is not for the old file.
+                let next = rig.enter(from)?.ok_or(EINVAL)?;
+                if from == State::Resuming {
+                    ensure_eq!(fd.write(user.addr, 16), Err(ENODEV), "write after {from:?}");
+                    ensure_eq!(fd.poll(), POLLOUT | POLLERR, "poll after {from:?}");
+                    ensure_eq!(next.write(user.addr, 16), Ok(16), "write to the next");
+                    ensure_eq!(rig.fake.loaded_bytes().len(), 16, "bytes loaded");
+                } else {
+                    ensure_eq!(fd.read(user.addr, 16), Err(ENODEV), "read after {from:?}");
+                    ensure_eq!(fd.poll(), POLLIN | POLLRDHUP, "poll after {from:?}");
+                    ensure_eq!(
+                        fd.ioctl(MIG_GET_PRECOPY_INFO, user.addr),
+                        Err(ENODEV),
+                        "ioctl after {from:?}"
+                    );
+                    ensure_eq!(
+                        next.read(user.addr, 16).is_ok_and(|len| len > 0),
+                        false,
+                        "next"
+                    );
+                }
+                drop(fd);
+                ensure_eq!(rig.engine.state(), from, "closing the old file");
+                drop(next);
+                ensure_eq!(rig.engine.state(), from, "closing the file");
+                let dropped = rig.fake.calls().contains(&ended);
+                ensure_eq!(dropped, false, "the session ended with its file");
+                ways += 1;
+            }
+        }
+        ensure_eq!(ways, 2 + 2 + 3 + 4, "ways out");
+        Ok(())
+    }
+
+    #[test]
+    fn a_data_fd_may_outlive_everything() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::new(false, true))?;
+        let saving = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        let loading = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        drop(rig);
+        ensure_eq!(saving.read(user.addr, 16), Err(ENODEV), "read");
+        ensure_eq!(saving.poll(), POLLIN | POLLRDHUP, "poll");
+        ensure_eq!(loading.write(user.addr, 16), Err(ENODEV), "write");
+        Ok(())
+    }
+
+    #[test]
+    fn state_waits_for_no_method() -> Result {
+        use State::*;
+        let methods = [
+            (Running, RunningP2p, Call::QuiesceP2p),
+            (RunningP2p, Running, Call::ResumeP2p),
+            (RunningP2p, Stop, Call::Stop),
+            (Stop, RunningP2p, Call::Start),
+            (Running, PreCopy, Call::Save),
+            (PreCopyP2p, StopCopy, Call::Seal),
+            (StopCopy, Stop, Call::SaverDropped),
+            (Stop, Resuming, Call::Load),
+            (Resuming, Stop, Call::Loaded),
+            (Resuming, Stop, Call::LoaderDropped),
+        ];
+        let rig = Rig::new(Flags::new(true, true))?;
+
+        for (from, to, call) in methods {
+            let session = rig.enter(from)?;
+
+            rig.fake.hold(Some(call));
+            let other = rig.clone();
+            let change = Job::begin(move || other.set(to))?;
+            let held = wait_until(|| rig.fake.is_held());
+            let other = rig.clone();
+            let asked = Job::begin(move || other.engine.state())?;
+            let state = asked.wait();
+            let done = change.is_done();
+            rig.fake.hold(None);
+            let fd = change.wait()?;
+
+            ensure_eq!(held, Ok(()), "{call:?} is called");
+            ensure_eq!(state, Ok(from), "state() during {call:?}");
+            ensure_eq!(done, false, "{call:?} has ended");
+            ensure_eq!(fd.is_ok(), true, "{call:?}");
+            ensure_eq!(rig.engine.state(), to, "state() after {call:?}");
+            drop(session);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_path_is_seen_state_by_state() -> Result {
+        let rig = Rig::new(Flags::new(true, false))?;
+
+        rig.restart();
+        rig.fake.hold(Some(Call::Save));
+        let other = rig.clone();
+        let change = Job::begin(move || other.set(State::StopCopy))?;
+        let held = wait_until(|| rig.fake.is_held());
+        let other = rig.clone();
+        let state = Job::begin(move || other.engine.state())?.wait();
+        rig.fake.hold(None);
+        let fd = change.wait()?;
+
+        ensure_eq!(held, Ok(()), "save() is called");
+        ensure_eq!(state, Ok(State::Stop), "state() on the way");
+        ensure_eq!(fd?.is_some(), true, "a data_fd");
+        Ok(())
+    }
+
+    #[test]
+    fn reset_waits_for_a_method() -> Result {
+        let rig = Rig::new(Flags::new(false, false))?;
+
+        rig.restart();
+        rig.fake.hold(Some(Call::Stop));
+        let other = rig.clone();
+        let change = Job::begin(move || other.set(State::Stop))?;
+        let held = wait_until(|| rig.fake.is_held());
+        let other = rig.clone();
+        let reset = Job::begin(move || other.engine.reset(&other.fake))?;
+        kernel::time::delay::fsleep(kernel::time::Delta::from_millis(20));
+        let early = reset.is_done();
+        rig.fake.hold(None);
+        let changed = change.wait()?;
+        reset.wait()?;
+
+        ensure_eq!(held, Ok(()), "stop() is called");
+        ensure_eq!(early, false, "reset() beside stop()");
+        ensure_eq!(changed.is_ok(), true, "the change of state");
+        ensure_eq!(rig.engine.state(), State::Running, "state()");
+        let calls = rig.fake.calls();
+        ensure_eq!(
+            calls[..],
+            [Call::QuiesceP2p, Call::Stop, Call::Reset],
+            "calls"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_reader_that_waits_holds_up_nobody() -> Result {
+        let rig = Rig::new(Flags::new(true, true))?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+
+        rig.fake.provide(b"0123456789", true)?;
+        rig.fake.set_ready(false);
+        ensure_eq!(fd.poll(), 0, "poll");
+        ensure_eq!(fd.read_nonblock(0, 1), Err(EAGAIN), "O_NONBLOCK");
+        drop(rig.fake.calls());
+
+        let reader = Job::begin(move || fd.read(0, 1))?;
+        let waiting = wait_until(|| rig.fake.calls().contains(&Call::Next(Phase::PreCopy)));
+        let other = rig.clone();
+        let walk = Job::begin(move || {
+            for to in [State::PreCopyP2p, State::PreCopy, State::PreCopyP2p] {
+                other.set(to)?;
+            }
+            let size = other.engine.data_size(&other.fake);
+            let waits = !reader.is_done();
+            other.set(State::StopCopy)?;
+            let sealed = !reader.is_done();
+            other.set(State::Stop)?;
+            Ok::<_, Error>((size, waits, sealed, reader.wait()?))
+        })?
+        .wait()?;
+
+        ensure_eq!(waiting, Ok(()), "next() is called");
+        ensure_eq!(walk, Ok((10, true, true, Err(ENODEV))), "the walk");
+        Ok(())
+    }
+
+    #[test]
+    fn a_reader_that_waits_is_woken() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::new(false, true))?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+
+        rig.fake.provide(b"0123456789", true)?;
+        rig.fake.set_ready(false);
+        let other = rig.clone();
+        let reader = Job::begin(move || {
+            // There is no user memory where this runs: what is read cannot be copied.
+            let result = fd.read(0, 16);
+            other.fake.set_ready(true);
+            (fd, result)
+        })?;
+        wait_until(|| rig.fake.calls().contains(&Call::Next(Phase::PreCopy)))?;
+        let waits = !reader.is_done();
+        rig.fake.set_ready(true);
+        let (fd, result) = reader.wait()?;
+
+        ensure_eq!(waits, true, "the reader waits");
+        ensure_eq!(result, Err(EFAULT), "the reader is woken");
+        ensure_eq!(fd.poll(), POLLIN, "poll");
+        ensure_eq!(fd.read_nonblock(user.addr, 16), Ok(10), "nothing is lost");
+        ensure_eq!(user.get::<10>()?, *b"0123456789", "what is read");
+        Ok(())
+    }
+
+    #[test]
+    fn a_stream_is_read_in_order() -> Result {
+        let user = UserMemory::new(64)?;
+        let rig = Rig::new(Flags::new(true, true))?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        let size = || rig.engine.data_size(&rig.fake);
+
+        rig.fake.provide(b"0123456789", true)?;
+        rig.fake.provide(b"abcdef", false)?;
+        rig.fake.provide_tail(b"tail");
+        ensure_eq!(size(), 20, "size at first");
+        ensure_eq!(fd.read(user.addr, 3), Ok(3), "a part of the head");
+        ensure_eq!(fd.read(user.addr + 3, 4), Ok(4), "across the head");
+        ensure_eq!(size(), 13, "size with a chunk begun");
+        drop(rig.set(State::PreCopyP2p)?);
+        ensure_eq!(fd.read(user.addr + 7, 64), Ok(9), "the rest");
+        ensure_eq!(user.get::<16>()?, *b"0123456789abcdef", "what is read");
+        ensure_eq!(fd.read(user.addr, 64), Err(ENOMSG), "the temporary end");
+        ensure_eq!(size(), 4, "size at the temporary end");
+
+        rig.fake.fail(Call::Next(Phase::PreCopy), 0)?;
+        ensure_eq!(
+            fd.read(user.addr, 64),
+            Err(FAILURE),
+            "a failure of the saver"
+        );
+        rig.fake.provide(b"more", false)?;
+        drop(rig.set(State::StopCopy)?);
+        ensure_eq!(size(), 8, "size in STOP_COPY");
+        ensure_eq!(fd.read(user.addr, 64), Ok(8), "STOP_COPY");
+        ensure_eq!(user.get::<8>()?, *b"moretail", "what is read last");
+        ensure_eq!(fd.read(user.addr, 64), Ok(0), "the permanent end");
+        ensure_eq!(size(), 0, "size at the permanent end");
+        Ok(())
+    }
+
+    #[test]
+    fn precopy_info_is_what_stop_copy_streams() -> Result {
+        let user = UserMemory::new(32)?;
+        let rig = Rig::new(Flags::new(false, true))?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        let info = || -> Result<(u64, u64)> {
+            user.put(&24_u32.to_le_bytes())?;
+            fd.ioctl(MIG_GET_PRECOPY_INFO, user.addr)?;
+            let [_, initial, dirty]: [u64; 3] = zerocopy::transmute!(user.get::<24>()?);
+            Ok((initial, dirty))
+        };
+
+        rig.fake.provide(b"0123456789", true)?;
+        rig.fake.provide_tail(b"tail");
+        ensure_eq!(info(), Ok((14, 0)), "at first");
+        rig.fake.provide(b"abcdef", false)?;
+        ensure_eq!(info(), Ok((14, 6)), "with changes");
+        ensure_eq!(fd.read(user.addr, 32), Ok(16), "all that is there");
+        ensure_eq!(info(), Ok((0, 0)), "at the temporary end");
+        rig.fake.provide(b"more", false)?;
+        ensure_eq!(info(), Ok((0, 8)), "with more changes");
+        drop(rig.set(State::StopCopy)?);
+        ensure_eq!(info(), Err(EINVAL), "in STOP_COPY");
+        Ok(())
+    }
+
+    #[test]
+    fn a_refused_stream_stays_refused() -> Result {
+        let user = UserMemory::new(64)?;
+        let rig = Rig::new(Flags::new(true, true))?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        user.put(b"good bad")?;
+        ensure_eq!(fd.poll(), POLLOUT, "poll");
+        ensure_eq!(fd.write(user.addr, 5), Ok(5), "what is good");
+        ensure_eq!(rig.fake.loaded_bytes()[..], *b"good ", "what was loaded");
+        rig.fake.fail(Call::Write, 0)?;
+        ensure_eq!(fd.write(user.addr + 5, 3), Err(FAILURE), "what is bad");
+        rig.fake.mend();
+        drop(rig.fake.calls());
+
+        ensure_eq!(fd.write(user.addr, 5), Err(FAILURE), "what comes after it");
+        ensure_eq!(
+            rig.set(State::Running).err(),
+            Some(FAILURE),
+            "the arc to STOP"
+        );
+        ensure_eq!(rig.engine.state(), State::Resuming, "state");
+        ensure_eq!(rig.fake.calls()[..], [], "calls");
+
+        rig.engine.reset(&rig.fake);
+        let calls = rig.fake.calls();
+        ensure_eq!(calls[..], [Call::LoaderDropped, Call::Reset], "reset");
+        let fd = rig.set(State::Resuming)?.ok_or(EINVAL)?;
+        ensure_eq!(fd.write(user.addr, 5), Ok(5), "another stream");
+        drop(rig.set(State::Running)?);
+        ensure_eq!(rig.engine.state(), State::Running, "the end");
+        Ok(())
+    }
+}

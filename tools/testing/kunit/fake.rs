@@ -1,0 +1,605 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A migratable device for the tests of the migration engine.
+//!
+//! It is no mediated device, nor emulated, nor on any bus: it has what the engine asks for, a
+//! `struct vfio_device` and [`Migratable`], as a variant driver of a PCI device would. It records
+//! what the engine calls, and fails or hangs when it is told to.
+
+use core::ptr::NonNull;
+use kernel::{
+    device,
+    error::from_err_ptr,
+    faux,
+    fs::File,
+    new_mutex,
+    prelude::*,
+    str::CString,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+    workqueue, //
+};
+use vfio::{
+    migration::{
+        Chunk,
+        Engine,
+        Flags,
+        Loader,
+        Migratable,
+        Next,
+        Notifier,
+        Phase,
+        Remaining,
+        Saver,
+        State, //
+    },
+    Device,
+    Open, //
+};
+
+/// Implemented in `vfio_kunit_device.c`.
+mod core_side {
+    use kernel::prelude::*;
+
+    unsafe extern "C" {
+        pub(super) fn vfio_kunit_alloc_device(parent: *mut c_void) -> *mut c_void;
+        pub(super) fn vfio_kunit_device_references(vdev: *mut c_void) -> c_uint;
+        pub(super) safe fn vfio_kunit_user_memory(size: usize) -> c_ulong;
+        pub(super) fn vfio_kunit_read(
+            file: *mut c_void,
+            to: c_ulong,
+            size: usize,
+            nonblock: bool,
+        ) -> isize;
+        pub(super) fn vfio_kunit_write(file: *mut c_void, from: c_ulong, size: usize) -> isize;
+        pub(super) fn vfio_kunit_poll(file: *mut c_void) -> c_uint;
+        pub(super) fn vfio_kunit_ioctl(file: *mut c_void, cmd: c_uint, arg: c_ulong) -> c_long;
+        pub(super) fn vfio_kunit_close(file: *mut c_void);
+    }
+}
+
+/// What the engine can call, and what it can drop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    QuiesceP2p,
+    ResumeP2p,
+    Stop,
+    Start,
+    Save,
+    Seal,
+    Next(Phase),
+    SaverDropped,
+    Load,
+    Write,
+    Loaded,
+    LoaderDropped,
+    DataSize,
+    Reset,
+}
+
+/// The error that the device fails with, which the engine has no use for itself.
+pub(crate) const FAILURE: Error = EDOM;
+
+/// What the device says `STOP_COPY` would stream while there is no session.
+pub(crate) const DATA_SIZE: u64 = 12_345;
+
+/// Most milliseconds that anything may take that does not wait for ever.
+const PATIENCE: usize = 5_000;
+
+/// What the device did and what it will do.
+#[derive(Default)]
+struct Script {
+    calls: KVec<Call>,
+    /// What is to fail, and how many of its kind come before it.
+    failures: KVec<(Call, usize)>,
+    /// What is to hang until this is changed.
+    hold: Option<Call>,
+    /// The call that is to hang has come.
+    held: bool,
+    /// What the saver has, and whether it was never handed out before.
+    chunks: KVec<(&'static [u8], bool)>,
+    /// What the saver has when the device is stopped, behind everything else.
+    tail: Option<&'static [u8]>,
+    not_ready: bool,
+    notifier: Option<Arc<Notifier>>,
+    /// What the loader was handed.
+    loaded: KVec<u8>,
+}
+
+/// The device.
+#[pin_data]
+pub(crate) struct Fake {
+    #[pin]
+    script: Mutex<Script>,
+}
+
+impl Fake {
+    fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                script <- new_mutex!(Script::default(), "vfio_kunit::Fake"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Takes down a call, hangs in it and fails as the script has it.
+    fn called(&self, call: Call) -> Result {
+        let mut script = self.script.lock();
+        script.calls.push(call, GFP_KERNEL)?;
+        if script.hold == Some(call) {
+            script.held = true;
+            while script.hold == Some(call) {
+                drop(script);
+                fsleep(Delta::from_millis(1));
+                script = self.script.lock();
+            }
+        }
+        for (failing, before) in &mut script.failures {
+            if *failing == call {
+                if let Some(left) = before.checked_sub(1) {
+                    *before = left;
+                } else {
+                    return Err(FAILURE);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the calls since this was asked last.
+    pub(crate) fn calls(&self) -> KVec<Call> {
+        core::mem::take(&mut self.script.lock().calls)
+    }
+
+    /// Lets a call fail, and all of its kind that come after it.
+    pub(crate) fn fail(&self, call: Call, before: usize) -> Result {
+        Ok(self
+            .script
+            .lock()
+            .failures
+            .push((call, before), GFP_KERNEL)?)
+    }
+
+    /// Lets everything work again.
+    pub(crate) fn mend(&self) {
+        self.script.lock().failures.clear();
+    }
+
+    /// Lets a call hang, or none any more.
+    pub(crate) fn hold(&self, call: Option<Call>) {
+        let mut script = self.script.lock();
+        script.hold = call;
+        script.held = false;
+    }
+
+    /// Tells whether the call that is to hang does so.
+    pub(crate) fn is_held(&self) -> bool {
+        self.script.lock().held
+    }
+
+    /// Gives the saver something to hand out.
+    pub(crate) fn provide(&self, chunk: &'static [u8], initial: bool) -> Result {
+        Ok(self
+            .script
+            .lock()
+            .chunks
+            .push((chunk, initial), GFP_KERNEL)?)
+    }
+
+    /// Gives the saver something to hand out when the device is stopped.
+    pub(crate) fn provide_tail(&self, chunk: &'static [u8]) {
+        self.script.lock().tail = Some(chunk);
+    }
+
+    /// Says whether the saver is ready, and wakes who waits for it.
+    pub(crate) fn set_ready(&self, ready: bool) {
+        let mut script = self.script.lock();
+        script.not_ready = !ready;
+        let notifier = script.notifier.clone();
+        drop(script);
+        if let Some(notifier) = notifier.filter(|_| ready) {
+            notifier.notify();
+        }
+    }
+
+    /// Returns what the loader was handed since this was asked last.
+    pub(crate) fn loaded_bytes(&self) -> KVec<u8> {
+        core::mem::take(&mut self.script.lock().loaded)
+    }
+}
+
+#[vtable]
+impl Migratable for Fake {
+    type Saver = FakeSaver;
+    type Loader = FakeLoader;
+
+    fn quiesce_p2p(&self) -> Result {
+        self.called(Call::QuiesceP2p)
+    }
+
+    fn resume_p2p(&self) -> Result {
+        self.called(Call::ResumeP2p)
+    }
+
+    fn stop(&self) -> Result {
+        self.called(Call::Stop)
+    }
+
+    fn start(&self) -> Result {
+        self.called(Call::Start)
+    }
+
+    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<FakeSaver> {
+        this.called(Call::Save)?;
+        this.script.lock().notifier = Some(notifier);
+        Ok(FakeSaver(this.clone()))
+    }
+
+    fn load(this: &Arc<Self>) -> Result<FakeLoader> {
+        this.called(Call::Load)?;
+        Ok(FakeLoader(this.clone()))
+    }
+
+    fn loaded(&self, _loader: &mut FakeLoader) -> Result {
+        self.called(Call::Loaded)
+    }
+
+    fn data_size(&self) -> u64 {
+        let _ = self.called(Call::DataSize);
+        DATA_SIZE
+    }
+
+    fn reset(&self) {
+        let _ = self.called(Call::Reset);
+    }
+}
+
+/// Hands out what the script has.
+pub(crate) struct FakeSaver(Arc<Fake>);
+
+impl Saver for FakeSaver {
+    fn next(&mut self, phase: Phase) -> Result<Next> {
+        self.0.called(Call::Next(phase))?;
+        let mut script = self.0.script.lock();
+        if script.not_ready {
+            return Ok(Next::NotReady);
+        }
+        let (bytes, initial) = if !script.chunks.is_empty() {
+            script.chunks.remove(0)?
+        } else if phase == Phase::PreCopy {
+            return Ok(Next::End);
+        } else if let Some(tail) = script.tail.take() {
+            (tail, false)
+        } else {
+            return Ok(Next::End);
+        };
+        drop(script);
+        // A head and a body, so that both are read.
+        let (head, body) = bytes.split_at(bytes.len() / 2);
+        let mut rest = KVVec::new();
+        rest.extend_from_slice(body, GFP_KERNEL)?;
+        let chunk = Chunk::new(head)?.bytes(rest);
+        Ok(Next::Chunk(if initial { chunk.initial() } else { chunk }))
+    }
+
+    fn remaining(&self) -> Remaining {
+        let script = self.0.script.lock();
+        let size = |which: bool| {
+            let chunks = script
+                .chunks
+                .iter()
+                .filter(|(_, initial)| *initial == which);
+            chunks.map(|(bytes, _)| bytes.len() as u64).sum()
+        };
+        Remaining {
+            initial: size(true),
+            dirty: size(false),
+            tail: script.tail.map_or(0, |tail| tail.len() as u64),
+            reinits: 0,
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.0.script.lock().not_ready
+    }
+
+    fn seal(&mut self) -> Result {
+        self.0.called(Call::Seal)
+    }
+}
+
+impl Drop for FakeSaver {
+    fn drop(&mut self) {
+        let notifier = self.0.script.lock().notifier.take();
+        drop(notifier);
+        let _ = self.0.called(Call::SaverDropped);
+    }
+}
+
+/// Keeps what it is handed.
+pub(crate) struct FakeLoader(Arc<Fake>);
+
+impl Loader for FakeLoader {
+    fn write(&mut self, bytes: &[u8]) -> Result {
+        self.0.called(Call::Write)?;
+        let mut script = self.0.script.lock();
+        Ok(script.loaded.extend_from_slice(bytes, GFP_KERNEL)?)
+    }
+}
+
+impl Drop for FakeLoader {
+    fn drop(&mut self) {
+        let _ = self.0.called(Call::LoaderDropped);
+    }
+}
+
+/// How many devices there were.
+static DEVICES: Atomic<u32> = Atomic::new(0);
+
+/// The device with its engine, as a driver would have them.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Rig {
+    #[pin]
+    pub(crate) engine: Engine<Fake>,
+    pub(crate) fake: Arc<Fake>,
+    device: ARef<Device>,
+    /// After what is below it.
+    _parent: faux::Registration,
+}
+
+impl Rig {
+    /// Makes a device of this shape, in `RUNNING`.
+    pub(crate) fn new(flags: Flags) -> Result<Arc<Self>> {
+        // A test that failed may have left its device behind.
+        let number = DEVICES.fetch_add(1, Relaxed);
+        let name = CString::try_from_fmt(fmt!("vfio_kunit.{number}"))?;
+        let parent = faux::Registration::new(&name, None)?;
+        let parent_device: &device::Device<device::Bound> = parent.as_ref().as_ref();
+        // SAFETY: `Device` is a transparent wrapper of a `struct device`, and the parent outlives
+        // the device.
+        let raw = unsafe {
+            let parent = core::ptr::from_ref(parent_device).cast_mut();
+            core_side::vfio_kunit_alloc_device(parent.cast())
+        };
+        let raw = NonNull::new(from_err_ptr(raw)?).ok_or(ENOMEM)?;
+        // SAFETY: `vfio_kunit_alloc_device()` allocates by `_vfio_alloc_device()` and returns the
+        // only reference.
+        let device = unsafe { ARef::from_raw(raw.cast::<Device>()) };
+        Arc::pin_init(
+            try_pin_init!(Self {
+                engine <- Engine::new(flags),
+                fake: Fake::new()?,
+                device,
+                _parent: parent,
+            }? Error),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Returns the device as open, which it is while it has a [`Rig`].
+    fn open(&self) -> &Device<Open> {
+        let device: &Device = &self.device;
+        // SAFETY: The context has no part in the layout. Nobody closes the device but the
+        // destructor of the rig.
+        unsafe { &*core::ptr::from_ref(device).cast::<Device<Open>>() }
+    }
+
+    /// Returns how many references there are to the `struct vfio_device`.
+    pub(crate) fn device_references(&self) -> u32 {
+        let device: &Device = &self.device;
+        // SAFETY: `Device` is a transparent wrapper of a `struct vfio_device`.
+        unsafe {
+            let device = core::ptr::from_ref(device).cast_mut();
+            core_side::vfio_kunit_device_references(device.cast())
+        }
+    }
+
+    /// Asks for a state by its uAPI value.
+    pub(crate) fn request(&self, target: u32) -> Result<Option<DataFd>> {
+        let file = self.engine.set_state(&self.fake, self.open(), target)?;
+        Ok(file.map(|file| DataFd(Some(file))))
+    }
+
+    /// Asks for a state.
+    pub(crate) fn set(&self, target: State) -> Result<Option<DataFd>> {
+        self.request(target.as_raw())
+    }
+
+    /// Brings the device from `RUNNING` into a state, and forgets about the calls for it.
+    pub(crate) fn enter(&self, state: State) -> Result<Option<DataFd>> {
+        self.restart();
+        let fd = if state == State::Error {
+            self.break_down()?;
+            None
+        } else {
+            self.set(state)?
+        };
+        drop(self.fake.calls());
+        Ok(fd)
+    }
+
+    /// Brings the device into `ERROR`.
+    ///
+    /// Fails with `ENOTSUPP` if there is no way: no arc of the shape has a part to be undone.
+    fn break_down(&self) -> Result {
+        let flags = self.engine.flags();
+        let (from, to, failing, undo) = match (flags.p2p(), flags.pre_copy()) {
+            (false, _) => (State::Running, State::Stop, Call::Stop, Call::ResumeP2p),
+            (true, true) => (State::PreCopyP2p, State::StopCopy, Call::Seal, Call::Start),
+            (true, false) => return Err(ENOTSUPP),
+        };
+        drop(self.set(from)?);
+        self.fake.fail(failing, 0)?;
+        self.fake.fail(undo, 0)?;
+        let done = self.set(to);
+        self.fake.mend();
+        match done {
+            Err(_) => Ok(()),
+            Ok(_) => Err(EINVAL),
+        }
+    }
+
+    /// Begins anew, as after a close and an open.
+    pub(crate) fn restart(&self) {
+        self.fake.mend();
+        self.engine.close();
+        drop(self.fake.calls());
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Rig {
+    fn drop(self: Pin<&mut Self>) {
+        self.engine.close();
+    }
+}
+
+/// A data_fd.
+pub(crate) struct DataFd(Option<ARef<File>>);
+
+impl DataFd {
+    fn as_ptr(&self) -> *mut c_void {
+        let file = self.0.as_ref();
+        file.map_or(core::ptr::null_mut(), |file| file.as_ptr().cast())
+    }
+
+    /// Returns what a system call returned.
+    fn result(done: isize) -> Result<usize> {
+        usize::try_from(done).map_err(|_| Error::from_errno(done as i32))
+    }
+
+    /// Reads to an address of the user.
+    pub(crate) fn read(&self, to: usize, size: usize) -> Result<usize> {
+        // SAFETY: The file is live and has the operations of a saving session. Any address goes.
+        Self::result(unsafe { core_side::vfio_kunit_read(self.as_ptr(), to, size, false) })
+    }
+
+    /// Reads to an address of the user, but does not wait.
+    pub(crate) fn read_nonblock(&self, to: usize, size: usize) -> Result<usize> {
+        // SAFETY: As in `read()`.
+        Self::result(unsafe { core_side::vfio_kunit_read(self.as_ptr(), to, size, true) })
+    }
+
+    /// Writes from an address of the user.
+    pub(crate) fn write(&self, from: usize, size: usize) -> Result<usize> {
+        // SAFETY: The file is live and has the operations of a resuming session. Any address
+        // goes.
+        Self::result(unsafe { core_side::vfio_kunit_write(self.as_ptr(), from, size) })
+    }
+
+    /// Returns the events that poll() would return.
+    pub(crate) fn poll(&self) -> u32 {
+        // SAFETY: The file is live.
+        unsafe { core_side::vfio_kunit_poll(self.as_ptr()) }
+    }
+
+    /// Calls an ioctl with an argument at an address of the user.
+    pub(crate) fn ioctl(&self, cmd: u32, arg: usize) -> Result<usize> {
+        // SAFETY: The file is live and has the operations of a saving session. Any address goes.
+        Self::result(unsafe { core_side::vfio_kunit_ioctl(self.as_ptr(), cmd, arg) } as isize)
+    }
+}
+
+impl Drop for DataFd {
+    fn drop(&mut self) {
+        if let Some(file) = self.0.take() {
+            let file = ARef::into_raw(file);
+            // SAFETY: The reference that was owned is given up.
+            unsafe { core_side::vfio_kunit_close(file.as_ptr().cast()) };
+        }
+    }
+}
+
+/// Memory of the user, which goes when the test ends.
+pub(crate) struct UserMemory {
+    pub(crate) addr: usize,
+    size: usize,
+}
+
+impl UserMemory {
+    pub(crate) fn new(size: usize) -> Result<Self> {
+        match core_side::vfio_kunit_user_memory(size) {
+            0 => Err(ENOMEM),
+            addr => Ok(Self { addr, size }),
+        }
+    }
+
+    fn slice(&self) -> UserSlice {
+        UserSlice::new(UserPtr::from_addr(self.addr), self.size)
+    }
+
+    /// Writes what the user's memory begins with.
+    pub(crate) fn put(&self, bytes: &[u8]) -> Result {
+        self.slice().writer().write_slice(bytes)
+    }
+
+    /// Returns what the user's memory begins with.
+    pub(crate) fn get<const SIZE: usize>(&self) -> Result<[u8; SIZE]> {
+        let mut bytes = [0; SIZE];
+        self.slice().reader().read_slice(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// Waits until something is the case. Fails with `ETIMEDOUT` if that takes too long.
+pub(crate) fn wait_until(is_so: impl Fn() -> bool) -> Result {
+    for _ in 0..PATIENCE {
+        if is_so() {
+            return Ok(());
+        }
+        fsleep(Delta::from_millis(1));
+    }
+    Err(ETIMEDOUT)
+}
+
+/// What somebody else does meanwhile, and its result when that is there.
+#[pin_data]
+pub(crate) struct Job<T: Send + Unpin + 'static> {
+    #[pin]
+    result: Mutex<Option<T>>,
+}
+
+impl<T: Send + Unpin + 'static> Job<T> {
+    /// Begins it.
+    pub(crate) fn begin(work: impl FnOnce() -> T + Send + 'static) -> Result<Arc<Self>> {
+        let job = Arc::pin_init(
+            pin_init!(Self {
+                result <- new_mutex!(None, "vfio_kunit::Job"),
+            }),
+            GFP_KERNEL,
+        )?;
+        let other = job.clone();
+        workqueue::system_long().try_spawn(GFP_KERNEL, move || {
+            let result = work();
+            *other.result.lock() = Some(result);
+        })?;
+        Ok(job)
+    }
+
+    /// Tells whether it has ended.
+    pub(crate) fn is_done(&self) -> bool {
+        self.result.lock().is_some()
+    }
+
+    /// Waits for it. Fails with `ETIMEDOUT` if that takes too long.
+    pub(crate) fn wait(&self) -> Result<T> {
+        wait_until(|| self.is_done())?;
+        self.result.lock().take().ok_or(EINVAL)
+    }
+}

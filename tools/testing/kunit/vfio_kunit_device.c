@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * What the KUnit tests of the migration engine have instead of vfio core: a
+ * device that is not registered, and calls of a data_fd without a descriptor.
+ */
+
+#include <kunit/test-bug.h>
+#include <kunit/test.h>
+#include <linux/file.h>
+#include <linux/fs.h>
+#include <linux/mman.h>
+#include <linux/poll.h>
+#include <linux/vfio.h>
+
+#include "vfio_kunit_device.h"
+
+static const struct vfio_device_ops vfio_kunit_ops = {
+	.name = "vfio_kunit",
+};
+
+/* A device below @parent with one reference, or an error pointer. */
+struct vfio_device *vfio_kunit_alloc_device(struct device *parent)
+{
+	return _vfio_alloc_device(sizeof(struct vfio_device), parent,
+				  &vfio_kunit_ops);
+}
+
+unsigned int vfio_kunit_device_references(struct vfio_device *vdev)
+{
+	return kref_read(&vdev->device.kobj.kref);
+}
+
+/* The address of zeroed user memory that lives as long as the test, 0 if none. */
+unsigned long vfio_kunit_user_memory(size_t size)
+{
+	unsigned long addr;
+
+	addr = kunit_vm_mmap(kunit_get_current_test(), NULL, 0, size,
+			     PROT_READ | PROT_WRITE,
+			     MAP_ANONYMOUS | MAP_PRIVATE, 0);
+	return IS_ERR_VALUE(addr) ? 0 : addr;
+}
+
+ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
+			bool nonblock)
+{
+	spin_lock(&file->f_lock);
+	if (nonblock)
+		file->f_flags |= O_NONBLOCK;
+	else
+		file->f_flags &= ~O_NONBLOCK;
+	spin_unlock(&file->f_lock);
+	return file->f_op->read(file, (char __user *)to, size, NULL);
+}
+
+ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size)
+{
+	return file->f_op->write(file, (const char __user *)from, size, NULL);
+}
+
+__poll_t vfio_kunit_poll(struct file *file)
+{
+	return vfs_poll(file, NULL);
+}
+
+long vfio_kunit_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	return file->f_op->unlocked_ioctl(file, cmd, arg);
+}
+
+/* Unlike fput(), the file is released before this returns. */
+void vfio_kunit_close(struct file *file)
+{
+	__fput_sync(file);
+}
