@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What needs an open device cannot be asked of one that may be closed.
+
+include!(env!("DRIVER"));
+
+use vfio::{
+    migration::Engine,
+    Device, //
+};
+
+fn pause(engine: &Engine<Chip>, chip: &Arc<Chip>, device: &Device) -> Result {
+    engine.set_state(chip, device, 1)?;
+    //~ error[E0308]: mismatched types
+    //~ expected `&Device<Open>`, found `&Device`
+    Ok(())
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Only the combinations of flags that the uAPI defines can be claimed.
+
+include!(env!("DRIVER"));
+
+fn flags() -> Flags {
+    // `VFIO_MIGRATION_PRE_COPY` without `VFIO_MIGRATION_STOP_COPY`.
+    Flags::PRE_COPY
+    //~ error[E0308]: mismatched types
+    //~ expected `Flags`, found `u64`
+}

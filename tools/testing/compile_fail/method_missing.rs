@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device that cannot be stopped is not migratable.
+
+include!(env!("DRIVER"));
+
+struct Unstoppable;
+
+#[vtable]
+//~ error[E0046]: not all trait items implemented, missing: `stop`
+impl Migratable for Unstoppable {
+    type Saver = ChipSaver;
+    type Loader = ChipLoader;
+
+    fn start(&self) -> Result {
+        Ok(())
+    }
+
+    fn save(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ChipSaver> {
+        Err(ENOMEM)
+    }
+
+    fn load(_this: &Arc<Self>) -> Result<ChipLoader> {
+        Err(ENOMEM)
+    }
+
+    fn loaded(&self, _loader: &mut ChipLoader) -> Result {
+        Ok(())
+    }
+
+    fn data_size(&self) -> u64 {
+        STREAM as u64
+    }
+
+    fn reset(&self) {}
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Who waits for a session's data waits at the session's own notifier.
+
+include!(env!("DRIVER"));
+
+fn notifier() -> Result<Arc<Notifier>> {
+    Notifier::new()
+    //~ error[E0624]: associated function `new` is private
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Many threads access an open device at the same time.
+
+include!(env!("DRIVER"));
+
+struct Alone {
+    word: core::cell::Cell<u64>,
+}
+
+#[vtable]
+//~ error[E0277]: `Cell<u64>` cannot be shared between threads safely
+impl Migratable for Alone {
+    type Saver = ChipSaver;
+    type Loader = ChipLoader;
+
+    fn stop(&self) -> Result {
+        Ok(())
+    }
+
+    fn start(&self) -> Result {
+        Ok(())
+    }
+
+    fn save(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ChipSaver> {
+        Err(ENOMEM)
+    }
+
+    fn load(_this: &Arc<Self>) -> Result<ChipLoader> {
+        Err(ENOMEM)
+    }
+
+    fn loaded(&self, _loader: &mut ChipLoader) -> Result {
+        Ok(())
+    }
+
+    fn data_size(&self) -> u64 {
+        STREAM as u64
+    }
+
+    fn reset(&self) {
+        self.word.set(0);
+    }
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A driver does not register its device: it makes the data, and is registered when that is done.
+
+include!(env!("DRIVER"));
+
+fn register(parent: &kernel::device::Device<kernel::device::Bound>) -> Result {
+    drop(emulated::Registration::<Note>::new(parent, Ok(Note))?);
+    //~ error[E0603]: struct `Registration` is private
+    //~ error[E0624]: associated function `new` is private
+    Ok(())
+}

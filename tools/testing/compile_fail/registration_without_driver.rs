@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is not a driver cannot be registered.
+
+include!(env!("DRIVER"));
+
+fn register() -> impl PinInit<mdev::Registration<Chip>, Error> {
+    //~ error[E0277]: the trait bound `Chip: vfio::mdev::Driver` is not satisfied
+    mdev::Registration::new()
+}

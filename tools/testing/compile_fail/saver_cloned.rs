@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A copy of a saver that stayed behind would keep the tracking on after the end of the session.
+
+include!(env!("DRIVER"));
+
+#[derive(Clone)]
+struct Cloned {
+    tracking: Tracking,
+    //~ error[E0277]: the trait bound `vfio::memory::Tracking: Clone` is not satisfied
+}
+
+impl Saver for Cloned {
+    fn next(&mut self, _phase: Phase) -> Result<Next> {
+        Ok(Next::End)
+    }
+
+    fn remaining(&self) -> Remaining {
+        let pending = self.tracking.pending();
+        Remaining {
+            initial: pending.initial.pages,
+            ..Default::default()
+        }
+    }
+}

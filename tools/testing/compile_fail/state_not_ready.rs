@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! An open device whose state is not complete.
+
+include!(env!("DRIVER"));
+
+#[pin_data]
+struct Two {
+    #[pin]
+    first: Mutex<u64>,
+    second: StateMemory,
+}
+
+fn open() -> impl PinInit<Two, Error> {
+    try_pin_init!(Two {
+        //~ error[E0063]: missing field `second` in initializer of `Two`
+        first <- new_mutex!(0),
+    }? Error)
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The bytes of a stream are there for the call, and not for longer.
+
+include!(env!("DRIVER"));
+
+struct Lazy {
+    records: Records,
+    later: KVec<&'static [u8]>,
+}
+
+impl Loader for Lazy {
+    fn write(&mut self, bytes: &[u8]) -> Result {
+        let later = &mut self.later;
+        self.records.feed(bytes, |record| {
+            later.push(record, GFP_KERNEL)?;
+            //~ error[E0521]: borrowed data escapes outside of closure
+            Ok(())
+        })
+    }
+}

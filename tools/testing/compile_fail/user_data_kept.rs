@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a user wrote is there for the callback, and not for longer.
+
+include!(env!("DRIVER"));
+
+#[pin_data]
+struct Lazy {
+    #[pin]
+    later: Mutex<Option<&'static [u8]>>,
+}
+
+impl Lazy {
+    fn write(&self, _pos: Position, from: &[u8]) -> Result {
+        *self.later.lock() = Some(from);
+        //~ error[E0521]: borrowed data escapes outside of method
+        Ok(())
+    }
+}

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! An implementation that forgets `#[vtable]` would belong to no module.
+
+include!(env!("DRIVER"));
+
+struct Device;
+
+//~ error[E0046]: not all trait items implemented, missing: `USE_VTABLE_ATTR`, `OwnerModule`
+impl emulated::Operations for Device {
+    type OpenData = Chip;
+    const NAME: &'static CStr = c"device";
+
+    fn migration_flags(&self) -> Flags {
+        Flags::new(false, false)
+    }
+
+    fn config_space(&self) -> Result<ConfigSpace> {
+        Err(EINVAL)
+    }
+
+    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+        try_pin_init!(Chip {
+            endpoint,
+            registers <- new_mutex!(Registers::POWER_ON),
+        }? Error)
+    }
+
+    fn read(_chip: &Chip, _pos: Position, _to: &mut [u8]) -> Result {
+        Ok(())
+    }
+
+    fn write(_chip: &Chip, _pos: Position, _from: &[u8]) -> Result {
+        Ok(())
+    }
+}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+#
+# The compiler as kbuild calls it for a driver of this repository. Sourced after
+# vm/lib.sh, never run; leaves the shell in the top folder of the repository.
+
+# shellcheck disable=SC2154 # the variables of vm/lib.sh
+
+# How kbuild compiled a driver on the crate, without what is about its object.
+rustc_words()
+{
+	local cmd=samples/vfio_minimal/.vfio_minimal.o.cmd
+	local command word skip=0 words=()
+
+	command=$(sed -n '1s/^savedcmd_[^ ]* := //p' "$cmd" 2>/dev/null) || return
+	[ -n "$command" ] && [ -r rust/vfio/libvfio.rmeta ] || return
+	# The words of a shell command that kbuild wrote; objtool may follow.
+	eval "words=(${command%%;*})"
+	rustc_env=(RUSTC_BOOTSTRAP=1) rustc_flags=()
+	for word in "${words[@]}"; do
+		if [ $skip = 1 ]; then
+			skip=0
+			continue
+		fi
+		case $word in
+		OBJTREE=*|RUST_MODFILE=*) rustc_env+=("$word") ;;
+		rustc|*/rustc|clippy-driver|*/clippy-driver) ;;
+		--emit=*|-Dwarnings|samples/*.rs) ;;
+		--out-dir) skip=1 ;;
+		*) rustc_flags+=("$word") ;;
+		esac
+	done
+}
+
+# Checks a source file as the root of a driver's crate, without making code.
+# DRIVER is the driver that is the example on the front page of the crate.
+rustc_check()
+{
+	env "${rustc_env[@]}" DRIVER="$scratch/driver.rs" "$RUSTC" \
+		"${rustc_flags[@]}" --emit=metadata="$scratch/checked.rmeta" "$@"
+}
+
+# Writes the examples in the documentation of the crate, and lists them.
+examples()
+{
+	local sources
+
+	sources=$(find rust/vfio -name '*.rs' ! -name lib.rs | sort)
+	# shellcheck disable=SC2086 # no blanks in them
+	tools/testing/examples/extract "$scratch" rust/vfio/lib.rs $sources \
+		>"$scratch/examples" &&
+		read -r driver _ <"$scratch/examples" &&
+		cp -- "$scratch/$driver.rs" "$scratch/driver.rs"
+}
+
+cd "$vm_top" || exit 1
+tool_env
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf -- "$scratch"' EXIT
+if ! rustc_words; then
+	echo 'Bail out! the modules are not built: make'
+	exit 1
+fi
+if ! examples; then
+	echo 'Bail out! the documentation has no examples'
+	exit 1
+fi
+echo "# $("$RUSTC" --version)"
