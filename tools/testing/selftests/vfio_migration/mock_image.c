@@ -184,8 +184,7 @@ void mock_image_free(struct mock_image *image)
 int mock_writer_init(struct mock_writer *w, const struct mock_image *image)
 {
 	*w = (struct mock_writer){
-		/* Room for runs that reach past the end of the state. */
-		.nr_pages = image->identity.state_size / PAGE + 2 * MOCK_RUN_PAGES,
+		.nr_pages = image->identity.state_size / PAGE,
 	};
 	w->page_digests = calloc(w->nr_pages, sizeof(__u64));
 	return w->page_digests ? 0 : -ENOMEM;

@@ -74,7 +74,7 @@ struct mock_writer {
 	__u64 digest;
 	__u64 pages;
 	__u64 records;
-	__u64 *page_digests;	/* by page number; pages past the state count, too */
+	__u64 *page_digests;	/* by page number; pages past the state do not count */
 	__u64 nr_pages;
 };
 

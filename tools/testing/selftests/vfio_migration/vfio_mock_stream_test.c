@@ -374,7 +374,11 @@ static void build_pages(struct mock_writer *w, const struct mock_image *good,
 	/* One more record, which is wrong. */
 	switch (what) {
 	case BAD_OFFSET_UNALIGNED:
-		mock_put_pages(w, 8, junk, 1);
+		/* The memory stays as it is, so that no digest tells. */
+		memcpy(junk, &(__u64){ 8 }, 8);
+		memcpy(junk + 8, good->memory + 8, PAGE);
+		mock_put_record(w, MOCK_TAG_PAGES, 0, junk, 8 + PAGE);
+		w->pages++;
 		break;
 	case BAD_OFFSET_END:
 		mock_put_pages(w, size, junk, 1);
@@ -383,6 +387,7 @@ static void build_pages(struct mock_writer *w, const struct mock_image *good,
 		mock_put_pages(w, -PAGE, junk, 2);
 		break;
 	case BAD_RUN_CROSSES_END:
+		memcpy(junk, good->memory + size - PAGE, PAGE);
 		mock_put_pages(w, size - PAGE, junk, 2);
 		break;
 	case BAD_RUN_EMPTY:

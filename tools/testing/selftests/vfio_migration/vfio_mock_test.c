@@ -658,14 +658,29 @@ TEST_F(mock, next_opener_sees_nothing)
 
 #define NEVER	0xffffffffU	/* microseconds: longer than any test */
 
-TEST_F(mock, slow_device_is_waited_for)
+/*
+ * Delays of all sizes, so that the device gets ready before, while and after the
+ * reader goes to sleep: a reader that misses it waits for ever.
+ */
+TEST_F_TIMEOUT(mock, slow_device_is_waited_for, 60)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
-	int fd = -1;
+	int fd = -1, delay;
 
 	populate(_metadata, src, 70);
-	set32(src, SAVE_DELAY, 500);
+	for (delay = 1; delay < 400; delay += 1 + delay / 8) {
+		go_home(_metadata, &src->dev);
+		set32(src, SAVE_DELAY, delay);
+		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
+		image.len = 0;
+		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&src->dev)));
+		close(fd);
+		ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	}
+
+	image.len = 0;
+	fd = -1;
 	if (src->dev.flags & VFIO_MIGRATION_PRE_COPY) {
 		fd = go(_metadata, &src->dev, PRE_COPY);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
