@@ -3,27 +3,28 @@
 # The verbs of this repository. What is built is in Kbuild, which kbuild reads
 # instead of this file: make -C $KDIR M=$PWD LLVM=1 works as well.
 
-export V KDIR
-export VFIO_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vfio-rust
+ifneq ($(KDIR),)
+override KDIR := $(abspath $(KDIR))
+endif
+export KDIR
 
-vm := tools/testing/vm
-selftests := tools/testing/selftests/vfio_migration
+testing := tools/testing
+vm := $(testing)/vm
 
 ifneq ($(V),1)
 MAKEFLAGS += --no-print-directory
 .SILENT:
 endif
 
-all: modules		## build the modules (default); KDIR=, V=1
+all: modules
 
-modules:
+modules:		## build the modules (the default)
 	$(vm)/modules
 
-modules_install:	## install the modules for the kernel of KDIR
-	$(vm)/modules modules
+modules_install: modules ## install the modules below INSTALL_MOD_PATH
 	$(vm)/modules modules_install
 
-setup:			## install the tools that are missing, check all versions
+setup:			## install the tools that are missing, check the versions of all
 	$(vm)/setup
 
 kernel:			## get, configure and build the test kernel
@@ -32,41 +33,45 @@ kernel:			## get, configure and build the test kernel
 kdir:			## print the build folder of the kernel
 	$(vm)/kernel kdir
 
-# The command goes through the environment: no quoting of make or shell is lost.
-vm: export VFIO_VM_CMD := $(value CMD)
-vm: modules		## run CMD='...' as root in the test machine; VMFLAGS=
-	[ -n "$$VFIO_VM_CMD" ] || { echo "make vm CMD='command'" >&2; exit 2; }
-	$(vm)/run $(VMFLAGS) -- bash -c "$$VFIO_VM_CMD"
+# The command goes through the environment, where nothing expands its dollars.
+vm: export VFIO_VM_COMMAND := $(value CMD)
+unexport CMD
+vm: modules		## run CMD='...' as root in the test machine
+	[ -n "$$VFIO_VM_COMMAND" ] || { echo "Usage: make vm CMD='...'" >&2; exit 2; }
+	$(vm)/run $(VMFLAGS) -- bash -c "$$VFIO_VM_COMMAND"
 
-shell: modules		## open a shell in the test machine; VMFLAGS=
+shell: modules		## open a shell in the test machine
 	$(vm)/run $(VMFLAGS) --shell
 
-demo: modules		## watch a QEMU guest migrate with the mock device
-	tools/testing/qemu/demo $(DEMOFLAGS)
+demo: modules		## watch a QEMU guest migrate while it works with the mock device
+	$(testing)/qemu/demo $(DEMOFLAGS)
 
-test:			## run everything; the last line adds it up
-	tools/testing/run $(PARTS)
+test:			## run all tests; the last line adds them up
+	$(testing)/run
 
 test-host:		## run the tests that need no kernel
-	tools/testing/run host
+	$(testing)/run host
 
 selftest:		## build the kselftests and run them in the test machine
-	tools/testing/run selftest
+	$(testing)/run build selftest
 
 lint: modules		## check format, style and warnings of all sources
-	tools/testing/lint $(LINTS)
+	$(testing)/lint
 
 doc: modules		## write the documentation of the crates to doc-out/
-	tools/testing/doc doc-out
+	$(testing)/doc
 
 clean:			## remove what was built here; the cache stays
-	-[ ! -d "$$($(vm)/kernel kdir)" ] || $(vm)/modules clean
-	rm -rf doc-out
-	$(MAKE) -s -C $(selftests) clean
+	$(vm)/clean
 
 help:			## print this
 	sed -n 's/^\([a-z_-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | \
 		expand -t 18
+	echo
+	echo 'KDIR=folder       use this built kernel tree, not the test kernel'
+	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
+	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
+	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kdir vm shell demo test
 .PHONY: test-host selftest lint doc clean help

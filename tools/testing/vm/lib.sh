@@ -16,6 +16,8 @@ vm_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 vm_top=$(cd -- "$vm_dir/../../.." && pwd -P)
 vm_cache=${VFIO_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vfio-rust}
 vm_logs=$vm_cache/logs
+# What is built from this copy of the repository, other than the modules.
+vm_own=$vm_cache/trees/$(cksum <<<"$vm_top" | cut -d' ' -f1)
 vm_src=$vm_cache/src/linux-source-7.3
 vm_build=$vm_cache/build
 
@@ -26,6 +28,13 @@ die()
 	[ $# -eq 0 ] || printf '  %s\n' "$@" >&2
 	exit 1
 }
+
+case $vm_top$vm_cache in
+*[[:space:],:]*)
+	die 'kbuild and QEMU take no blank, comma or colon in these paths:' \
+		"$vm_top" "$vm_cache"
+	;;
+esac
 
 say()
 {
