@@ -78,11 +78,12 @@ use crate::{
 };
 use core::ops::Range;
 use kernel::{
-    new_poll_condvar,
+    new_poll_condvar, new_spinlock_irq,
     prelude::*,
     sync::{
         poll::PollCondVar,
-        Arc, //
+        Arc,
+        SpinLockIrq, //
     },
 };
 
@@ -566,6 +567,10 @@ impl Records {
 pub struct Notifier {
     #[pin]
     wait: PollCondVar,
+    /// How often somebody was told. Who waits for the device compares it under the lock, so that
+    /// being told before falling asleep counts too.
+    #[pin]
+    events: SpinLockIrq<u32>,
 }
 
 impl Notifier {
@@ -573,6 +578,7 @@ impl Notifier {
         Arc::pin_init(
             pin_init!(Self {
                 wait <- new_poll_condvar!("vfio::migration::Notifier"),
+                events <- new_spinlock_irq!(0, "vfio::migration::Notifier::events"),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -582,6 +588,27 @@ impl Notifier {
     ///
     /// Whoever drops the last reference must be able to sleep.
     pub fn notify(&self) {
+        let mut events = self.events.lock();
+        *events = events.wrapping_add(1);
+        drop(events);
         self.wait.notify_all();
+    }
+
+    /// Returns how often somebody was told.
+    fn events(&self) -> u32 {
+        *self.events.lock()
+    }
+
+    /// Waits until somebody is told after `seen` was returned by [`events()`](Self::events).
+    ///
+    /// Fails with `ERESTARTSYS` at a signal.
+    fn wait_after(&self, seen: u32) -> Result {
+        let mut events = self.events.lock();
+        while *events == seen {
+            if self.wait.wait_interruptible(&mut events) {
+                return Err(ERESTARTSYS);
+            }
+        }
+        Ok(())
     }
 }

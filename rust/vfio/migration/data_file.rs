@@ -213,8 +213,10 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Returns what is to be read next and how much of it was, or nothing at the end of stream.
     fn next(&self, nonblock: bool, first: bool) -> Result<Option<(Chunk, usize)>> {
-        let mut guard = self.saving.lock();
         loop {
+            // Read before the saver is asked, so that what it tells meanwhile is not missed.
+            let seen = self.notifier.events();
+            let mut guard = self.saving.lock();
             let saving = (*guard).as_mut().ok_or(ENODEV)?;
             if let Some(chunk) = saving.chunk.take() {
                 return Ok(Some((chunk, saving.pos)));
@@ -231,7 +233,11 @@ impl<M: Migratable> SaveSession<M> {
                 Next::End if saving.phase == Phase::PreCopy && first => return Err(ENOMSG),
                 Next::End => return Ok(None),
                 Next::NotReady if !first => return Ok(None),
-                Next::NotReady => self.wait(&mut guard, nonblock)?,
+                Next::NotReady if nonblock => return Err(EAGAIN),
+                Next::NotReady => {
+                    drop(guard);
+                    self.notifier.wait_after(seen)?;
+                }
             }
         }
     }
