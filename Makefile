@@ -61,6 +61,9 @@ lint: modules		## check format, style and warnings of all sources
 doc: modules		## write the documentation of the crates to doc-out/
 	$(testing)/doc
 
+rust-analyzer: modules	## write rust-project.json for editors with rust-analyzer
+	$(testing)/rust_project/run
+
 clean:			## remove what was built here; the cache stays
 	$(vm)/clean
 
@@ -74,4 +77,4 @@ help:			## print this
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kdir vm shell demo test
-.PHONY: test-host selftest lint doc clean help
+.PHONY: test-host selftest lint doc rust-analyzer clean help
