@@ -89,10 +89,6 @@ use kernel::{
 ///     type OpenData = Chip;
 ///     const NAME: &'static CStr = c"signalling";
 ///
-///     fn migration_flags(&self) -> Flags {
-///         Flags::new(false, false)
-///     }
-///
 ///     fn config_space(&self) -> Result<ConfigSpace> {
 ///         let id = config_space::Id {
 ///             vendor: 0x1af4,
@@ -134,7 +130,11 @@ pub trait Operations: Sized + Send + Sync + 'static {
 
     /// Returns which migration states the device supports. Asked once, before it is registered. May
     /// sleep.
-    fn migration_flags(&self) -> Flags;
+    ///
+    /// By default all that the open data supports; it cannot be more.
+    fn migration_flags(&self) -> Flags {
+        Self::OpenData::FLAGS
+    }
 
     /// Returns the PCI configuration space at power on, and with it what BARs and interrupts the
     /// device has. Asked once, before it is registered. May sleep.

@@ -98,10 +98,6 @@
 //!     type OpenData = Chip;
 //!     const NAME: &'static CStr = c"note";
 //!
-//!     fn migration_flags(&self) -> Flags {
-//!         Flags::new(false, false)
-//!     }
-//!
 //!     fn config_space(&self) -> Result<ConfigSpace> {
 //!         let id = config_space::Id {
 //!             vendor: 0x1af4,
@@ -161,6 +157,7 @@
 //! impl Migratable for Chip {
 //!     type Saver = ChipSaver;
 //!     type Loader = ChipLoader;
+//!     const FLAGS: Flags = Flags::STOP_COPY;
 //!
 //!     fn stop(&self) -> Result {
 //!         self.registers.lock().running = false;

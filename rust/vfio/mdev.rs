@@ -78,10 +78,6 @@ pub struct Type {
 /// #     type OpenData = Chip;
 /// #     const NAME: &'static CStr = c"two_sizes";
 /// #
-/// #     fn migration_flags(&self) -> Flags {
-/// #         Note.migration_flags()
-/// #     }
-/// #
 /// #     fn config_space(&self) -> Result<ConfigSpace> {
 /// #         Note.config_space()
 /// #     }

@@ -21,8 +21,8 @@
 //! | `STOP` | `RUNNING_P2P` | [`start`] |
 //! | `RUNNING` | `STOP` | [`quiesce_p2p`], [`stop`]; without P2P |
 //! | `STOP` | `RUNNING` | [`start`], [`resume_p2p`]; without P2P |
-//! | `RUNNING` | `PRE_COPY` | [`save`] |
-//! | `RUNNING_P2P` | `PRE_COPY_P2P` | [`save`] |
+//! | `RUNNING` | `PRE_COPY` | [`pre_copy`] |
+//! | `RUNNING_P2P` | `PRE_COPY_P2P` | [`pre_copy`] |
 //! | `PRE_COPY` | `PRE_COPY_P2P` | [`quiesce_p2p`] |
 //! | `PRE_COPY_P2P` | `PRE_COPY` | [`resume_p2p`] |
 //! | `PRE_COPY_P2P` | `STOP_COPY` | [`stop`], [`Saver::seal`] |
@@ -45,6 +45,7 @@
 //! [`resume_p2p`]: Migratable::resume_p2p
 //! [`stop`]: Migratable::stop
 //! [`start`]: Migratable::start
+//! [`pre_copy`]: Migratable::pre_copy
 //! [`save`]: Migratable::save
 //! [`load`]: Migratable::load
 //! [`loaded`]: Migratable::loaded
@@ -122,6 +123,7 @@ use kernel::{
 /// impl Migratable for Engines {
 ///     type Saver = ChipSaver;
 ///     type Loader = ChipLoader;
+///     const FLAGS: Flags = Flags::STOP_COPY.with_p2p();
 ///
 ///     fn quiesce_p2p(&self) -> Result {
 ///         // Held while a transfer is under way, so that this waits for it.
@@ -177,11 +179,18 @@ pub trait Migratable: Send + Sync + 'static {
     /// Takes such a stream in.
     type Loader: Loader;
 
+    /// Which states such a device supports.
+    ///
+    /// `VFIO_MIGRATION_P2P` needs [`quiesce_p2p`](Self::quiesce_p2p) and
+    /// [`resume_p2p`](Self::resume_p2p), `VFIO_MIGRATION_PRE_COPY` needs
+    /// [`pre_copy`](Self::pre_copy); without them the driver does not build.
+    const FLAGS: Flags;
+
     /// Ends peer-to-peer DMA, for the arcs from `RUNNING` to `RUNNING_P2P` and from `PRE_COPY` to
     /// `PRE_COPY_P2P`.
     ///
-    /// When it returns no transfer to another device is under way and none starts any more. The
-    /// default suits a device that does no DMA.
+    /// When it returns no transfer to another device is under way and none starts any more. With
+    /// `VFIO_MIGRATION_P2P` a device that does no DMA has nothing to do, and says so.
     fn quiesce_p2p(&self) -> Result {
         Ok(())
     }
@@ -203,12 +212,19 @@ pub trait Migratable: Send + Sync + 'static {
     /// undo [`stop`](Self::stop) on an arc that fails.
     fn start(&self) -> Result;
 
-    /// Begins to save: from here on changes of the device's state are tracked.
+    /// Begins to save the device while it runs, for the arcs to `PRE_COPY` and `PRE_COPY_P2P`.
     ///
-    /// Called running, for the arcs to `PRE_COPY` and `PRE_COPY_P2P`, or stopped, for the arc to
-    /// `STOP_COPY`. When the session ends, for whatever reason, the saver is dropped, and with it
-    /// goes the tracking. The saver keeps `notifier` if anything becomes readable by itself: if it
-    /// returns [`Next::NotReady`], or [`Next::End`] in [`Phase::PreCopy`].
+    /// From here on changes of its state are tracked, until the saver is dropped. Otherwise as
+    /// [`save`](Self::save). Not called without `VFIO_MIGRATION_PRE_COPY`.
+    fn pre_copy(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        Err(EINVAL)
+    }
+
+    /// Begins to save the device, which is stopped, for the arc to `STOP_COPY`.
+    ///
+    /// When the session ends, for whatever reason, the saver is dropped. It keeps `notifier` if
+    /// anything becomes readable by itself: if it returns [`Next::NotReady`], or [`Next::End`] in
+    /// [`Phase::PreCopy`].
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver>;
 
     /// Begins to load, for the arc from `STOP` to `RESUMING`.

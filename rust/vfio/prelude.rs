@@ -8,7 +8,7 @@
 //! use vfio::prelude::*;
 //!
 //! fn everything() -> Flags {
-//!     Flags::new(true, true)
+//!     Flags::STOP_COPY.with_p2p().with_pre_copy()
 //! }
 //! ```
 

@@ -83,10 +83,6 @@ impl emulated::Operations for Minimal {
     type OpenData = Chip;
     const NAME: &'static CStr = c"vfio_minimal";
 
-    fn migration_flags(&self) -> Flags {
-        Flags::new(true, true)
-    }
-
     fn config_space(&self) -> Result<ConfigSpace> {
         // The device id is from the range that QEMU keeps for experiments.
         ConfigSpace::new(config_space::Id {
@@ -131,6 +127,16 @@ impl emulated::Operations for Minimal {
 impl Migratable for Chip {
     type Saver = MinimalSaver;
     type Loader = MinimalLoader;
+    const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
+
+    // There is no DMA.
+    fn quiesce_p2p(&self) -> Result {
+        Ok(())
+    }
+
+    fn resume_p2p(&self) -> Result {
+        Ok(())
+    }
 
     fn stop(&self) -> Result {
         *self.running.lock() = false;
@@ -140,6 +146,10 @@ impl Migratable for Chip {
     fn start(&self) -> Result {
         *self.running.lock() = true;
         Ok(())
+    }
+
+    fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MinimalSaver> {
+        Self::save(this, notifier)
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MinimalSaver> {
@@ -170,7 +180,7 @@ impl Migratable for Chip {
     fn reset(&self) {
         let mut running = self.running.lock();
         self.memory.clear();
-        // Inside the memory, hence without an error.
+        // Inside the memory, hence no error.
         let _ = self.memory.write(MAGIC_REGISTER, &MAGIC.to_le_bytes());
         *running = true;
     }
@@ -196,12 +206,11 @@ impl Saver for MinimalSaver {
             return Ok(Next::End);
         }
         // What is not memory: the configuration space.
-        let mut rest = KVVec::with_capacity(PAGE_SIZE, GFP_KERNEL_ACCOUNT)?;
-        rest.extend_from_slice(&self.chip.endpoint.save_config(), GFP_KERNEL_ACCOUNT)?;
-        rest.resize(PAGE_SIZE, 0, GFP_KERNEL_ACCOUNT)?;
+        let mut rest = KVVec::zeroed(PAGE_SIZE, GFP_KERNEL_ACCOUNT)?;
+        rest[..config_space::SIZE].copy_from_slice(&self.chip.endpoint.save_config());
         self.ended = true;
-        let tag = MAGIC + PAGES as u64;
-        Ok(Next::Chunk(Chunk::new(&tag.to_le_bytes())?.bytes(rest)))
+        let chunk = Chunk::new(&(MAGIC + PAGES as u64).to_le_bytes())?;
+        Ok(Next::Chunk(chunk.bytes(rest)))
     }
 
     fn remaining(&self) -> Remaining {
@@ -231,20 +240,20 @@ impl Loader for MinimalLoader {
         self.records.feed(bytes, |record| {
             let (tag, page) = record.split_first_chunk().ok_or(EINVAL)?;
             let index = u64::from_le_bytes(*tag).wrapping_sub(MAGIC) as usize;
-            // Nothing may follow the last record, and no page may be missing before it.
-            if self.ended || index > PAGES || (index == PAGES && self.loaded != (1 << PAGES) - 1) {
+            // Nothing may follow the last record.
+            if self.ended || index > PAGES {
                 return Err(EINVAL);
             }
-            if index == PAGES {
-                // The memory must be that of such a device.
-                if chip.register(MAGIC_REGISTER)? != MAGIC {
-                    return Err(EINVAL);
-                }
-                self.ended = true;
-                return chip.endpoint.load_config(page.first_chunk().ok_or(EINVAL)?);
+            if index < PAGES {
+                self.loaded |= 1 << index;
+                return chip.memory.write(index * PAGE_SIZE, page);
             }
-            self.loaded |= 1 << index;
-            chip.memory.write(index * PAGE_SIZE, page)
+            // No page may be missing before it, and the memory must be that of such a device.
+            if self.loaded != (1 << PAGES) - 1 || chip.register(MAGIC_REGISTER)? != MAGIC {
+                return Err(EINVAL);
+            }
+            self.ended = true;
+            chip.endpoint.load_config(page.first_chunk().ok_or(EINVAL)?)
         })?;
         // Nor may half a record.
         if self.ended && self.records.is_partial() {

@@ -120,11 +120,20 @@ impl emulated::Operations for Mock {
     }
 }
 
-/// The device does no DMA, so that there is nothing to do for peer-to-peer.
 #[vtable]
 impl Migratable for Chip {
     type Saver = MockSaver;
     type Loader = MockLoader;
+    const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
+
+    // The device does no DMA, so that there is nothing to do for peer-to-peer.
+    fn quiesce_p2p(&self) -> Result {
+        Ok(())
+    }
+
+    fn resume_p2p(&self) -> Result {
+        Ok(())
+    }
 
     fn stop(&self) -> Result {
         self.run(false);
@@ -134,6 +143,10 @@ impl Migratable for Chip {
     fn start(&self) -> Result {
         self.run(true);
         Ok(())
+    }
+
+    fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {
+        Self::save(this, notifier)
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {

@@ -32,12 +32,12 @@ rustc_words()
 	done
 }
 
-# Checks a source file as the root of a driver's crate, without making code.
+# Compiles a source file as the root of a driver's crate: rustc_emit KIND FILE.
 # DRIVER is the driver that is the example on the front page of the crate.
-rustc_check()
+rustc_emit()
 {
 	env "${rustc_env[@]}" DRIVER="$scratch/driver.rs" "$RUSTC" \
-		"${rustc_flags[@]}" --emit=metadata="$scratch/checked.rmeta" "$@"
+		"${rustc_flags[@]}" --emit="$1=$scratch/emitted" "${@:2}"
 }
 
 # Writes the examples in the documentation of the crate, and lists them.

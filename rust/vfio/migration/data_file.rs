@@ -115,7 +115,10 @@ impl<M: Migratable> SaveSession<M> {
         phase: Phase,
     ) -> Result<(Arc<Self>, ARef<File>)> {
         let notifier = Notifier::new()?;
-        let mut saver = M::save(driver, notifier.clone())?;
+        let mut saver = match phase {
+            Phase::PreCopy => M::pre_copy(driver, notifier.clone()),
+            Phase::StopCopy => M::save(driver, notifier.clone()),
+        }?;
         if phase == Phase::StopCopy {
             saver.seal()?;
         }

@@ -134,13 +134,28 @@ pub struct Engine<M: Migratable> {
 }
 
 impl<M: Migratable> Engine<M> {
+    /// What the flags need is there.
+    const COMPLETE: () = {
+        assert!(
+            !M::FLAGS.p2p() || (M::HAS_QUIESCE_P2P && M::HAS_RESUME_P2P),
+            "VFIO_MIGRATION_P2P needs quiesce_p2p() and resume_p2p()"
+        );
+        assert!(
+            !M::FLAGS.pre_copy() || M::HAS_PRE_COPY,
+            "VFIO_MIGRATION_PRE_COPY needs pre_copy()"
+        );
+    };
+
     /// Makes the engine of a device that supports `flags`. The device is in `RUNNING`.
-    pub fn new(flags: Flags) -> impl PinInit<Self> {
-        pin_init!(Self {
-            flags,
+    ///
+    /// Fails with `EINVAL` if the flags are not within [`Migratable::FLAGS`].
+    pub fn new(flags: Flags) -> impl PinInit<Self, Error> {
+        const { Self::COMPLETE };
+        try_pin_init!(Self {
+            flags: flags.is_within(M::FLAGS).then_some(flags).ok_or(EINVAL)?,
             current <- new_mutex!(Current::Running, "vfio::migration::Engine::current"),
             state: Atomic::new(State::Running.as_raw()),
-        })
+        }? Error)
     }
 
     /// Returns what the device supports.

@@ -138,27 +138,39 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// `VFIO_MIGRATION_STOP_COPY`.
+    const RAW_STOP_COPY: u64 = 1 << 0;
+    /// `VFIO_MIGRATION_P2P`.
+    const RAW_P2P: u64 = 1 << 1;
+    /// `VFIO_MIGRATION_PRE_COPY`.
+    const RAW_PRE_COPY: u64 = 1 << 2;
+
     /// `VFIO_MIGRATION_STOP_COPY`: `STOP`, `STOP_COPY` and `RESUMING` are supported.
-    pub const STOP_COPY: u64 = 1 << 0;
-
-    /// `VFIO_MIGRATION_P2P`: `RUNNING_P2P` is supported in addition.
-    pub const P2P: u64 = 1 << 1;
-
-    /// `VFIO_MIGRATION_PRE_COPY`: `PRE_COPY`, and with P2P also `PRE_COPY_P2P`, are supported in
-    /// addition.
-    pub const PRE_COPY: u64 = 1 << 2;
+    pub const STOP_COPY: Self = Self {
+        p2p: false,
+        pre_copy: false,
+    };
 
     /// All shapes, in the order of their uAPI values.
     pub const ALL: [Self; 4] = [
-        Self::new(false, false),
-        Self::new(true, false),
-        Self::new(false, true),
-        Self::new(true, true),
+        Self::STOP_COPY,
+        Self::STOP_COPY.with_p2p(),
+        Self::STOP_COPY.with_pre_copy(),
+        Self::STOP_COPY.with_p2p().with_pre_copy(),
     ];
 
-    /// Creates the shape with or without the states of each option.
-    pub const fn new(p2p: bool, pre_copy: bool) -> Self {
-        Self { p2p, pre_copy }
+    /// Adds `VFIO_MIGRATION_P2P`: `RUNNING_P2P` is supported in addition.
+    pub const fn with_p2p(self) -> Self {
+        Self { p2p: true, ..self }
+    }
+
+    /// Adds `VFIO_MIGRATION_PRE_COPY`: `PRE_COPY`, and with P2P also `PRE_COPY_P2P`, are supported
+    /// in addition.
+    pub const fn with_pre_copy(self) -> Self {
+        Self {
+            pre_copy: true,
+            ..self
+        }
     }
 
     /// Returns the shape that has the uAPI value `raw`.
@@ -166,23 +178,26 @@ impl Flags {
     /// Returns [`None`] if the uAPI leaves the combination undefined: `STOP_COPY` is missing or an
     /// unknown bit is set.
     pub const fn from_raw(raw: u64) -> Option<Self> {
-        let options = Self::P2P | Self::PRE_COPY;
+        let options = Self::RAW_P2P | Self::RAW_PRE_COPY;
 
-        if raw & !options != Self::STOP_COPY {
+        if raw & !options != Self::RAW_STOP_COPY {
             return None;
         }
-        Some(Self::new(raw & Self::P2P != 0, raw & Self::PRE_COPY != 0))
+        Some(Self {
+            p2p: raw & Self::RAW_P2P != 0,
+            pre_copy: raw & Self::RAW_PRE_COPY != 0,
+        })
     }
 
     /// Returns the uAPI value of the shape.
     pub const fn as_raw(self) -> u64 {
-        let mut raw = Self::STOP_COPY;
+        let mut raw = Self::RAW_STOP_COPY;
 
         if self.p2p {
-            raw |= Self::P2P;
+            raw |= Self::RAW_P2P;
         }
         if self.pre_copy {
-            raw |= Self::PRE_COPY;
+            raw |= Self::RAW_PRE_COPY;
         }
         raw
     }
@@ -195,6 +210,11 @@ impl Flags {
     /// Returns whether the pre-copy states exist.
     pub const fn pre_copy(self) -> bool {
         self.pre_copy
+    }
+
+    /// Returns whether every option of this shape is one of `other`, too.
+    pub const fn is_within(self, other: Self) -> bool {
+        (!self.p2p || other.p2p) && (!self.pre_copy || other.pre_copy)
     }
 
     /// Returns whether user space can ask a device of this shape for `state`.

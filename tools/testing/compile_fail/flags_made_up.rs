@@ -6,7 +6,7 @@ include!(env!("DRIVER"));
 
 fn flags() -> Flags {
     // `VFIO_MIGRATION_PRE_COPY` without `VFIO_MIGRATION_STOP_COPY`.
-    Flags::PRE_COPY
+    1 << 2
     //~ error[E0308]: mismatched types
-    //~ expected `Flags`, found `u64`
+    //~ expected `Flags`, found integer
 }

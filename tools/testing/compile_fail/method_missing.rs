@@ -11,6 +11,7 @@ struct Unstoppable;
 impl Migratable for Unstoppable {
     type Saver = ChipSaver;
     type Loader = ChipLoader;
+    const FLAGS: Flags = Flags::STOP_COPY;
 
     fn start(&self) -> Result {
         Ok(())

@@ -13,6 +13,7 @@ struct Alone {
 impl Migratable for Alone {
     type Saver = ChipSaver;
     type Loader = ChipLoader;
+    const FLAGS: Flags = Flags::STOP_COPY;
 
     fn stop(&self) -> Result {
         Ok(())

@@ -11,10 +11,6 @@ impl emulated::Operations for Device {
     type OpenData = Chip;
     const NAME: &'static CStr = c"device";
 
-    fn migration_flags(&self) -> Flags {
-        Flags::new(false, false)
-    }
-
     fn config_space(&self) -> Result<ConfigSpace> {
         Err(EINVAL)
     }

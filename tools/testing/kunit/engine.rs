@@ -54,7 +54,7 @@ fn calls_of(from: State, to: State) -> &'static [Call] {
         (Stop, RunningP2p) => &[Call::Start],
         (Running, Stop) => &[Call::QuiesceP2p, Call::Stop],
         (Stop, Running) => &[Call::Start, Call::ResumeP2p],
-        (Running, PreCopy) | (RunningP2p, PreCopyP2p) => &[Call::Save],
+        (Running, PreCopy) | (RunningP2p, PreCopyP2p) => &[Call::PreCopy],
         (PreCopyP2p, StopCopy) => &[Call::Stop, Call::Seal],
         (PreCopy, StopCopy) => &[Call::QuiesceP2p, Call::Stop, Call::Seal],
         (Stop, StopCopy) => &[Call::Save, Call::Seal],
@@ -412,7 +412,7 @@ mod tests {
 
     #[test]
     fn a_session_goes_on_inside_the_saving_group() -> Result {
-        let rig = Rig::new(Flags::new(true, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
 
         ensure_eq!(rig.device_references(), 2, "references");
@@ -489,7 +489,7 @@ mod tests {
     #[test]
     fn a_data_fd_may_outlive_everything() -> Result {
         let user = UserMemory::new(16)?;
-        let rig = Rig::new(Flags::new(false, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let saving = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
         let loading = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
 
@@ -508,14 +508,14 @@ mod tests {
             (RunningP2p, Running, Call::ResumeP2p),
             (RunningP2p, Stop, Call::Stop),
             (Stop, RunningP2p, Call::Start),
-            (Running, PreCopy, Call::Save),
+            (Running, PreCopy, Call::PreCopy),
             (PreCopyP2p, StopCopy, Call::Seal),
             (StopCopy, Stop, Call::SaverDropped),
             (Stop, Resuming, Call::Load),
             (Resuming, Stop, Call::Loaded),
             (Resuming, Stop, Call::LoaderDropped),
         ];
-        let rig = Rig::new(Flags::new(true, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
 
         for (from, to, call) in methods {
             let session = rig.enter(from)?;
@@ -543,7 +543,7 @@ mod tests {
 
     #[test]
     fn a_path_is_seen_state_by_state() -> Result {
-        let rig = Rig::new(Flags::new(true, false))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p())?;
 
         rig.restart();
         rig.fake.hold(Some(Call::Save));
@@ -563,7 +563,7 @@ mod tests {
 
     #[test]
     fn reset_waits_for_a_method() -> Result {
-        let rig = Rig::new(Flags::new(false, false))?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
 
         rig.restart();
         rig.fake.hold(Some(Call::Stop));
@@ -593,7 +593,7 @@ mod tests {
 
     #[test]
     fn a_reader_that_waits_holds_up_nobody() -> Result {
-        let rig = Rig::new(Flags::new(true, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
 
         rig.fake.provide(b"0123456789", true)?;
@@ -626,7 +626,7 @@ mod tests {
     #[test]
     fn a_reader_that_waits_is_woken() -> Result {
         let user = UserMemory::new(16)?;
-        let rig = Rig::new(Flags::new(false, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
 
         rig.fake.provide(b"0123456789", true)?;
@@ -654,7 +654,7 @@ mod tests {
     #[test]
     fn a_stream_is_read_in_order() -> Result {
         let user = UserMemory::new(64)?;
-        let rig = Rig::new(Flags::new(true, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
         let size = || rig.engine.data_size(&rig.fake);
 
@@ -690,7 +690,7 @@ mod tests {
     #[test]
     fn precopy_info_is_what_stop_copy_streams() -> Result {
         let user = UserMemory::new(32)?;
-        let rig = Rig::new(Flags::new(false, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
         let info = || -> Result<(u64, u64)> {
             user.put(&24_u32.to_le_bytes())?;
@@ -716,7 +716,7 @@ mod tests {
     #[test]
     fn a_refused_stream_stays_refused() -> Result {
         let user = UserMemory::new(64)?;
-        let rig = Rig::new(Flags::new(true, true))?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
 
         user.put(b"good bad")?;

@@ -80,6 +80,7 @@ pub(crate) enum Call {
     ResumeP2p,
     Stop,
     Start,
+    PreCopy,
     Save,
     Seal,
     Next(Phase),
@@ -228,6 +229,7 @@ impl Fake {
 impl Migratable for Fake {
     type Saver = FakeSaver;
     type Loader = FakeLoader;
+    const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
 
     fn quiesce_p2p(&self) -> Result {
         self.called(Call::QuiesceP2p)
@@ -243,6 +245,12 @@ impl Migratable for Fake {
 
     fn start(&self) -> Result {
         self.called(Call::Start)
+    }
+
+    fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<FakeSaver> {
+        this.called(Call::PreCopy)?;
+        this.script.lock().notifier = Some(notifier);
+        Ok(FakeSaver(this.clone()))
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<FakeSaver> {

@@ -118,7 +118,10 @@ mod fsm_tests {
                 }
             }
         }
-        assert_eq!(arcs(Flags::new(true, true)).count(), 15);
+        assert_eq!(
+            arcs(Flags::STOP_COPY.with_p2p().with_pre_copy()).count(),
+            15
+        );
     }
 
     #[test]

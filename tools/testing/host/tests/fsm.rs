@@ -139,25 +139,31 @@ fn arcs_are_those_of_the_text() {
     let without_p2p = vec![(Running, Stop), (Stop, Running)];
 
     assert_same_arcs(
-        Flags::new(false, false),
+        Flags::STOP_COPY,
         [always.clone(), without_p2p.clone()].concat(),
     );
     assert_same_arcs(
-        Flags::new(true, false),
+        Flags::STOP_COPY.with_p2p(),
         [always.clone(), p2p.clone()].concat(),
     );
     assert_same_arcs(
-        Flags::new(false, true),
+        Flags::STOP_COPY.with_pre_copy(),
         [always.clone(), without_p2p, pre_copy].concat(),
     );
-    assert_same_arcs(Flags::new(true, true), [always, p2p, both].concat());
-    assert_eq!(arcs(Flags::new(true, true)).count(), 15);
+    assert_same_arcs(
+        Flags::STOP_COPY.with_p2p().with_pre_copy(),
+        [always, p2p, both].concat(),
+    );
+    assert_eq!(
+        arcs(Flags::STOP_COPY.with_p2p().with_pre_copy()).count(),
+        15
+    );
 }
 
 /// The combination transitions are those that the comment in `vfio_mig_get_next_state` lists.
 #[test]
 fn combinations_are_those_of_the_text() {
-    let flags = Flags::new(true, true);
+    let flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
     let combinations: &[&[State]] = &[
         &[PreCopy, PreCopyP2p, StopCopy],
         &[PreCopy, Running, RunningP2p],
@@ -212,15 +218,13 @@ fn combinations_are_those_of_the_text() {
 /// The first steps of a shape without P2P are those that skipping states leaves.
 #[test]
 fn shapes_without_p2p_skip_states() {
-    for pre_copy in [false, true] {
-        let flags = Flags::new(false, pre_copy);
-
+    for flags in [Flags::STOP_COPY, Flags::STOP_COPY.with_pre_copy()] {
         assert_eq!(next(flags, Running, StopCopy), Some(Stop));
         assert_eq!(next(flags, Stop, Running), Some(Running));
         assert_eq!(next(flags, Running, RunningP2p), None);
         assert_eq!(next(flags, RunningP2p, Running), None);
     }
-    let flags = Flags::new(false, true);
+    let flags = Flags::STOP_COPY.with_pre_copy();
 
     assert_eq!(next(flags, PreCopy, StopCopy), Some(StopCopy));
     assert_eq!(next(flags, Stop, PreCopy), Some(Running));
@@ -262,7 +266,7 @@ fn sessions_belong_to_groups() {
         assert!(!opens_session(state, state));
         assert!(!ends_session(state, state));
     }
-    let opening: Vec<_> = arcs(Flags::new(true, true))
+    let opening: Vec<_> = arcs(Flags::STOP_COPY.with_p2p().with_pre_copy())
         .filter(|&(from, to)| opens_session(from, to))
         .collect();
     assert_eq!(opening.len(), 4);
@@ -321,14 +325,9 @@ fn flags_are_the_four_shapes() {
         assert_eq!(Flags::from_raw(raw), None);
     }
     assert_eq!(Flags::ALL.map(Flags::as_raw), [1, 3, 5, 7]);
-    assert_eq!(
-        Flags::from_raw(Flags::STOP_COPY | Flags::P2P),
-        Some(Flags::new(true, false))
-    );
-    assert_eq!(
-        Flags::from_raw(Flags::STOP_COPY | Flags::PRE_COPY),
-        Some(Flags::new(false, true))
-    );
+    assert_eq!(Flags::from_raw(1), Some(Flags::STOP_COPY));
+    assert_eq!(Flags::from_raw(3), Some(Flags::STOP_COPY.with_p2p()));
+    assert_eq!(Flags::from_raw(5), Some(Flags::STOP_COPY.with_pre_copy()));
     for flags in Flags::ALL {
         assert_eq!(flags.has(RunningP2p), flags.p2p());
         assert_eq!(flags.has(PreCopy), flags.pre_copy());
@@ -336,5 +335,19 @@ fn flags_are_the_four_shapes() {
         assert!([Stop, Running, StopCopy, Resuming]
             .into_iter()
             .all(|state| flags.has(state)));
+    }
+}
+
+/// A shape is within another if user space can ask for nothing that the other does not have.
+#[test]
+fn shapes_are_within_larger_ones() {
+    for flags in Flags::ALL {
+        for other in Flags::ALL {
+            let within = State::ALL
+                .into_iter()
+                .all(|state| !flags.has(state) || other.has(state));
+
+            assert_eq!(flags.is_within(other), within, "{flags:?} {other:?}");
+        }
     }
 }
