@@ -6,6 +6,7 @@ pub mod dirty_map;
 mod state;
 
 pub use self::state::{
+    PageRun,
     Pages,
     Pending,
     StateMemory,
@@ -34,7 +35,7 @@ const WORD: usize = size_of::<u64>();
 /// # Invariants
 ///
 /// `words` spans whole pages. Its bytes are only ever accessed by volatile means or by user copies.
-pub struct Memory {
+pub(crate) struct Memory {
     words: VVec<UnsafeCell<u64>>,
 }
 
@@ -47,7 +48,7 @@ impl Memory {
     ///
     /// May sleep. Fails with `ENOMEM`, and with `EINVAL` if `pages` is zero or too many to count
     /// their bytes.
-    pub fn new(pages: usize) -> Result<Self> {
+    pub(crate) fn new(pages: usize) -> Result<Self> {
         let words = pages.checked_mul(PAGE_SIZE / WORD).ok_or(EINVAL)?;
         if words == 0 || words.checked_mul(WORD).is_none() {
             return Err(EINVAL);
@@ -63,13 +64,13 @@ impl Memory {
 
     /// Returns the size in bytes.
     #[inline]
-    pub fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         self.words.len() * WORD
     }
 
     /// Returns what the words in `range` hold, counted in words and cut to the size of the memory.
     #[inline]
-    pub fn words(&self, range: Range<usize>) -> impl Iterator<Item = u64> + '_ {
+    pub(crate) fn words(&self, range: Range<usize>) -> impl Iterator<Item = u64> + '_ {
         let end = range.end.min(self.words.len());
         let words = self.words.get(range.start..end).unwrap_or(&[]);
         // SAFETY: The word is inside the memory, and the access is volatile.
@@ -80,19 +81,23 @@ impl Memory {
 
     /// Returns what the words of a page hold.
     #[inline]
-    pub fn page(&self, page: usize) -> impl Iterator<Item = u64> + '_ {
+    pub(crate) fn page(&self, page: usize) -> impl Iterator<Item = u64> + '_ {
         let start = page.saturating_mul(PAGE_SIZE / WORD);
         self.words(start..start.saturating_add(PAGE_SIZE / WORD))
     }
 
-    /// Writes words from the word `start` on, as far as there are any and the memory reaches.
+    /// Writes words from the word `start` on, as far as there are any and the memory reaches, and
+    /// returns how many it wrote.
     #[inline]
-    pub fn set_words(&self, start: usize, words: impl Iterator<Item = u64>) {
+    pub(crate) fn set_words(&self, start: usize, words: impl Iterator<Item = u64>) -> usize {
         let to = self.words.get(start..).unwrap_or(&[]);
+        let mut count = 0;
         for (to, word) in to.iter().zip(words) {
             // SAFETY: The word is inside the memory, and the access is volatile.
             unsafe { to.get().write_volatile(word) };
+            count += 1;
         }
+        count
     }
 
     /// Returns the bytes in `range` (counted in bytes), cut to the size of the memory.
@@ -110,7 +115,7 @@ impl Memory {
     /// Copies out of the memory. Does not sleep.
     ///
     /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
-    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
+    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result {
         let from = self.checked(offset, to.len())?;
         let mut done = 0;
         while done < to.len() {
@@ -138,7 +143,7 @@ impl Memory {
     /// Copies into the memory. Does not sleep.
     ///
     /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
-    pub fn write(&self, offset: usize, from: &[u8]) -> Result {
+    pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result {
         let to = self.checked(offset, from.len())?;
         let mut done = 0;
         while let Some(rest) = from.get(done..).filter(|rest| !rest.is_empty()) {
@@ -158,11 +163,6 @@ impl Memory {
             }
         }
         Ok(())
-    }
-
-    /// Sets every byte to zero.
-    pub fn clear(&self) {
-        self.set_words(0, core::iter::repeat(0));
     }
 
     /// Returns where `offset` is, if `len` bytes from there on are inside the memory.

@@ -74,8 +74,11 @@ pub use self::{
 };
 
 use crate::{
-    memory::Memory,
-    user::UserBuf, //
+    memory::{
+        Memory,
+        PageRun, //
+    },
+    user::UserBuf,
 };
 use core::ops::Range;
 use kernel::{
@@ -301,18 +304,15 @@ pub struct Remaining {
 /// use kernel::page::PAGE_SIZE;
 ///
 /// struct PageSaver {
-///     memory: StateMemory,
 ///     tracking: Tracking,
 ///     ended: bool,
 /// }
 ///
 /// impl Saver for PageSaver {
 ///     fn next(&mut self, phase: Phase) -> Result<Next> {
-///         if let Some((run, initial)) = self.tracking.take(1) {
-///             let start = run.first * PAGE_SIZE;
-///             let chunk = Chunk::new(&(run.first as u64).to_le_bytes())?
-///                 .memory(self.memory.shared(), start..start + PAGE_SIZE);
-///             return Ok(Next::Chunk(if initial { chunk.initial() } else { chunk }));
+///         if let Some(page) = self.tracking.take(1) {
+///             let chunk = Chunk::new(&(page.pages().start as u64).to_le_bytes())?;
+///             return Ok(Next::Chunk(chunk.pages(page)));
 ///         }
 ///         if phase == Phase::PreCopy || self.ended {
 ///             return Ok(Next::End);
@@ -411,15 +411,17 @@ enum Body {
 ///
 /// # Examples
 ///
-/// A record of a page, with its number in front.
+/// A record of up to 16 pages that changed, with the number of the first in front, and how many.
 ///
 /// ```
-/// use kernel::page::PAGE_SIZE;
-///
-/// fn page(memory: &StateMemory, number: usize) -> Result<Chunk> {
-///     let start = number * PAGE_SIZE;
-///     let chunk = Chunk::new(&(number as u64).to_le_bytes())?;
-///     Ok(chunk.memory(memory.shared(), start..start + PAGE_SIZE))
+/// fn record(tracking: &Tracking) -> Result<Option<Chunk>> {
+///     let Some(run) = tracking.take(16) else {
+///         return Ok(None);
+///     };
+///     let mut head = [0; 16];
+///     head[..8].copy_from_slice(&(run.pages().start as u64).to_le_bytes());
+///     head[8..].copy_from_slice(&(run.pages().len() as u64).to_le_bytes());
+///     Ok(Some(Chunk::new(&head)?.pages(run)))
 /// }
 /// ```
 pub struct Chunk {
@@ -454,14 +456,15 @@ impl Chunk {
         }
     }
 
-    /// Lets a range of device memory follow, in place of what was to follow before.
+    /// Lets pages of tracked memory follow, in place of what was to follow before.
     ///
-    /// The range is in bytes, and is cut to the size of the memory. The bytes are taken from the
-    /// memory when the user reads them. In [`Phase::PreCopy`] what changes before that must count
-    /// as changed since it was handed out.
-    pub fn memory(self, memory: Arc<Memory>, range: Range<usize>) -> Self {
+    /// The chunk counts as initial or not, as the pages do.
+    pub fn pages(self, run: PageRun) -> Self {
+        let initial = run.is_initial();
+        let (memory, range) = run.into_bytes();
         Self {
             body: Body::Memory(memory, range),
+            initial,
             ..self
         }
     }

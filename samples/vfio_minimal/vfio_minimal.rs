@@ -196,11 +196,9 @@ struct MinimalSaver {
 
 impl Saver for MinimalSaver {
     fn next(&mut self, phase: Phase) -> Result<Next> {
-        if let Some((run, initial)) = self.tracking.take(1) {
-            let start = run.first * PAGE_SIZE;
-            let chunk = Chunk::new(&(MAGIC + run.first as u64).to_le_bytes())?
-                .memory(self.chip.memory.shared(), start..start + PAGE_SIZE);
-            return Ok(Next::Chunk(if initial { chunk.initial() } else { chunk }));
+        if let Some(page) = self.tracking.take(1) {
+            let chunk = Chunk::new(&(MAGIC + page.pages().start as u64).to_le_bytes())?;
+            return Ok(Next::Chunk(chunk.pages(page)));
         }
         if phase == Phase::PreCopy || self.ended {
             return Ok(Next::End);

@@ -27,10 +27,7 @@ use kernel::{
 use vfio::{
     config_space,
     endpoint::Endpoint,
-    memory::{
-        Memory,
-        StateMemory, //
-    },
+    memory::StateMemory, //
 };
 
 /// Bytes in a word.
@@ -144,17 +141,14 @@ impl Chip {
         let result = match (command, range) {
             (Command::Reinit, _) => {
                 let seed = front.registers.seed;
-                let all = 0..self.memory.size();
-                self.memory
-                    .reinit(|memory| write_pattern(memory, seed, all));
+                write_pattern(&self.memory, seed, 0..self.memory.size());
+                self.memory.reinit();
                 Ok(())
             }
             (Command::Unknown, _) => Err(registers::ERROR_COMMAND),
             (_, None) => Err(registers::ERROR_RANGE),
             (Command::Fill, Some(range)) => {
-                let seed = front.registers.seed;
-                self.memory
-                    .change(range.clone(), |memory| write_pattern(memory, seed, range));
+                write_pattern(&self.memory, front.registers.seed, range);
                 Ok(())
             }
             (Command::Checksum, Some(range)) => {
@@ -265,7 +259,7 @@ fn underlay(offset: usize, from: &[u8], base: usize, to: &mut [u8]) {
 }
 
 /// Writes the pattern of `seed` to a range, which need not begin or end with a word.
-fn write_pattern(memory: &Memory, seed: u64, range: Range<usize>) {
+fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
     let whole = range.start.div_ceil(WORD)..range.end / WORD;
     let edges = [
         range.start..range.end.min(whole.start * WORD),
@@ -284,7 +278,7 @@ fn write_pattern(memory: &Memory, seed: u64, range: Range<usize>) {
 }
 
 /// Returns the checksum of a range.
-fn checksum(memory: &Memory, range: Range<usize>) -> u64 {
+fn checksum(memory: &StateMemory, range: Range<usize>) -> u64 {
     let mut digest = Digest::new(range.len() as u64);
     let mut block = [0; BLOCK];
     for start in range.clone().step_by(BLOCK) {

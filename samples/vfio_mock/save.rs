@@ -29,10 +29,8 @@ use kernel::{
 };
 use vfio::{
     memory::{
-        dirty_map::{
-            Run,
-            PAGES_PER_WORD, //
-        },
+        dirty_map::PAGES_PER_WORD,
+        PageRun,
         Pages,
         Tracking, //
     },
@@ -112,16 +110,14 @@ impl MockSaver {
     ///
     /// What changes a page after this is marked anew, so that the digests of all pages are those
     /// of what was streamed last as soon as no page is marked.
-    fn pages(&mut self, run: &Run, initial: bool) -> Result<Chunk> {
-        let pages = run.first..run.first + run.count;
+    fn pages(&mut self, run: PageRun) -> Result<Chunk> {
+        let pages = run.pages();
         for page in pages.clone() {
             self.digests.set(page as u64, self.chip.page_digest(page));
         }
-        self.tally.run(run.count as u64);
-        let start = pages.start * PAGE_SIZE;
-        let chunk = Chunk::new(&run_header(start as u64, run.count as u64))?
-            .memory(self.chip.memory.shared(), start..pages.end * PAGE_SIZE);
-        Ok(if initial { chunk.initial() } else { chunk })
+        let (start, count) = ((pages.start * PAGE_SIZE) as u64, pages.len() as u64);
+        self.tally.run(count);
+        Ok(Chunk::new(&run_header(start, count))?.pages(run))
     }
 
     /// Makes the next record.
@@ -134,7 +130,7 @@ impl MockSaver {
                 chunk
             }
             Step::Pages => match self.tracking.take(PAGES_PER_WORD) {
-                Some((run, initial)) => self.pages(&run, initial)?,
+                Some(run) => self.pages(run)?,
                 None if phase == Phase::PreCopy => return Ok(Next::End),
                 None => {
                     self.step = Step::Registers;

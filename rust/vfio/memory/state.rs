@@ -6,19 +6,12 @@ use super::{
     dirty_map::{
         self,
         DirtyMap,
-        Run,
         PAGES_PER_WORD, //
     },
-    Memory,
+    Memory, WORD,
 };
 use crate::migration::Notifier;
-use core::{
-    cmp::min,
-    ops::{
-        Deref,
-        Range, //
-    },
-};
+use core::ops::Range;
 use kernel::{
     new_spinlock,
     page::PAGE_SIZE,
@@ -64,7 +57,7 @@ struct Tracker {
 }
 
 impl Tracker {
-    fn take(&mut self, max: usize) -> Option<(Run, bool)> {
+    fn take(&mut self, max: usize) -> Option<(dirty_map::Run, bool)> {
         let initial = self.initial < self.map.pages();
         let from = if initial { self.initial } else { self.cursor };
         let mut run = match self.map.take_run(from) {
@@ -145,7 +138,10 @@ struct Inner {
 pub struct StateMemory(Arc<Inner>);
 
 impl StateMemory {
-    /// Allocates `pages` pages of zeroes. May sleep. Fails as [`Memory::new()`] does.
+    /// Allocates `pages` pages of zeroes, charged to the caller's memory cgroup.
+    ///
+    /// May sleep. Fails with `ENOMEM`, and with `EINVAL` if `pages` is zero or too many to count
+    /// their bytes.
     pub fn new(pages: usize) -> Result<Self> {
         let memory = Arc::new(Memory::new(pages)?, GFP_KERNEL_ACCOUNT)?;
         Ok(Self(Arc::pin_init(
@@ -157,16 +153,26 @@ impl StateMemory {
         )?))
     }
 
+    /// Returns the size in bytes.
+    pub fn size(&self) -> usize {
+        self.0.memory.size()
+    }
+
     /// Returns the size in pages.
     pub fn pages(&self) -> usize {
         self.size() / PAGE_SIZE
     }
 
-    /// Returns the memory itself, for a [`Chunk`](crate::migration::Chunk).
+    /// Reads bytes. Does not sleep.
     ///
-    /// What is written to it is not tracked.
-    pub fn shared(&self) -> Arc<Memory> {
-        self.0.memory.clone()
+    /// Fails with `EINVAL` if the range is not inside the memory; nothing is read then.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
+        self.0.memory.read(offset, to)
+    }
+
+    /// Returns what the words of a page hold.
+    pub fn page(&self, page: usize) -> impl Iterator<Item = u64> + '_ {
+        self.0.memory.page(page)
     }
 
     /// Writes bytes and marks their pages.
@@ -179,20 +185,24 @@ impl StateMemory {
         Ok(())
     }
 
-    /// Lets `change` change what is in `range`, in bytes, and marks its pages.
-    ///
-    /// What `change` changes outside of the range is not tracked. Does not sleep, unless `change`
-    /// does.
-    pub fn change(&self, range: Range<usize>, change: impl FnOnce(&Memory)) {
-        change(&self.0.memory);
-        self.changed(range);
+    /// Writes words from the word `start` on, as far as there are any and the memory reaches, and
+    /// marks their pages. Does not sleep, unless `words` does.
+    pub fn set_words(&self, start: usize, words: impl Iterator<Item = u64>) {
+        let count = self.0.memory.set_words(start, words);
+        if count > 0 {
+            self.changed(start * WORD..(start + count) * WORD);
+        }
     }
 
-    /// Lets `change` change everything, after which all pages count as never streamed.
+    /// Sets every byte to zero and marks all pages. Does not sleep.
+    pub fn clear(&self) {
+        self.set_words(0, core::iter::repeat(0));
+    }
+
+    /// Lets all pages count as never streamed, because the device has initialised itself anew.
     ///
-    /// The user learns of it by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep, unless `change` does.
-    pub fn reinit(&self, change: impl FnOnce(&Memory)) {
-        change(&self.0.memory);
+    /// The user learns of it by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep.
+    pub fn reinit(&self) {
         if let Some(tracker) = &mut *self.0.tracker.lock() {
             tracker.map.mark_all();
             tracker.initial = 0;
@@ -245,12 +255,31 @@ impl StateMemory {
     }
 }
 
-impl Deref for StateMemory {
-    type Target = Memory;
+/// Pages to stream: neighbours in a [`StateMemory`], whose marks have been cleared.
+///
+/// Goes into a [`Chunk`](crate::migration::Chunk), which takes the bytes from the memory when the
+/// user reads them. What changes the memory before that marks it again.
+pub struct PageRun {
+    memory: Arc<Memory>,
+    pages: Range<usize>,
+    initial: bool,
+}
 
-    /// Returns the memory for reading. What is written by this way is not tracked.
-    fn deref(&self) -> &Memory {
-        &self.0.memory
+impl PageRun {
+    /// Returns which pages these are.
+    pub fn pages(&self) -> Range<usize> {
+        self.pages.clone()
+    }
+
+    /// Tells whether they were never streamed before.
+    pub fn is_initial(&self) -> bool {
+        self.initial
+    }
+
+    /// Returns what a chunk is made of: the memory and a range in it, in bytes.
+    pub(crate) fn into_bytes(self) -> (Arc<Memory>, Range<usize>) {
+        let Range { start, end } = self.pages;
+        (self.memory, start * PAGE_SIZE..end * PAGE_SIZE)
     }
 }
 
@@ -258,15 +287,19 @@ impl Deref for StateMemory {
 pub struct Tracking(StateMemory);
 
 impl Tracking {
-    /// Takes the next run to stream, of at most `max` pages, and tells whether it was never
-    /// streamed. What was never streamed comes first.
+    /// Takes the next run to stream, of at most `max` pages. What was never streamed comes first.
     ///
     /// The pages' marks are cleared: they count as streamed from here on. Returns nothing if there
     /// is nothing to stream. Does not sleep.
-    pub fn take(&self, max: usize) -> Option<(Run, bool)> {
-        (*self.0 .0.tracker.lock())
-            .as_mut()
-            .and_then(|tracker| tracker.take(min(max.max(1), PAGES_PER_WORD)))
+    pub fn take(&self, max: usize) -> Option<PageRun> {
+        let (run, initial) = (*self.0 .0.tracker.lock())
+            .as_mut()?
+            .take(max.clamp(1, PAGES_PER_WORD))?;
+        Some(PageRun {
+            memory: self.0 .0.memory.clone(),
+            pages: run.first..run.first + run.count,
+            initial,
+        })
     }
 
     /// Returns what there is to stream. The number of runs is exact as long as whole runs are
