@@ -652,6 +652,22 @@ mod tests {
     }
 
     #[test]
+    fn a_notification_is_not_lost() -> Result {
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+
+        rig.fake.provide(b"0123456789", true)?;
+        rig.fake.be_late();
+        let reader = Job::begin(move || fd.read(0, 16))?;
+        // There is no user memory where it runs: what is read cannot be copied.
+        let result = reader.wait();
+        rig.fake.set_ready(true);
+
+        ensure_eq!(result, Ok(Err(EFAULT)), "the reader is woken");
+        Ok(())
+    }
+
+    #[test]
     fn a_stream_is_read_in_order() -> Result {
         let user = UserMemory::new(64)?;
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;

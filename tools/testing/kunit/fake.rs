@@ -117,6 +117,8 @@ struct Script {
     /// What the saver has when the device is stopped, behind everything else.
     tail: Option<&'static [u8]>,
     not_ready: bool,
+    /// The saver becomes ready while it says that it is not.
+    late: bool,
     notifier: Option<Arc<Notifier>>,
     /// What the loader was handed.
     loaded: KVec<u8>,
@@ -219,6 +221,13 @@ impl Fake {
         }
     }
 
+    /// Lets the saver become ready at the worst moment: when it has looked, and nobody waits yet.
+    pub(crate) fn be_late(&self) {
+        let mut script = self.script.lock();
+        script.not_ready = true;
+        script.late = true;
+    }
+
     /// Returns what the loader was handed since this was asked last.
     pub(crate) fn loaded_bytes(&self) -> KVec<u8> {
         core::mem::take(&mut self.script.lock().loaded)
@@ -286,6 +295,11 @@ impl Saver for FakeSaver {
         self.0.called(Call::Next(phase))?;
         let mut script = self.0.script.lock();
         if script.not_ready {
+            let late = core::mem::take(&mut script.late);
+            drop(script);
+            if late {
+                self.0.set_ready(true);
+            }
             return Ok(Next::NotReady);
         }
         let (bytes, initial) = if !script.chunks.is_empty() {
