@@ -103,7 +103,7 @@ use kernel::{
 ///     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
 ///         try_pin_init!(Chip {
 ///             endpoint,
-///             registers <- new_mutex!(Registers::POWER_ON, "Chip::registers"),
+///             registers <- new_mutex!(Registers::default(), "Chip::registers"),
 ///         }? Error)
 ///     }
 ///
@@ -113,7 +113,7 @@ use kernel::{
 ///     }
 ///
 ///     fn write(chip: &Chip, pos: Position, _from: &[u8]) -> Result {
-///         if pos.region_offset == 0 && chip.registers.lock().running {
+///         if pos.region_offset == 0 && !chip.registers.lock().stopped {
 ///             chip.endpoint.signal(1);
 ///         }
 ///         Ok(())

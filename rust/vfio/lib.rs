@@ -16,8 +16,8 @@
 //! |---|---|---|
 //! | the device | from its creation to its removal | [`mdev::Driver`], [`emulated::Operations`] |
 //! | its open data | from the first open to the last close | [`Migratable`] |
-//! | its saver | while its state is read | [`Saver`] |
-//! | its loader | while a state is written | [`Loader`] |
+//! | its saver | while its state is read | [`Saver`], or [`ImageSaver`] is enough |
+//! | its loader | while a state is written | [`Loader`], or [`ImageLoader`] is enough |
 //!
 //! 1. Read the [example](#examples) below, which is a complete driver.
 //! 2. Read [`Migratable`]: what the device must be able to do, and when. The page of the module
@@ -34,6 +34,8 @@
 //! [`Migratable`]: migration::Migratable
 //! [`Saver`]: migration::Saver
 //! [`Loader`]: migration::Loader
+//! [`ImageSaver`]: migration::ImageSaver
+//! [`ImageLoader`]: migration::ImageLoader
 //!
 //! # What is where
 //!
@@ -74,8 +76,8 @@
 //!
 //! const SIZE: usize = 16;
 //!
-//! /// What the stream has: the bytes, and the configuration space.
-//! const STREAM: usize = SIZE + config_space::SIZE;
+//! /// What the stream has: the configuration space, and the bytes.
+//! const STREAM: usize = config_space::SIZE + SIZE;
 //!
 //! /// The device, from its creation to its removal.
 //! struct Note;
@@ -110,39 +112,29 @@
 //!     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
 //!         try_pin_init!(Chip {
 //!             endpoint,
-//!             registers <- new_mutex!(Registers::POWER_ON, "Chip::registers"),
+//!             registers <- new_mutex!(Registers::default(), "Chip::registers"),
 //!         }? Error)
 //!     }
 //!
 //!     fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {
-//!         let start = pos.region_offset as usize;
-//!         let from = chip.registers.lock();
-//!         to.copy_from_slice(from.bytes.get(start..start + to.len()).ok_or(EINVAL)?);
-//!         Ok(())
+//!         pos.read(&chip.registers.lock().bytes, to)
 //!     }
 //!
 //!     fn write(chip: &Chip, pos: Position, from: &[u8]) -> Result {
-//!         let start = pos.region_offset as usize;
 //!         let mut registers = chip.registers.lock();
 //!         // A stopped device does not change.
-//!         if registers.running {
-//!             let to = registers.bytes.get_mut(start..start + from.len());
-//!             to.ok_or(EINVAL)?.copy_from_slice(from);
+//!         if registers.stopped {
+//!             return Ok(());
 //!         }
-//!         Ok(())
+//!         pos.write(&mut registers.bytes, from)
 //!     }
 //! }
 //!
+//! /// What the device has at power on: zeroes, and it runs.
+//! #[derive(Default)]
 //! struct Registers {
-//!     running: bool,
+//!     stopped: bool,
 //!     bytes: [u8; SIZE],
-//! }
-//!
-//! impl Registers {
-//!     const POWER_ON: Self = Self {
-//!         running: true,
-//!         bytes: [0; SIZE],
-//!     };
 //! }
 //!
 //! /// The device, from the first open to the last close.
@@ -155,37 +147,35 @@
 //!
 //! #[vtable]
 //! impl Migratable for Chip {
-//!     type Saver = ChipSaver;
-//!     type Loader = ChipLoader;
+//!     type Saver = ImageSaver;
+//!     type Loader = ImageLoader;
 //!     const FLAGS: Flags = Flags::STOP_COPY;
 //!
 //!     fn stop(&self) -> Result {
-//!         self.registers.lock().running = false;
+//!         self.registers.lock().stopped = true;
 //!         Ok(())
 //!     }
 //!
 //!     fn start(&self) -> Result {
-//!         self.registers.lock().running = true;
+//!         self.registers.lock().stopped = false;
 //!         Ok(())
 //!     }
 //!
-//!     fn save(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ChipSaver> {
-//!         Ok(ChipSaver {
-//!             chip: this.clone(),
-//!             ended: false,
-//!         })
+//!     fn save(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageSaver> {
+//!         let config = this.endpoint.save_config();
+//!         ImageSaver::new(&[&config, &this.registers.lock().bytes])
 //!     }
 //!
-//!     fn load(this: &Arc<Self>) -> Result<ChipLoader> {
-//!         Ok(ChipLoader {
-//!             chip: this.clone(),
-//!             records: Records::new(STREAM)?,
-//!             ended: false,
-//!         })
+//!     fn load(_this: &Arc<Self>) -> Result<ImageLoader> {
+//!         ImageLoader::new(STREAM)
 //!     }
 //!
-//!     fn loaded(&self, loader: &mut ChipLoader) -> Result {
-//!         loader.ended.then_some(()).ok_or(EINVAL)
+//!     fn loaded(&self, loader: &mut ImageLoader) -> Result {
+//!         let (config, bytes) = loader.image()?.split_first_chunk().ok_or(EINVAL)?;
+//!         let bytes = bytes.try_into().map_err(|_| EINVAL)?;
+//!         self.endpoint.load_config(config)?;
+//!         self.registers.lock().bytes = bytes;
+//!         Ok(())
 //!     }
 //!
 //!     fn data_size(&self) -> u64 {
@@ -193,62 +183,7 @@
 //!     }
 //!
 //!     fn reset(&self) {
-//!         *self.registers.lock() = Registers::POWER_ON;
-//!     }
-//! }
-//!
-//! /// Cuts the device's state into a stream, here of one chunk.
-//! struct ChipSaver {
-//!     chip: Arc<Chip>,
-//!     ended: bool,
-//! }
-//!
-//! impl Saver for ChipSaver {
-//!     fn next(&mut self, _phase: Phase) -> Result<Next> {
-//!         if self.ended {
-//!             return Ok(Next::End);
-//!         }
-//!         let chunk = Chunk::new(&self.chip.registers.lock().bytes)?;
-//!         let mut config = KVVec::new();
-//!         config.extend_from_slice(&self.chip.endpoint.save_config(), GFP_KERNEL_ACCOUNT)?;
-//!         self.ended = true;
-//!         Ok(Next::Chunk(chunk.initial().bytes(config)))
-//!     }
-//!
-//!     fn remaining(&self) -> Remaining {
-//!         Remaining {
-//!             initial: if self.ended { 0 } else { STREAM as u64 },
-//!             ..Default::default()
-//!         }
-//!     }
-//! }
-//!
-//! /// Takes such a stream in.
-//! struct ChipLoader {
-//!     chip: Arc<Chip>,
-//!     records: Records,
-//!     ended: bool,
-//! }
-//!
-//! impl Loader for ChipLoader {
-//!     fn write(&mut self, bytes: &[u8]) -> Result {
-//!         let (chip, ended) = (&self.chip, &mut self.ended);
-//!         self.records.feed(bytes, |record| {
-//!             let (bytes, config) = record.split_first_chunk().ok_or(EINVAL)?;
-//!             // Nothing may follow.
-//!             if core::mem::replace(ended, true) {
-//!                 return Err(EINVAL);
-//!             }
-//!             let config = config.first_chunk().ok_or(EINVAL)?;
-//!             chip.endpoint.load_config(config)?;
-//!             chip.registers.lock().bytes = *bytes;
-//!             Ok(())
-//!         })?;
-//!         // Nor may a part of a record.
-//!         if self.ended && self.records.is_partial() {
-//!             return Err(EINVAL);
-//!         }
-//!         Ok(())
+//!         *self.registers.lock() = Registers::default();
 //!     }
 //! }
 //! ```

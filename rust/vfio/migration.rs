@@ -64,12 +64,17 @@
 mod data_file;
 mod engine;
 pub mod fsm;
+mod image;
 
 pub use self::{
     engine::Engine,
     fsm::{
         Flags,
         State, //
+    },
+    image::{
+        ImageLoader,
+        ImageSaver, //
     },
 };
 
@@ -106,8 +111,7 @@ use kernel::{
 ///
 /// # Examples
 ///
-/// A device that does DMA to other devices, whose state is 4 bytes. Its saver and loader are those
-/// of the example on the front page.
+/// A device that does DMA to other devices. Its state is that of the example on the front page.
 ///
 /// ```
 /// #[pin_data]
@@ -124,8 +128,8 @@ use kernel::{
 ///
 /// #[vtable]
 /// impl Migratable for Engines {
-///     type Saver = ChipSaver;
-///     type Loader = ChipLoader;
+///     type Saver = ImageSaver;
+///     type Loader = ImageLoader;
 ///     const FLAGS: Flags = Flags::STOP_COPY.with_p2p();
 ///
 ///     fn quiesce_p2p(&self) -> Result {
@@ -149,15 +153,15 @@ use kernel::{
 ///         Ok(())
 ///     }
 ///
-///     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ChipSaver> {
+///     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ImageSaver> {
 ///         Chip::save(&this.chip, notifier)
 ///     }
 ///
-///     fn load(this: &Arc<Self>) -> Result<ChipLoader> {
+///     fn load(this: &Arc<Self>) -> Result<ImageLoader> {
 ///         Chip::load(&this.chip)
 ///     }
 ///
-///     fn loaded(&self, loader: &mut ChipLoader) -> Result {
+///     fn loaded(&self, loader: &mut ImageLoader) -> Result {
 ///         self.chip.loaded(loader)
 ///     }
 ///
@@ -297,28 +301,22 @@ pub struct Remaining {
 ///
 /// # Examples
 ///
-/// A saver that goes through tracked memory: page by page while the device runs, each page again
-/// after it has changed, and a last record when it is stopped.
+/// A saver that goes through tracked memory, page by page, and again through what has changed.
 ///
 /// ```
 /// use kernel::page::PAGE_SIZE;
 ///
 /// struct PageSaver {
 ///     tracking: Tracking,
-///     ended: bool,
 /// }
 ///
 /// impl Saver for PageSaver {
-///     fn next(&mut self, phase: Phase) -> Result<Next> {
-///         if let Some(page) = self.tracking.take(1) {
-///             let chunk = Chunk::new(&(page.pages().start as u64).to_le_bytes())?;
-///             return Ok(Next::Chunk(chunk.pages(page)));
-///         }
-///         if phase == Phase::PreCopy || self.ended {
+///     fn next(&mut self, _phase: Phase) -> Result<Next> {
+///         let Some(page) = self.tracking.take(1) else {
 ///             return Ok(Next::End);
-///         }
-///         self.ended = true;
-///         Ok(Next::Chunk(Chunk::new(&u64::MAX.to_le_bytes())?))
+///         };
+///         let number = page.pages().start as u64;
+///         Ok(Next::Chunk(Chunk::new(&number.to_le_bytes())?.pages(page)))
 ///     }
 ///
 ///     fn remaining(&self) -> Remaining {
@@ -327,8 +325,8 @@ pub struct Remaining {
 ///         Remaining {
 ///             initial: pending.initial.pages * record,
 ///             dirty: pending.dirty.pages * record,
-///             tail: if self.ended { 0 } else { 8 },
 ///             reinits: pending.reinits,
+///             ..Default::default()
 ///         }
 ///     }
 /// }
@@ -369,22 +367,25 @@ pub trait Saver: Send + Unpin + 'static {
 ///
 /// # Examples
 ///
-/// A loader that keeps what comes until [`Migratable::loaded`] puts it into effect, and takes no
-/// more of it than there is room for.
+/// A loader of the stream in the example of [`Saver`].
 ///
 /// ```
-/// struct Patient {
-///     image: KVVec<u8>,
-///     size: usize,
+/// use kernel::page::PAGE_SIZE;
+///
+/// struct PageLoader {
+///     memory: StateMemory,
+///     /// Of `size_of::<u64>() + PAGE_SIZE` bytes each.
+///     records: Records,
 /// }
 ///
-/// impl Loader for Patient {
+/// impl Loader for PageLoader {
 ///     fn write(&mut self, bytes: &[u8]) -> Result {
-///         if bytes.len() > self.size - self.image.len() {
-///             return Err(EINVAL);
-///         }
-///         self.image.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
-///         Ok(())
+///         let memory = &self.memory;
+///         self.records.feed(bytes, |record| {
+///             let (number, page) = record.split_first_chunk().ok_or(EINVAL)?;
+///             let number = usize::try_from(u64::from_le_bytes(*number))?;
+///             memory.write(number.checked_mul(PAGE_SIZE).ok_or(EINVAL)?, page)
+///         })
 ///     }
 /// }
 /// ```

@@ -27,6 +27,8 @@ pub use crate::{
     migration::{
         Chunk,
         Flags,
+        ImageLoader,
+        ImageSaver,
         Loader,
         Migratable,
         Next,

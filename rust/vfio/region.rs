@@ -8,6 +8,7 @@ use crate::{
     bindings,
     user::UserBuf, //
 };
+use core::ops::Range;
 use kernel::prelude::*;
 
 /// Base address register 0.
@@ -53,6 +54,31 @@ impl Position {
             region_index,
             region_offset: pos & ((1 << INDEX_SHIFT) - 1),
         })
+    }
+
+    /// Reads from a region that holds `region` and nothing more, as a driver does in
+    /// [`Operations::read`](crate::emulated::Operations::read).
+    ///
+    /// Fails with `EINVAL` if `region` is smaller than the device says that it is.
+    pub fn read(self, region: &[u8], to: &mut [u8]) -> Result {
+        let from = self.range(to.len()).and_then(|range| region.get(range));
+        to.copy_from_slice(from.ok_or(EINVAL)?);
+        Ok(())
+    }
+
+    /// Writes to a region that holds `region` and nothing more; see [`read`](Self::read).
+    pub fn write(self, region: &mut [u8], from: &[u8]) -> Result {
+        let to = self
+            .range(from.len())
+            .and_then(|range| region.get_mut(range));
+        to.ok_or(EINVAL)?.copy_from_slice(from);
+        Ok(())
+    }
+
+    /// Returns the range of `len` bytes that begins here.
+    fn range(self, len: usize) -> Option<Range<usize>> {
+        let start = usize::try_from(self.region_offset).ok()?;
+        Some(start..start.checked_add(len)?)
     }
 
     /// Returns the position in the device file at which a region begins.

@@ -9,8 +9,8 @@ struct Claiming(Arc<Chip>);
 
 #[vtable]
 impl Migratable for Claiming {
-    type Saver = ChipSaver;
-    type Loader = ChipLoader;
+    type Saver = ImageSaver;
+    type Loader = ImageLoader;
     const FLAGS: Flags = Flags::STOP_COPY.with_p2p();
 
     fn stop(&self) -> Result {
@@ -21,15 +21,15 @@ impl Migratable for Claiming {
         self.0.start()
     }
 
-    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ChipSaver> {
+    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ImageSaver> {
         Chip::save(&this.0, notifier)
     }
 
-    fn load(this: &Arc<Self>) -> Result<ChipLoader> {
+    fn load(this: &Arc<Self>) -> Result<ImageLoader> {
         Chip::load(&this.0)
     }
 
-    fn loaded(&self, loader: &mut ChipLoader) -> Result {
+    fn loaded(&self, loader: &mut ImageLoader) -> Result {
         self.0.loaded(loader)
     }
 

@@ -9,23 +9,23 @@ struct Unstoppable;
 #[vtable]
 //~ error[E0046]: not all trait items implemented, missing: `stop`
 impl Migratable for Unstoppable {
-    type Saver = ChipSaver;
-    type Loader = ChipLoader;
+    type Saver = ImageSaver;
+    type Loader = ImageLoader;
     const FLAGS: Flags = Flags::STOP_COPY;
 
     fn start(&self) -> Result {
         Ok(())
     }
 
-    fn save(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ChipSaver> {
+    fn save(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageSaver> {
         Err(ENOMEM)
     }
 
-    fn load(_this: &Arc<Self>) -> Result<ChipLoader> {
+    fn load(_this: &Arc<Self>) -> Result<ImageLoader> {
         Err(ENOMEM)
     }
 
-    fn loaded(&self, _loader: &mut ChipLoader) -> Result {
+    fn loaded(&self, _loader: &mut ImageLoader) -> Result {
         Ok(())
     }
 

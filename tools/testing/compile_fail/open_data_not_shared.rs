@@ -11,8 +11,8 @@ struct Alone {
 #[vtable]
 //~ error[E0277]: `Cell<u64>` cannot be shared between threads safely
 impl Migratable for Alone {
-    type Saver = ChipSaver;
-    type Loader = ChipLoader;
+    type Saver = ImageSaver;
+    type Loader = ImageLoader;
     const FLAGS: Flags = Flags::STOP_COPY;
 
     fn stop(&self) -> Result {
@@ -23,15 +23,15 @@ impl Migratable for Alone {
         Ok(())
     }
 
-    fn save(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ChipSaver> {
+    fn save(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageSaver> {
         Err(ENOMEM)
     }
 
-    fn load(_this: &Arc<Self>) -> Result<ChipLoader> {
+    fn load(_this: &Arc<Self>) -> Result<ImageLoader> {
         Err(ENOMEM)
     }
 
-    fn loaded(&self, _loader: &mut ChipLoader) -> Result {
+    fn loaded(&self, _loader: &mut ImageLoader) -> Result {
         Ok(())
     }
 

@@ -18,7 +18,7 @@ impl emulated::Operations for Device {
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
         try_pin_init!(Chip {
             endpoint,
-            registers <- new_mutex!(Registers::POWER_ON),
+            registers <- new_mutex!(Registers::default()),
         }? Error)
     }
 

@@ -3,13 +3,14 @@
 #
 # Run the tests on vfio_mock: as root, with the VFIO modules loaded. Makes the
 # mediated devices that the tests need, removes them, and prints KTAP in which
-# each test program is a subtest. The generic tests run on vfio_minimal as well.
+# each test program is a subtest. The generic tests run on vfio_minimal as well,
+# and on the driver on the front page of the crate if it was built.
 #
 #     run_mock.sh [-b DIR] [-m FILE] [--shapes] [option of the tests...]
 #
 # -b DIR     where the test programs are; by default beside this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
-#            vfio_minimal.ko is beside it
+#            vfio_minimal.ko and vfio_note.ko are beside it
 # --shapes   all four migration_flags, one after the other, instead of those the
 #            module is loaded with
 #
@@ -124,20 +125,32 @@ run_all()
 	run vfio_mock_stream_test "${brief_stream[@]}" "$@"
 }
 
-# The generic tests on the other device of this repository.
-run_minimal()
+# The generic tests on devices of type $3 of the driver $2 in the module $1.
+run_other()
 {
-	local label=' on vfio_minimal' pair
+	local name=$1 driver=$2 type=$3 label=" on $1" pair
 
-	if { [ -d /sys/module/vfio_minimal ] ||
-		insmod "${module%/*}/vfio_minimal.ko"; } &&
-		create_pair vfio_minimal 64K; then
+	shift 3
+	if { [ -d "/sys/module/$name" ] || insmod "${module%/*}/$name.ko"; } &&
+		create_pair "$driver" "$type"; then
 		VFIO_DEVICE="${pair% *}" VFIO_DEVICE2="${pair#* }" \
 			run vfio_migration_test "$@"
 	else
 		number=$((number + 1))
 		echo "not ok $number - vfio_migration_test$label"
 		failed=1
+	fi
+}
+
+# All other devices of this repository.
+run_others()
+{
+	run_other vfio_minimal vfio_minimal 64K "$@"
+	if [ -e "${module%/*}/vfio_note.ko" ]; then
+		run_other vfio_note note 16 "$@"
+	else
+		number=$((number + 1))
+		echo "ok $number - vfio_migration_test on vfio_note # SKIP not built"
 	fi
 }
 
@@ -150,11 +163,11 @@ done
 
 echo 'TAP version 13'
 if [ -z "$shapes" ]; then
-	echo '1..4'
+	echo '1..5'
 	label=
 	if load '' && create; then
 		run_all whole "$@"
-		run_minimal "$@"
+		run_others "$@"
 	else
 		echo 'Bail out! no devices'
 		exit 1
@@ -162,7 +175,7 @@ if [ -z "$shapes" ]; then
 	exit $failed
 fi
 
-echo '1..13'
+echo '1..14'
 for shape in $shapes; do
 	label=" migration_flags=$shape"
 	if ! { load "$shape" && create; }; then
@@ -176,5 +189,5 @@ for shape in $shapes; do
 	fi
 	cleanup
 done
-run_minimal "$@"
+run_others "$@"
 exit $failed

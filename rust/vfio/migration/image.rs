@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A saver and a loader of a state that is small enough to be in memory at once.
+
+use super::{
+    Chunk,
+    Loader,
+    Next,
+    Phase,
+    Remaining,
+    Saver, //
+};
+use kernel::prelude::*;
+
+/// A [`Saver`] of a state that was copied when the session began.
+///
+/// It suits [`Migratable::save`], where the device is stopped. It does not notice what changes, so
+/// that it is not for [`Migratable::pre_copy`].
+///
+/// [`Migratable::save`]: super::Migratable::save
+/// [`Migratable::pre_copy`]: super::Migratable::pre_copy
+///
+/// # Examples
+///
+/// ```
+/// fn save(chip: &Chip) -> Result<ImageSaver> {
+///     ImageSaver::new(&[b"version 1", &chip.registers.lock().bytes])
+/// }
+/// ```
+pub struct ImageSaver(KVVec<u8>);
+
+impl ImageSaver {
+    /// Makes a saver whose stream is all of `parts`, one after the other, which must not be empty.
+    ///
+    /// May sleep. Fails with `ENOMEM`.
+    pub fn new(parts: &[&[u8]]) -> Result<Self> {
+        let mut image = KVVec::new();
+        for part in parts {
+            image.extend_from_slice(part, GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok(Self(image))
+    }
+}
+
+impl Saver for ImageSaver {
+    fn next(&mut self, _phase: Phase) -> Result<Next> {
+        if self.0.is_empty() {
+            return Ok(Next::End);
+        }
+        let chunk = Chunk::new(&[])?.bytes(core::mem::take(&mut self.0));
+        Ok(Next::Chunk(chunk.initial()))
+    }
+
+    fn remaining(&self) -> Remaining {
+        Remaining {
+            initial: self.0.len() as u64,
+            ..Default::default()
+        }
+    }
+}
+
+/// A [`Loader`] that keeps a stream of known size until it is put into effect.
+///
+/// # Examples
+///
+/// What is put into effect, for [`Migratable::loaded`].
+///
+/// ```
+/// fn loaded(chip: &Chip, loader: &ImageLoader) -> Result {
+///     let bytes = loader.image()?.strip_prefix(b"version 1").ok_or(EINVAL)?;
+///     chip.registers.lock().bytes = bytes.try_into().map_err(|_| EINVAL)?;
+///     Ok(())
+/// }
+/// ```
+///
+/// [`Migratable::loaded`]: super::Migratable::loaded
+pub struct ImageLoader {
+    image: KVVec<u8>,
+    size: usize,
+}
+
+impl ImageLoader {
+    /// Makes a loader of a stream of `size` bytes. May sleep. Fails with `ENOMEM`.
+    pub fn new(size: usize) -> Result<Self> {
+        Ok(Self {
+            image: KVVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
+            size,
+        })
+    }
+
+    /// Returns the whole stream. Fails with `EINVAL` if some of it is missing.
+    pub fn image(&self) -> Result<&[u8]> {
+        if self.image.len() < self.size {
+            return Err(EINVAL);
+        }
+        Ok(&self.image)
+    }
+}
+
+impl Loader for ImageLoader {
+    /// Fails with `EINVAL` if there are more bytes than the stream has.
+    fn write(&mut self, bytes: &[u8]) -> Result {
+        if bytes.len() > self.size - self.image.len() {
+            return Err(EINVAL);
+        }
+        self.image.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
+        Ok(())
+    }
+}
