@@ -5,7 +5,7 @@
 //! C header: [`include/uapi/linux/pci_regs.h`](srctree/include/uapi/linux/pci_regs.h)
 
 use crate::{
-    irq,
+    irq::msix,
     region, //
 };
 use kernel::prelude::*;
@@ -35,6 +35,24 @@ const BASE_ADDRESS_PREFETCH: u32 = 1 << 3;
 /// The capability MSI-X, and what of its first dword can be written: enable, function mask.
 const CAP_ID_MSIX: u32 = 0x11;
 const MSIX_WRITABLE: u32 = 0xc000_0000;
+/// In the last byte of that dword: the function mask.
+const MSIX_CONTROL: usize = CAPABILITY + 3;
+const MSIX_FUNCTION_MASK: u8 = 1 << 6;
+
+/// Returns how many bytes [`Endpoint::save_msix`](crate::endpoint::Endpoint::save_msix) gives for
+/// a device with `vectors` vectors.
+pub const fn msix_size(vectors: u32) -> usize {
+    msix::table_size(vectors as usize) + msix::pending_size(vectors as usize)
+}
+
+/// Where a device has its MSI-X table and pending bits.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Msix {
+    pub(crate) vectors: u32,
+    pub(crate) bar: u32,
+    pub(crate) table: u32,
+    pub(crate) pending: u32,
+}
 
 /// What kind of device it is.
 pub struct Id {
@@ -73,8 +91,7 @@ pub struct ConfigSpace {
     writable: [u8; SIZE],
     /// The size of each BAR in bytes.
     bars: [u64; 6],
-    /// How many MSI-X vectors there are.
-    vectors: u32,
+    msix: Msix,
 }
 
 impl ConfigSpace {
@@ -84,7 +101,7 @@ impl ConfigSpace {
             bytes: [0; SIZE],
             writable: [0; SIZE],
             bars: [0; 6],
-            vectors: 0,
+            msix: Msix::default(),
         };
         let ids = u32::from(id.device) << 16 | u32::from(id.vendor);
         this.put(VENDOR_ID, ids, 0);
@@ -122,7 +139,8 @@ impl ConfigSpace {
     }
 
     /// Adds the capability MSI-X with `vectors` vectors, whose table and pending bits are in the
-    /// BAR `bar`, at these offsets.
+    /// BAR `bar`, at these offsets. Accesses to them are served by the
+    /// [`Endpoint`](crate::endpoint::Endpoint).
     ///
     /// Fails with `EINVAL` if there are not 1 to 2048 vectors, if there is no such BAR, or if an
     /// offset is not a multiple of 8.
@@ -135,7 +153,12 @@ impl ConfigSpace {
         self.put(CAPABILITY, (vectors - 1) << 16 | CAP_ID_MSIX, MSIX_WRITABLE);
         self.put(CAPABILITY + 4, table | bar, 0);
         self.put(CAPABILITY + 8, pba | bar, 0);
-        self.vectors = vectors;
+        self.msix = Msix {
+            vectors,
+            bar,
+            table,
+            pending: pba,
+        };
         Ok(self)
     }
 
@@ -147,12 +170,14 @@ impl ConfigSpace {
         }
     }
 
-    /// Returns how many vectors the device has at each interrupt index.
-    pub(crate) fn irq_counts(&self) -> irq::Counts {
-        let mut counts = irq::Counts::default();
-        counts[irq::MSIX as usize] = self.vectors;
-        counts[irq::REQ as usize] = 1;
-        counts
+    /// Returns where the MSI-X table and pending bits are.
+    pub(crate) fn msix_place(&self) -> Msix {
+        self.msix
+    }
+
+    /// Tells whether all vectors of MSI-X are masked.
+    pub(crate) fn is_function_masked(&self) -> bool {
+        self.bytes[MSIX_CONTROL] & self.writable[MSIX_CONTROL] & MSIX_FUNCTION_MASK != 0
     }
 
     fn put(&mut self, offset: usize, value: u32, writable: u32) {

@@ -26,7 +26,8 @@ use crate::{
     migration::{
         Engine,
         Flags,
-        Migratable, //
+        Migratable,
+        Notifier, //
     },
     region::{
         self,
@@ -148,13 +149,15 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// `endpoint` is of this open, too.
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Self::OpenData, Error>;
 
-    /// Reads from a BAR. The whole range is inside of it.
+    /// Reads from a BAR. The whole range is inside of it. What is read of MSI-X table and pending
+    /// bits is the [`Endpoint`]'s, which replaces it in `to` afterwards.
     ///
     /// May sleep. No user memory is involved: the bytes are copied on afterwards. A failure is
     /// returned from the read(), unless a part of it was served before.
     fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
 
-    /// Writes to a BAR. The whole range is inside of it.
+    /// Writes to a BAR. The whole range is inside of it. What is written to the MSI-X table has
+    /// reached the [`Endpoint`], and means nothing to the driver.
     ///
     /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
     /// bytes arrives in one piece, as it would on a bus. A failure is returned from the write(),
@@ -171,6 +174,66 @@ struct Opened<T: Operations> {
     log: dma::Log,
 }
 
+/// What the engine works with: the driver's data, and beside it what the front end does for the
+/// driver. While the device is stopped, interrupts wait.
+#[vtable]
+impl<T: Operations> Migratable for Opened<T> {
+    type OwnerModule = <T::OpenData as Migratable>::OwnerModule;
+    type Saver = <T::OpenData as Migratable>::Saver;
+    type Loader = <T::OpenData as Migratable>::Loader;
+    const FLAGS: Flags = <T::OpenData as Migratable>::FLAGS;
+
+    // What is passed on here is there only if the driver has it.
+    const HAS_QUIESCE_P2P: bool = <T::OpenData as Migratable>::HAS_QUIESCE_P2P;
+    const HAS_RESUME_P2P: bool = <T::OpenData as Migratable>::HAS_RESUME_P2P;
+    const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
+
+    fn quiesce_p2p(&self) -> Result {
+        self.data.quiesce_p2p()
+    }
+
+    fn resume_p2p(&self) -> Result {
+        self.data.resume_p2p()
+    }
+
+    fn stop(&self) -> Result {
+        self.data.stop()?;
+        self.endpoint.run(false);
+        Ok(())
+    }
+
+    fn start(&self) -> Result {
+        self.data.start()?;
+        self.endpoint.run(true);
+        Ok(())
+    }
+
+    fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        T::OpenData::pre_copy(&this.data, notifier)
+    }
+
+    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        T::OpenData::save(&this.data, notifier)
+    }
+
+    fn load(this: &Arc<Self>) -> Result<Self::Loader> {
+        T::OpenData::load(&this.data)
+    }
+
+    fn loaded(&self, loader: &mut Self::Loader) -> Result {
+        self.data.loaded(loader)
+    }
+
+    fn data_size(&self) -> u64 {
+        self.data.data_size()
+    }
+
+    fn reset(&self) {
+        self.data.reset();
+        self.endpoint.reset();
+    }
+}
+
 /// What a driver's device has behind the `struct vfio_device`.
 #[pin_data]
 struct Private<T: Operations> {
@@ -179,7 +242,7 @@ struct Private<T: Operations> {
     /// The configuration space at power on.
     config: ConfigSpace,
     #[pin]
-    engine: Engine<T::OpenData>,
+    engine: Engine<Opened<T>>,
     /// Present while the device is open. A callback that needs it takes a reference, because
     /// `request` may come at any time.
     #[pin]
@@ -287,6 +350,10 @@ impl<T: Operations> Emulated<T> {
     fn close(&self) {
         self.private.engine.close();
         let opened = self.private.opened.lock().take();
+        // A driver may have kept the endpoint, but not who listened to it.
+        if let Some(opened) = &opened {
+            opened.endpoint.irqs.silence();
+        }
         // Dropped outside of the lock, because the driver's destructors may sleep.
         drop(opened);
     }
@@ -306,7 +373,11 @@ impl<T: Operations> Emulated<T> {
                     opened.endpoint.read_config(pos.region_offset as usize, to);
                     Ok(())
                 }
-                _ => T::read(&opened.data, pos, to),
+                _ => {
+                    T::read(&opened.data, pos, to)?;
+                    opened.endpoint.read_msix(pos, to);
+                    Ok(())
+                }
             },
         )
     }
@@ -324,7 +395,10 @@ impl<T: Operations> Emulated<T> {
                         .write_config(pos.region_offset as usize, from);
                     Ok(())
                 }
-                _ => T::write(&opened.data, pos, from),
+                _ => {
+                    opened.endpoint.write_msix(pos, from);
+                    T::write(&opened.data, pos, from)
+                }
             },
         )
     }
@@ -336,8 +410,7 @@ impl<T: Operations> Emulated<T> {
             GET_IRQ_INFO => Self::get_irq_info(&opened.endpoint.irqs, arg),
             SET_IRQS => Self::set_irqs(&opened.endpoint.irqs, arg),
             RESET => {
-                self.private.engine.reset(&opened.data);
-                opened.endpoint.reset(self.private.config.clone());
+                self.private.engine.reset(&opened);
                 Ok(())
             }
             _ => Err(ENOTTY),
@@ -365,21 +438,14 @@ impl<T: Operations> Emulated<T> {
         let argsz = reader.read::<u32>()?;
         let _flags = reader.read::<u32>()?;
         let index = reader.read::<u32>()?;
-        if (argsz as usize) < 4 * size_of::<u32>() || index >= irq::COUNT {
+        if (argsz as usize) < 4 * size_of::<u32>() {
             return Err(EINVAL);
         }
-        if index == irq::ERR && irqs.count(index) == 0 {
-            return Err(EINVAL);
-        }
-        // MSI-X vectors come and go one by one; what has a single vector has nothing to resize.
-        let flags = match index {
-            irq::MSIX => bindings::VFIO_IRQ_INFO_EVENTFD,
-            _ => bindings::VFIO_IRQ_INFO_EVENTFD | bindings::VFIO_IRQ_INFO_NORESIZE,
-        };
+        let (flags, count) = irqs.info(index)?;
         writer.write(&argsz)?;
         writer.write(&flags)?;
         writer.write(&index)?;
-        writer.write(&irqs.count(index))
+        writer.write(&count)
     }
 
     /// Serves `VFIO_DEVICE_SET_IRQS`.
@@ -617,11 +683,17 @@ impl<T: Operations> VTable<T> {
     /// # Safety
     ///
     /// Must be called by the core on a device with these operations.
-    unsafe extern "C" fn request(vdev: *mut bindings::vfio_device, _count: c_uint) {
-        // SAFETY: The core holds a reference for the call.
-        let this = unsafe { Emulated::<T>::from_raw(vdev) };
+    unsafe extern "C" fn request(vdev: *mut bindings::vfio_device, count: c_uint) {
+        // SAFETY: The core holds a reference for the call, and the parent is bound to its driver
+        // until the registration is dropped, which waits for this.
+        let (this, parent) = unsafe {
+            (
+                Emulated::<T>::from_raw(vdev),
+                device::Device::from_raw((*vdev).dev),
+            )
+        };
         if let Ok(opened) = this.opened() {
-            opened.endpoint.irqs.trigger(irq::REQ, 0);
+            opened.endpoint.irqs.request(parent, count);
         }
     }
 
@@ -639,11 +711,9 @@ impl<T: Operations> VTable<T> {
                 Device::<Open>::from_raw(vdev),
             )
         };
-        let file = this.opened().and_then(|opened| {
-            this.private
-                .engine
-                .set_state(&opened.data, device, new_state)
-        });
+        let file = this
+            .opened()
+            .and_then(|opened| this.private.engine.set_state(&opened, device, new_state));
         match file {
             // The core takes over the reference.
             Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
@@ -678,7 +748,7 @@ impl<T: Operations> VTable<T> {
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         from_result(|| {
             let opened = this.opened()?;
-            let size = this.private.engine.data_size(&opened.data);
+            let size = this.private.engine.data_size(&opened);
             // SAFETY: `length` is valid.
             unsafe { *length = size as c_ulong };
             Ok(0)

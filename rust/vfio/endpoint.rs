@@ -4,14 +4,17 @@
 
 use crate::{
     config_space::{
+        self,
         ConfigSpace,
         SIZE, //
     },
     irq::{
-        self,
+        msix,
         Irqs, //
     },
+    region::Position, //
 };
+use core::ops::Range;
 use kernel::{
     new_mutex,
     prelude::*,
@@ -24,9 +27,27 @@ use kernel::{
 /// The PCI side of an open device: its configuration space and its interrupts.
 ///
 /// The front end serves the user's accesses to it; a driver signals interrupts, and saves and loads
-/// the configuration space. All of it works while the device is stopped: it belongs to the bus.
+/// what is in it. The configuration space works while the device is stopped: it belongs to the bus.
+/// After the last close nothing of it has an effect any more.
+///
+/// # Interrupts
+///
+/// An interrupt that cannot be delivered at once waits, and is delivered as soon as it can be: if
+/// the device is stopped (in `STOP`, `STOP_COPY` and `RESUMING`), if the vector is masked, or if
+/// nobody listens to it yet. Several that wait in a vector are delivered as one. Which vectors
+/// have one that waits is in the pending bits, which the user can read in the device's BAR.
+///
+/// A vector is masked by `VFIO_DEVICE_SET_IRQS`, by its bit in the MSI-X table or by the function
+/// mask in the configuration space. At power on none is: users of VFIO switch MSI-X on and off by
+/// `VFIO_DEVICE_SET_IRQS`, and many never write the table of the device.
+///
+/// What migrates is what belongs to the device: configuration space, table and pending bits. The
+/// eventfds, and the masks of `VFIO_DEVICE_SET_IRQS`, are the user's, who sets them anew on the
+/// target.
 #[pin_data]
 pub struct Endpoint {
+    power_on: ConfigSpace,
+    place: config_space::Msix,
     #[pin]
     config: Mutex<ConfigSpace>,
     #[pin]
@@ -34,22 +55,32 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Makes the PCI side of a device at power on, with its interrupts silent.
+    /// Makes the PCI side of a running device at power on, with its interrupts silent.
     pub(crate) fn new(power_on: ConfigSpace) -> Result<Arc<Self>> {
-        let counts = power_on.irq_counts();
+        let place = power_on.msix_place();
         Arc::pin_init(
             try_pin_init!(Self {
-                config <- new_mutex!(power_on, "vfio::endpoint::Endpoint::config"),
-                irqs <- Irqs::new(counts),
+                config <- new_mutex!(power_on.clone(), "vfio::endpoint::Endpoint::config"),
+                power_on,
+                place,
+                irqs <- Irqs::new(place.vectors),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
     }
 
-    /// Signals an MSI-X vector, if its user asked for that and there is such a vector. Does not
-    /// sleep.
+    /// Raises the interrupt of an MSI-X vector. Nothing happens if there is no such vector.
+    ///
+    /// Does not sleep. May be called in any context but a non-maskable interrupt, in hard
+    /// interrupts too, and with locks held: it takes a spinlock with interrupts disabled, and under
+    /// it those of the eventfd's waiters.
     pub fn signal(&self, vector: u32) {
-        self.irqs.trigger(irq::MSIX, vector);
+        self.irqs.signal(vector);
+    }
+
+    /// Says whether the device runs. While it does not, interrupts wait.
+    pub(crate) fn run(&self, running: bool) {
+        self.irqs.msix(|msix| msix.run(running));
     }
 
     /// Reads from the configuration space.
@@ -59,13 +90,65 @@ impl Endpoint {
 
     /// Writes to the configuration space.
     pub(crate) fn write_config(&self, offset: usize, from: &[u8]) {
-        self.config.lock().write(offset, from);
+        let mut config = self.config.lock();
+        config.write(offset, from);
+        self.follow(&config);
     }
 
-    /// Brings the configuration space into the state of power on. Interrupts stay as the user set
-    /// them up.
-    pub(crate) fn reset(&self, power_on: ConfigSpace) {
-        *self.config.lock() = power_on;
+    /// Puts the function mask into effect. Called with `config` locked.
+    fn follow(&self, config: &ConfigSpace) {
+        let masked = config.is_function_masked();
+        self.irqs.msix(|msix| msix.mask_function(masked));
+    }
+
+    /// Returns which bytes of an access of `len` bytes meet the `size` bytes at `base` in the BAR
+    /// of MSI-X, and where in these they begin.
+    fn meet(&self, pos: Position, len: usize, base: u32, size: usize) -> (Range<usize>, usize) {
+        let (base, at) = (u64::from(base), pos.region_offset);
+        let start = at.max(base);
+        let end = (at + len as u64).min(base + size as u64);
+        if pos.region_index != self.place.bar || start >= end {
+            return (0..0, 0);
+        }
+        let bytes = (start - at) as usize..(end - at) as usize;
+        (bytes, (start - base) as usize)
+    }
+
+    /// Reads from the MSI-X table and pending bits, as far as an access meets them. The rest of
+    /// `to` is left as it is.
+    pub(crate) fn read_msix(&self, pos: Position, to: &mut [u8]) {
+        let vectors = self.place.vectors as usize;
+        let (bytes, offset) = self.meet(pos, to.len(), self.place.table, msix::table_size(vectors));
+        if let Some(to) = to.get_mut(bytes).filter(|to| !to.is_empty()) {
+            self.irqs.msix(|msix| msix.read_table(offset, to));
+        }
+        let (bytes, offset) = self.meet(
+            pos,
+            to.len(),
+            self.place.pending,
+            msix::pending_size(vectors),
+        );
+        if let Some(to) = to.get_mut(bytes).filter(|to| !to.is_empty()) {
+            self.irqs.msix(|msix| msix.read_pending(offset, to));
+        }
+    }
+
+    /// Writes to the MSI-X table, as far as an access meets it, unless the device is stopped. The
+    /// pending bits cannot be written.
+    pub(crate) fn write_msix(&self, pos: Position, from: &[u8]) {
+        let size = msix::table_size(self.place.vectors as usize);
+        let (bytes, offset) = self.meet(pos, from.len(), self.place.table, size);
+        if let Some(from) = from.get(bytes).filter(|from| !from.is_empty()) {
+            self.irqs.msix(|msix| msix.write_table(offset, from));
+        }
+    }
+
+    /// Brings configuration space, MSI-X table and pending bits into the state of power on, and
+    /// lets interrupts pass. What the user set up by `VFIO_DEVICE_SET_IRQS` stays.
+    pub(crate) fn reset(&self) {
+        let mut config = self.config.lock();
+        *config = self.power_on.clone();
+        self.irqs.msix(|msix| msix.reset());
     }
 
     /// Returns the content of the configuration space, for the stream. May sleep.
@@ -87,6 +170,49 @@ impl Endpoint {
     /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it differs in
     /// what cannot be written. May sleep.
     pub fn load_config(&self, bytes: &[u8; SIZE]) -> Result {
-        self.config.lock().load(bytes)
+        let mut config = self.config.lock();
+        config.load(bytes)?;
+        self.follow(&config);
+        Ok(())
+    }
+
+    /// Copies the MSI-X table, and behind it the pending bits, for the stream. Does not sleep.
+    ///
+    /// `to` has to have [`msix_size`](config_space::msix_size) bytes; what is missing is not
+    /// copied, what is more is left as it is.
+    pub fn save_msix(&self, to: &mut [u8]) {
+        let table = msix::table_size(self.place.vectors as usize);
+        self.irqs.msix(|msix| {
+            msix.read_table(0, to);
+            msix.read_pending(0, to.get_mut(table..).unwrap_or(&mut []));
+        });
+    }
+
+    /// Tells whether MSI-X table and pending bits in a stream are of such a device: [`load_msix`]
+    /// would succeed. Does not sleep.
+    ///
+    /// [`load_msix`]: Self::load_msix
+    pub fn accepts_msix(&self, bytes: &[u8]) -> bool {
+        let table = msix::table_size(self.place.vectors as usize);
+        bytes
+            .get(table..)
+            .is_some_and(|pending| self.irqs.msix(|msix| msix.accepts_pending(pending)))
+    }
+
+    /// Replaces MSI-X table and pending bits by what is in a stream. What waited on the source is
+    /// delivered when the device runs.
+    ///
+    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it is not as
+    /// long, or has a pending bit of a vector that is not there. Does not sleep.
+    pub fn load_msix(&self, bytes: &[u8]) -> Result {
+        let table = msix::table_size(self.place.vectors as usize);
+        let (table, pending) = bytes.split_at_checked(table).ok_or(EINVAL)?;
+        self.irqs.msix(|msix| {
+            if !msix.accepts_pending(pending) {
+                return Err(EINVAL);
+            }
+            msix.load(table, pending);
+            Ok(())
+        })
     }
 }

@@ -5,46 +5,66 @@
 //! C headers: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h),
 //! [`include/linux/eventfd.h`](srctree/include/linux/eventfd.h)
 
+// Public to the tests, which build the file as a crate of their own.
+#[allow(unreachable_pub)]
+pub(crate) mod msix;
+
+use self::msix::{
+    Listener,
+    Msix,
+    Vector, //
+};
 use crate::bindings;
 use core::ptr::NonNull;
 use kernel::{
+    device::Device,
     error::{
         from_err_ptr,
         to_result, //
     },
-    new_spinlock,
+    new_mutex,
+    new_spinlock_irq,
     prelude::*,
-    sync::SpinLock,
+    sync::{
+        Mutex,
+        SpinLockIrq, //
+    },
     uaccess::UserSliceReader, //
 };
 
 /// Message signalled interrupts of the extended kind.
-pub(crate) const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
-/// Errors of PCI Express, which `vfio-pci` denies to exist where a device cannot have them.
-pub(crate) const ERR: u32 = bindings::VFIO_PCI_ERR_IRQ_INDEX;
+const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
 /// The request that the user let go of the device.
-pub(crate) const REQ: u32 = bindings::VFIO_PCI_REQ_IRQ_INDEX;
+const REQ: u32 = bindings::VFIO_PCI_REQ_IRQ_INDEX;
 /// How many interrupt indexes a PCI device has, present or not.
 pub(crate) const COUNT: u32 = bindings::VFIO_PCI_NUM_IRQS;
+
+/// How often a removal that waits for the user is told to the log, in requests. As `vfio-pci`.
+const REQUESTS_PER_NOTICE: u32 = 10;
 
 /// An eventfd that somebody else waits on.
 ///
 /// # Invariants
 ///
 /// The pointer is valid, and a reference on the `struct eventfd_ctx` is owned.
-struct EventFd(NonNull<bindings::eventfd_ctx>);
+pub(crate) struct EventFd(NonNull<bindings::eventfd_ctx>);
 
 impl EventFd {
-    /// Takes a reference on what `fd` stands for.
+    /// Takes a reference on what `fd` stands for; on nothing if it is negative.
     ///
     /// Fails with `EBADF` or `EINVAL` if that is no eventfd.
-    fn from_fd(fd: i32) -> Result<Self> {
+    fn from_fd(fd: i32) -> Result<Option<Self>> {
+        if fd < 0 {
+            return Ok(None);
+        }
         // SAFETY: Any value may be asked for.
         let ctx = from_err_ptr(unsafe { bindings::eventfd_ctx_fdget(fd) })?;
         // INVARIANT: `eventfd_ctx_fdget()` takes the reference that is now owned.
-        NonNull::new(ctx).map(Self).ok_or(EBADF)
+        Ok(NonNull::new(ctx).map(Self))
     }
+}
 
+impl Listener for EventFd {
     /// Adds one to the counter. Does not sleep.
     fn signal(&self) {
         // SAFETY: By the type invariants the pointer is valid.
@@ -62,9 +82,6 @@ impl Drop for EventFd {
 // SAFETY: A reference on an eventfd belongs to no thread.
 unsafe impl Send for EventFd {}
 
-/// How many vectors a device has at each interrupt index.
-pub(crate) type Counts = [u32; COUNT as usize];
-
 /// What the user asked for in `VFIO_DEVICE_SET_IRQS`, as it was given.
 #[derive(Clone, Copy)]
 pub(crate) struct Request {
@@ -75,69 +92,171 @@ pub(crate) struct Request {
     pub(crate) count: u32,
 }
 
+/// What follows the header of `VFIO_DEVICE_SET_IRQS`.
+enum Data {
+    /// Nothing: the action is for all vectors of the range.
+    None,
+    /// The action is for the vectors whose byte is not zero.
+    Bool(KVec<u8>),
+    /// The action is bound to these files.
+    EventFd(KVec<u8>),
+}
+
+impl Data {
+    /// Tells whether the action is for the vector at this place in the range.
+    fn includes(&self, index: u32) -> bool {
+        match self {
+            Self::None => true,
+            Self::Bool(bytes) => bytes.get(index as usize).is_some_and(|byte| *byte != 0),
+            Self::EventFd(_) => false,
+        }
+    }
+}
+
+/// Returns the file descriptors in the user's data.
+fn fds(bytes: &[u8]) -> impl Iterator<Item = i32> + '_ {
+    bytes
+        .chunks_exact(size_of::<i32>())
+        .filter_map(|fd| Some(i32::from_ne_bytes(fd.try_into().ok()?)))
+}
+
+/// The interrupts of an open device, as the lock protects them.
+struct Inner {
+    msix: Msix<KVec<Vector<EventFd>>>,
+    /// The user has switched MSI-X on, by setting eventfds.
+    enabled: bool,
+    request: Option<EventFd>,
+}
+
 /// The interrupts of an open device.
 ///
 /// Lives in the device's open data, so that nobody is signalled after the last close.
 #[pin_data]
 pub(crate) struct Irqs {
-    counts: Counts,
-    /// The vectors of all indexes, one after the other.
+    vectors: u32,
+    /// Held while the user changes something, which takes more than one step. Taken before `inner`.
     #[pin]
-    vectors: SpinLock<KVec<Option<EventFd>>>,
+    gate: Mutex<()>,
+    /// Taken in hard interrupts too, because a device may signal there.
+    #[pin]
+    inner: SpinLockIrq<Inner>,
 }
 
 impl Irqs {
-    /// Makes the interrupts of a device with `counts[index]` vectors at each index, all of them
-    /// silent.
-    pub(crate) fn new(counts: Counts) -> impl PinInit<Self, Error> {
+    /// Makes the interrupts of a running device with `vectors` vectors of MSI-X, to which nobody
+    /// listens.
+    pub(crate) fn new(vectors: u32) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            counts,
-            vectors <- {
-                let mut vectors = KVec::new();
-                for _ in 0..counts.iter().sum::<u32>() {
-                    vectors.push(None, GFP_KERNEL)?;
+            gate <- new_mutex!((), "vfio::irq::Irqs::gate"),
+            inner <- {
+                let mut all = KVec::with_capacity(vectors as usize, GFP_KERNEL_ACCOUNT)?;
+                for _ in 0..vectors {
+                    all.push(Vector::POWER_ON, GFP_KERNEL_ACCOUNT)?;
                 }
-                new_spinlock!(vectors, "vfio::irq::Irqs")
+                let inner = Inner {
+                    msix: Msix::new(all),
+                    enabled: false,
+                    request: None,
+                };
+                new_spinlock_irq!(inner, "vfio::irq::Irqs::inner")
             },
+            vectors,
         }? Error)
     }
 
     /// Returns how many vectors there are at `index`; none if there is no such index.
-    pub(crate) fn count(&self, index: u32) -> u32 {
-        self.counts.get(index as usize).copied().unwrap_or(0)
-    }
-
-    /// Returns the place of a vector among those of all indexes.
-    fn slot(&self, index: u32, vector: u32) -> Option<usize> {
-        if vector >= self.count(index) {
-            return None;
-        }
-        let before: u32 = self.counts.iter().take(index as usize).sum();
-        Some((before + vector) as usize)
-    }
-
-    /// Signals a vector, if its user asked for that. Does not sleep.
-    pub(crate) fn trigger(&self, index: u32, vector: u32) {
-        if let Some(slot) = self.slot(index, vector) {
-            if let Some(Some(eventfd)) = self.vectors.lock().get(slot) {
-                eventfd.signal();
-            }
+    fn count(&self, index: u32) -> u32 {
+        match index {
+            MSIX => self.vectors,
+            REQ => 1,
+            _ => 0,
         }
     }
 
-    /// Sets the eventfd of a vector and returns the one it had.
-    fn replace(&self, index: u32, vector: u32, new: Option<EventFd>) -> Option<EventFd> {
-        let slot = self.slot(index, vector)?;
-        let mut vectors = self.vectors.lock();
-        core::mem::replace(vectors.get_mut(slot)?, new)
-    }
-
-    /// Serves `VFIO_DEVICE_SET_IRQS`. `data` is what follows the header in the user's memory.
+    /// Returns flags and count of an interrupt index, for `VFIO_DEVICE_GET_IRQ_INFO`.
     ///
-    /// Fails with `EINVAL` for arguments that `vfio_set_irqs_validate_and_prepare()` refuses, with
-    /// `ENOTTY` for what such an interrupt cannot do, and with `EFAULT`, `EBADF` or `EINVAL` for
-    /// eventfds that are none; then nothing has changed. May sleep.
-    pub(crate) fn set(&self, request: Request, data: &mut UserSliceReader) -> Result {
+    /// Fails with `EINVAL` if there is no such index, and for errors of PCI Express, which a
+    /// conventional PCI device cannot have.
+    pub(crate) fn info(&self, index: u32) -> Result<(u32, u32)> {
+        let kind = match index {
+            // As `vfio-pci`, also for a device that has none.
+            bindings::VFIO_PCI_INTX_IRQ_INDEX => {
+                bindings::VFIO_IRQ_INFO_MASKABLE | bindings::VFIO_IRQ_INFO_AUTOMASKED
+            }
+            // Vectors come and go one by one.
+            MSIX => bindings::VFIO_IRQ_INFO_MASKABLE,
+            bindings::VFIO_PCI_MSI_IRQ_INDEX | REQ => bindings::VFIO_IRQ_INFO_NORESIZE,
+            _ => return Err(EINVAL),
+        };
+        Ok((bindings::VFIO_IRQ_INFO_EVENTFD | kind, self.count(index)))
+    }
+
+    /// Raises an interrupt of MSI-X; it waits if it cannot be delivered. Does not sleep, and may be
+    /// called in a hard interrupt.
+    pub(crate) fn signal(&self, vector: u32) {
+        self.inner.lock().msix.signal(vector as usize);
+    }
+
+    /// Asks the user to let go of the device, which somebody wants to remove, for the `count`th
+    /// time. Says in the log, as `vfio-pci` does, what the removal waits for.
+    pub(crate) fn request(&self, dev: &Device, count: u32) {
+        let inner = self.inner.lock();
+        if let Some(eventfd) = &inner.request {
+            eventfd.signal();
+        }
+        let asked = inner.request.is_some();
+        drop(inner);
+        if asked && count % REQUESTS_PER_NOTICE == 0 {
+            dev_notice!(dev, "Relaying device request to user (#{})\n", count);
+        } else if !asked && count == 0 {
+            dev_warn!(
+                dev,
+                "No device request channel registered, blocked until released by user\n"
+            );
+        }
+    }
+
+    /// Works on the MSI-X side of the device.
+    pub(crate) fn msix<R>(&self, work: impl FnOnce(&mut Msix<KVec<Vector<EventFd>>>) -> R) -> R {
+        work(&mut self.inner.lock().msix)
+    }
+
+    /// Lets go of all eventfds: nobody is signalled any more. May sleep.
+    pub(crate) fn silence(&self) {
+        let _gate = self.gate.lock();
+        self.disable();
+        let request = self.inner.lock().request.take();
+        // Dropped outside of the lock.
+        drop(request);
+    }
+
+    /// Switches MSI-X off, and forgets what was masked. What waits goes on waiting. Called with
+    /// `gate` held.
+    fn disable(&self) {
+        self.inner.lock().enabled = false;
+        for vector in 0..self.vectors as usize {
+            let mut inner = self.inner.lock();
+            let listener = inner.msix.listen(vector, None);
+            inner.msix.mask(vector, false);
+            drop(inner);
+            // Dropped outside of the lock.
+            drop(listener);
+        }
+    }
+
+    /// Serves `VFIO_DEVICE_SET_IRQS`. `reader` is at what follows the header in the user's memory.
+    ///
+    /// Fails as `vfio-pci` does; then nothing has changed:
+    ///
+    /// * with `EINVAL` for arguments that `vfio_set_irqs_validate_and_prepare()` refuses, for
+    ///   MSI-X that is not switched on, and for what the request interrupt has no sense of;
+    /// * with `ENOTTY` for actions that such an interrupt does not have;
+    /// * with `ERANGE` if MSI-X is switched on with no vector;
+    /// * with `EBADF` or `EINVAL` for files that are no eventfds;
+    /// * with `EFAULT` and `ENOMEM`.
+    ///
+    /// May sleep.
+    pub(crate) fn set(&self, request: Request, reader: &mut UserSliceReader) -> Result {
         let Request {
             argsz,
             flags,
@@ -163,45 +282,102 @@ impl Irqs {
                 &raw mut size,
             )
         })?;
-        if flags & bindings::VFIO_IRQ_SET_ACTION_TYPE_MASK != bindings::VFIO_IRQ_SET_ACTION_TRIGGER
-        {
+        let mut bytes = KVec::zeroed(size, GFP_KERNEL_ACCOUNT)?;
+        reader.read_slice(&mut bytes)?;
+        let data = match flags & bindings::VFIO_IRQ_SET_DATA_TYPE_MASK {
+            bindings::VFIO_IRQ_SET_DATA_NONE => Data::None,
+            bindings::VFIO_IRQ_SET_DATA_BOOL => Data::Bool(bytes),
+            _ => Data::EventFd(bytes),
+        };
+        let _gate = self.gate.lock();
+        match (index, flags & bindings::VFIO_IRQ_SET_ACTION_TYPE_MASK) {
+            (MSIX, bindings::VFIO_IRQ_SET_ACTION_TRIGGER) => self.trigger(start, count, &data),
+            (MSIX, bindings::VFIO_IRQ_SET_ACTION_MASK) => self.mask(start, count, &data, true),
+            (MSIX, bindings::VFIO_IRQ_SET_ACTION_UNMASK) => self.mask(start, count, &data, false),
+            (REQ, bindings::VFIO_IRQ_SET_ACTION_TRIGGER) => self.trigger_request(count, &data),
+            _ => Err(ENOTTY),
+        }
+    }
+
+    /// Sets the eventfds of a range of vectors; or raises their interrupts as the device would do;
+    /// or, for no vector at all, switches MSI-X off.
+    fn trigger(&self, start: u32, count: u32, data: &Data) -> Result {
+        if let Data::EventFd(bytes) = data {
+            // All the new ones are held before the first old one is let go.
+            let mut eventfds = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
+            for fd in fds(bytes) {
+                eventfds.push(EventFd::from_fd(fd)?, GFP_KERNEL_ACCOUNT)?;
+            }
+            let mut inner = self.inner.lock();
+            if !inner.enabled && start + count == 0 {
+                return Err(ERANGE);
+            }
+            inner.enabled = true;
+            for (vector, eventfd) in (start as usize..).zip(eventfds.iter_mut()) {
+                *eventfd = inner.msix.listen(vector, eventfd.take());
+            }
+            drop(inner);
+            // The old ones are dropped outside of the lock.
+            return Ok(());
+        }
+        let mut inner = self.inner.lock();
+        if !inner.enabled {
+            return Err(EINVAL);
+        }
+        if count == 0 && matches!(data, Data::None) {
+            drop(inner);
+            self.disable();
+            return Ok(());
+        }
+        for index in (0..count).filter(|index| data.includes(*index)) {
+            inner.msix.signal((start + index) as usize);
+        }
+        Ok(())
+    }
+
+    /// Masks or unmasks a range of vectors. `vfio-pci` has this for INTx alone, where it refuses
+    /// what is refused here.
+    fn mask(&self, start: u32, count: u32, data: &Data, masked: bool) -> Result {
+        let mut inner = self.inner.lock();
+        if !inner.enabled {
+            return Err(EINVAL);
+        }
+        if let Data::EventFd(_) = data {
             return Err(ENOTTY);
         }
-        match flags & bindings::VFIO_IRQ_SET_DATA_TYPE_MASK {
-            bindings::VFIO_IRQ_SET_DATA_NONE if count == 0 => {
-                for vector in 0..self.count(index) {
-                    drop(self.replace(index, vector, None));
-                }
-            }
-            bindings::VFIO_IRQ_SET_DATA_NONE => {
-                for vector in start..start + count {
-                    self.trigger(index, vector);
-                }
-            }
-            bindings::VFIO_IRQ_SET_DATA_BOOL => {
-                let mut fire = KVec::zeroed(count as usize, GFP_KERNEL_ACCOUNT)?;
-                data.read_slice(&mut fire)?;
-                for (vector, _) in (start..).zip(&fire).filter(|(_, fire)| **fire != 0) {
-                    self.trigger(index, vector);
-                }
-            }
-            _ => {
-                // All the new ones are held before the first old one is let go.
-                let mut eventfds = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
-                for _ in 0..count {
-                    let fd = data.read::<i32>()?;
-                    let eventfd = if fd < 0 {
-                        None
-                    } else {
-                        Some(EventFd::from_fd(fd)?)
-                    };
-                    eventfds.push(eventfd, GFP_KERNEL_ACCOUNT)?;
-                }
-                for (vector, eventfd) in (start..).zip(eventfds) {
-                    drop(self.replace(index, vector, eventfd));
-                }
-            }
+        for index in (0..count).filter(|index| data.includes(*index)) {
+            inner.msix.mask((start + index) as usize, masked);
         }
+        Ok(())
+    }
+
+    /// Sets the eventfd of the request interrupt, takes it away, or signals it.
+    fn trigger_request(&self, count: u32, data: &Data) -> Result {
+        let new = match data {
+            Data::EventFd(bytes) => match fds(bytes).next() {
+                Some(fd) if fd >= -1 => EventFd::from_fd(fd)?,
+                _ => return Err(EINVAL),
+            },
+            Data::Bool(_) if count == 0 => return Err(EINVAL),
+            Data::None if count == 0 => None,
+            _ => {
+                let inner = self.inner.lock();
+                match &inner.request {
+                    Some(eventfd) if data.includes(0) => eventfd.signal(),
+                    None if matches!(data, Data::None) => return Err(EINVAL),
+                    _ => (),
+                }
+                return Ok(());
+            }
+        };
+        let mut inner = self.inner.lock();
+        if matches!(data, Data::None) && inner.request.is_none() {
+            return Err(EINVAL);
+        }
+        let old = core::mem::replace(&mut inner.request, new);
+        drop(inner);
+        // Dropped outside of the lock.
+        drop(old);
         Ok(())
     }
 }

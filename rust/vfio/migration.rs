@@ -209,7 +209,8 @@ pub trait Migratable: Send + Sync + 'static {
     }
 
     /// Stops the device: when it returns, there is no DMA and no interrupt any more, and nothing
-    /// changes the device's state but a [`Loader`] and [`reset`](Self::reset).
+    /// changes the device's state but a [`Loader`] and [`reset`](Self::reset). What an
+    /// [`Endpoint`](crate::endpoint::Endpoint) is signalled afterwards waits until the device runs.
     ///
     /// Called after [`quiesce_p2p`](Self::quiesce_p2p), and to undo [`start`](Self::start) on an
     /// arc that fails.

@@ -39,15 +39,11 @@ const BLOCK: usize = 256;
 /// How many MSI-X vectors the device has.
 pub(crate) const VECTORS: u32 = 4;
 
-/// The size of the MSI-X table in bytes.
-const TABLE_SIZE: usize = VECTORS as usize * 16;
-
-/// The size of the MSI-X pending bit array in bytes.
-const PBA_SIZE: usize = 8;
+/// The size of MSI-X table and pending bits in bytes.
+const MSIX_SIZE: usize = config_space::msix_size(VECTORS);
 
 /// The size of [`Snapshot`] in bytes.
-pub(crate) const SNAPSHOT_SIZE: usize =
-    config_space::SIZE + registers::SNAPSHOT_SIZE + TABLE_SIZE + PBA_SIZE;
+pub(crate) const SNAPSHOT_SIZE: usize = config_space::SIZE + registers::SNAPSHOT_SIZE + MSIX_SIZE;
 
 /// All of the device's state but its memory, as it is in the stream.
 pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
@@ -57,7 +53,6 @@ struct Front {
     /// The device is not stopped. While it is, its state changes by loading and reset alone.
     running: bool,
     registers: Registers,
-    msix_table: [u8; TABLE_SIZE],
     /// How many writes were dropped because the device was stopped. Says something about this
     /// host's user, so it does not migrate.
     dropped: u64,
@@ -68,7 +63,6 @@ impl Front {
         Self {
             running: true,
             registers: Registers::default(),
-            msix_table: [0; TABLE_SIZE],
             dropped: 0,
         }
     }
@@ -112,13 +106,7 @@ impl Chip {
         let front = self.front.lock();
         let image = front.registers.image(self.memory.size(), front.dropped);
         to.fill(0);
-        overlay(offset, to, 0, &image);
-        overlay(
-            offset,
-            to,
-            registers::MSIX_TABLE as usize,
-            &front.msix_table,
-        );
+        overlay(offset, to, &image);
     }
 
     /// Writes to BAR0, and executes the command if the write was one.
@@ -128,12 +116,6 @@ impl Chip {
             front.dropped += 1;
             return;
         }
-        underlay(
-            offset,
-            from,
-            registers::MSIX_TABLE as usize,
-            &mut front.msix_table,
-        );
         let Some(command) = front.registers.write(offset, from) else {
             return;
         };
@@ -188,7 +170,9 @@ impl Chip {
         let mut snapshot = [0; SNAPSHOT_SIZE];
         let config = self.endpoint.save_config();
         let registers = front.registers.save();
-        let parts: [&[u8]; 3] = [&config, &registers, &front.msix_table];
+        let mut msix = [0; MSIX_SIZE];
+        self.endpoint.save_msix(&mut msix);
+        let parts: [&[u8]; 3] = [&config, &registers, &msix];
         for (to, from) in snapshot.iter_mut().zip(parts.into_iter().flatten()) {
             *to = *from;
         }
@@ -200,7 +184,7 @@ impl Chip {
         Parts::of(snapshot).is_some_and(|parts| {
             self.endpoint.accepts_config(parts.config)
                 && Registers::load(parts.registers).is_some()
-                && parts.pba.iter().all(|byte| *byte == 0)
+                && self.endpoint.accepts_msix(parts.msix)
         })
     }
 
@@ -213,8 +197,7 @@ impl Chip {
         let save_delay = front.registers.save_delay;
         front.registers = registers;
         front.registers.save_delay = save_delay;
-        front.msix_table = *parts.msix_table;
-        Ok(())
+        self.endpoint.load_msix(parts.msix)
     }
 }
 
@@ -222,39 +205,25 @@ impl Chip {
 struct Parts<'a> {
     config: &'a [u8; config_space::SIZE],
     registers: &'a [u8; registers::SNAPSHOT_SIZE],
-    msix_table: &'a [u8; TABLE_SIZE],
-    pba: &'a [u8],
+    msix: &'a [u8],
 }
 
 impl<'a> Parts<'a> {
     fn of(snapshot: &'a Snapshot) -> Option<Self> {
         let (config, rest) = snapshot.split_first_chunk()?;
-        let (registers, rest) = rest.split_first_chunk()?;
-        let (msix_table, pba) = rest.split_first_chunk()?;
+        let (registers, msix) = rest.split_first_chunk()?;
         Some(Self {
             config,
             registers,
-            msix_table,
-            pba,
+            msix,
         })
     }
 }
 
-/// Copies to `to`, which is what is read at `offset`, where it meets what is at `base`.
-fn overlay(offset: usize, to: &mut [u8], base: usize, from: &[u8]) {
-    for (at, byte) in (offset..).zip(to) {
-        if let Some(from) = at.checked_sub(base).and_then(|index| from.get(index)) {
-            *byte = *from;
-        }
-    }
-}
-
-/// Copies from `from`, which is written at `offset`, where it meets what is at `base`.
-fn underlay(offset: usize, from: &[u8], base: usize, to: &mut [u8]) {
-    for (at, byte) in (offset..).zip(from) {
-        if let Some(to) = at.checked_sub(base).and_then(|index| to.get_mut(index)) {
-            *to = *byte;
-        }
+/// Copies to `to`, which is what is read at `offset`, where it meets `from`.
+fn overlay(offset: usize, to: &mut [u8], from: &[u8]) {
+    for (to, from) in to.iter_mut().zip(from.iter().skip(offset)) {
+        *to = *from;
     }
 }
 

@@ -13,6 +13,8 @@ use kernel::prelude::*;
 pub mod dirty_map;
 #[path = "../../../rust/vfio/migration/fsm.rs"]
 pub mod fsm;
+#[path = "../../../rust/vfio/irq/msix.rs"]
+pub mod msix;
 #[path = "../../../samples/vfio_mock/stream.rs"]
 pub mod stream;
 
@@ -22,7 +24,7 @@ mod fake;
 module! {
     type: VfioKunit,
     name: "vfio_kunit",
-    description: "KUnit tests of VFIO migration: engine, state machine, dirty map, stream",
+    description: "KUnit tests of VFIO migration: engine, state machine, dirty map, MSI-X, stream",
     license: "GPL",
 }
 
@@ -276,6 +278,104 @@ mod dirty_map_tests {
             assert_eq!(map.dirty(), model.iter().filter(|page| **page).count());
             assert_eq!(map.runs(), runs);
         }
+        Ok(())
+    }
+}
+
+#[kunit_tests(vfio_msix)]
+mod msix_tests {
+    use super::msix::{
+        Listener,
+        Msix,
+        Vector, //
+    };
+    use core::cell::Cell;
+    use kernel::prelude::*;
+
+    impl Listener for &Cell<u32> {
+        fn signal(&self) {
+            self.set(self.get() + 1);
+        }
+    }
+
+    type Device<'a> = Msix<KVec<Vector<&'a Cell<u32>>>>;
+
+    /// Returns a device with 70 vectors, to whose last one `counter` listens.
+    fn device(counter: &Cell<u32>) -> Result<Device<'_>> {
+        let mut vectors = KVec::new();
+
+        for _ in 0..70 {
+            vectors.push(Vector::POWER_ON, GFP_KERNEL)?;
+        }
+        let mut device = Msix::new(vectors);
+        assert!(device.listen(69, Some(counter)).is_none());
+        Ok(device)
+    }
+
+    #[test]
+    fn interrupts_are_delivered_or_wait() -> Result {
+        let counter = Cell::new(0);
+        let mut device = device(&counter)?;
+        let mut pending = [0; 16];
+
+        device.signal(69);
+        device.signal(70);
+        device.signal(usize::MAX);
+        assert_eq!(counter.get(), 1);
+        device.signal(8);
+        device.read_pending(0, &mut pending);
+        assert_eq!(u128::from_le_bytes(pending), 1 << 8);
+        assert!(device.listen(8, Some(&counter)).is_none());
+        assert_eq!(counter.get(), 2);
+        Ok(())
+    }
+
+    #[test]
+    fn each_reason_to_wait_is_enough() -> Result {
+        type Hold = fn(&mut Device<'_>, bool);
+
+        let counter = Cell::new(0);
+        let mut device = device(&counter)?;
+        let mut pending = [0; 1];
+        let reasons: [Hold; 4] = [
+            |device, hold| device.run(!hold),
+            |device, hold| device.mask(69, hold),
+            |device, hold| device.mask_function(hold),
+            |device, hold| device.write_table(69 * 16 + 12, &[u8::from(hold)]),
+        ];
+
+        for (index, hold) in reasons.iter().enumerate() {
+            hold(&mut device, true);
+            device.signal(69);
+            device.signal(69);
+            assert_eq!(counter.get() as usize, index);
+            device.read_pending(8, &mut pending);
+            assert_eq!(pending, [1 << 5]);
+            hold(&mut device, false);
+            assert_eq!(counter.get() as usize, index + 1);
+            device.read_pending(8, &mut pending);
+            assert_eq!(pending, [0]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_waits_is_taken_over() -> Result {
+        let counter = Cell::new(0);
+        let mut device = device(&counter)?;
+        let table = KVec::zeroed(70 * 16, GFP_KERNEL)?;
+        let mut pending = [0; 16];
+
+        device.run(false);
+        pending[8] = 1 << 5;
+        assert!(device.accepts_pending(&pending));
+        device.load(&table, &pending);
+        assert_eq!(counter.get(), 0);
+        device.run(true);
+        assert_eq!(counter.get(), 1);
+        pending[8] = 1 << 6;
+        assert!(!device.accepts_pending(&pending));
+        assert!(!device.accepts_pending(pending.get(..8).ok_or(EINVAL)?));
         Ok(())
     }
 }

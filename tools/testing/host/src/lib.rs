@@ -11,5 +11,7 @@
 pub mod dirty_map;
 #[path = "../../../../rust/vfio/migration/fsm.rs"]
 pub mod fsm;
+#[path = "../../../../rust/vfio/irq/msix.rs"]
+pub mod msix;
 #[path = "../../../../samples/vfio_mock/stream.rs"]
 pub mod stream;

@@ -21,6 +21,7 @@
 struct mock_front {
 	__u8 registers[VFIO_MOCK_REGS_END];
 	__u8 msix_table[VFIO_MOCK_MSIX_VECTORS * 16];
+	__u8 msix_pba[8];
 	__u8 config[256];
 };
 
@@ -57,6 +58,8 @@ static inline int mock_read_front(const struct mock *m, struct mock_front *front
 	    sizeof(front->registers) ||
 	    mock_read(m, BAR0, VFIO_MOCK_MSIX_TABLE, front->msix_table,
 		      sizeof(front->msix_table)) != sizeof(front->msix_table) ||
+	    mock_read(m, BAR0, VFIO_MOCK_MSIX_PBA, front->msix_pba,
+		      sizeof(front->msix_pba)) != sizeof(front->msix_pba) ||
 	    mock_read(m, CONFIG, 0, front->config, sizeof(front->config)) !=
 	    sizeof(front->config))
 		return -EIO;
@@ -263,6 +266,8 @@ static inline void expect_same_front(struct __test_metadata *_metadata,
 	}
 	EXPECT_EQ(0, memcmp(before->msix_table, now->msix_table, sizeof(now->msix_table)))
 		PROMISE("%s: the MSI-X table is what it was", when);
+	EXPECT_EQ(0, memcmp(before->msix_pba, now->msix_pba, sizeof(now->msix_pba)))
+		PROMISE("%s: the interrupts that wait are what they were", when);
 	for (i = 0; i < sizeof(now->config); i++) {
 		EXPECT_EQ(before->config[i], now->config[i])
 			PROMISE("%s: config space is what it was at %#x", when, i);
@@ -376,6 +381,53 @@ static inline void load_and_compare(struct __test_metadata *_metadata,
 	expect_same_front(_metadata, front, &now, "on the target");
 	move_on(_metadata, &dst->dev, RUNNING);
 	expect_memory(_metadata, dst, want, "running on the target");
+}
+
+/* Writes one word to a file of sysfs; 0 or -errno. */
+static inline int write_sysfs(const char *path, const char *word)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC), ret;
+
+	if (fd < 0)
+		return -errno;
+	ret = write(fd, word, strlen(word)) < 0 ? -errno : 0;
+	close(fd);
+	return ret;
+}
+
+/* A device that lives for one test. */
+struct guest {
+	struct mig_device dev;
+	char path[64];
+	char remove[80];
+	pthread_t remover;
+	int ret;
+};
+
+static inline void create_guest(struct __test_metadata *_metadata,
+				struct guest *g, const struct mock *like)
+{
+	char uuid[37] = "", create[PATH_MAX + 32];
+	int fd;
+
+	fd = open("/proc/sys/kernel/random/uuid", O_RDONLY | O_CLOEXEC);
+	ASSERT_EQ(36, read(fd, uuid, 36));
+	close(fd);
+	snprintf(create, sizeof(create), "%s/mdev_type/create", like->path);
+	ASSERT_EQ(0, write_sysfs(create, uuid))
+		STEP("create a device through %s", create);
+	snprintf(g->path, sizeof(g->path), "/sys/bus/mdev/devices/%s", uuid);
+	snprintf(g->remove, sizeof(g->remove), "%s/remove", g->path);
+	ASSERT_EQ(0, mig_open(&g->dev, g->path, like->dev.backend))
+		STEP("open the new device: %s", g->dev.why);
+}
+
+static inline void *remover_main(void *arg)
+{
+	struct guest *g = arg;
+
+	g->ret = write_sysfs(g->remove, "1");
+	return NULL;
 }
 
 #endif /* MOCK_H */

@@ -122,6 +122,7 @@ run_all()
 	shift
 	run vfio_migration_test "$@"
 	run vfio_mock_test "${brief_mock[@]}" "$@"
+	run vfio_mock_irq_test "$@"
 	run vfio_mock_stream_test "${brief_stream[@]}" "$@"
 }
 
@@ -154,7 +155,8 @@ run_others()
 	fi
 }
 
-for program in vfio_migration_test vfio_mock_test vfio_mock_stream_test; do
+for program in vfio_migration_test vfio_mock_test vfio_mock_irq_test \
+	vfio_mock_stream_test; do
 	if [ ! -x "$programs/$program" ]; then
 		say "$programs/$program: build it, or name its folder with -b"
 		exit 1
@@ -163,7 +165,7 @@ done
 
 echo 'TAP version 13'
 if [ -z "$shapes" ]; then
-	echo '1..5'
+	echo '1..6'
 	label=
 	if load '' && create; then
 		run_all whole "$@"
@@ -175,7 +177,7 @@ if [ -z "$shapes" ]; then
 	exit $failed
 fi
 
-echo '1..14'
+echo '1..18'
 for shape in $shapes; do
 	label=" migration_flags=$shape"
 	if ! { load "$shape" && create; }; then

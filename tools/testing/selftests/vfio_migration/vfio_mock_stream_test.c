@@ -494,7 +494,7 @@ static void build_registers(struct mock_writer *w, const struct mock_image *good
 		mock_put_registers(w, regs, len);
 		break;
 	case BAD_REGISTERS_PENDING:
-		regs[MOCK_REGISTERS_PBA] = 1;
+		regs[MOCK_REGISTERS_PBA] = 1 << VFIO_MOCK_MSIX_VECTORS;
 		mock_put_registers(w, regs, len);
 		break;
 	case BAD_PAGES_AFTER_REGISTERS:

@@ -1,0 +1,986 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The interrupts of vfio_mock: MSI-X by eventfds, the masks and pending bits,
+ * what a stopped device does with them and what the target gets, every argument
+ * of SET_IRQS that vfio-pci refuses, and the request to let go of the device.
+ *
+ *	VFIO_MOCK_64K="SOURCE TARGET" ./vfio_mock_irq_test
+ *
+ * with the sysfs paths of two mediated devices. run_mock.sh makes them.
+ */
+#include <sys/eventfd.h>
+
+#include "mock.h"
+
+#define MSIX		VFIO_PCI_MSIX_IRQ_INDEX
+#define REQ		VFIO_PCI_REQ_IRQ_INDEX
+#define VECTORS		VFIO_MOCK_MSIX_VECTORS
+
+#define DATA_NONE	VFIO_IRQ_SET_DATA_NONE
+#define DATA_BOOL	VFIO_IRQ_SET_DATA_BOOL
+#define DATA_EVENTFD	VFIO_IRQ_SET_DATA_EVENTFD
+#define MASK		VFIO_IRQ_SET_ACTION_MASK
+#define UNMASK		VFIO_IRQ_SET_ACTION_UNMASK
+#define TRIGGER		VFIO_IRQ_SET_ACTION_TRIGGER
+
+/* The last byte of the MSI-X capability's first dword. */
+#define MSIX_CONTROL		(VFIO_MOCK_MSIX_CAP + 3)
+#define MSIX_FUNCTION_MASK	0x40
+/* The mask of a vector in the table. */
+#define VECTOR_CONTROL(v)	(VFIO_MOCK_MSIX_TABLE + 16 * (v) + 12)
+
+FIXTURE(irq)
+{
+	struct mock m;
+	int fds[VECTORS];
+};
+
+FIXTURE_VARIANT(irq)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(irq, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(irq, iommufd) { .backend = MIG_IOMMUFD };
+
+FIXTURE_SETUP(irq)
+{
+	int i;
+
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_64K", 0, variant->backend);
+	for (i = 0; i < VECTORS; i++) {
+		self->fds[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+		ASSERT_LE(0, self->fds[i]);
+	}
+}
+
+FIXTURE_TEARDOWN(irq)
+{
+	mock_close(&self->m);
+}
+
+/* How often the eventfd was signalled since the last time it was asked. */
+static __u64 signals(int fd)
+{
+	__u64 count;
+
+	return read(fd, &count, sizeof(count)) == sizeof(count) ? count : 0;
+}
+
+/* SET_IRQS of MSI-X without data. */
+static int set_none(const struct mock *m, __u32 action, __u32 start, __u32 count)
+{
+	return mig_set_irqs(&m->dev, MSIX, DATA_NONE | action, start, count, NULL, 0);
+}
+
+/* SET_IRQS of MSI-X with a bool for each vector. */
+static int set_bools(const struct mock *m, __u32 action, const __u8 bools[VECTORS])
+{
+	return mig_set_irqs(&m->dev, MSIX, DATA_BOOL | action, 0, VECTORS, bools, VECTORS);
+}
+
+static int set_eventfds(const struct mock *m, __u32 start, __u32 count, const int *fds)
+{
+	return mig_set_irqs(&m->dev, MSIX, DATA_EVENTFD | TRIGGER, start, count, fds,
+			    count * sizeof(*fds));
+}
+
+/* The device raises the interrupt of a vector, as it does at the end of a command. */
+static void raise_irq(struct __test_metadata *_metadata, const struct mock *m, __u32 vector)
+{
+	set32(m, IRQ_VECTOR, vector);
+	command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 0, 8, 0);
+}
+
+static __u64 pending(struct __test_metadata *_metadata, const struct mock *m)
+{
+	return get(_metadata, m, BAR0, VFIO_MOCK_MSIX_PBA, 8);
+}
+
+/* How often each vector was signalled, in a digit of its own, the first one last. */
+static unsigned int all_signals(const int fds[VECTORS])
+{
+	unsigned int all = 0;
+	int i;
+
+	for (i = VECTORS - 1; i >= 0; i--)
+		all = all * 10 + signals(fds[i]);
+	return all;
+}
+
+/* ---- Who is told ---- */
+
+TEST_F(irq, info)
+{
+	static const struct {
+		int ret;
+		__u32 flags, count;
+	} want[VFIO_PCI_NUM_IRQS] = {
+		[VFIO_PCI_INTX_IRQ_INDEX] = {
+			.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE |
+				 VFIO_IRQ_INFO_AUTOMASKED,
+		},
+		[VFIO_PCI_MSI_IRQ_INDEX] = {
+			.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE,
+		},
+		[MSIX] = {
+			.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE,
+			.count = VECTORS,
+		},
+		/* The device is not PCI Express. */
+		[VFIO_PCI_ERR_IRQ_INDEX] = { .ret = -EINVAL },
+		[REQ] = {
+			.flags = VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE,
+			.count = 1,
+		},
+	};
+	struct vfio_irq_info info;
+	struct mock *m = &self->m;
+	__u32 i;
+
+	for (i = 0; i < VFIO_PCI_NUM_IRQS; i++) {
+		ASSERT_EQ(want[i].ret, mig_irq_info(&m->dev, i, &info))
+			PROMISE("irq index %u answers GET_IRQ_INFO so", i);
+		if (want[i].ret)
+			continue;
+		EXPECT_EQ(want[i].count, info.count)
+			PROMISE("irq index %u has so many vectors", i);
+		EXPECT_EQ(want[i].flags, info.flags)
+			PROMISE("irq index %u has these flags", i);
+	}
+	EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, VFIO_PCI_NUM_IRQS, &info));
+	EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, ~0U, &info));
+	info = (struct vfio_irq_info){ .argsz = 8 };
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, &info));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("argsz must cover the structure");
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, NULL));
+	EXPECT_EQ(EFAULT, errno);
+}
+
+TEST_F(irq, completion_signals_its_vector)
+{
+	struct mock *m = &self->m;
+	int i, j;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	fill(_metadata, m, 0, 8, 1);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("no interrupt is asked for after reset");
+	for (i = 0; i < VECTORS; i++) {
+		set32(m, IRQ_VECTOR, i);
+		fill(_metadata, m, 0, 8, i);
+		command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 0, 8, i);
+		for (j = 0; j < VECTORS; j++) {
+			EXPECT_EQ(i == j ? 2U : 0U, signals(self->fds[j]))
+				PROMISE("a completed command signals vector %d, and no other (%d)",
+					i, j);
+		}
+	}
+	/* The end of a refused command is an end, too. */
+	command(_metadata, m, 77, 0, 8, 0);
+	EXPECT_EQ(1U, signals(self->fds[VECTORS - 1]))
+		PROMISE("the vector is signalled at the end of a command");
+	/* A vector that is not there is nobody's interrupt. */
+	raise_irq(_metadata, m, VECTORS);
+	raise_irq(_metadata, m, 0x7fffffff);
+	EXPECT_EQ(0U, all_signals(self->fds));
+	EXPECT_EQ(0U, pending(_metadata, m));
+}
+
+TEST_F(irq, user_triggers_as_the_device_does)
+{
+	static const __u8 some[VECTORS] = { 1, 0, 0, 255 };
+	struct mock *m = &self->m;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	EXPECT_EQ(0, set_none(m, TRIGGER, 1, 2));
+	EXPECT_EQ(110U, all_signals(self->fds))
+		PROMISE("DATA_NONE with ACTION_TRIGGER signals each vector of the range");
+	EXPECT_EQ(0, set_bools(m, TRIGGER, some));
+	EXPECT_EQ(1001U, all_signals(self->fds))
+		PROMISE("DATA_BOOL with ACTION_TRIGGER signals the vectors that are true");
+
+	/* What it simulates is the device, which the masks hold back. */
+	ASSERT_EQ(0, set_none(m, MASK, 0, 1));
+	EXPECT_EQ(0, set_none(m, TRIGGER, 0, 2));
+	EXPECT_EQ(10U, all_signals(self->fds));
+	EXPECT_EQ(1U, pending(_metadata, m));
+}
+
+TEST_F(irq, eventfds_come_and_go)
+{
+	int none[VECTORS] = { -1, -5, -1, -1 }, other;
+	struct mock *m = &self->m;
+
+	/* A few, then more, without switching off before. */
+	ASSERT_EQ(0, set_eventfds(m, 1, 1, &self->fds[1]));
+	ASSERT_EQ(0, set_eventfds(m, 2, 2, &self->fds[2]));
+	raise_irq(_metadata, m, 1);
+	raise_irq(_metadata, m, 3);
+	EXPECT_EQ(1010U, all_signals(self->fds));
+
+	other = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	ASSERT_EQ(0, set_eventfds(m, 3, 1, &other));
+	raise_irq(_metadata, m, 3);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("a new eventfd takes the place of the old one");
+	EXPECT_EQ(1U, signals(other));
+
+	ASSERT_EQ(0, set_eventfds(m, 0, 2, none));
+	raise_irq(_metadata, m, 1);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("a negative eventfd de-assigns the vector");
+	raise_irq(_metadata, m, 2);
+	EXPECT_EQ(100U, all_signals(self->fds))
+		PROMISE("the other vectors stay as they are");
+
+	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 0))
+		PROMISE("count 0 with DATA_NONE and ACTION_TRIGGER disables the index");
+	raise_irq(_metadata, m, 2);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("a disabled index signals nothing");
+
+	/* The eventfd stays referenced by the device when the user closes it. */
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	close(self->fds[3]);
+	raise_irq(_metadata, m, 3);
+}
+
+/* ---- Who waits ---- */
+
+TEST_F(irq, waits_for_an_eventfd)
+{
+	struct mock *m = &self->m;
+
+	raise_irq(_metadata, m, 1);
+	raise_irq(_metadata, m, 1);
+	raise_irq(_metadata, m, 3);
+	EXPECT_EQ(0xaU, pending(_metadata, m))
+		PROMISE("an interrupt that nobody listens to waits");
+	ASSERT_EQ(0, set_eventfds(m, 0, 2, self->fds));
+	EXPECT_EQ(10U, all_signals(self->fds))
+		PROMISE("what waited is delivered, once, when somebody listens");
+	EXPECT_EQ(8U, pending(_metadata, m));
+	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 0));
+	EXPECT_EQ(8U, pending(_metadata, m))
+		PROMISE("what waits goes on waiting while MSI-X is off");
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	EXPECT_EQ(1000U, all_signals(self->fds));
+	EXPECT_EQ(0U, pending(_metadata, m));
+}
+
+TEST_F(irq, waits_while_masked_by_set_irqs)
+{
+	static const __u8 some[VECTORS] = { 0, 1, 0, 1 };
+	struct mock *m = &self->m;
+	int i;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	ASSERT_EQ(0, set_none(m, MASK, 1, 2));
+	for (i = 0; i < 3 * VECTORS; i++)
+		raise_irq(_metadata, m, i % VECTORS);
+	EXPECT_EQ(3003U, all_signals(self->fds))
+		PROMISE("ACTION_MASK holds back the vectors of the range, and no others");
+	EXPECT_EQ(6U, pending(_metadata, m))
+		PROMISE("the pending bits show what waits");
+
+	ASSERT_EQ(0, set_bools(m, UNMASK, some));
+	EXPECT_EQ(10U, all_signals(self->fds))
+		PROMISE("ACTION_UNMASK delivers what waited, as one interrupt");
+	EXPECT_EQ(4U, pending(_metadata, m))
+		PROMISE("DATA_BOOL unmasks the vectors that are true alone");
+	ASSERT_EQ(0, set_none(m, UNMASK, 0, VECTORS));
+	EXPECT_EQ(100U, all_signals(self->fds));
+	ASSERT_EQ(0, set_none(m, UNMASK, 0, VECTORS));
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("to unmask what is not masked delivers nothing");
+
+	ASSERT_EQ(0, set_bools(m, MASK, some));
+	for (i = 0; i < VECTORS; i++)
+		raise_irq(_metadata, m, i);
+	EXPECT_EQ(101U, all_signals(self->fds))
+		PROMISE("DATA_BOOL masks the vectors that are true alone");
+	ASSERT_EQ(0, set_none(m, MASK, 0, 0));
+	ASSERT_EQ(0, set_none(m, UNMASK, 0, 0));
+	EXPECT_EQ(10U, pending(_metadata, m))
+		PROMISE("a range of none is none");
+
+	/* The masks go with MSI-X, as those of INTx do in vfio-pci. */
+	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 0));
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	EXPECT_EQ(1010U, all_signals(self->fds));
+}
+
+TEST_F(irq, waits_while_masked_by_the_device)
+{
+	struct mock *m = &self->m;
+	int i;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	put(_metadata, m, BAR0, VECTOR_CONTROL(2), 1, 4);
+	for (i = 0; i < VECTORS; i++)
+		raise_irq(_metadata, m, i);
+	EXPECT_EQ(1011U, all_signals(self->fds))
+		PROMISE("the mask in the MSI-X table holds back its vector");
+	EXPECT_EQ(4U, pending(_metadata, m));
+	/* The other bits of that dword are reserved. */
+	put(_metadata, m, BAR0, VECTOR_CONTROL(2), 0xfffffffe, 4);
+	EXPECT_EQ(100U, all_signals(self->fds))
+		PROMISE("to clear the mask in the table delivers what waited");
+
+	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
+	for (i = 1; i < VECTORS; i++)
+		raise_irq(_metadata, m, i);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("the function mask holds back all vectors");
+	EXPECT_EQ(0xeU, pending(_metadata, m));
+	put(_metadata, m, CONFIG, VFIO_MOCK_MSIX_CAP, 0x80000000, 4);
+	EXPECT_EQ(1110U, all_signals(self->fds))
+		PROMISE("to clear the function mask delivers what waited");
+	EXPECT_EQ(0U, pending(_metadata, m));
+}
+
+TEST_F(irq, waits_until_no_reason_is_left)
+{
+	struct mock *m = &self->m;
+	int none = -1;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	ASSERT_EQ(0, set_none(m, MASK, 1, 1));
+	ASSERT_EQ(0, set_eventfds(m, 1, 1, &none));
+	put(_metadata, m, BAR0, VECTOR_CONTROL(1), 1, 4);
+	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
+	raise_irq(_metadata, m, 1);
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+
+	/* The table cannot be written while the device is stopped. */
+	ASSERT_EQ(0, set_none(m, UNMASK, 1, 1));
+	EXPECT_EQ(2U, pending(_metadata, m));
+	ASSERT_EQ(0, set_eventfds(m, 1, 1, &self->fds[1]));
+	EXPECT_EQ(2U, pending(_metadata, m));
+	put(_metadata, m, CONFIG, MSIX_CONTROL, 0, 1);
+	EXPECT_EQ(2U, pending(_metadata, m));
+	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	EXPECT_EQ(2U, pending(_metadata, m));
+	EXPECT_EQ(0U, all_signals(self->fds));
+	put(_metadata, m, BAR0, VECTOR_CONTROL(1), 0, 4);
+	EXPECT_EQ(10U, all_signals(self->fds))
+		PROMISE("what waited for five things is delivered after the last");
+	EXPECT_EQ(0U, pending(_metadata, m));
+}
+
+TEST_F(irq, waits_while_stopped)
+{
+	static const __u32 states[] = { STOP, STOP_COPY, RESUMING };
+	struct mock *m = &self->m;
+	struct mig_stream image = {};
+	unsigned int i;
+	int fd;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	take_image(_metadata, &m->dev, &image);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		fd = go(_metadata, &m->dev, states[i]);
+		raise_irq(_metadata, m, 0);
+		EXPECT_EQ(0U, pending(_metadata, m))
+			PROMISE("a device in %s executes no command",
+				mig_state_name(states[i]));
+		ASSERT_EQ(0, set_none(m, TRIGGER, 2, 1));
+		ASSERT_EQ(0, set_none(m, TRIGGER, 2, 1));
+		EXPECT_EQ(0U, all_signals(self->fds))
+			PROMISE("in %s the device must not generate interrupts",
+				mig_state_name(states[i]));
+		EXPECT_EQ(4U, pending(_metadata, m));
+		if (states[i] == RESUMING) {
+			/* What arrives is the state of another device. */
+			load_all(_metadata, fd, &image);
+		}
+		ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+		EXPECT_EQ(0U, all_signals(self->fds));
+		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		EXPECT_EQ(states[i] == RESUMING ? 0U : 100U, all_signals(self->fds))
+			PROMISE("what waited in %s is delivered when the device runs, unless it was replaced",
+				mig_state_name(states[i]));
+		EXPECT_EQ(0U, pending(_metadata, m));
+		close(fd);
+	}
+	mig_stream_free(&image);
+}
+
+TEST_F(irq, pass_in_all_running_states)
+{
+	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P };
+	struct mock *m = &self->m;
+	unsigned int i;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(m->dev.flags, states[i]))
+			continue;
+		close(go(_metadata, &m->dev, states[i]));
+		raise_irq(_metadata, m, 1);
+		EXPECT_EQ(10U, all_signals(self->fds))
+			PROMISE("a device in %s interrupts", mig_state_name(states[i]));
+	}
+	/* A way that ends where it began, in a state in between of which it was stopped. */
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
+	if (mig_fsm_exists(m->dev.flags, RUNNING_P2P)) {
+		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING_P2P, NULL));
+		EXPECT_EQ(1000U, all_signals(self->fds))
+			PROMISE("what waited is delivered as soon as the device runs");
+	}
+}
+
+TEST_F(irq, reset_forgets_what_is_the_device_s)
+{
+	struct mock *m = &self->m;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	ASSERT_EQ(0, set_none(m, MASK, 0, 1));
+	put(_metadata, m, BAR0, VECTOR_CONTROL(1), 1, 4);
+	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
+	raise_irq(_metadata, m, 0);
+	raise_irq(_metadata, m, 1);
+	raise_irq(_metadata, m, 2);
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	EXPECT_EQ(0U, pending(_metadata, m))
+		PROMISE("reset forgets what waits");
+	EXPECT_EQ(0U, get(_metadata, m, BAR0, VECTOR_CONTROL(1), 4));
+	EXPECT_EQ(0U, all_signals(self->fds));
+	raise_irq(_metadata, m, 1);
+	EXPECT_EQ(10U, all_signals(self->fds))
+		PROMISE("reset unmasks in table and function mask, and keeps the eventfds");
+	raise_irq(_metadata, m, 0);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("reset keeps the masks of SET_IRQS, which are the user's");
+	ASSERT_EQ(0, set_none(m, UNMASK, 0, 1));
+	EXPECT_EQ(1U, all_signals(self->fds));
+}
+
+/* ---- Table and pending bits in BAR0 ---- */
+
+TEST_F(irq, table_takes_any_access)
+{
+	__u8 model[VECTORS * 16 + 64], seen[sizeof(model)];
+	const __u64 base = VFIO_MOCK_MSIX_TABLE - 32;
+	struct mock *m = &self->m;
+	unsigned int i, at, len;
+	__u64 n = 0, dropped;
+
+	memset(model, 0, sizeof(model));
+	for (i = 0; i < 300; i++) {
+		/* Around the table too, where nothing is. */
+		at = vfio_mock_mix(++n) % sizeof(model);
+		len = vfio_mock_mix(++n) % (i % 4 ? 8 : 100) + 1;
+		if (len > sizeof(model) - at)
+			len = sizeof(model) - at;
+		vfio_mock_pattern(seen, ++n, at, len);
+		ASSERT_EQ((ssize_t)len, mock_write(m, BAR0, base + at, seen, len));
+		memcpy(model + at, seen, len);
+		memset(model, 0, 32);
+		memset(model + 32 + VECTORS * 16, 0, 32);
+		at = vfio_mock_mix(++n) % sizeof(model);
+		len = vfio_mock_mix(++n) % (sizeof(model) - at) + 1;
+		ASSERT_EQ((ssize_t)len, mock_read(m, BAR0, base + at, seen, len));
+		ASSERT_EQ(0, memcmp(seen, model + at, len))
+			PROMISE("the table keeps what is written, and there is nothing around it");
+	}
+
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	dropped = reg64(m, DROPPED);
+	put(_metadata, m, BAR0, VFIO_MOCK_MSIX_TABLE, ~0ULL, 8);
+	ASSERT_EQ(VECTORS * 16, mock_read(m, BAR0, VFIO_MOCK_MSIX_TABLE, seen, VECTORS * 16));
+	EXPECT_EQ(0, memcmp(seen, model + 32, VECTORS * 16))
+		PROMISE("a write to the table is dropped while the device is stopped");
+	EXPECT_EQ(dropped + 1, reg64(m, DROPPED))
+		PROMISE("and counted");
+}
+
+TEST_F(irq, pending_bits_are_read_only)
+{
+	struct mock *m = &self->m;
+	__u8 seen[16], zero[16] = {};
+	unsigned int i;
+
+	raise_irq(_metadata, m, 1);
+	raise_irq(_metadata, m, 2);
+	put(_metadata, m, BAR0, VFIO_MOCK_MSIX_PBA, 0xff, 8);
+	EXPECT_EQ(6U, pending(_metadata, m))
+		PROMISE("pending bits cannot be set");
+	put(_metadata, m, BAR0, VFIO_MOCK_MSIX_PBA, 0, 1);
+	EXPECT_EQ(6U, pending(_metadata, m))
+		PROMISE("pending bits cannot be cleared");
+	for (i = 1; i <= 8; i++) {
+		EXPECT_EQ(6U, get(_metadata, m, BAR0, VFIO_MOCK_MSIX_PBA, i))
+			PROMISE("an access of %u bytes works", i);
+	}
+	ASSERT_EQ(16, mock_read(m, BAR0, VFIO_MOCK_MSIX_PBA - 4, seen, 16));
+	EXPECT_EQ(6U, seen[4]);
+	seen[4] = 0;
+	EXPECT_EQ(0, memcmp(seen, zero, 16))
+		PROMISE("there are no other pending bits, and nothing around them");
+}
+
+/* ---- What the target gets ---- */
+
+TEST_F(irq, pending_interrupts_follow_the_device)
+{
+	struct mig_stream image = {};
+	struct mock *m = &self->m, dst;
+	struct mock_front front, now;
+	int fd;
+
+	MOCK_OPEN_OR_SKIP(&dst, "VFIO_MOCK_64K", 1, variant->backend);
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	/* Vector 0 was delivered, 1 is masked by the user, 2 by the device. */
+	ASSERT_EQ(0, set_none(m, MASK, 1, 1));
+	put(_metadata, m, BAR0, VECTOR_CONTROL(2), 1, 4);
+	raise_irq(_metadata, m, 0);
+	raise_irq(_metadata, m, 1);
+	raise_irq(_metadata, m, 2);
+	EXPECT_EQ(1U, all_signals(self->fds));
+	/* Vector 3 comes when the device is stopped. */
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
+	read_front(_metadata, m, &front);
+	EXPECT_EQ(0xeU, front.msix_pba[0]);
+	fd = -1;
+	stop_and_save(_metadata, m, &fd, &image);
+	close(fd);
+	EXPECT_EQ(0U, all_signals(self->fds));
+
+	/* A target whose user listens before the state arrives. */
+	ASSERT_EQ(0, set_eventfds(&dst, 0, VECTORS, self->fds));
+	fd = go(_metadata, &dst.dev, RESUMING);
+	load_all(_metadata, fd, &image);
+	ASSERT_EQ(0, mig_set_state(&dst.dev, STOP, NULL));
+	close(fd);
+	read_front(_metadata, &dst, &now);
+	expect_same_front(_metadata, &front, &now, "in STOP on the target");
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("nothing is delivered before the target runs");
+	move_on(_metadata, &dst.dev, RUNNING);
+	EXPECT_EQ(1010U, all_signals(self->fds))
+		PROMISE("what waited on the source is delivered on the target, but for what the device masks");
+	EXPECT_EQ(4U, pending(_metadata, &dst));
+	put(_metadata, &dst, BAR0, VECTOR_CONTROL(2), 0, 4);
+	EXPECT_EQ(100U, all_signals(self->fds))
+		PROMISE("the mask in the table migrates, the mask of SET_IRQS is the user's own");
+
+	/* A target whose user listens when it runs already. */
+	ASSERT_EQ(0, mig_reset(&dst.dev));
+	ASSERT_EQ(0, set_none(&dst, TRIGGER, 0, 0));
+	load_and_run(_metadata, &dst.dev, &image, 1);
+	EXPECT_EQ(0xeU, pending(_metadata, &dst));
+	ASSERT_EQ(0, set_eventfds(&dst, 0, VECTORS, self->fds));
+	EXPECT_EQ(1010U, all_signals(self->fds))
+		PROMISE("what arrived waits until somebody listens");
+
+	/* And a device that is to be stopped again hands on what it has not delivered. */
+	image.len = 0;
+	take_image(_metadata, &dst.dev, &image);
+	load_and_run(_metadata, &dst.dev, &image, 0);
+	EXPECT_EQ(0U, all_signals(self->fds));
+	EXPECT_EQ(4U, pending(_metadata, &dst));
+	mig_stream_free(&image);
+	mock_close(&dst);
+}
+
+TEST_F(irq, function_mask_follows_the_device)
+{
+	struct mig_stream image = {};
+	struct mock *m = &self->m;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
+	raise_irq(_metadata, m, 3);
+	take_image(_metadata, &m->dev, &image);
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	load_and_run(_metadata, &m->dev, &image, 0);
+	EXPECT_EQ(8U, pending(_metadata, m));
+	EXPECT_EQ(0U, all_signals(self->fds));
+	put(_metadata, m, CONFIG, MSIX_CONTROL, 0, 1);
+	EXPECT_EQ(1000U, all_signals(self->fds))
+		PROMISE("the function mask of the source is that of the target");
+	mig_stream_free(&image);
+}
+
+TEST_F(irq, next_user_hears_nothing_of_the_last)
+{
+	struct mock *m = &self->m;
+	int i;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	ASSERT_EQ(0, set_none(m, MASK, 0, VECTORS));
+	for (i = 0; i < VECTORS; i++)
+		raise_irq(_metadata, m, i);
+	mock_close(m);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("to close the device delivers nothing");
+	MOCK_OPEN_OR_SKIP(m, "VFIO_MOCK_64K", 0, variant->backend);
+	EXPECT_EQ(0U, pending(_metadata, m));
+	EXPECT_EQ(-EINVAL, set_none(m, TRIGGER, 0, 1))
+		PROMISE("MSI-X is off when the device is opened");
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	for (i = 0; i < VECTORS; i++)
+		raise_irq(_metadata, m, i);
+	EXPECT_EQ(1111U, all_signals(self->fds))
+		PROMISE("nothing is masked when the device is opened");
+}
+
+/* ---- Arguments of SET_IRQS ---- */
+
+struct call {
+	const char *what;
+	__u32 index, flags, start, count;
+	size_t size;
+	int want;
+};
+
+static void expect_calls(struct __test_metadata *_metadata, const struct mock *m,
+			 const struct call *calls, unsigned int nr, const void *data)
+{
+	unsigned int i;
+
+	for (i = 0; i < nr; i++) {
+		EXPECT_EQ(calls[i].want,
+			  mig_set_irqs(&m->dev, calls[i].index, calls[i].flags,
+				       calls[i].start, calls[i].count, data, calls[i].size))
+			PROMISE("SET_IRQS answers so to %s", calls[i].what);
+	}
+}
+
+TEST_F(irq, arguments_that_no_index_takes)
+{
+	static const struct call calls[] = {
+		{ "an index that is not there",
+		  VFIO_PCI_NUM_IRQS, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
+		{ "a start past the end", MSIX, DATA_EVENTFD | TRIGGER, 4, 1, 4, -EINVAL },
+		{ "a start past the end and no vector",
+		  MSIX, DATA_NONE | TRIGGER, 4, 0, 0, -EINVAL },
+		{ "a range past the end", MSIX, DATA_EVENTFD | TRIGGER, 1, 4, 16, -EINVAL },
+		{ "a count that wraps", MSIX, DATA_EVENTFD | TRIGGER, 1, ~0U, 4, -EINVAL },
+		{ "eventfds that are too short",
+		  MSIX, DATA_EVENTFD | TRIGGER, 0, 2, 4, -EINVAL },
+		{ "bools that are too short", MSIX, DATA_BOOL | MASK, 0, 4, 3, -EINVAL },
+		{ "no data type", MSIX, TRIGGER, 0, 1, 4, -EINVAL },
+		{ "two data types",
+		  MSIX, DATA_EVENTFD | DATA_BOOL | TRIGGER, 0, 1, 4, -EINVAL },
+		{ "an unknown flag", MSIX, DATA_NONE | TRIGGER | 1 << 12, 0, 1, 0, -EINVAL },
+		{ "INTx, which is not there",
+		  VFIO_PCI_INTX_IRQ_INDEX, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
+		{ "INTx to be disabled",
+		  VFIO_PCI_INTX_IRQ_INDEX, DATA_NONE | TRIGGER, 0, 0, 0, -EINVAL },
+		{ "MSI, which is not there",
+		  VFIO_PCI_MSI_IRQ_INDEX, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
+		{ "errors, which are not there",
+		  VFIO_PCI_ERR_IRQ_INDEX, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
+		{ "no action", MSIX, DATA_NONE, 0, 1, 0, -ENOTTY },
+		{ "two actions", MSIX, DATA_NONE | TRIGGER | MASK, 0, 1, 0, -ENOTTY },
+		{ "both masks", MSIX, DATA_NONE | MASK | UNMASK, 0, 1, 0, -ENOTTY },
+		{ "REQ to be masked", REQ, DATA_NONE | MASK, 0, 1, 0, -ENOTTY },
+		{ "REQ to be unmasked", REQ, DATA_BOOL | UNMASK, 0, 1, 1, -ENOTTY },
+		{ "a second REQ vector", REQ, DATA_EVENTFD | TRIGGER, 0, 2, 8, -EINVAL },
+	};
+	struct mock *m = &self->m;
+	struct {
+		struct vfio_irq_set set;
+		int fd;
+	} raw;
+
+	/* The same whether MSI-X is on or off. */
+	expect_calls(_metadata, m, calls, ARRAY_SIZE(calls), self->fds);
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	expect_calls(_metadata, m, calls, ARRAY_SIZE(calls), self->fds);
+
+	raw.set = (struct vfio_irq_set){
+		.argsz = sizeof(raw.set) - 1, .flags = DATA_NONE | TRIGGER,
+		.index = MSIX, .count = 1,
+	};
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, &raw));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("argsz must cover the structure");
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, NULL));
+	EXPECT_EQ(EFAULT, errno);
+	EXPECT_EQ(0U, all_signals(self->fds))
+		PROMISE("a refused SET_IRQS does nothing");
+}
+
+TEST_F(irq, arguments_that_msix_takes)
+{
+	static const struct call off[] = {
+		{ "MSI-X to be triggered that is off",
+		  MSIX, DATA_NONE | TRIGGER, 0, 1, 0, -EINVAL },
+		{ "bools for MSI-X that is off", MSIX, DATA_BOOL | TRIGGER, 0, 1, 1, -EINVAL },
+		{ "MSI-X to be disabled that is off",
+		  MSIX, DATA_NONE | TRIGGER, 0, 0, 0, -EINVAL },
+		{ "MSI-X to be masked that is off", MSIX, DATA_NONE | MASK, 0, 1, 0, -EINVAL },
+		{ "MSI-X to be unmasked that is off",
+		  MSIX, DATA_BOOL | UNMASK, 0, 1, 1, -EINVAL },
+		{ "MSI-X to be switched on with no vector",
+		  MSIX, DATA_EVENTFD | TRIGGER, 0, 0, 0, -ERANGE },
+	};
+	static const struct call on[] = {
+		{ "no eventfds", MSIX, DATA_EVENTFD | TRIGGER, 0, 0, 0, 0 },
+		{ "no bools", MSIX, DATA_BOOL | TRIGGER, 0, 0, 0, 0 },
+		{ "more data than is needed", MSIX, DATA_EVENTFD | TRIGGER, 3, 1, 16, 0 },
+		{ "a mask bound to an eventfd", MSIX, DATA_EVENTFD | MASK, 0, 1, 4, -ENOTTY },
+		{ "a mask to be cleared by an eventfd",
+		  MSIX, DATA_EVENTFD | UNMASK, 0, 1, 4, -ENOTTY },
+	};
+	struct mock *m = &self->m;
+	int bad[2] = { self->fds[1], 999 };
+
+	expect_calls(_metadata, m, off, ARRAY_SIZE(off), self->fds);
+	EXPECT_EQ(-EBADF, set_eventfds(m, 1, 1, &bad[1]));
+	expect_calls(_metadata, m, off, ARRAY_SIZE(off), self->fds);
+
+	/* A de-assigned vector switches it on, too. */
+	bad[1] = -1;
+	ASSERT_EQ(0, set_eventfds(m, 0, 1, &bad[1]));
+	EXPECT_EQ(0, set_none(m, TRIGGER, 0, 0));
+	expect_calls(_metadata, m, off, ARRAY_SIZE(off), self->fds);
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	expect_calls(_metadata, m, on, ARRAY_SIZE(on), self->fds);
+	/* That was the eventfd of vector 0 in vector 3. */
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+
+	bad[1] = 999;
+	EXPECT_EQ(-EBADF, set_eventfds(m, 0, 2, bad))
+		PROMISE("a descriptor that is not open is refused");
+	bad[1] = m->dev.fd;
+	EXPECT_EQ(-EINVAL, set_eventfds(m, 0, 2, bad))
+		PROMISE("a descriptor that is no eventfd is refused");
+	raise_irq(_metadata, m, 0);
+	raise_irq(_metadata, m, 1);
+	EXPECT_EQ(11U, all_signals(self->fds))
+		PROMISE("a refused SET_IRQS changes nothing");
+}
+
+TEST_F(irq, arguments_that_req_takes)
+{
+	static const struct call off[] = {
+		{ "REQ to be triggered that nobody listens to",
+		  REQ, DATA_NONE | TRIGGER, 0, 1, 0, -EINVAL },
+		{ "REQ to be disabled that nobody listens to",
+		  REQ, DATA_NONE | TRIGGER, 0, 0, 0, -EINVAL },
+		{ "a bool for REQ that nobody listens to",
+		  REQ, DATA_BOOL | TRIGGER, 0, 1, 1, 0 },
+		{ "no bool for REQ", REQ, DATA_BOOL | TRIGGER, 0, 0, 0, -EINVAL },
+		{ "no eventfd for REQ", REQ, DATA_EVENTFD | TRIGGER, 0, 0, 0, -EINVAL },
+	};
+	struct mock *m = &self->m;
+	int fd = self->fds[0], bad;
+	__u8 flag = 0;
+
+	expect_calls(_metadata, m, off, ARRAY_SIZE(off), &fd);
+	bad = 999;
+	EXPECT_EQ(-EBADF, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &bad, 4));
+	bad = m->dev.fd;
+	EXPECT_EQ(-EINVAL, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &bad, 4));
+
+	ASSERT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &fd, 4));
+	bad = -2;
+	EXPECT_EQ(-EINVAL, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &bad, 4))
+		PROMISE("only -1 takes the eventfd of REQ away");
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
+	EXPECT_EQ(1U, signals(fd))
+		PROMISE("the user can try out the request interrupt");
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_BOOL | TRIGGER, 0, 1, &flag, 1));
+	EXPECT_EQ(0U, signals(fd));
+	flag = 2;
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_BOOL | TRIGGER, 0, 1, &flag, 1));
+	EXPECT_EQ(1U, signals(fd));
+	/* It is the host's matter, not the device's. */
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
+	EXPECT_EQ(1U, signals(fd))
+		PROMISE("the request interrupt passes while the device is stopped");
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
+	EXPECT_EQ(1U, signals(fd))
+		PROMISE("the request interrupt stays across a reset");
+
+	bad = -1;
+	ASSERT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &bad, 4));
+	expect_calls(_metadata, m, off, ARRAY_SIZE(off), &fd);
+	ASSERT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &fd, 4));
+	ASSERT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 0, NULL, 0));
+	expect_calls(_metadata, m, off, ARRAY_SIZE(off), &fd);
+	EXPECT_EQ(0U, signals(fd));
+}
+
+TEST_F(irq, data_that_cannot_be_read)
+{
+	size_t page = sysconf(_SC_PAGESIZE);
+	struct vfio_irq_set *set;
+	struct mock *m = &self->m;
+	__u8 *map;
+
+	map = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, map);
+	ASSERT_EQ(0, munmap(map + page, page));
+	set = (void *)(map + page - sizeof(*set));
+	*set = (struct vfio_irq_set){
+		.argsz = sizeof(*set) + 4, .flags = DATA_EVENTFD | TRIGGER,
+		.index = MSIX, .count = 1,
+	};
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
+	EXPECT_EQ(EFAULT, errno);
+	/* Before vfio-pci looks whether it has such an action, it reads the data. */
+	set->flags = DATA_EVENTFD | MASK | UNMASK;
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
+	EXPECT_EQ(EFAULT, errno);
+	set->flags = DATA_NONE | TRIGGER;
+	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("what is not needed is not read");
+	munmap(map, page);
+}
+
+/* ---- Nothing is lost ---- */
+
+struct disturber {
+	pthread_t thread;
+	const struct mock *m;
+	const int *fds;
+	atomic_bool end;
+	int failed;
+};
+
+/* Holds the interrupts back in all ways there are, and allows them again. */
+static void *disturber_main(void *arg)
+{
+	struct disturber *d = arg;
+	__u32 masked = 1, clear = 0;
+	int none = -1;
+
+	while (!atomic_load(&d->end)) {
+		d->failed |= set_none(d->m, MASK, 0, VECTORS);
+		d->failed |= set_none(d->m, UNMASK, 0, VECTORS);
+		d->failed |= set_eventfds(d->m, 0, 1, &none);
+		d->failed |= set_eventfds(d->m, 0, 1, d->fds);
+		mock_write(d->m, BAR0, VECTOR_CONTROL(0), &masked, 4);
+		mock_write(d->m, BAR0, VECTOR_CONTROL(0), &clear, 4);
+		mock_write(d->m, CONFIG, MSIX_CONTROL, &(__u8){ MSIX_FUNCTION_MASK }, 1);
+		mock_write(d->m, CONFIG, MSIX_CONTROL, &clear, 1);
+		d->failed |= mig_set_state(&d->m->dev, STOP, NULL);
+		d->failed |= mig_set_state(&d->m->dev, RUNNING, NULL);
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(irq, nothing_is_lost, 120)
+{
+	struct disturber d = { .m = &self->m, .fds = self->fds };
+	struct mock *m = &self->m;
+	int i;
+
+	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
+	ASSERT_EQ(0, pthread_create(&d.thread, NULL, disturber_main, &d));
+	for (i = 0; i < 1000; i++) {
+		if (set_none(m, TRIGGER, 0, 1))
+			break;
+		if (mig_poll(self->fds[0], POLLIN, MIG_HANG_SECONDS * 1000) != POLLIN)
+			break;
+		if (signals(self->fds[0]) != 1)
+			break;
+	}
+	atomic_store(&d.end, true);
+	ASSERT_TRUE(joined(d.thread));
+	EXPECT_EQ(1000, i)
+		PROMISE("each interrupt arrives once, whatever holds it back in the meantime");
+	EXPECT_EQ(0, d.failed);
+	EXPECT_EQ(0U, all_signals(self->fds));
+	EXPECT_EQ(0U, pending(_metadata, m));
+}
+
+/* ---- Removal of a device in use ---- */
+
+/* Waits for a line of the kernel log with both words in it. */
+static bool kernel_says(int kmsg, const char *who, const char *what)
+{
+	struct timespec now, end;
+	char line[2048];
+	ssize_t len;
+
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_sec += MIG_HANG_SECONDS;
+	do {
+		len = read(kmsg, line, sizeof(line) - 1);
+		if (len > 0) {
+			line[len] = 0;
+			if (strstr(line, who) && strstr(line, what))
+				return true;
+		} else if (len < 0 && errno == EAGAIN) {
+			mig_poll(kmsg, POLLIN, 1000);
+		}
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while (now.tv_sec < end.tv_sec);
+	return false;
+}
+
+static int open_kernel_log(void)
+{
+	int kmsg = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+
+	if (kmsg >= 0)
+		lseek(kmsg, 0, SEEK_END);
+	return kmsg;
+}
+
+TEST_F_TIMEOUT(irq, removal_asks_the_user_to_let_go, 60)
+{
+	int req = eventfd(0, EFD_CLOEXEC), kmsg = open_kernel_log();
+	struct guest guest;
+
+	ASSERT_LE(0, kmsg);
+	create_guest(_metadata, &guest, &self->m);
+	ASSERT_EQ(0, mig_set_irqs(&guest.dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &req,
+				  sizeof(req)));
+	ASSERT_EQ(0, mig_set_state(&guest.dev, STOP, NULL));
+	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
+	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, MIG_HANG_SECONDS * 1000))
+		PROMISE("the removal of an open device signals the request interrupt");
+	EXPECT_TRUE(kernel_says(kmsg, basename(guest.path),
+				"Relaying device request to user (#0)"))
+		PROMISE("the log tells what the removal waits for");
+	EXPECT_EQ(0, mig_reset(&guest.dev))
+		PROMISE("until it is closed the device works");
+	mig_close(&guest.dev);
+	ASSERT_TRUE(joined(guest.remover))
+		PROMISE("the removal goes on when the device is closed");
+	EXPECT_EQ(0, guest.ret);
+	EXPECT_EQ(-1, access(guest.path, F_OK));
+	close(kmsg);
+}
+
+TEST_F_TIMEOUT(irq, removal_asks_again, 90)
+{
+	int req = eventfd(0, EFD_CLOEXEC), kmsg = open_kernel_log();
+	struct guest guest;
+
+	if (variant->backend != MIG_GROUP)
+		SKIP(return, "takes 10 seconds and does not depend on the backend");
+	ASSERT_LE(0, kmsg);
+	create_guest(_metadata, &guest, &self->m);
+	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
+	EXPECT_TRUE(kernel_says(kmsg, basename(guest.path),
+				"No device request channel registered"))
+		PROMISE("the log tells that the user cannot be asked");
+	ASSERT_EQ(0, mig_set_irqs(&guest.dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &req,
+				  sizeof(req)));
+	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, MIG_HANG_SECONDS * 1000))
+		PROMISE("who waits for the user asks again, every 10 seconds");
+	mig_close(&guest.dev);
+	ASSERT_TRUE(joined(guest.remover));
+	EXPECT_EQ(0, guest.ret);
+	EXPECT_EQ(-1, access(guest.path, F_OK));
+	close(kmsg);
+}
+
+TEST_HARNESS_MAIN
