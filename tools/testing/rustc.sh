@@ -33,11 +33,14 @@ rustc_words()
 }
 
 # Compiles a source file as the root of a driver's crate: rustc_emit KIND FILE.
-# DRIVER is the driver that is the example on the front page of the crate.
+# DRIVER is the driver that is the example on the front page of the crate. What
+# else the compiler writes, as names of types that are too long to print, is
+# left to be deleted.
 rustc_emit()
 {
 	env "${rustc_env[@]}" DRIVER="$scratch/driver.rs" "$RUSTC" \
-		"${rustc_flags[@]}" --emit="$1=$scratch/emitted" "${@:2}"
+		"${rustc_flags[@]}" --out-dir "$scratch" \
+		--emit="$1=$scratch/emitted" "${@:2}"
 }
 
 # Writes the examples in the documentation of the crate, and lists them.
