@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `vfio-migrate`: migrates one VFIO device to another, watches it and checks the result.
+//!
+//! What a VMM does for a device in a live migration, without a VMM: the source goes through
+//! pre-copy while a load keeps it busy, its stream goes through a pipe of limited bandwidth into
+//! the target, and at switchover both must hold the same.
+
+mod chart;
+mod device;
+mod error;
+mod migrate;
+mod pace;
+mod record;
+mod region;
+mod uapi;
+mod units;
+mod view;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::Duration;
+
+use clap::Parser;
+
+use device::{find, Backend, Device};
+use error::Error;
+use migrate::{migrate, End, Observer, Plan};
+use record::{ms, Asked, Compared, Outcome, Record, Round, Sample, StateChange};
+use region::{compare, fill, Bytes, Ignored, Load, Pair, Setting};
+use units::size;
+use view::View;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    the target runs and holds what the source held; or the migration was
+       cancelled as --cancel-at-round says, and the source runs on
+  1    a device refused a step; the source runs on if its driver lets it
+  2    the arguments make no sense
+  3    a device cannot be attached, or cannot migrate
+  4    the devices hold different bytes
+  5    the record or the picture could not be written
+  130  interrupted by a signal; the source runs on
+
+SOURCE and TARGET are a UUID, a PCI address or a folder in /sys. SIZE and RATE
+are bytes, bytes per second, with K, M or G for binary units. REGION is bar0 to
+bar5, rom, config, vga, or regionN for the region with the number N.";
+
+/// Migrate one VFIO device to another, watch it and check the result.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+struct Args {
+    /// The device that is saved
+    source: String,
+    /// The device that is loaded
+    target: String,
+    /// How the devices are attached
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: Backend,
+    /// Limit the stream to this many bytes per second
+    #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
+    bandwidth: Option<u64>,
+    /// Stop the source when the rest takes no longer than this
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    downtime_limit: u64,
+    /// Stop the source after so many rounds in any case
+    #[arg(long, value_name = "N", default_value_t = 30,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    max_rounds: u32,
+    /// Stay in pre-copy at least so long
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    precopy_time: u64,
+    /// Cancel when round N ends
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    cancel_at_round: Option<u32>,
+    /// Write 32 bits to a register of the source before: REGION:OFFSET=VALUE
+    #[arg(long, value_name = "REGISTER", value_parser = Setting::parse)]
+    set: Vec<Setting>,
+    /// Fill a region of the source with a pattern before
+    #[arg(long, value_name = "REGION", value_parser = region::parse)]
+    fill: Option<u32>,
+    /// Write to a region of the source until it is stopped
+    #[arg(long, value_name = "REGION", value_parser = region::parse)]
+    load: Option<u32>,
+    /// How many bytes per second the load writes
+    #[arg(long, value_name = "RATE", value_parser = units::parse_rate, default_value = "1M",
+          requires = "load")]
+    load_rate: u64,
+    /// Leave bytes out of the comparison: REGION or REGION:OFFSET+LENGTH
+    #[arg(long, value_name = "BYTES", value_parser = Ignored::parse)]
+    ignore: Vec<Ignored>,
+    /// Do not compare the devices: the uAPI keeps users away from stopped ones
+    #[arg(long)]
+    no_verify: bool,
+    /// Write the record of the migration to this file, - for standard output
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the migration to this file, - for standard output
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// What takes part in the migration besides the devices.
+struct Session<'a, 'scope> {
+    source: &'a Device,
+    target: &'a Device,
+    args: &'a Args,
+    interrupted: &'a AtomicBool,
+    view: View,
+    load: &'scope Load,
+    loader: Option<ScopedJoinHandle<'scope, std::io::Result<()>>>,
+    states: Vec<StateChange>,
+    rounds: Vec<Round>,
+    samples: Vec<Sample>,
+    compared: Vec<Compared>,
+}
+
+impl Observer for Session<'_, '_> {
+    fn state(&mut self, change: StateChange) {
+        self.states.push(change);
+        self.view.state(change);
+    }
+
+    fn sample(&mut self, sample: Sample) {
+        self.samples.push(sample);
+        self.view.sample(sample);
+    }
+
+    fn round(&mut self, round: Round) {
+        self.rounds.push(round);
+        self.view.round(round);
+    }
+
+    fn interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+
+    fn quiesce(&mut self) -> Result<(), Error> {
+        self.load.stop();
+        match self.loader.take().map(ScopedJoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(error))) => Err(Error::Migration(format!(
+                "source: the load cannot write: {error}"
+            ))),
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    fn compare(&mut self) -> Result<(), Error> {
+        if self.args.no_verify {
+            return Ok(());
+        }
+        let mut wrong = Vec::new();
+        for info in self.source.regions().iter().filter(|info| info.readable) {
+            let name = region::name(info.index);
+            let ours = self.source.region(info.index).expect("it was just listed");
+            let theirs = match self.target.region(info.index) {
+                Some(theirs) if theirs.info.size == info.size => theirs,
+                Some(theirs) => {
+                    wrong.push(format!(
+                        "{name} has {} bytes on the source and {} on the target",
+                        info.size, theirs.info.size
+                    ));
+                    continue;
+                }
+                None => {
+                    wrong.push(format!("the target has no {name}"));
+                    continue;
+                }
+            };
+            let pair = Pair {
+                source: (ours.info, &ours),
+                target: (theirs.info, &theirs),
+            };
+            let result = compare(&pair, &self.args.ignore)?;
+            if let Some(first) = result.first_different {
+                wrong.push(format!(
+                    "{name} has {} different bytes, the first at {first:#x}",
+                    result.different
+                ));
+            }
+            self.compared.push(result);
+        }
+        if wrong.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Differ(format!(
+                "the devices differ: {}",
+                wrong.join("; ")
+            )))
+        }
+    }
+}
+
+/// What to say of a migration that did not fail.
+fn summary(end: End, record: &Record) -> String {
+    let rounds = record.rounds.len();
+    let stream = format!(
+        "{} in {rounds} rounds and {:.2} s",
+        size(record.bytes),
+        record.seconds
+    );
+    match end {
+        End::Cancelled => format!("cancelled after {stream}, the source runs on"),
+        End::Completed { downtime } => {
+            let bytes: u64 = record.compared.iter().map(|region| region.bytes).sum();
+            let compared = match bytes {
+                0 => "nothing compared".into(),
+                _ => format!("{} equal on both", size(bytes)),
+            };
+            format!(
+                "migrated {stream}, downtime {:.1} ms, {compared}",
+                ms(downtime)
+            )
+        }
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    if path == Path::new("-") {
+        print!("{text}");
+        return Ok(());
+    }
+    std::fs::write(path, text)
+        .map_err(|error| Error::Output(format!("{} cannot be written: {error}", path.display())))
+}
+
+/// Fills the source with what the arguments say.
+fn prepare(args: &Args, source: &Device) -> Result<(), Error> {
+    let fail = |index, what: &str, error| {
+        Error::Migration(format!(
+            "source: {} cannot be {what}: {error}",
+            region::name(index)
+        ))
+    };
+    if let Some(index) = args.fill {
+        let region = source.writable_region(index)?;
+        fill(&region, region.info.size, 1).map_err(|error| fail(index, "filled", error))?;
+    }
+    for setting in &args.set {
+        let region = source.writable_region(setting.index)?;
+        let data = setting.value.to_le_bytes();
+        if region.info.size.saturating_sub(setting.offset) < data.len() as u64 {
+            return Err(Error::Usage(format!(
+                "{} has no register at {:#x}",
+                region::name(setting.index),
+                setting.offset
+            )));
+        }
+        region
+            .write(setting.offset, &data)
+            .map_err(|error| fail(setting.index, "set", error))?;
+    }
+    Ok(())
+}
+
+/// Migrates, and writes the record and the picture, also of a failure.
+fn run(args: &Args) -> Result<String, Error> {
+    let (from, to) = (find(&args.source)?, find(&args.target)?);
+    if from == to {
+        return Err(Error::Usage("SOURCE and TARGET are the same device".into()));
+    }
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, interrupted.clone())
+            .map_err(|error| Error::Migration(format!("no handler for signals: {error}")))?;
+    }
+    let source = Device::open(&from, args.backend)?;
+    let target = Device::open(&to, args.backend)?;
+    let plan = Plan {
+        bandwidth: args.bandwidth,
+        downtime_limit: Duration::from_millis(args.downtime_limit),
+        max_rounds: args.max_rounds,
+        precopy_time: Duration::from_secs(args.precopy_time),
+        cancel_at_round: args.cancel_at_round,
+    };
+    prepare(args, &source)?;
+    let loaded = args
+        .load
+        .map(|index| source.writable_region(index))
+        .transpose()?;
+    let load = Load::new();
+    let (result, record) = thread::scope(|scope| {
+        let loader = loaded.as_ref().map(|region| {
+            scope.spawn(|| load.run(region as &dyn Bytes, region.info.size, args.load_rate))
+        });
+        let mut session = Session {
+            source: &source,
+            target: &target,
+            args,
+            interrupted: &interrupted,
+            view: View::new(args.quiet),
+            load: &load,
+            loader,
+            states: Vec::new(),
+            rounds: Vec::new(),
+            samples: Vec::new(),
+            compared: Vec::new(),
+        };
+        let (result, measured) = migrate(&source, &target, &plan, &mut session);
+        let quiet = session.quiesce();
+        // What failed first counts more than a load that fails on a stopped device.
+        let result = result.and_then(|end| quiet.map(|()| end));
+        let record = Record {
+            tool: concat!("vfio-migrate ", env!("CARGO_PKG_VERSION")),
+            source: source.record(),
+            target: target.record(),
+            asked: Asked {
+                bandwidth: args.bandwidth,
+                downtime_limit_ms: args.downtime_limit as f64,
+                max_rounds: args.max_rounds,
+                precopy_seconds: args.precopy_time as f64,
+                cancel_at_round: args.cancel_at_round,
+                load: args.load.map(region::name),
+                load_rate: args.load.map(|_| args.load_rate),
+            },
+            outcome: match result {
+                Ok(End::Completed { .. }) => Outcome::Completed,
+                Ok(End::Cancelled) => Outcome::Cancelled,
+                Err(_) => Outcome::Failed,
+            },
+            error: result.as_ref().err().map(ToString::to_string),
+            seconds: measured.time.as_secs_f64(),
+            downtime_ms: match result {
+                Ok(End::Completed { downtime }) => Some(ms(downtime)),
+                _ => None,
+            },
+            bytes: measured.bytes,
+            load_bytes: load.written(),
+            compared: session.compared,
+            states: session.states,
+            rounds: session.rounds,
+            samples: session.samples,
+        };
+        (result, record)
+    });
+    let mut written = Ok(());
+    if let Some(path) = &args.json {
+        let mut text = serde_json::to_string_pretty(&record).expect("a record is plain data");
+        text.push('\n');
+        written = write(path, &text);
+    }
+    if let Some(path) = &args.svg {
+        let drawn = chart::svg(&record)
+            .map_err(|error| Error::Output(format!("the picture cannot be drawn: {error}")))
+            .and_then(|text| write(path, &text));
+        written = written.and(drawn);
+    }
+    let end = result?;
+    written?;
+    Ok(summary(end, &record))
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(summary) => {
+            // Standard output may be the record's.
+            eprintln!("vfio-migrate: {summary}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("vfio-migrate: {error}");
+            ExitCode::from(error.code())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_options_are_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn arguments_that_make_no_sense_are_refused() {
+        for bad in [
+            "a",
+            "a b --bandwidth 0",
+            "a b --max-rounds 0",
+            "a b --cancel-at-round 0",
+            "a b --load bar9",
+            "a b --load-rate 1M",
+            "a b --ignore bar0:7",
+            "a b --backend vfio",
+            "a b c",
+        ] {
+            let words = ["vfio-migrate"].into_iter().chain(bad.split(' '));
+            let error = Args::try_parse_from(words).expect_err(bad);
+            assert_eq!(error.exit_code(), 2, "{bad}");
+        }
+    }
+}
