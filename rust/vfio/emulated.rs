@@ -17,11 +17,18 @@ use crate::{
         Device,
         Open, //
     },
-    dma,
+    dma::{
+        self,
+        Bus, //
+    },
     endpoint::Endpoint,
     irq::{
         self,
         Irqs, //
+    },
+    memory::{
+        mapping,
+        StateMemory, //
     },
     migration::{
         Engine,
@@ -34,7 +41,14 @@ use crate::{
         Position, //
     },
     user::UserBuf,
+    worker::{
+        self,
+        Worker, //
+    },
 };
+
+pub use crate::worker::Work;
+
 use core::{
     marker::PhantomData,
     mem::{
@@ -53,13 +67,17 @@ use kernel::{
         to_result, //
     },
     ioctl::_IO,
-    new_spinlock,
-    page::PAGE_SIZE,
+    new_mutex, new_spinlock,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
     prelude::*,
     sync::{
         aref::ARef,
         Arc,
         Completion,
+        Mutex,
         SpinLock, //
     },
     uaccess::{
@@ -163,6 +181,24 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// bytes arrives in one piece, as it would on a bus. A failure is returned from the write(),
     /// unless a part of it was served before.
     fn write(open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
+
+    /// Returns the memory that is the content of a BAR and may be mapped by mmap(), if there is.
+    ///
+    /// Stores to a mapping are tracked as writes are, see [`StateMemory`]; the driver does not
+    /// learn of them otherwise. While the device is stopped they are dropped. Always the same for
+    /// the same BAR. Does not sleep. By default there is none.
+    fn mmap(_open: &Self::OpenData, _region_index: u32) -> Option<&StateMemory> {
+        None
+    }
+
+    /// Does a piece of what the device does by itself, such as DMA, and tells when there is more.
+    ///
+    /// Called again and again from a thread that there is from the first open to the last close,
+    /// for drivers that have this method; [`Endpoint::wake()`] makes it be called again. Holds
+    /// nothing, and may sleep. It should not take long: reset and close wait for it.
+    fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
+        Work::Wait
+    }
 }
 
 /// What exists from the first open to the last close.
@@ -175,7 +211,7 @@ struct Opened<T: Operations> {
 }
 
 /// What the engine works with: the driver's data, and beside it what the front end does for the
-/// driver. While the device is stopped, interrupts wait.
+/// driver. While the device is stopped, interrupts wait and stores to mappings are dropped.
 #[vtable]
 impl<T: Operations> Migratable for Opened<T> {
     type OwnerModule = <T::OpenData as Migratable>::OwnerModule;
@@ -199,11 +235,13 @@ impl<T: Operations> Migratable for Opened<T> {
     fn stop(&self) -> Result {
         self.data.stop()?;
         self.endpoint.run(false);
+        self.mapped().for_each(StateMemory::freeze);
         Ok(())
     }
 
     fn start(&self) -> Result {
         self.data.start()?;
+        self.mapped().for_each(StateMemory::thaw);
         self.endpoint.run(true);
         Ok(())
     }
@@ -230,7 +268,39 @@ impl<T: Operations> Migratable for Opened<T> {
 
     fn reset(&self) {
         self.data.reset();
+        self.mapped().for_each(StateMemory::thaw);
         self.endpoint.reset();
+    }
+}
+
+impl<T: Operations> Opened<T> {
+    /// Returns the memory that the user may map.
+    fn mapped(&self) -> impl Iterator<Item = &StateMemory> {
+        (0..region::COUNT).filter_map(|region_index| T::mmap(&self.data, region_index))
+    }
+}
+
+/// What the device does by itself.
+///
+/// # Invariants
+///
+/// `device` is open as long as this exists.
+struct ByItself<T: Operations> {
+    device: NonNull<bindings::vfio_device>,
+    opened: Arc<Opened<T>>,
+}
+
+// SAFETY: The device may be used on any thread, see `Device`.
+unsafe impl<T: Operations> Send for ByItself<T> {}
+
+// SAFETY: As above.
+unsafe impl<T: Operations> Sync for ByItself<T> {}
+
+impl<T: Operations> worker::Job for ByItself<T> {
+    fn work(&self) -> Work {
+        // SAFETY: By the type invariants.
+        let device = unsafe { Device::<Open>::from_raw(self.device.as_ptr()) };
+        T::work(&self.opened.data, &Bus::new(device, &self.opened.log))
     }
 }
 
@@ -247,6 +317,9 @@ struct Private<T: Operations> {
     /// `request` may come at any time.
     #[pin]
     opened: SpinLock<Option<Arc<Opened<T>>>>,
+    /// Present while the device is open, if it does anything by itself.
+    #[pin]
+    worker: Mutex<Option<Worker<ByItself<T>>>>,
     /// Tells that the core has let go of the device.
     released: Arc<Completion>,
 }
@@ -301,6 +374,7 @@ impl<T: Operations> Emulated<T> {
                     config: data.config_space()?,
                     engine <- Engine::new(data.migration_flags()),
                     opened <- new_spinlock!(None, "vfio::emulated::Private::opened"),
+                    worker <- new_mutex!(None, "vfio::emulated::Private::worker"),
                     released: private_released,
                 }? Error),
             )?
@@ -343,11 +417,23 @@ impl<T: Operations> Emulated<T> {
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )?;
+        if T::HAS_WORK {
+            // INVARIANT: `close()` drops it, and the core calls that before the device is closed.
+            let job = ByItself {
+                device: NonNull::from(&self.dev).cast(),
+                opened: opened.clone(),
+            };
+            let bell = opened.endpoint.bell.clone();
+            *self.private.worker.lock() = Some(Worker::new(T::NAME, bell, job)?);
+        }
         *self.private.opened.lock() = Some(opened);
         Ok(())
     }
 
     fn close(&self) {
+        let worker = self.private.worker.lock().take();
+        // Waits for what the device is doing.
+        drop(worker);
         self.private.engine.close();
         let opened = self.private.opened.lock().take();
         // A driver may have kept the endpoint, but not who listened to it.
@@ -356,6 +442,26 @@ impl<T: Operations> Emulated<T> {
         }
         // Dropped outside of the lock, because the driver's destructors may sleep.
         drop(opened);
+    }
+
+    /// Maps a region, for mmap().
+    ///
+    /// # Safety
+    ///
+    /// `vma` must be undergoing its setup in an mmap() of the file of `device`, which is this.
+    unsafe fn mmap(
+        &self,
+        device: &Device<Open>,
+        vma: *mut bindings::vm_area_struct, //
+    ) -> Result {
+        let opened = self.opened()?;
+        // SAFETY: `vma` is valid.
+        let pos = i64::try_from(unsafe { (*vma).vm_pgoff } << PAGE_SHIFT)?;
+        let pos = Position::from_file(pos)?;
+        let memory = T::mmap(&opened.data, pos.region_index).ok_or(EINVAL)?;
+        let base = (Position::start_of(pos.region_index) >> PAGE_SHIFT) as usize;
+        // SAFETY: By the safety requirements.
+        unsafe { mapping::map(memory, device, base, vma) }
     }
 
     fn region_size(&self, region_index: u32) -> u64 {
@@ -558,6 +664,7 @@ impl<T: Operations> VTable<T> {
         read: Some(Self::read),
         write: Some(Self::write),
         ioctl: Some(Self::ioctl),
+        mmap: Some(Self::mmap),
         get_region_info_caps: Some(Self::get_region_info_caps),
         request: Some(Self::request),
         ..pin_init::zeroed()
@@ -659,6 +766,25 @@ impl<T: Operations> VTable<T> {
 
     /// # Safety
     ///
+    /// Must be called by the core on an open device with these operations, in an mmap() of its
+    /// file that sets up `vma`.
+    unsafe extern "C" fn mmap(
+        vdev: *mut bindings::vfio_device,
+        vma: *mut bindings::vm_area_struct,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call, and keeps the device open.
+        let (this, device) = unsafe {
+            (
+                Emulated::<T>::from_raw(vdev),
+                Device::<Open>::from_raw(vdev),
+            )
+        };
+        // SAFETY: By the safety requirements.
+        from_result(|| unsafe { this.mmap(device, vma) }.map(|()| 0))
+    }
+
+    /// # Safety
+    ///
     /// Must be called by the core on a device with these operations. `info` must be valid.
     unsafe extern "C" fn get_region_info_caps(
         vdev: *mut bindings::vfio_device,
@@ -677,6 +803,10 @@ impl<T: Operations> VTable<T> {
         } else {
             bindings::VFIO_REGION_INFO_FLAG_READ | bindings::VFIO_REGION_INFO_FLAG_WRITE
         };
+        let opened = this.opened();
+        if opened.is_ok_and(|opened| T::mmap(&opened.data, info.index).is_some()) {
+            info.flags |= bindings::VFIO_REGION_INFO_FLAG_MMAP;
+        }
         0
     }
 
@@ -757,17 +887,29 @@ impl<T: Operations> VTable<T> {
 
     /// # Safety
     ///
-    /// Must be called by the core on a device with these operations. `page_size` must be valid.
+    /// Must be called by the core on a device with these operations. `ranges` must be a tree of
+    /// `nnodes` nodes, and `page_size` must be valid.
     unsafe extern "C" fn log_start(
         vdev: *mut bindings::vfio_device,
-        _ranges: *mut bindings::rb_root_cached,
-        _nnodes: u32,
+        ranges: *mut bindings::rb_root_cached,
+        nnodes: u32,
         page_size: *mut u64,
     ) -> c_int {
         // SAFETY: The core holds a reference for the call, and `page_size` is valid.
         let (this, page_size) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *page_size) };
         from_result(|| {
-            *page_size = this.opened()?.log.start(*page_size)?;
+            let opened = this.opened()?;
+            let mut list = KVVec::with_capacity(nnodes as usize, GFP_KERNEL_ACCOUNT)?;
+            // SAFETY: The tree is valid.
+            let mut node = unsafe { (*ranges).rb_leftmost };
+            while !node.is_null() {
+                // SAFETY: The node is the first field of one in an interval tree.
+                let range = unsafe { &*node.cast::<bindings::interval_tree_node>() };
+                list.push((range.start as u64, range.last as u64), GFP_KERNEL_ACCOUNT)?;
+                // SAFETY: The node is valid.
+                node = unsafe { bindings::rb_next(node) };
+            }
+            *page_size = opened.log.start(list, *page_size)?;
             Ok(0)
         })
     }
@@ -786,15 +928,26 @@ impl<T: Operations> VTable<T> {
 
     /// # Safety
     ///
-    /// Must be called by the core on a device with these operations.
+    /// Must be called by the core on a device with these operations. `dirty` must be valid.
     unsafe extern "C" fn log_read_and_clear(
         vdev: *mut bindings::vfio_device,
-        _iova: c_ulong,
-        _length: c_ulong,
-        _dirty: *mut bindings::iova_bitmap,
+        iova: c_ulong,
+        length: c_ulong,
+        dirty: *mut bindings::iova_bitmap,
     ) -> c_int {
         // SAFETY: The core holds a reference for the call.
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
-        from_result(|| this.opened()?.log.report().map(|()| 0))
+        from_result(|| {
+            let opened = this.opened()?;
+            let last = length
+                .checked_sub(1)
+                .and_then(|more| iova.checked_add(more))
+                .ok_or(EINVAL)?;
+            opened.log.report(iova as u64, last as u64, |first, len| {
+                // SAFETY: The bitmap is valid, and no lock is held.
+                unsafe { bindings::iova_bitmap_set(dirty, first as c_ulong, len as usize) };
+            })?;
+            Ok(0)
+        })
     }
 }

@@ -12,7 +12,8 @@ use crate::{
         msix,
         Irqs, //
     },
-    region::Position, //
+    region::Position,
+    worker::Bell, //
 };
 use core::ops::Range;
 use kernel::{
@@ -52,6 +53,7 @@ pub struct Endpoint {
     config: Mutex<ConfigSpace>,
     #[pin]
     pub(crate) irqs: Irqs,
+    pub(crate) bell: Arc<Bell>,
 }
 
 impl Endpoint {
@@ -64,6 +66,7 @@ impl Endpoint {
                 power_on,
                 place,
                 irqs <- Irqs::new(place.vectors),
+                bell: Bell::new()?,
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -81,6 +84,12 @@ impl Endpoint {
     /// Says whether the device runs. While it does not, interrupts wait.
     pub(crate) fn run(&self, running: bool) {
         self.irqs.msix(|msix| msix.run(running));
+    }
+
+    /// Lets [`Operations::work`](crate::emulated::Operations::work) be called again if it waits.
+    /// Does not sleep.
+    pub fn wake(&self) {
+        self.bell.ring();
     }
 
     /// Reads from the configuration space.

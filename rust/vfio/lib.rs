@@ -24,7 +24,7 @@
 //!    [`migration`] tells which state change asks for what.
 //! 3. Copy `samples/vfio_minimal`, one file, in which the device goes on while it is saved: it uses
 //!    [`StateMemory`](memory::StateMemory) to know what has changed. `samples/vfio_mock` is what
-//!    has grown from there: interrupts, a checksum of the stream, a saver that is slow.
+//!    has grown from there: interrupts, DMA, mmap(), a checksum of the stream, a slow saver.
 //! 4. Build it as the samples are built, in `Kbuild`, and run the conformance suite in
 //!    `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
 //!
@@ -46,7 +46,9 @@
 //! * [`mdev`]: the mediated device bus, on which emulated devices are created by the administrator.
 //! * [`config_space`], [`endpoint`]: what such a device is on its PCI bus.
 //! * [`region`]: what a user reads and writes of a device.
-//! * [`memory`]: device memory that many access at the same time, and the tracking of changes.
+//! * [`memory`]: device memory that many access at the same time, by mmap() too, and the tracking
+//!   of changes.
+//! * [`dma`]: the way to the user's memory, and the log of what was written there.
 //!
 //! * [`prelude`]: what nearly every driver uses.
 //!
@@ -200,10 +202,10 @@ mod compat;
 mod device;
 mod irq;
 mod user;
-
-mod dma;
+mod worker;
 
 pub mod config_space;
+pub mod dma;
 pub mod emulated;
 pub mod endpoint;
 pub mod mdev;

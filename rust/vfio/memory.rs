@@ -3,6 +3,7 @@
 //! Device memory.
 
 pub mod dirty_map;
+pub(crate) mod mapping;
 mod state;
 
 pub use self::state::{
@@ -13,6 +14,7 @@ pub use self::state::{
     Tracking, //
 };
 
+use crate::bindings;
 use core::{
     cell::UnsafeCell,
     ops::Range,
@@ -110,6 +112,15 @@ impl Memory {
         // `start` is at most the size, so the pointer stays inside the allocation or just past it.
         let base = self.words.as_ptr().cast::<u8>().wrapping_add(start);
         ptr::slice_from_raw_parts(base, end - start)
+    }
+
+    /// Returns what the kernel knows of a page, which must be one of this memory. Valid as long as
+    /// `self` is.
+    pub(crate) fn page_struct(&self, page: usize) -> *mut bindings::page {
+        let start = page * PAGE_SIZE;
+        let address = self.bytes(start..start + PAGE_SIZE).cast::<c_void>();
+        // SAFETY: It is an address in memory that the allocator of `VVec` has mapped, page by page.
+        unsafe { bindings::vmalloc_to_page(address) }
     }
 
     /// Copies out of the memory. Does not sleep.

@@ -312,8 +312,8 @@ pub struct Remaining {
 /// }
 ///
 /// impl Saver for PageSaver {
-///     fn next(&mut self, _phase: Phase) -> Result<Next> {
-///         let Some(page) = self.tracking.take(1) else {
+///     fn next(&mut self, phase: Phase) -> Result<Next> {
+///         let Some(page) = self.tracking.take(phase, 1) else {
 ///             return Ok(Next::End);
 ///         };
 ///         let number = page.pages().start as u64;
@@ -416,8 +416,8 @@ enum Body {
 /// A record of up to 16 pages that changed, with the number of the first in front, and how many.
 ///
 /// ```
-/// fn record(tracking: &Tracking) -> Result<Option<Chunk>> {
-///     let Some(run) = tracking.take(16) else {
+/// fn record(tracking: &Tracking, phase: Phase) -> Result<Option<Chunk>> {
+///     let Some(run) = tracking.take(phase, 16) else {
 ///         return Ok(None);
 ///     };
 ///     let mut head = [0; 16];

@@ -44,7 +44,7 @@ impl Position {
     /// Decodes a position in the device file.
     ///
     /// Fails with `EINVAL` if there is no such region index.
-    fn from_file(pos: i64) -> Result<Self> {
+    pub(crate) fn from_file(pos: i64) -> Result<Self> {
         let pos = u64::try_from(pos).map_err(|_| EINVAL)?;
         let region_index = u32::try_from(pos >> INDEX_SHIFT).map_err(|_| EINVAL)?;
         if region_index >= COUNT {

@@ -129,7 +129,7 @@ impl MockSaver {
                 self.step = Step::Pages;
                 chunk
             }
-            Step::Pages => match self.tracking.take(PAGES_PER_WORD) {
+            Step::Pages => match self.tracking.take(phase, PAGES_PER_WORD) {
                 Some(run) => self.pages(run)?,
                 None if phase == Phase::PreCopy => return Ok(Next::End),
                 None => {
@@ -188,7 +188,7 @@ impl Saver for MockSaver {
         Remaining {
             initial: identity + size(pending.initial),
             dirty: size(pending.dirty),
-            tail,
+            tail: tail + size(pending.held),
             reinits: pending.reinits,
         }
     }

@@ -8,16 +8,22 @@ use super::{
         DirtyMap,
         PAGES_PER_WORD, //
     },
-    Memory, WORD,
+    mapping::Mappings,
+    Memory,
+    WORD, //
 };
-use crate::migration::Notifier;
+use crate::migration::{
+    Notifier,
+    Phase, //
+};
 use core::ops::Range;
 use kernel::{
-    new_spinlock,
+    new_mutex, new_spinlock,
     page::PAGE_SIZE,
     prelude::*,
     sync::{
         Arc,
+        Mutex,
         SpinLock, //
     },
 };
@@ -38,6 +44,9 @@ pub struct Pending {
     pub initial: Pages,
     /// What was streamed and has changed since.
     pub dirty: Pages,
+    /// At most what was streamed and may have changed unnoticed, which is streamed again in
+    /// [`Phase::StopCopy`]. Belongs to [`Remaining::tail`](crate::migration::Remaining::tail).
+    pub held: Pages,
     /// How often all became initial again.
     pub reinits: u32,
 }
@@ -52,11 +61,48 @@ struct Tracker {
     /// Where to look for changed pages next, so that a page that always changes does not keep
     /// others from being streamed. A multiple of 64, so that no run is cut.
     cursor: usize,
+    /// What somebody could write to unnoticed when it was streamed: one bit for each page.
+    held: KVVec<u64>,
+    /// How many bits of `held` are set.
+    held_count: u64,
     reinits: u32,
     notifier: Arc<Notifier>,
 }
 
 impl Tracker {
+    /// Holds those of 64 pages whose bits are set, and the others no more, as far as they are in
+    /// `run`.
+    fn hold(&mut self, run: &dirty_map::Run, busy: u64) {
+        if self.held_count == 0 && busy == 0 {
+            return;
+        }
+        // No run crosses a word.
+        let shift = run.first % PAGES_PER_WORD;
+        let mask = (u64::MAX >> (PAGES_PER_WORD - run.count)) << shift;
+        if let Some(word) = self.held.get_mut(run.first / PAGES_PER_WORD) {
+            let new = (*word & !mask) | (busy << shift & mask);
+            self.held_count += u64::from(new.count_ones());
+            self.held_count -= u64::from(word.count_ones());
+            *word = new;
+        }
+    }
+
+    /// Marks what is held.
+    fn release(&mut self) {
+        if self.held_count == 0 {
+            return;
+        }
+        for (index, word) in self.held.iter_mut().enumerate() {
+            let mut left = core::mem::take(word);
+            while left != 0 {
+                let bit = left.trailing_zeros() as usize;
+                left &= left - 1;
+                self.map.mark(index * PAGES_PER_WORD + bit);
+            }
+        }
+        self.held_count = 0;
+    }
+
     fn take(&mut self, max: usize) -> Option<(dirty_map::Run, bool)> {
         let initial = self.initial < self.map.pages();
         let from = if initial { self.initial } else { self.cursor };
@@ -97,16 +143,46 @@ impl Tracker {
                 pages: self.map.dirty() as u64 - initial.pages,
                 runs: self.map.runs() as u64 + u64::from(across) - initial.runs,
             },
+            held: Pages {
+                pages: self.held_count,
+                runs: self.held_count,
+            },
             reinits: self.reinits,
         }
     }
 }
 
 #[pin_data]
-struct Inner {
-    memory: Arc<Memory>,
+pub(super) struct Inner {
+    pub(super) memory: Arc<Memory>,
+    /// Outside of `tracker`.
+    #[pin]
+    pub(super) mappings: Mutex<Mappings>,
     #[pin]
     tracker: SpinLock<Option<Tracker>>,
+}
+
+impl Inner {
+    /// Tells whether it is of interest which pages change.
+    pub(super) fn is_tracked(&self) -> bool {
+        self.tracker.lock().is_some()
+    }
+
+    /// Marks the pages of a range, in bytes.
+    pub(super) fn changed(&self, range: Range<usize>) {
+        if range.is_empty() {
+            return;
+        }
+        let first = range.start / PAGE_SIZE;
+        let last = (range.end - 1) / PAGE_SIZE;
+        if let Some(tracker) = &mut *self.tracker.lock() {
+            let fresh = tracker.map.mark_range(first, last - first + 1);
+            // Only who waits at an empty stream needs to be told.
+            if fresh > 0 && fresh == tracker.map.dirty() {
+                tracker.notifier.notify();
+            }
+        }
+    }
 }
 
 /// The memory of a device, as far as it is to be migrated.
@@ -135,7 +211,7 @@ struct Inner {
 /// }
 /// ```
 #[derive(Clone)]
-pub struct StateMemory(Arc<Inner>);
+pub struct StateMemory(pub(super) Arc<Inner>);
 
 impl StateMemory {
     /// Allocates `pages` pages of zeroes, charged to the caller's memory cgroup.
@@ -147,6 +223,7 @@ impl StateMemory {
         Ok(Self(Arc::pin_init(
             pin_init!(Inner {
                 memory,
+                mappings <- new_mutex!(Mappings::NONE, "vfio::memory::StateMemory::mappings"),
                 tracker <- new_spinlock!(None, "vfio::memory::StateMemory"),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -211,19 +288,33 @@ impl StateMemory {
         }
     }
 
-    fn changed(&self, range: Range<usize>) {
-        if range.is_empty() {
-            return;
-        }
-        let first = range.start / PAGE_SIZE;
-        let last = (range.end - 1) / PAGE_SIZE;
-        if let Some(tracker) = &mut *self.0.tracker.lock() {
-            let fresh = tracker.map.mark_range(first, last - first + 1);
-            // Only who waits at an empty stream needs to be told.
-            if fresh > 0 && fresh == tracker.map.dirty() {
-                tracker.notifier.notify();
-            }
-        }
+    /// Drops what users store to the memory by mappings, from here on. May sleep.
+    ///
+    /// A page to which a store was dropped reads as anything by that mapping until
+    /// [`thaw()`](Self::thaw). What the driver itself writes is not affected.
+    pub(crate) fn freeze(&self) {
+        self.0.mappings.lock().freeze(true, self.pages());
+    }
+
+    /// Lets the stores of users through again. May sleep.
+    pub(crate) fn thaw(&self) {
+        self.0.mappings.lock().freeze(false, self.pages());
+    }
+
+    /// Returns to how many pages stores by mappings were dropped, because the device was stopped. A
+    /// page counts once each time that the device stops. May sleep.
+    pub fn dropped(&self) -> u64 {
+        self.0.mappings.lock().dropped()
+    }
+
+    /// Returns the bytes in a range. Who writes to them marks their pages afterwards.
+    pub(crate) fn bytes(&self, range: Range<usize>) -> *const [u8] {
+        self.0.memory.bytes(range)
+    }
+
+    /// Marks the pages of a range, in bytes. Does not sleep.
+    pub(crate) fn changed(&self, range: Range<usize>) {
+        self.0.changed(range);
     }
 
     /// Begins to track, with all pages still to be streamed, until the result is dropped.
@@ -236,10 +327,13 @@ impl StateMemory {
         let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_KERNEL_ACCOUNT)?;
         let mut map = DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?;
         map.mark_all();
+        let held = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?;
         let mut tracker = Some(Tracker {
             map,
             initial: 0,
             cursor: 0,
+            held,
+            held_count: 0,
             reinits: 0,
             notifier,
         });
@@ -289,15 +383,32 @@ pub struct Tracking(StateMemory);
 impl Tracking {
     /// Takes the next run to stream, of at most `max` pages. What was never streamed comes first.
     ///
-    /// The pages' marks are cleared: they count as streamed from here on. Returns nothing if there
-    /// is nothing to stream. Does not sleep.
-    pub fn take(&self, max: usize) -> Option<PageRun> {
-        let (run, initial) = (*self.0 .0.tracker.lock())
-            .as_mut()?
-            .take(max.clamp(1, PAGES_PER_WORD))?;
+    /// The pages' marks are cleared: they count as streamed from here on. A page that somebody may
+    /// write to unnoticed, because the kernel is just doing that on behalf of a user, comes again
+    /// in [`Phase::StopCopy`]. Returns nothing if there is nothing to stream. May sleep.
+    pub fn take(&self, phase: Phase, max: usize) -> Option<PageRun> {
+        let inner = &self.0 .0;
+        // Held until the pages are out of all address spaces, so that a store sets its page's mark
+        // after that mark was cleared.
+        let mappings = inner.mappings.lock();
+        let mut guard = inner.tracker.lock();
+        let tracker = (*guard).as_mut()?;
+        if phase == Phase::StopCopy {
+            tracker.release();
+        }
+        let (run, initial) = tracker.take(max.clamp(1, PAGES_PER_WORD))?;
+        drop(guard);
+        let pages = run.first..run.first + run.count;
+        let busy = mappings.unmap(&inner.memory, pages.clone());
+        if phase == Phase::PreCopy {
+            if let Some(tracker) = &mut *inner.tracker.lock() {
+                tracker.hold(&run, busy);
+            }
+        }
+        drop(mappings);
         Some(PageRun {
-            memory: self.0 .0.memory.clone(),
-            pages: run.first..run.first + run.count,
+            memory: inner.memory.clone(),
+            pages,
             initial,
         })
     }

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Device memory in the address spaces of its users.
+//!
+//! A page is mapped when it is touched, and mapped writable only when a store may go unnoticed:
+//! when its mark is set already, or when nobody asks for marks. Who streams a page takes it out of
+//! all address spaces first, so that the next store is noticed again.
+//!
+//! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
+//! [`include/linux/fs.h`](srctree/include/linux/fs.h)
+
+use super::{
+    state::Inner,
+    StateMemory, //
+};
+use crate::{
+    bindings,
+    device::{
+        Device,
+        Open, //
+    },
+};
+use core::ops::Range;
+use kernel::{
+    mm::virt::{
+        flags,
+        VmaNew, //
+    },
+    page::{
+        Page,
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
+    types::ForeignOwnable, //
+};
+
+/// Where a memory is mapped.
+struct Place {
+    /// By whose file. Held only as long as there are mappings, which hold the file open.
+    device: ARef<Device>,
+    /// Where in that file the memory begins, in pages.
+    base: usize,
+    /// How many areas of address space there are.
+    areas: usize,
+}
+
+impl Place {
+    /// Takes pages out of all address spaces. May sleep.
+    fn unmap(&self, pages: Range<usize>) {
+        let start = (self.base + pages.start) << PAGE_SHIFT;
+        // SAFETY: The core gives each device an inode for as long as the device lives.
+        unsafe {
+            bindings::unmap_mapping_range(
+                (*(*self.device.as_raw()).inode).i_mapping,
+                start as bindings::loff_t,
+                (pages.len() << PAGE_SHIFT) as bindings::loff_t,
+                1,
+            );
+        }
+    }
+}
+
+/// The mappings of a memory, and what becomes of the stores to them.
+///
+/// The lock in front of this is taken in page faults, so it must never be held while user memory
+/// is accessed.
+pub(super) struct Mappings {
+    place: Option<Place>,
+    /// Stores are dropped.
+    frozen: bool,
+    /// What is mapped instead of a page to which a store was dropped.
+    aside: Option<Page>,
+    /// `aside` may be mapped.
+    aside_used: bool,
+    /// How many pages stores were dropped to.
+    dropped: u64,
+}
+
+impl Mappings {
+    pub(super) const NONE: Self = Self {
+        place: None,
+        frozen: false,
+        aside: None,
+        aside_used: false,
+        dropped: 0,
+    };
+
+    /// Returns how many pages stores were dropped to.
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// Takes pages of `memory` out of all address spaces, and returns for which of them, at most
+    /// 64, somebody keeps a reference, by which they may be written to unnoticed: bit 0 for the
+    /// first. May sleep.
+    pub(super) fn unmap(&self, memory: &super::Memory, pages: Range<usize>) -> u64 {
+        let Some(place) = &self.place else {
+            return 0;
+        };
+        place.unmap(pages.clone());
+        let mut busy = 0;
+        for (bit, page) in pages.take(u64::BITS as usize).enumerate() {
+            // SAFETY: It is a page of the memory. The count is an atomic that others change.
+            let count = unsafe {
+                (&raw const (*memory.page_struct(page))._refcount.counter).read_volatile()
+            };
+            // One reference is the memory's own.
+            busy |= u64::from(count > 1) << bit;
+        }
+        busy
+    }
+
+    /// Drops what is stored by mappings from here on, or lets it through again. May sleep.
+    pub(super) fn freeze(&mut self, frozen: bool, pages: usize) {
+        let was_frozen = core::mem::replace(&mut self.frozen, frozen);
+        if let Some(place) = &self.place {
+            if (frozen && !was_frozen) || (!frozen && self.aside_used) {
+                place.unmap(0..pages);
+            }
+        }
+        if !frozen {
+            self.aside_used = false;
+        }
+    }
+
+    /// Returns a page to be mapped instead of one to which a store is dropped, and makes room for
+    /// it.
+    fn set_aside(&mut self, page: usize) -> Option<*mut bindings::page> {
+        if self.aside.is_none() {
+            self.aside = Some(Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO).ok()?);
+        }
+        if let Some(place) = &self.place {
+            place.unmap(page..page + 1);
+        }
+        self.aside_used = true;
+        self.dropped += 1;
+        self.aside.as_ref().map(Page::as_ptr)
+    }
+}
+
+impl Inner {
+    /// Serves a page fault on a page of this memory.
+    ///
+    /// # Safety
+    ///
+    /// Must be called in a page fault, which `vmf` describes, on an area made by [`map()`].
+    unsafe fn fault(&self, vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: By the safety requirements.
+        let (pgoff, flags) = unsafe { ((*vmf).__bindgen_anon_1.pgoff, (*vmf).flags) };
+        let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
+        // Held until the page is mapped, so that it is either marked and writable, or neither.
+        let mappings = &mut *self.mappings.lock();
+        let page = mappings
+            .place
+            .as_ref()
+            .and_then(|place| pgoff.checked_sub(place.base))
+            .filter(|page| *page < self.memory.size() / PAGE_SIZE);
+        let Some(page) = page else {
+            return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+        };
+
+        let mut to_map = self.memory.page_struct(page);
+        let mut writable = write;
+        if mappings.frozen {
+            if write {
+                let Some(aside) = mappings.set_aside(page) else {
+                    return bindings::vm_fault_reason_VM_FAULT_OOM;
+                };
+                to_map = aside;
+            }
+        } else if !self.is_tracked() {
+            writable = true;
+        } else if write {
+            self.changed(page * PAGE_SIZE..(page + 1) * PAGE_SIZE);
+        }
+        // SAFETY: This is a page fault on an area that may have such pages, and the page is valid.
+        unsafe { bindings::vmf_insert_page_mkwrite(vmf, to_map, writable) }
+    }
+}
+
+/// Maps `memory` into an area of address space, for mmap() of `device`, in whose file it begins at
+/// page `base`. May sleep.
+///
+/// Fails with `EINVAL` if the area is private or reaches beyond the memory, or if the memory is
+/// mapped by another file or from elsewhere.
+///
+/// # Safety
+///
+/// `vma` must be undergoing its setup in an mmap() of the file of `device`.
+pub(crate) unsafe fn map(
+    memory: &StateMemory,
+    device: &Device<Open>,
+    base: usize,
+    vma: *mut bindings::vm_area_struct,
+) -> Result {
+    let inner = &memory.0;
+    // SAFETY: By the safety requirements.
+    let (area, pgoff) = unsafe { (VmaNew::from_raw(vma), (*vma).vm_pgoff) };
+    let first = pgoff.checked_sub(base).ok_or(EINVAL)?;
+    let count = (area.end() - area.start()) >> PAGE_SHIFT;
+    if first
+        .checked_add(count)
+        .is_none_or(|end| end > memory.pages())
+    {
+        return Err(EINVAL);
+    }
+    if area.flags() & flags::SHARED == 0 {
+        return Err(EINVAL);
+    }
+
+    let mut mappings = inner.mappings.lock();
+    match &mut mappings.place {
+        None => {
+            let device: &Device = device;
+            mappings.place = Some(Place {
+                device: device.into(),
+                base,
+                areas: 1,
+            });
+        }
+        Some(place) if place.base == base && place.device.as_raw() == device.as_raw() => {
+            place.areas += 1;
+        }
+        Some(_) => return Err(EINVAL),
+    }
+    drop(mappings);
+
+    area.set_mixedmap();
+    area.set_dontexpand();
+    area.set_dontdump();
+    // SAFETY: The area is undergoing its setup. The operations expect an `Arc<Inner>`, which each
+    // area owns until it is closed.
+    unsafe {
+        (*vma).vm_private_data = inner.clone().into_foreign();
+        (*vma).vm_ops = &VM_OPS;
+    }
+    Ok(())
+}
+
+/// The operations of areas made by [`map()`].
+///
+/// That there is a `page_mkwrite` makes the kernel ask before it lets a store through, and refuse
+/// to whoever would write to a page for long without asking.
+const VM_OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
+    open: Some(open),
+    close: Some(close),
+    fault: Some(fault),
+    page_mkwrite: Some(fault),
+    ..pin_init::zeroed()
+};
+
+/// # Safety
+///
+/// Must be called by the core on an area with these operations, which was copied from another.
+unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
+    // SAFETY: The area it was copied from owns the reference until it is closed.
+    let inner = unsafe { Arc::<Inner>::borrow((*vma).vm_private_data) };
+    if let Some(place) = &mut inner.mappings.lock().place {
+        place.areas += 1;
+    }
+    // SAFETY: The new area owns a reference of its own.
+    unsafe { (*vma).vm_private_data = Arc::<Inner>::from(inner).into_foreign() };
+}
+
+/// # Safety
+///
+/// Must be called by the core on an area with these operations, when it goes.
+unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
+    // SAFETY: The area owns the reference, and nobody uses it after this.
+    let inner = unsafe { Arc::<Inner>::from_foreign((*vma).vm_private_data) };
+    let mut mappings = inner.mappings.lock();
+    let last = mappings.place.take_if(|place| {
+        place.areas -= 1;
+        place.areas == 0
+    });
+    drop(mappings);
+    // Outside of the lock, as it gives back the device.
+    drop(last);
+}
+
+/// # Safety
+///
+/// Must be called by the core in a page fault on an area with these operations.
+unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+    // SAFETY: The area owns the reference, and is not closed before the fault is served.
+    let inner = unsafe {
+        let vma = (*vmf).__bindgen_anon_1.vma;
+        Arc::<Inner>::borrow((*vma).vm_private_data)
+    };
+    // SAFETY: By the safety requirements.
+    unsafe { inner.fault(vmf) }
+}
