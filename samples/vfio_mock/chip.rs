@@ -3,6 +3,11 @@
 //! The device behind its bus.
 
 use crate::{
+    dma::Engine,
+    queue::{
+        self,
+        Queue, //
+    },
     registers::{
         self,
         Command,
@@ -26,6 +31,8 @@ use kernel::{
 };
 use vfio::{
     config_space,
+    dma::Bus,
+    emulated::Work,
     endpoint::Endpoint,
     memory::StateMemory, //
 };
@@ -43,7 +50,8 @@ pub(crate) const VECTORS: u32 = 4;
 const MSIX_SIZE: usize = config_space::msix_size(VECTORS);
 
 /// The size of [`Snapshot`] in bytes.
-pub(crate) const SNAPSHOT_SIZE: usize = config_space::SIZE + registers::SNAPSHOT_SIZE + MSIX_SIZE;
+pub(crate) const SNAPSHOT_SIZE: usize =
+    config_space::SIZE + registers::SNAPSHOT_SIZE + MSIX_SIZE + queue::SNAPSHOT_SIZE;
 
 /// All of the device's state but its memory, as it is in the stream.
 pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
@@ -77,6 +85,8 @@ pub(crate) struct Chip {
     /// the access under way. Never held across a user copy.
     #[pin]
     front: Mutex<Front>,
+    #[pin]
+    dma: Engine,
 }
 
 impl Chip {
@@ -86,6 +96,7 @@ impl Chip {
             endpoint,
             memory: StateMemory::new(pages)?,
             front <- new_mutex!(Front::power_on(), "vfio_mock::Chip::front"),
+            dma <- Engine::new(),
         }? Error)
     }
 
@@ -94,8 +105,25 @@ impl Chip {
         self.front.lock().running = running;
     }
 
+    /// Does a piece of what the device does by itself.
+    pub(crate) fn work(&self, bus: &Bus<'_>) -> Work {
+        self.dma.work(&self.memory, &self.endpoint, bus)
+    }
+
+    /// Lets no DMA start any more, and waits for what is under way.
+    pub(crate) fn pause_dma(&self) -> Result {
+        self.dma.pause()
+    }
+
+    /// Lets DMA go on.
+    pub(crate) fn resume_dma(&self) {
+        self.dma.resume();
+        self.endpoint.wake();
+    }
+
     /// Brings the device into the state of power on.
     pub(crate) fn power_on(&self) {
+        self.dma.power_on();
         let mut front = self.front.lock();
         *front = Front::power_on();
         self.memory.clear();
@@ -103,10 +131,15 @@ impl Chip {
 
     /// Reads from BAR0.
     pub(crate) fn read_registers(&self, offset: usize, to: &mut [u8]) {
-        let front = self.front.lock();
-        let image = front.registers.image(self.memory.size(), front.dropped);
         to.fill(0);
-        overlay(offset, to, &image);
+        let front = self.front.lock();
+        let dropped = front.dropped + self.memory.dropped();
+        let image = front.registers.image(self.memory.size(), dropped);
+        overlay(offset, to, 0, &image);
+        self.dma.with(|queue| {
+            overlay(offset, to, registers::DMA, &registers::dma_image(queue));
+            overlay(offset, to, registers::DMA_TABLE, &queue.table());
+        });
     }
 
     /// Writes to BAR0, and executes the command if the write was one.
@@ -115,6 +148,12 @@ impl Chip {
         if !front.running {
             front.dropped += 1;
             return;
+        }
+        if self
+            .dma
+            .with(|queue| registers::write_dma(queue, offset, from))
+        {
+            self.endpoint.wake();
         }
         let Some(command) = front.registers.write(offset, from) else {
             return;
@@ -172,7 +211,8 @@ impl Chip {
         let registers = front.registers.save();
         let mut msix = [0; MSIX_SIZE];
         self.endpoint.save_msix(&mut msix);
-        let parts: [&[u8]; 3] = [&config, &registers, &msix];
+        let queue = self.dma.with(|queue| queue.save());
+        let parts: [&[u8]; 4] = [&config, &registers, &msix, &queue];
         for (to, from) in snapshot.iter_mut().zip(parts.into_iter().flatten()) {
             *to = *from;
         }
@@ -185,6 +225,7 @@ impl Chip {
             self.endpoint.accepts_config(parts.config)
                 && Registers::load(parts.registers).is_some()
                 && self.endpoint.accepts_msix(parts.msix)
+                && Queue::load(parts.queue).is_some()
         })
     }
 
@@ -192,12 +233,15 @@ impl Chip {
     pub(crate) fn restore(&self, snapshot: &Snapshot) -> Result {
         let parts = Parts::of(snapshot).ok_or(EINVAL)?;
         let registers = Registers::load(parts.registers).ok_or(EINVAL)?;
+        let queue = Queue::load(parts.queue).ok_or(EINVAL)?;
         let mut front = self.front.lock();
         self.endpoint.load_config(parts.config)?;
         let save_delay = front.registers.save_delay;
         front.registers = registers;
         front.registers.save_delay = save_delay;
-        self.endpoint.load_msix(parts.msix)
+        self.endpoint.load_msix(parts.msix)?;
+        self.dma.with(|old| *old = queue);
+        Ok(())
     }
 }
 
@@ -205,24 +249,29 @@ impl Chip {
 struct Parts<'a> {
     config: &'a [u8; config_space::SIZE],
     registers: &'a [u8; registers::SNAPSHOT_SIZE],
-    msix: &'a [u8],
+    msix: &'a [u8; MSIX_SIZE],
+    queue: &'a [u8; queue::SNAPSHOT_SIZE],
 }
 
 impl<'a> Parts<'a> {
     fn of(snapshot: &'a Snapshot) -> Option<Self> {
         let (config, rest) = snapshot.split_first_chunk()?;
-        let (registers, msix) = rest.split_first_chunk()?;
+        let (registers, rest) = rest.split_first_chunk()?;
+        let (msix, queue) = rest.split_first_chunk()?;
         Some(Self {
             config,
             registers,
             msix,
+            queue: queue.first_chunk()?,
         })
     }
 }
 
-/// Copies to `to`, which is what is read at `offset`, where it meets `from`.
-fn overlay(offset: usize, to: &mut [u8], from: &[u8]) {
-    for (to, from) in to.iter_mut().zip(from.iter().skip(offset)) {
+/// Copies to `to`, which is what is read at `offset`, where it meets what is at `base`.
+fn overlay(offset: usize, to: &mut [u8], base: usize, from: &[u8]) {
+    let skip = base.saturating_sub(offset);
+    let from = from.iter().skip(offset.saturating_sub(base));
+    for (to, from) in to.iter_mut().skip(skip).zip(from) {
         *to = *from;
     }
 }

@@ -19,9 +19,14 @@ use kernel::{
 };
 use vfio::{
     config_space::ConfigSpace,
-    emulated,
+    dma::Bus,
+    emulated::{
+        self,
+        Work, //
+    },
     endpoint::Endpoint,
     mdev,
+    memory::StateMemory,
     migration::{
         Flags,
         Migratable,
@@ -118,6 +123,14 @@ impl emulated::Operations for Mock {
         }
         Ok(())
     }
+
+    fn mmap(chip: &Chip, region_index: u32) -> Option<&StateMemory> {
+        (region_index == region::BAR2).then_some(&chip.memory)
+    }
+
+    fn work(chip: &Chip, bus: &Bus<'_>) -> Work {
+        chip.work(bus)
+    }
 }
 
 #[vtable]
@@ -126,12 +139,13 @@ impl Migratable for Chip {
     type Loader = MockLoader;
     const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
 
-    // The device does no DMA, so that there is nothing to do for peer-to-peer.
+    // The device cannot tell who is behind an address, so it does no DMA at all.
     fn quiesce_p2p(&self) -> Result {
-        Ok(())
+        self.pause_dma()
     }
 
     fn resume_p2p(&self) -> Result {
+        self.resume_dma();
         Ok(())
     }
 

@@ -15,6 +15,7 @@
 //! * `device`: the driver: types, BARs, and what the migration engine asks for.
 //! * `chip`: the device behind its bus.
 //! * `registers`, `config_space`: what the bus sees of it.
+//! * `dma`: the DMA engine; [`queue`]: its descriptors; pure, without the kernel.
 //! * `save`, `load`: the device's state as a stream, and back; `delay`: how slow that may be.
 //! * [`stream`]: the format of the stream; pure, without the kernel.
 
@@ -31,7 +32,9 @@ mod chip;
 mod config_space;
 mod delay;
 mod device;
+mod dma;
 mod load;
+pub mod queue;
 mod registers;
 mod save;
 pub mod stream;

@@ -2,7 +2,10 @@
 
 //! The registers in BAR0, little-endian.
 
-use crate::chip::VECTORS;
+use crate::{
+    chip::VECTORS,
+    queue::Queue, //
+};
 use core::ops::Range;
 
 /// The size of BAR0 in bytes.
@@ -11,6 +14,30 @@ pub(crate) const BAR_SIZE: u32 = 16 << 10;
 pub(crate) const MSIX_TABLE: u32 = 0x1000;
 /// Where in BAR0 the MSI-X pending bit array is.
 pub(crate) const MSIX_PBA: u32 = 0x2000;
+
+/// Where in BAR0 the registers of the DMA engine are.
+pub(crate) const DMA: usize = 0x60;
+/// Where in BAR0 the descriptors of the DMA engine are.
+pub(crate) const DMA_TABLE: usize = 0x400;
+
+/// Where the registers of the DMA engine are behind [`DMA`].
+mod dma_offset {
+    /// Gives a descriptor to the device, 32 bits, write-only. Acts if all of it is written in one
+    /// access, as [`ABORT`] does.
+    pub(super) const DOORBELL: usize = 0x00;
+    /// Takes a descriptor back, or all, 32 bits, write-only.
+    pub(super) const ABORT: usize = 0x04;
+    /// What the engine is doing, 32 bits, read-only.
+    pub(super) const STATUS: usize = 0x08;
+    /// Why the last write to one of these was refused, 32 bits, read-only.
+    pub(super) const ERROR: usize = 0x0c;
+    /// How many descriptors have ended since the last reset, 64 bits, read-only.
+    pub(super) const DONE: usize = 0x10;
+    /// How many bytes were moved since the last reset, 64 bits, read-only.
+    pub(super) const BYTES: usize = 0x18;
+    /// Where the registers end.
+    pub(super) const END: usize = 0x20;
+}
 
 /// What [`offset::MAGIC`] reads as: `VFMK`.
 const MAGIC: u32 = u32::from_le_bytes(*b"VFMK");
@@ -138,6 +165,45 @@ fn merge<const N: usize>(value: [u8; N], register: usize, offset: usize, from: &
     value
 }
 
+/// Returns the 32 bits that are written to a register that acts, if all of it is in the access.
+fn rung(register: usize, offset: usize, from: &[u8]) -> Option<u32> {
+    let start = register.checked_sub(offset)?;
+    let bytes = from.get(start..)?.first_chunk()?;
+    Some(u32::from_le_bytes(*bytes))
+}
+
+/// Returns what a read of the registers of the DMA engine gives.
+pub(crate) fn dma_image(queue: &Queue) -> [u8; dma_offset::END] {
+    let mut image = [0; dma_offset::END];
+    put(
+        &mut image,
+        dma_offset::STATUS,
+        &queue.status().to_le_bytes(),
+    );
+    put(
+        &mut image,
+        dma_offset::ERROR,
+        &queue.refused().to_le_bytes(),
+    );
+    put(&mut image, dma_offset::DONE, &queue.done().to_le_bytes());
+    put(&mut image, dma_offset::BYTES, &queue.bytes().to_le_bytes());
+    image
+}
+
+/// Takes a write of any bytes at any offset of BAR0 to the DMA engine: the descriptors first, then
+/// what acts. Returns whether the engine may have something to do.
+pub(crate) fn write_dma(queue: &mut Queue, offset: usize, from: &[u8]) -> bool {
+    let skip = DMA_TABLE.saturating_sub(offset);
+    if let Some(part) = from.get(skip..).filter(|part| !part.is_empty()) {
+        queue.write(offset + skip - DMA_TABLE, part);
+    }
+    let doorbell = rung(DMA + dma_offset::DOORBELL, offset, from);
+    let abort = rung(DMA + dma_offset::ABORT, offset, from);
+    doorbell.into_iter().for_each(|index| queue.doorbell(index));
+    abort.into_iter().for_each(|index| queue.abort(index));
+    doorbell.or(abort).is_some()
+}
+
 impl Registers {
     /// Returns what a read of all registers gives.
     pub(crate) fn image(&self, state_size: usize, dropped: u64) -> [u8; offset::END] {
@@ -199,9 +265,7 @@ impl Registers {
             *value = u32::from_le_bytes(merge(value.to_le_bytes(), register, offset, from));
         }
 
-        let start = offset::DOORBELL.checked_sub(offset)?;
-        let rung = from.get(start..)?.first_chunk()?;
-        Some(match u32::from_le_bytes(*rung) {
+        Some(match rung(offset::DOORBELL, offset, from)? {
             1 => Command::Fill,
             2 => Command::Checksum,
             3 => Command::Reinit,

@@ -50,7 +50,7 @@ pub const TRAILER_LEN: usize = 32;
 pub const OFFSET_LEN: usize = 8;
 
 /// The most bytes of device registers that a [`Decoder`] can take.
-pub const MAX_REGISTERS: usize = 512;
+pub const MAX_REGISTERS: usize = 2048;
 
 /// The most bytes of the payload of an optional record.
 pub const OPTIONAL_MAX: u64 = 1 << 20;

@@ -43,7 +43,60 @@
 #define VFIO_MOCK_REG_ERROR		0x50	/* u32, read-only */
 #define VFIO_MOCK_REG_SAVE_DELAY	0x54	/* u32, not migrated: us per record */
 #define VFIO_MOCK_REG_DROPPED		0x58	/* u64, read-only, not migrated */
-#define VFIO_MOCK_REGS_END		0x60
+#define VFIO_MOCK_REG_DMA_DOORBELL	0x60	/* u32, write-only: a descriptor */
+#define VFIO_MOCK_REG_DMA_ABORT		0x64	/* u32, write-only */
+#define VFIO_MOCK_REG_DMA_STATUS	0x68	/* u32, read-only */
+#define VFIO_MOCK_REG_DMA_ERROR		0x6c	/* u32, read-only */
+#define VFIO_MOCK_REG_DMA_DONE		0x70	/* u64, read-only */
+#define VFIO_MOCK_REG_DMA_BYTES		0x78	/* u64, read-only */
+#define VFIO_MOCK_REGS_END		0x80
+
+/* DMA descriptors in BAR0 */
+#define VFIO_MOCK_DMA_DESCS		16
+#define VFIO_MOCK_DMA_DESC(n)		(0x400 + (n) * 0x40)
+#define VFIO_MOCK_DMA_ALL		0xffffffffU	/* for DMA_ABORT */
+
+struct vfio_mock_dma_desc {
+	__u64 iova;
+	__u64 addr;		/* byte offset in BAR2 */
+	__u64 len;		/* bytes */
+	__u64 seed;
+	__u32 op;
+	__u32 irq_vector;
+	__u32 period;		/* microseconds, 0: once */
+	__u32 step;		/* bytes each period, 0: all of them */
+	__u32 status;		/* read-only */
+	__u32 error;		/* read-only */
+	__u64 pos;		/* read-only: bytes moved */
+};
+
+#define VFIO_MOCK_DMA_STATUS_BUSY	0x1
+#define VFIO_MOCK_DMA_STATUS_PAUSED	0x2
+
+#define VFIO_MOCK_DMA_READ		1	/* user memory to BAR2 */
+#define VFIO_MOCK_DMA_WRITE		2	/* BAR2 to user memory */
+#define VFIO_MOCK_DMA_FILL		3	/* the pattern to user memory */
+#define VFIO_MOCK_DMA_CHURN		4	/* the pattern to BAR2 */
+
+#define VFIO_MOCK_DMA_IDLE		0
+#define VFIO_MOCK_DMA_QUEUED		1
+#define VFIO_MOCK_DMA_ACTIVE		2
+#define VFIO_MOCK_DMA_COMPLETE		3
+#define VFIO_MOCK_DMA_FAILED		4
+#define VFIO_MOCK_DMA_ABORTED		5
+
+#define VFIO_MOCK_DMA_ERROR_NONE	0
+#define VFIO_MOCK_DMA_ERROR_OP		1
+#define VFIO_MOCK_DMA_ERROR_RANGE	2
+#define VFIO_MOCK_DMA_ERROR_UNMAPPED	3
+#define VFIO_MOCK_DMA_ERROR_DENIED	4
+#define VFIO_MOCK_DMA_ERROR_FAULT	5
+#define VFIO_MOCK_DMA_ERROR_NO_MEMORY	6
+#define VFIO_MOCK_DMA_ERROR_OTHER	7
+
+/* In DMA_ERROR */
+#define VFIO_MOCK_DMA_REFUSED_INDEX	1	/* no such descriptor */
+#define VFIO_MOCK_DMA_REFUSED_BUSY	2	/* it is the device's already */
 
 #define VFIO_MOCK_STATUS_BUSY		0x1
 #define VFIO_MOCK_STATUS_DONE		0x2

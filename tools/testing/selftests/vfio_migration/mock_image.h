@@ -24,7 +24,7 @@
 #define MOCK_STREAM_VERSION	1
 
 /* The payload of REGISTERS: config space, registers, MSI-X table, pending bits. */
-#define MOCK_REGISTERS_LEN	392
+#define MOCK_REGISTERS_LEN	1456
 #define MOCK_REGISTERS_RESERVED	316	/* a word that is zero */
 #define MOCK_REGISTERS_PBA	384
 

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The DMA engine: serves the queue on the device's own thread.
+
+use crate::{
+    queue::{
+        Failure,
+        Next,
+        Op,
+        Piece,
+        Queue, //
+    },
+    stream::pattern_word, //
+};
+use kernel::{
+    new_condvar, new_mutex,
+    prelude::*,
+    sync::{
+        CondVar,
+        Mutex, //
+    },
+    time::{
+        Delta,
+        Instant,
+        Monotonic, //
+    },
+};
+use vfio::{
+    dma::{
+        Bus,
+        Fault, //
+    },
+    emulated::Work,
+    endpoint::Endpoint,
+    memory::StateMemory, //
+};
+
+/// Bytes in a word of a pattern.
+const WORD: u64 = size_of::<u64>() as u64;
+
+/// The DMA engine of a device.
+#[pin_data]
+pub(crate) struct Engine {
+    /// Never held while user memory is accessed.
+    #[pin]
+    queue: Mutex<Queue>,
+    /// Somebody may wait for what is being served.
+    #[pin]
+    served: CondVar,
+    /// From when on the queue's time counts.
+    epoch: Instant<Monotonic>,
+}
+
+impl Engine {
+    /// Makes an engine in the state of power on.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            queue <- new_mutex!(Queue::default(), "vfio_mock::dma::Engine::queue"),
+            served <- new_condvar!("vfio_mock::dma::Engine::served"),
+            epoch: Instant::now(),
+        })
+    }
+
+    /// Looks at the queue, or changes it.
+    pub(crate) fn with<R>(&self, with: impl FnOnce(&mut Queue) -> R) -> R {
+        with(&mut self.queue.lock())
+    }
+
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_nanos() as u64
+    }
+
+    /// Moves the next piece.
+    pub(crate) fn work(&self, memory: &StateMemory, endpoint: &Endpoint, bus: &Bus<'_>) -> Work {
+        let mut queue = self.queue.lock();
+        let next = queue.next(self.now(), memory.size() as u64);
+        let mut vectors = queue.take_vectors();
+        drop(queue);
+
+        let work = match next {
+            Next::Piece(piece) => {
+                let (done, failure) = match execute(&piece, memory, bus) {
+                    Ok(()) => (piece.len, None),
+                    Err(Fault { done, error }) => (done as u64, Some(failure(error))),
+                };
+                let mut queue = self.queue.lock();
+                queue.moved(&piece, done, failure, self.now());
+                vectors |= queue.take_vectors();
+                Work::Again
+            }
+            Next::At(time) => {
+                let left = time.saturating_sub(self.now());
+                Work::After(Delta::from_nanos(left as i64))
+            }
+            Next::Nothing => Work::Wait,
+        };
+        (0..u32::BITS)
+            .filter(|vector| vectors & 1 << vector != 0)
+            .for_each(|vector| endpoint.signal(vector));
+        self.served.notify_all();
+        work
+    }
+
+    /// Lets nothing start any more, and waits for what is under way. May sleep.
+    ///
+    /// Fails with `ERESTARTSYS`, and without effect, if there is a signal while it waits.
+    pub(crate) fn pause(&self) -> Result {
+        let mut queue = self.queue.lock();
+        queue.pause(true);
+        while !queue.is_quiet() {
+            if self.served.wait_interruptible(&mut queue) {
+                queue.pause(false);
+                return Err(ERESTARTSYS);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets what is queued start. The caller wakes the device.
+    pub(crate) fn resume(&self) {
+        self.queue.lock().pause(false);
+    }
+
+    /// Brings the engine into the state of power on. Waits for the piece under way. May sleep.
+    pub(crate) fn power_on(&self) {
+        let mut queue = self.queue.lock();
+        queue.pause(true);
+        queue.abort(crate::queue::ALL);
+        while !queue.is_quiet() {
+            self.served.wait(&mut queue);
+        }
+        *queue = Queue::default();
+    }
+}
+
+/// Moves the bytes of a piece.
+fn execute(piece: &Piece, memory: &StateMemory, bus: &Bus<'_>) -> Result<(), Fault> {
+    match piece.op {
+        Op::Read => bus.read(piece.iova, memory, piece.memory()),
+        Op::Write => bus.write(piece.iova, memory, piece.memory()),
+        Op::Fill => bus.write_bytes(piece.iova, &pattern(piece)?),
+        Op::Churn => Ok(memory.write(piece.addr as usize, &pattern(piece)?)?),
+    }
+}
+
+/// Returns the bytes of the pattern in a piece.
+fn pattern(piece: &Piece) -> Result<KVVec<u8>> {
+    let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_KERNEL)?;
+    let end = piece.pos + piece.len;
+    let mut pos = piece.pos;
+    while pos < end {
+        let word = pattern_word(piece.seed, pos / WORD).to_le_bytes();
+        let next = end.min((pos / WORD + 1) * WORD);
+        let (from, to) = (pos % WORD, pos % WORD + (next - pos));
+        let part = word.get(from as usize..to as usize).unwrap_or(&[]);
+        bytes.extend_from_slice(part, GFP_KERNEL)?;
+        pos = next;
+    }
+    Ok(bytes)
+}
+
+/// Returns what the user is told of a failure, which is the same for each backend.
+fn failure(error: Error) -> Failure {
+    match error {
+        EINVAL | ENOENT => Failure::Unmapped,
+        EPERM | EACCES => Failure::Denied,
+        EFAULT => Failure::Fault,
+        ENOMEM => Failure::NoMemory,
+        _ => Failure::Other,
+    }
+}

@@ -1,0 +1,632 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The DMA queue: the descriptors that the user sees, and which of them the device serves next.
+//!
+//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
+//! and in host tests. The caller brings the lock and the clock, and moves the bytes.
+//!
+//! A descriptor belongs to the user until its number is written to the doorbell, and to the device
+//! from then until it has ended. The device serves one after the other, in pieces; those with a
+//! period never end by themselves and get their turns between the others.
+
+use core::ops::Range;
+
+/// How many descriptors there are.
+pub const DESCRIPTORS: usize = 16;
+
+/// The size of a descriptor in bytes.
+pub const DESCRIPTOR_SIZE: usize = 64;
+
+/// The size of all descriptors in bytes.
+pub const TABLE_SIZE: usize = DESCRIPTORS * DESCRIPTOR_SIZE;
+
+/// The size of the queue in the stream, in bytes.
+pub const SNAPSHOT_SIZE: usize = TABLE_SIZE + DESCRIPTORS + 24;
+
+/// What stands for all descriptors.
+pub const ALL: u32 = u32::MAX;
+
+/// Most bytes in a piece, which is how much is moved before the device looks up.
+pub const PIECE: u64 = 64 << 10;
+
+/// Why a write to the doorbell was refused: there is no such descriptor.
+pub const REFUSED_INDEX: u32 = 1;
+
+/// Why a write to the doorbell was refused: the descriptor is the device's.
+pub const REFUSED_BUSY: u32 = 2;
+
+/// What a descriptor without an interrupt has for its vector.
+const NO_VECTOR: u32 = u32::MAX;
+
+/// In [`Queue::status()`]: a descriptor is the device's.
+const STATUS_BUSY: u32 = 1;
+
+/// In [`Queue::status()`]: nothing starts.
+const STATUS_PAUSED: u32 = 2;
+
+/// Nanoseconds in a microsecond.
+const NANOS: u64 = 1000;
+
+/// What a descriptor asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Move user memory to the state memory.
+    Read,
+    /// Move state memory to the user memory.
+    Write,
+    /// Write the pattern to user memory.
+    Fill,
+    /// Write the pattern to the state memory.
+    Churn,
+}
+
+impl Op {
+    fn new(raw: u32) -> Option<Self> {
+        Some(match raw {
+            1 => Self::Read,
+            2 => Self::Write,
+            3 => Self::Fill,
+            4 => Self::Churn,
+            _ => return None,
+        })
+    }
+}
+
+/// Whose a descriptor is, and how it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// The user's, never used.
+    Idle = 0,
+    /// The device's, not begun.
+    Queued = 1,
+    /// The device's, begun.
+    Active = 2,
+    /// The user's, executed.
+    Done = 3,
+    /// The user's, failed.
+    Failed = 4,
+    /// The user's, aborted.
+    Aborted = 5,
+}
+
+impl Status {
+    fn new(raw: u32) -> Option<Self> {
+        Some(match raw {
+            0 => Self::Idle,
+            1 => Self::Queued,
+            2 => Self::Active,
+            3 => Self::Done,
+            4 => Self::Failed,
+            5 => Self::Aborted,
+            _ => return None,
+        })
+    }
+
+    fn is_devices(self) -> bool {
+        matches!(self, Self::Queued | Self::Active)
+    }
+}
+
+/// Why a descriptor failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// There is no such operation.
+    Op = 1,
+    /// The range is empty or not inside the memory or the address space.
+    Range = 2,
+    /// There is no user memory at that address.
+    Unmapped = 3,
+    /// The user does not allow it.
+    Denied = 4,
+    /// The user has taken the memory away.
+    Fault = 5,
+    /// The device has no memory.
+    NoMemory = 6,
+    /// Something else.
+    Other = 7,
+}
+
+/// A descriptor, as its fields are in BAR0 and in the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Descriptor {
+    iova: u64,
+    addr: u64,
+    len: u64,
+    seed: u64,
+    op: u32,
+    vector: u32,
+    period: u32,
+    step: u32,
+    status: Status,
+    error: u32,
+    pos: u64,
+}
+
+/// Where the fields that the user cannot write begin in a descriptor.
+const READ_ONLY: usize = 0x30;
+
+impl Descriptor {
+    const POWER_ON: Self = Self {
+        iova: 0,
+        addr: 0,
+        len: 0,
+        seed: 0,
+        op: 0,
+        vector: NO_VECTOR,
+        period: 0,
+        step: 0,
+        status: Status::Idle,
+        error: 0,
+        pos: 0,
+    };
+
+    fn bytes(&self) -> [u8; DESCRIPTOR_SIZE] {
+        let mut bytes = [0; DESCRIPTOR_SIZE];
+        let words = [self.iova, self.addr, self.len, self.seed];
+        let halves = [
+            self.op,
+            self.vector,
+            self.period,
+            self.step,
+            self.status as u32,
+            self.error,
+        ];
+        let all = words
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .chain(halves.into_iter().flat_map(u32::to_le_bytes))
+            .chain(self.pos.to_le_bytes());
+        for (to, from) in bytes.iter_mut().zip(all) {
+            *to = from;
+        }
+        bytes
+    }
+
+    /// Returns the descriptor that is in `bytes`, unless it cannot be so.
+    fn new(bytes: &[u8; DESCRIPTOR_SIZE]) -> Option<Self> {
+        let word = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+        let half = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+        let this = Self {
+            iova: word(0x00)?,
+            addr: word(0x08)?,
+            len: word(0x10)?,
+            seed: word(0x18)?,
+            op: half(0x20)?,
+            vector: half(0x24)?,
+            period: half(0x28)?,
+            step: half(0x2c)?,
+            status: Status::new(half(READ_ONLY)?)?,
+            error: half(0x34)?,
+            pos: word(0x38)?,
+        };
+        let error_fits = match this.status {
+            Status::Failed => (1..=Failure::Other as u32).contains(&this.error),
+            _ => this.error == 0,
+        };
+        error_fits.then_some(this)
+    }
+
+    /// Tells what is wrong with what the descriptor asks for.
+    fn check(&self, memory_size: u64) -> Result<Op, Failure> {
+        let op = Op::new(self.op).ok_or(Failure::Op)?;
+        let inside = |start: u64, size: u64| {
+            let end = start.checked_add(self.len);
+            self.len > 0 && end.is_some_and(|end| end <= size)
+        };
+        let memory = op == Op::Fill || inside(self.addr, memory_size);
+        let iova = op == Op::Churn || inside(self.iova, u64::MAX);
+        (memory && iova).then_some(op).ok_or(Failure::Range)
+    }
+
+    /// Returns how many bytes one turn moves.
+    fn turn(&self) -> u64 {
+        if self.period == 0 || self.step == 0 {
+            self.len
+        } else {
+            u64::from(self.step)
+        }
+    }
+}
+
+/// What the device does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Move this.
+    Piece(Piece),
+    /// Nothing before this time, in nanoseconds.
+    At(u64),
+    /// Nothing, until somebody does something with the queue.
+    Nothing,
+}
+
+/// Bytes to be moved at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// For which descriptor.
+    index: usize,
+    /// How.
+    pub op: Op,
+    /// Where in the user's address space.
+    pub iova: u64,
+    /// Where in the state memory, in bytes.
+    pub addr: u64,
+    /// How many bytes.
+    pub len: u64,
+    /// What a pattern is made of.
+    pub seed: u64,
+    /// Where in the pattern it begins, in bytes.
+    pub pos: u64,
+}
+
+impl Piece {
+    /// Returns the range in the state memory, in bytes.
+    pub fn memory(&self) -> Range<usize> {
+        self.addr as usize..(self.addr + self.len) as usize
+    }
+}
+
+/// What is being served.
+#[derive(Clone, Copy, Debug)]
+struct Current {
+    index: usize,
+    /// Bytes left of its turn.
+    left: u64,
+    aborted: bool,
+}
+
+/// The DMA queue.
+pub struct Queue {
+    descriptors: [Descriptor; DESCRIPTORS],
+    /// Those that are queued, in order.
+    order: [u8; DESCRIPTORS],
+    queued: usize,
+    /// Why the last doorbell was refused.
+    refused: u32,
+    done: u64,
+    bytes: u64,
+    current: Option<Current>,
+    paused: bool,
+    /// When those with a period have their next turns, in nanoseconds.
+    due: [u64; DESCRIPTORS],
+    /// Those with a period had the last turn.
+    periodic_last: bool,
+    /// The vectors to signal, one bit each.
+    vectors: u32,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            descriptors: [Descriptor::POWER_ON; DESCRIPTORS],
+            order: [0; DESCRIPTORS],
+            queued: 0,
+            refused: 0,
+            done: 0,
+            bytes: 0,
+            current: None,
+            paused: false,
+            due: [0; DESCRIPTORS],
+            periodic_last: false,
+            vectors: 0,
+        }
+    }
+}
+
+impl Queue {
+    /// Returns the descriptors as the user reads them.
+    pub fn table(&self) -> [u8; TABLE_SIZE] {
+        let mut table = [0; TABLE_SIZE];
+        for (to, from) in table
+            .chunks_exact_mut(DESCRIPTOR_SIZE)
+            .zip(&self.descriptors)
+        {
+            to.copy_from_slice(&from.bytes());
+        }
+        table
+    }
+
+    /// Takes a write of any bytes at `offset` of the descriptors.
+    ///
+    /// What the user cannot write, and descriptors that are the device's, stay as they are.
+    pub fn write(&mut self, offset: usize, from: &[u8]) {
+        for (at, byte) in (offset..).zip(from) {
+            let Some(descriptor) = self.descriptors.get_mut(at / DESCRIPTOR_SIZE) else {
+                break;
+            };
+            let field = at % DESCRIPTOR_SIZE;
+            if descriptor.status.is_devices() || field >= READ_ONLY {
+                continue;
+            }
+            let mut bytes = descriptor.bytes();
+            if let Some(to) = bytes.get_mut(field) {
+                *to = *byte;
+            }
+            if let Some(new) = Descriptor::new(&bytes) {
+                *descriptor = new;
+            }
+        }
+    }
+
+    /// Returns bits that tell what the device is doing.
+    pub fn status(&self) -> u32 {
+        let busy = self.descriptors.iter().any(|d| d.status.is_devices());
+        (if busy { STATUS_BUSY } else { 0 }) | (if self.paused { STATUS_PAUSED } else { 0 })
+    }
+
+    /// Returns why the last doorbell or abort was refused.
+    pub fn refused(&self) -> u32 {
+        self.refused
+    }
+
+    /// Returns how many descriptors have ended.
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Returns how many bytes were moved.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Gives a descriptor to the device.
+    pub fn doorbell(&mut self, index: u32) {
+        let found = self.descriptors.get_mut(index as usize);
+        self.refused = match found {
+            None => REFUSED_INDEX,
+            Some(descriptor) if descriptor.status.is_devices() => REFUSED_BUSY,
+            Some(descriptor) => {
+                descriptor.status = Status::Queued;
+                descriptor.error = 0;
+                descriptor.pos = 0;
+                if let Some(slot) = self.order.get_mut(self.queued) {
+                    *slot = index as u8;
+                    self.queued += 1;
+                }
+                0
+            }
+        };
+    }
+
+    /// Takes a descriptor back from the device, or all of them. Of one that is being served the
+    /// piece under way is finished first.
+    pub fn abort(&mut self, index: u32) {
+        self.refused = 0;
+        if index == ALL {
+            (0..DESCRIPTORS).for_each(|index| self.abort_one(index));
+        } else if (index as usize) < DESCRIPTORS {
+            self.abort_one(index as usize);
+        } else {
+            self.refused = REFUSED_INDEX;
+        }
+    }
+
+    fn abort_one(&mut self, index: usize) {
+        match &mut self.current {
+            Some(current) if current.index == index => current.aborted = true,
+            _ => {
+                let order = self.order;
+                let mut kept = 0;
+                for other in order.into_iter().take(self.queued) {
+                    if usize::from(other) != index {
+                        self.order[kept] = other;
+                        kept += 1;
+                    }
+                }
+                self.queued = kept;
+                if self.descriptors[index].status.is_devices() {
+                    self.end(index, Status::Aborted, 0);
+                }
+            }
+        }
+    }
+
+    /// Notes that a descriptor has ended.
+    fn end(&mut self, index: usize, status: Status, error: u32) {
+        self.descriptors[index].status = status;
+        self.descriptors[index].error = error;
+        self.done = self.done.wrapping_add(1);
+        self.signal(index);
+    }
+
+    fn signal(&mut self, index: usize) {
+        self.vectors |= 1u32
+            .checked_shl(self.descriptors[index].vector)
+            .unwrap_or(0);
+    }
+
+    /// Returns the vectors to signal, one bit each, and forgets them.
+    pub fn take_vectors(&mut self) -> u32 {
+        core::mem::take(&mut self.vectors)
+    }
+
+    /// Lets nothing start any more, or lets it start again. What is being served goes on to the
+    /// end of its turn: see [`is_quiet()`](Self::is_quiet).
+    pub fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// Tells whether nothing is being served.
+    pub fn is_quiet(&self) -> bool {
+        self.current.is_none()
+    }
+
+    /// Returns what the device does next. If it is a piece, [`moved()`](Self::moved) comes next.
+    ///
+    /// `now` is in nanoseconds, `memory_size` in bytes.
+    pub fn next(&mut self, now: u64, memory_size: u64) -> Next {
+        loop {
+            let current = match self.current {
+                Some(current) => current,
+                None if self.paused => return Next::Nothing,
+                None => match self.choose(now) {
+                    Ok(current) => current,
+                    Err(next) => return next,
+                },
+            };
+            self.current = Some(current);
+            let index = current.index;
+            let descriptor = self.descriptors[index];
+            let checked = descriptor.check(memory_size);
+            match checked {
+                Ok(_) if current.aborted => {
+                    self.current = None;
+                    self.end(index, Status::Aborted, 0);
+                }
+                Ok(op) => {
+                    let pos = descriptor.pos % descriptor.len;
+                    let len = current.left.min(descriptor.len - pos).min(PIECE);
+                    return Next::Piece(Piece {
+                        index,
+                        op,
+                        iova: descriptor.iova.wrapping_add(pos),
+                        addr: descriptor.addr.wrapping_add(pos),
+                        len,
+                        seed: descriptor
+                            .seed
+                            .wrapping_add(descriptor.pos / descriptor.len),
+                        pos,
+                    });
+                }
+                Err(failure) => {
+                    self.current = None;
+                    self.end(index, Status::Failed, failure as u32);
+                }
+            }
+        }
+    }
+
+    /// Chooses what to serve: what is queued, and what is due, in turns.
+    fn choose(&mut self, now: u64) -> Result<Current, Next> {
+        let periodic = (0..DESCRIPTORS)
+            .filter(|index| self.descriptors[*index].status == Status::Active)
+            .min_by_key(|index| self.due[*index]);
+        let due = periodic.filter(|index| self.due[*index] <= now);
+        let index = match due {
+            Some(index) if self.queued == 0 || !self.periodic_last => {
+                self.periodic_last = true;
+                index
+            }
+            _ if self.queued > 0 => {
+                self.periodic_last = false;
+                let index = usize::from(self.order[0]);
+                self.order.rotate_left(1);
+                self.queued -= 1;
+                self.descriptors[index].status = Status::Active;
+                self.due[index] = now;
+                index
+            }
+            _ => {
+                return Err(match periodic {
+                    Some(index) => Next::At(self.due[index]),
+                    None => Next::Nothing,
+                })
+            }
+        };
+        Ok(Current {
+            index,
+            left: self.descriptors[index].turn(),
+            aborted: false,
+        })
+    }
+
+    /// Notes that `len` bytes of a piece were moved, and whether the rest failed.
+    pub fn moved(&mut self, piece: &Piece, len: u64, failure: Option<Failure>, now: u64) {
+        let Some(mut current) = self.current.take() else {
+            return;
+        };
+        let index = piece.index;
+        let descriptor = &mut self.descriptors[index];
+        descriptor.pos = descriptor.pos.wrapping_add(len);
+        self.bytes = self.bytes.wrapping_add(len);
+        current.left = current.left.saturating_sub(len);
+        let (status, error) = match failure {
+            Some(failure) => (Status::Failed, failure as u32),
+            None if current.left == 0 && descriptor.period == 0 => (Status::Done, 0),
+            None if current.aborted => (Status::Aborted, 0),
+            None => {
+                let round = descriptor.pos % descriptor.len == 0;
+                let period = u64::from(descriptor.period) * NANOS;
+                if period > 0 && round {
+                    self.signal(index);
+                }
+                if current.left > 0 {
+                    self.current = Some(current);
+                } else {
+                    // A device that is late catches up, but not for ever.
+                    let due = &mut self.due[index];
+                    *due = (*due + period).max(now.saturating_sub(16 * period));
+                }
+                return;
+            }
+        };
+        self.end(index, status, error);
+    }
+
+    /// Returns the queue as it is in the stream. Nothing is being served.
+    pub fn save(&self) -> [u8; SNAPSHOT_SIZE] {
+        let mut snapshot = [0; SNAPSHOT_SIZE];
+        let table = self.table();
+        let all = table
+            .iter()
+            .copied()
+            .chain(self.order.into_iter().enumerate().map(|(index, number)| {
+                // What is behind the queue means nothing, and is the same for all.
+                if index < self.queued {
+                    number
+                } else {
+                    0
+                }
+            }))
+            .chain((self.queued as u32).to_le_bytes())
+            .chain(self.refused.to_le_bytes())
+            .chain(self.done.to_le_bytes())
+            .chain(self.bytes.to_le_bytes());
+        for (to, from) in snapshot.iter_mut().zip(all) {
+            *to = from;
+        }
+        snapshot
+    }
+
+    /// Returns the queue that is in the stream, paused, unless it cannot be so.
+    pub fn load(snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<Self> {
+        let mut this = Self {
+            paused: true,
+            ..Self::default()
+        };
+        let (table, rest) = snapshot.split_at_checked(TABLE_SIZE)?;
+        for (to, from) in this
+            .descriptors
+            .iter_mut()
+            .zip(table.chunks_exact(DESCRIPTOR_SIZE))
+        {
+            *to = Descriptor::new(from.try_into().ok()?)?;
+        }
+        let (order, rest) = rest.split_first_chunk::<DESCRIPTORS>()?;
+        let (queued, rest) = rest.split_first_chunk()?;
+        let (refused, rest) = rest.split_first_chunk()?;
+        let (done, rest) = rest.split_first_chunk()?;
+        this.order = *order;
+        this.queued = u32::from_le_bytes(*queued) as usize;
+        this.refused = u32::from_le_bytes(*refused);
+        this.done = u64::from_le_bytes(*done);
+        this.bytes = u64::from_le_bytes(*rest.first_chunk()?);
+
+        let queue = this.order.get(..this.queued)?;
+        let behind = this.order.get(this.queued..)?;
+        for (index, descriptor) in this.descriptors.iter().enumerate() {
+            let times = queue.iter().filter(|n| usize::from(**n) == index).count();
+            // Without a period nothing is left half-done by a device that has stopped.
+            let good = match descriptor.status {
+                Status::Queued => times == 1 && descriptor.pos == 0,
+                Status::Active => times == 0 && descriptor.period > 0,
+                _ => times == 0,
+            };
+            if !good {
+                return None;
+            }
+        }
+        let known = queue.iter().all(|n| usize::from(*n) < DESCRIPTORS);
+        let blank = behind.iter().all(|n| *n == 0);
+        (known && blank && this.refused <= REFUSED_BUSY).then_some(this)
+    }
+}
