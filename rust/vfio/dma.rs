@@ -35,8 +35,8 @@ use kernel::{
 /// A transfer that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// How many bytes were transferred before, exactly: what follows was not touched up to the end
-    /// of its page, and what is behind that was not either.
+    /// How many bytes were transferred before: all up to the page of user memory where it failed.
+    /// Of that page some may have been written, and of what is behind it nothing.
     pub done: usize,
     /// Why: `EPERM` or `EACCES` if the user does not allow it, `EINVAL` or `ENOENT` if there is no
     /// memory at that address, `EFAULT` if the user has taken the memory away, `ENOMEM`.
@@ -64,86 +64,102 @@ impl<'a> Bus<'a> {
     /// May sleep, for as long as the user does not serve a page fault. Fails with `EINVAL`, and
     /// transfers nothing, if the range is empty or not inside the memory.
     pub fn read(&self, iova: u64, to: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
-        let bytes = Self::checked(to, range.clone())?;
-        // SAFETY: The bytes are inside of the memory, which is borrowed, and may be written to by
-        // a copy from the user.
-        let result = unsafe { self.transfer(iova, bytes, false) };
-        // Whether it succeeded or not.
-        to.changed(range);
-        result
+        checked(to, range.clone())?;
+        // A copy from the user that fails leaves zeroes, which must not get into the memory.
+        let len = PAGE_SIZE.min(range.len());
+        let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL).map_err(Error::from)?;
+        for piece in pieces(iova, range.len()) {
+            let fault = |error| Fault {
+                done: piece.start,
+                error,
+            };
+            let page = bytes.get_mut(..piece.len()).ok_or(fault(EINVAL))?;
+            // SAFETY: `page` is borrowed for writing.
+            unsafe { self.copy(iova + piece.start as u64, page, false) }.map_err(fault)?;
+            to.write(range.start + piece.start, page).map_err(fault)?;
+        }
+        Ok(())
     }
 
     /// Writes a range of the device's memory, in bytes, to user memory from `iova` on.
     ///
     /// May sleep and fails as [`read()`](Self::read) does.
     pub fn write(&self, iova: u64, from: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
-        let bytes = Self::checked(from, range)?;
+        let bytes = checked(from, range)?;
         // SAFETY: The bytes are inside of the memory, which is borrowed, and may be read by a copy
         // to the user.
-        unsafe { self.transfer(iova, bytes, true) }
+        unsafe { self.write_pages(iova, bytes) }
     }
 
     /// Writes bytes to user memory from `iova` on.
     ///
     /// May sleep and fails as [`read()`](Self::read) does.
     pub fn write_bytes(&self, iova: u64, from: &[u8]) -> Result<(), Fault> {
-        // SAFETY: The bytes are borrowed and only read.
-        unsafe { self.transfer(iova, from, true) }
-    }
-
-    fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Fault> {
-        let bytes = memory.bytes(range.clone());
-        if bytes.len() == range.len() {
-            Ok(bytes)
-        } else {
-            Err(EINVAL.into())
+        if from.is_empty() {
+            return Err(EINVAL.into());
         }
+        // SAFETY: The bytes are borrowed and only read.
+        unsafe { self.write_pages(iova, from) }
     }
 
-    /// Transfers bytes, and logs what is written.
+    /// Writes bytes to user memory, page by page, because the core does not tell how far it got,
+    /// and logs the pages.
+    ///
+    /// # Safety
+    ///
+    /// `bytes` must be valid for a copy to the user.
+    unsafe fn write_pages(&self, iova: u64, bytes: *const [u8]) -> Result<(), Fault> {
+        for piece in pieces(iova, bytes.len()) {
+            let start = bytes.cast::<u8>().wrapping_add(piece.start);
+            let page = core::ptr::slice_from_raw_parts(start, piece.len());
+            let at = iova + piece.start as u64;
+            // SAFETY: It is a part of `bytes`, and the core only reads it.
+            unsafe { self.copy(at, page.cast_mut(), true) }.map_err(|error| Fault {
+                done: piece.start,
+                error,
+            })?;
+            // Not before: who takes the log and then looks must find what was logged.
+            self.log.mark(at, piece.len());
+        }
+        Ok(())
+    }
+
+    /// Copies bytes between kernel and user.
     ///
     /// # Safety
     ///
     /// `bytes` must be valid, for a copy to the user if `write` is true, else for a copy from the
     /// user.
-    unsafe fn transfer(&self, iova: u64, bytes: *const [u8], write: bool) -> Result<(), Fault> {
-        // SAFETY: By the safety requirements.
-        if unsafe { self.piece(iova, bytes, write) }.is_ok() {
-            return Ok(());
-        }
-        // The core does not tell how far it got, so do it again page by page. It has written the
-        // same bytes before, and nothing behind the page where it fails again.
-        let base = bytes.cast::<u8>();
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = iova.wrapping_add(done as u64);
-            let page_left = PAGE_SIZE - at as usize % PAGE_SIZE;
-            let len = page_left.min(bytes.len() - done);
-            let piece = core::ptr::slice_from_raw_parts(base.wrapping_add(done), len);
-            // SAFETY: It is a part of `bytes`.
-            unsafe { self.piece(at, piece, write) }.map_err(|error| Fault { done, error })?;
-            done += len;
-        }
-        Ok(())
-    }
-
-    /// Transfers bytes, and logs them if all of them were written.
-    ///
-    /// # Safety
-    ///
-    /// As for [`transfer()`](Self::transfer).
-    unsafe fn piece(&self, iova: u64, bytes: *const [u8], write: bool) -> Result {
-        let data = bytes.cast::<c_void>().cast_mut();
-        // SAFETY: The device is open, and `data` is valid by the safety requirements.
+    unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result {
+        // SAFETY: The device is open, and `bytes` is valid by the safety requirements.
         to_result(unsafe {
-            bindings::vfio_dma_rw(self.device.as_raw(), iova, data, bytes.len(), write)
-        })?;
-        if write {
-            // Not before: who takes the log and then looks must find what was logged.
-            self.log.mark(iova, bytes.len());
-        }
-        Ok(())
+            bindings::vfio_dma_rw(self.device.as_raw(), iova, bytes.cast(), bytes.len(), write)
+        })
     }
+}
+
+/// Returns the bytes in a range of a memory.
+///
+/// Fails with `EINVAL` if the range is empty or not inside.
+fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Fault> {
+    let bytes = memory.bytes(range.clone());
+    if bytes.len() == range.len() && !range.is_empty() {
+        Ok(bytes)
+    } else {
+        Err(EINVAL.into())
+    }
+}
+
+/// Cuts `len` bytes from `iova` on where pages end. Returns where in them the pieces are.
+fn pieces(iova: u64, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let page = PAGE_SIZE as u64;
+    let mut start = 0;
+    core::iter::from_fn(move || {
+        let left = (page - iova.wrapping_add(start as u64) % page) as usize;
+        let piece = start..len.min(start + left);
+        start = piece.end;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 impl From<Error> for Fault {

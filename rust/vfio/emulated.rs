@@ -268,7 +268,7 @@ impl<T: Operations> Migratable for Opened<T> {
 
     fn reset(&self) {
         self.data.reset();
-        self.mapped().for_each(StateMemory::thaw);
+        self.mapped().for_each(StateMemory::reset);
         self.endpoint.reset();
     }
 }

@@ -95,6 +95,12 @@ impl Mappings {
         self.dropped
     }
 
+    /// Lets stores through again, and forgets that there were others.
+    pub(super) fn reset(&mut self, pages: usize) {
+        self.freeze(false, pages);
+        self.dropped = 0;
+    }
+
     /// Takes pages of `memory` out of all address spaces, and returns for which of them, at most
     /// 64, somebody keeps a reference, by which they may be written to unnoticed: bit 0 for the
     /// first. May sleep.

@@ -301,8 +301,13 @@ impl StateMemory {
         self.0.mappings.lock().freeze(false, self.pages());
     }
 
-    /// Returns to how many pages stores by mappings were dropped, because the device was stopped. A
-    /// page counts once each time that the device stops. May sleep.
+    /// Lets the stores of users through again, because the device was reset. May sleep.
+    pub(crate) fn reset(&self) {
+        self.0.mappings.lock().reset(self.pages());
+    }
+
+    /// Returns to how many pages stores by mappings were dropped since the last reset, because the
+    /// device was stopped. A page counts once each time that the device stops. May sleep.
     pub fn dropped(&self) -> u64 {
         self.0.mappings.lock().dropped()
     }
