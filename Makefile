@@ -55,6 +55,12 @@ test-host:		## run the tests that need no kernel
 selftest:		## build the kselftests and run them in the test machine
 	$(testing)/run build selftest
 
+selftest-mtty:		## run them on the kernel's mtty sample, and compare
+	$(testing)/run build mtty
+
+soak:			## all of the kselftests, longer and on everything
+	$(testing)/run build soak mtty
+
 lint: modules		## check format, style and warnings of all sources
 	$(testing)/lint
 
@@ -69,7 +75,7 @@ clean:			## remove what was built here; the cache stays
 
 help:			## print this
 	sed -n 's/^\([a-z_-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | \
-		expand -t 18
+		expand -t 20
 	echo
 	echo 'KDIR=folder       use this built kernel tree, not the test kernel'
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
@@ -77,4 +83,4 @@ help:			## print this
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kdir vm shell demo test
-.PHONY: test-host selftest lint doc rust-analyzer clean help
+.PHONY: test-host selftest selftest-mtty soak lint doc rust-analyzer clean help

@@ -21,8 +21,11 @@
 
 #define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
 
-/* Upper bound for anything that must happen at once: a guard against hangs. */
-#define MIG_HANG_SECONDS	20
+/*
+ * Upper bound for anything that must happen at once: a guard against hangs. The
+ * environment variable VFIO_HANG_SECONDS overrides it.
+ */
+int mig_hang_seconds(void);
 
 enum mig_backend {
 	MIG_GROUP,	/* /dev/vfio/N in a type1 container */
@@ -79,6 +82,33 @@ int mig_irq_info(const struct mig_device *dev, __u32 index,
 int mig_set_irqs(const struct mig_device *dev, __u32 index, __u32 flags,
 		 __u32 start, __u32 count, const void *data, size_t size);
 
+/* One access to a region at @at bytes from its start: its count or -errno. */
+ssize_t mig_region_read(const struct mig_device *dev, __u32 index, __u64 at,
+			void *data, size_t len);
+ssize_t mig_region_write(const struct mig_device *dev, __u32 index, __u64 at,
+			 const void *data, size_t len);
+
+/*
+ * Maps @len bytes of a region. -EOPNOTSUPP: the region, or this part of it, is
+ * not to be mapped.
+ */
+int mig_region_map(const struct mig_device *dev, __u32 index, __u64 at, size_t len,
+		   void **map);
+
+/* Memory of the device that the tests may write to; len is 0 if there is none. */
+struct mig_scratch {
+	__u32 region;
+	__u64 offset;		/* in the region */
+	size_t len;
+};
+
+/* Reads "REGION:OFFSET:LENGTH"; NULL means none. -EINVAL for anything else. */
+int mig_scratch_parse(const char *text, struct mig_scratch *scratch);
+int mig_scratch_read(const struct mig_device *dev, const struct mig_scratch *s,
+		     __u8 *data);
+int mig_scratch_write(const struct mig_device *dev, const struct mig_scratch *s,
+		      const __u8 *data);
+
 /* A stream, or a part of one, in memory. */
 struct mig_stream {
 	__u8 *data;
@@ -110,6 +140,61 @@ int mig_poll(int data_fd, short events, int timeout_ms);
 
 /* Is the session of this descriptor over, that is, does it say ENODEV? */
 bool mig_fd_is_dead(int data_fd);
+
+/* Another process, which uses descriptors that it is sent over a socket. */
+struct mig_helper {
+	pid_t pid;
+	int sock;
+};
+
+int mig_helper_start(struct mig_helper *helper);
+void mig_helper_stop(struct mig_helper *helper);
+/* One read() or write() by that process: its count or -errno. */
+ssize_t mig_helper_read(struct mig_helper *helper, int fd, void *data, size_t len);
+ssize_t mig_helper_write(struct mig_helper *helper, int fd, const void *data,
+			 size_t len);
+
+/* What one of several readers got, read by read. */
+struct mig_pieces {
+	struct mig_stream data;
+	size_t *len;
+	size_t nr;
+};
+
+ssize_t mig_pieces_read(int data_fd, struct mig_pieces *p, size_t max);
+
+/*
+ * Do the pieces of both readers, each reader's in its order, make up @whole? 1 or
+ * 0, or -ENOMEM.
+ */
+int mig_pieces_make_up(const struct mig_stream *whole, const struct mig_pieces *a,
+		       const struct mig_pieces *b);
+
+/* A page on which the kernel waits for as long as it is wanted. */
+struct mig_stall {
+	int uffd;
+	void *page;
+	size_t len;
+};
+
+/* -EOPNOTSUPP: there is no userfaultfd for this user. */
+int mig_stall_start(struct mig_stall *stall);
+/* Waits until somebody waits for the page. */
+int mig_stall_wait(struct mig_stall *stall);
+/* Makes the page one with this content. */
+int mig_stall_end(struct mig_stall *stall, const void *content);
+void mig_stall_free(struct mig_stall *stall);
+
+/*
+ * Eight threads do @count things each, at once, to the device and its data_fd:
+ * SET_STATE, RESET, GET, read(), write(), PRECOPY_INFO, poll() and close of the
+ * data_fd, and accesses to regions. They close the device as well; it is for the
+ * caller to open it again. @why says what answered with an error that is none
+ * of its own, or nothing.
+ */
+int mig_hammer(struct mig_device *dev, const struct mig_stream *image,
+	       const struct mig_scratch *scratch, unsigned int count, __u32 seed,
+	       char *why, size_t why_len);
 
 /* The state machine, written from the text of the uAPI; see mig_fsm.c. */
 bool mig_fsm_exists(__u64 flags, __u32 state);

@@ -12,11 +12,20 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <linux/iommufd.h>
 
 #include "mig.h"
+
+int mig_hang_seconds(void)
+{
+	const char *value = getenv("VFIO_HANG_SECONDS");
+	int seconds = value ? atoi(value) : 0;
+
+	return seconds > 0 ? seconds : 20;
+}
 
 static int do_ioctl(int fd, unsigned long cmd, void *arg)
 {
@@ -324,6 +333,137 @@ int mig_region_info(const struct mig_device *dev, __u32 index,
 		.argsz = sizeof(*info), .index = index,
 	};
 	return do_ioctl(dev->fd, VFIO_DEVICE_GET_REGION_INFO, info);
+}
+
+ssize_t mig_region_read(const struct mig_device *dev, __u32 index, __u64 at,
+			void *data, size_t len)
+{
+	struct vfio_region_info info;
+	ssize_t ret;
+
+	ret = mig_region_info(dev, index, &info);
+	if (ret)
+		return ret;
+	ret = pread(dev->fd, data, len, info.offset + at);
+	return ret < 0 ? -errno : ret;
+}
+
+ssize_t mig_region_write(const struct mig_device *dev, __u32 index, __u64 at,
+			 const void *data, size_t len)
+{
+	struct vfio_region_info info;
+	ssize_t ret;
+
+	ret = mig_region_info(dev, index, &info);
+	if (ret)
+		return ret;
+	ret = pwrite(dev->fd, data, len, info.offset + at);
+	return ret < 0 ? -errno : ret;
+}
+
+/* Does a capability of the region allow only parts of it to be mapped, not this? */
+static bool is_left_out(const struct vfio_region_info *info, __u64 at, size_t len)
+{
+	const struct vfio_region_info_cap_sparse_mmap *sparse;
+	const struct vfio_info_cap_header *cap;
+	__u32 i, next = info->flags & VFIO_REGION_INFO_FLAG_CAPS ? info->cap_offset : 0;
+
+	for (; next; next = cap->next) {
+		cap = (const void *)((const char *)info + next);
+		if (cap->id != VFIO_REGION_INFO_CAP_SPARSE_MMAP)
+			continue;
+		sparse = (const void *)cap;
+		for (i = 0; i < sparse->nr_areas; i++)
+			if (at >= sparse->areas[i].offset &&
+			    at + len <= sparse->areas[i].offset + sparse->areas[i].size)
+				return false;
+		return true;
+	}
+	return false;
+}
+
+int mig_region_map(const struct mig_device *dev, __u32 index, __u64 at, size_t len,
+		   void **map)
+{
+	struct vfio_region_info head, *info;
+	int ret;
+
+	ret = mig_region_info(dev, index, &head);
+	if (ret)
+		return ret;
+	info = calloc(1, head.argsz);
+	if (!info)
+		return -ENOMEM;
+	info->argsz = head.argsz;
+	info->index = index;
+	ret = do_ioctl(dev->fd, VFIO_DEVICE_GET_REGION_INFO, info);
+	if (!ret && (!(info->flags & VFIO_REGION_INFO_FLAG_MMAP) ||
+		     is_left_out(info, at, len)))
+		ret = -EOPNOTSUPP;
+	if (!ret) {
+		*map = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, dev->fd,
+			    info->offset + at);
+		if (*map == MAP_FAILED)
+			ret = -errno;
+	}
+	free(info);
+	return ret;
+}
+
+int mig_scratch_parse(const char *text, struct mig_scratch *scratch)
+{
+	unsigned long long values[3];
+	unsigned int i;
+	char *end;
+
+	*scratch = (struct mig_scratch){};
+	if (!text || !*text)
+		return 0;
+	for (i = 0; i < 3; i++) {
+		errno = 0;
+		values[i] = strtoull(text, &end, 0);
+		if (errno || end == text || *end != (i < 2 ? ':' : 0))
+			return -EINVAL;
+		text = end + 1;
+	}
+	if (!values[2])
+		return -EINVAL;
+	*scratch = (struct mig_scratch){
+		.region = values[0], .offset = values[1], .len = values[2],
+	};
+	return 0;
+}
+
+int mig_scratch_read(const struct mig_device *dev, const struct mig_scratch *s,
+		     __u8 *data)
+{
+	size_t done = 0;
+	ssize_t ret;
+
+	while (done < s->len) {
+		ret = mig_region_read(dev, s->region, s->offset + done, data + done,
+				      s->len - done);
+		if (ret <= 0)
+			return ret ? ret : -EIO;
+		done += ret;
+	}
+	return 0;
+}
+
+int mig_scratch_write(const struct mig_device *dev, const struct mig_scratch *s,
+		      const __u8 *data)
+{
+	size_t done = 0;
+	ssize_t ret;
+
+	while (done < s->len) {
+		ret = mig_region_write(dev, s->region, s->offset + done, data + done,
+				       s->len - done);
+		if (ret <= 0)
+			return ret ? ret : -EIO;
+		done += ret;
+	}
+	return 0;
 }
 
 int mig_irq_info(const struct mig_device *dev, __u32 index,

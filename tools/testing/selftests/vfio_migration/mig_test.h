@@ -233,7 +233,7 @@ static inline bool joined(pthread_t thread)
 	struct timespec deadline;
 
 	clock_gettime(CLOCK_REALTIME, &deadline);
-	deadline.tv_sec += MIG_HANG_SECONDS;
+	deadline.tv_sec += mig_hang_seconds();
 	return !pthread_timedjoin_np(thread, NULL, &deadline);
 }
 

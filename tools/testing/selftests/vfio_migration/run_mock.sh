@@ -6,26 +6,30 @@
 # each test program is a subtest. The generic tests run on vfio_minimal as well,
 # and on the driver on the front page of the crate if it was built.
 #
-#     run_mock.sh [-b DIR] [-m FILE] [--shapes] [option of the tests...]
+#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole]] [option of the tests...]
 #
 # -b DIR     where the test programs are; by default beside this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
 #            vfio_minimal.ko and vfio_note.ko are beside it
 # --shapes   all four migration_flags, one after the other, instead of those the
 #            module is loaded with
+# --whole    the largest devices and the exhaustive damage to streams for each of
+#            them, instead of for the last one
 #
-# With --shapes the largest devices and the exhaustive damage to streams are for
-# one of them. Options of the tests are those of kselftest_harness.h: "-t NAME".
+# VFIO_MIGRATION_ROUNDS=N makes the tests that repeat something do it N times as
+# often. Options of the tests are those of kselftest_harness.h: "-t NAME".
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 programs=$here
 module=$here/../../../../vfio_mock.ko
 shapes=
+extent=brief
 while :; do
 	case ${1-} in
 	-b) programs=$2; shift 2 ;;
 	-m) module=$2; shift 2 ;;
 	--shapes) shapes='1 3 5 7'; shift ;;
+	--whole) extent=whole; shift ;;
 	*) break ;;
 	esac
 done
@@ -88,6 +92,9 @@ create()
 		export "VFIO_MOCK_$size=$pair"
 	done
 	export VFIO_DEVICE="${VFIO_MOCK_64K% *}" VFIO_DEVICE2="${VFIO_MOCK_64K#* }"
+	export VFIO_DEVICE_OTHER="${VFIO_MOCK_1M% *}"
+	# All of BAR2, which is the state memory; no register changes by being read.
+	export VFIO_SCRATCH=2:0:0x10000 VFIO_READ_REGIONS=1
 }
 
 # One test program as a subtest; the arguments are its own.
@@ -126,16 +133,19 @@ run_all()
 	run vfio_mock_stream_test "${brief_stream[@]}" "$@"
 }
 
-# The generic tests on devices of type $3 of the driver $2 in the module $1.
+# The generic tests on devices of type $3 of the driver $2 in the module $1, which
+# have the memory $4 to write to.
 run_other()
 {
-	local name=$1 driver=$2 type=$3 label=" on $1" pair
+	local name=$1 driver=$2 type=$3 scratch=$4 label=" on $1" pair other
 
-	shift 3
+	shift 4
 	if { [ -d "/sys/module/$name" ] || insmod "${module%/*}/$name.ko"; } &&
+		create_pair vfio_mock 64K && other=${pair% *} &&
 		create_pair "$driver" "$type"; then
 		VFIO_DEVICE="${pair% *}" VFIO_DEVICE2="${pair#* }" \
-			run vfio_migration_test "$@"
+			VFIO_DEVICE_OTHER=$other VFIO_SCRATCH=$scratch \
+			VFIO_READ_REGIONS=1 run vfio_migration_test "$@"
 	else
 		number=$((number + 1))
 		echo "not ok $number - vfio_migration_test$label"
@@ -146,9 +156,10 @@ run_other()
 # All other devices of this repository.
 run_others()
 {
-	run_other vfio_minimal vfio_minimal 64K "$@"
+	# All of BAR0 but its two registers.
+	run_other vfio_minimal vfio_minimal 64K 0:16:0xfff0 "$@"
 	if [ -e "${module%/*}/vfio_note.ko" ]; then
-		run_other vfio_note note 16 "$@"
+		run_other vfio_note note 16 0:0:16 "$@"
 	else
 		number=$((number + 1))
 		echo "ok $number - vfio_migration_test on vfio_note # SKIP not built"
@@ -187,7 +198,7 @@ for shape in $shapes; do
 	if [ "$shape" = 7 ]; then
 		run_all whole "$@"
 	else
-		run_all brief "$@"
+		run_all "$extent" "$@"
 	fi
 	cleanup
 done

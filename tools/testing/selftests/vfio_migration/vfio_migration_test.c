@@ -7,13 +7,28 @@
  *	./vfio_migration_test /sys/bus/pci/devices/0000:01:00.1 [TARGET]
  *
  * The device is bound to a VFIO driver and used by nobody else: the tests reset
- * it and load images into it. VFIO_DEVICE2, or a second path, is a compatible
- * device that images migrate to; without it the same device is the target after
- * a reset. "-v group" and "-v iommufd" choose one backend, "-l" lists the
- * tests. A test skips, with its reason, what the device does not claim.
+ * it and load images into it, good ones and bad ones. How to run them on real
+ * hardware is in Documentation/vfio_migration_test.rst. A test skips, with its
+ * reason, what the device does not claim or what it was not given:
+ *
+ *	VFIO_DEVICE2		a compatible device that images migrate to, which a
+ *				second path names as well; without it the same device
+ *				is the target, after a reset
+ *	VFIO_DEVICE_OTHER	a device whose images do not fit
+ *	VFIO_SCRATCH		REGION:OFFSET:LENGTH, memory of the device that the
+ *				tests may write to and that is part of its state
+ *	VFIO_READ_REGIONS	set: reading all of a region does no harm
+ *	VFIO_MIGRATION_ROUNDS	how often to do what is done more than once
+ *	VFIO_HANG_SECONDS	how long to wait for what must happen at once
+ *
+ * "-V iommufd" leaves a backend out, "-t NAME" chooses a test, "-l" lists them.
  *
  * Nothing in this file knows what device it tests.
  */
+#include <limits.h>
+#include <sched.h>
+#include <sys/wait.h>
+
 #include "mig_test.h"
 
 #define FEATURE_MIGRATION	VFIO_DEVICE_FEATURE_MIGRATION
@@ -34,6 +49,7 @@ static const __u32 set_state_values[] = {
 FIXTURE(device)
 {
 	struct mig_device dev;
+	struct mig_scratch scratch;
 };
 
 FIXTURE_VARIANT(device)
@@ -46,6 +62,8 @@ FIXTURE_VARIANT_ADD(device, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(device)
 {
+	ASSERT_EQ(0, mig_scratch_parse(getenv("VFIO_SCRATCH"), &self->scratch))
+		STEP("read VFIO_SCRATCH, which is REGION:OFFSET:LENGTH");
 	OPEN_OR_SKIP(&self->dev, getenv("VFIO_DEVICE"), variant->backend);
 	go_home(_metadata, &self->dev);
 }
@@ -60,6 +78,21 @@ FIXTURE_TEARDOWN(device)
 	if (mig_reset(dev))							\
 		SKIP(return, "VFIO_DEVICE_RESET does not work on the device");	\
 } while (0)
+
+/* Does somebody name memory of the device that the tests may write to? */
+#define NEED_SCRATCH(self) do {							\
+	if (!(self)->scratch.len)						\
+		SKIP(return, "VFIO_SCRATCH names no memory of the device");	\
+} while (0)
+
+/* How much more than usual the slow tests are to do. */
+static unsigned int rounds(void)
+{
+	const char *value = getenv("VFIO_MIGRATION_ROUNDS");
+	int n = value ? atoi(value) : 1;
+
+	return n > 0 ? n : 1;
+}
 
 /*
  * The device that images migrate to: the second one, or the same one after a
@@ -79,6 +112,31 @@ static struct mig_device *open_target(struct __test_metadata *_metadata,
 		STEP("open the target: %s", second->why);
 	go_home(_metadata, second);
 	return second;
+}
+
+/*
+ * An image of the device as it is, which goes on running then. Tells whether a
+ * second one was the same: nobody promises that.
+ */
+static bool save_steady(struct __test_metadata *_metadata,
+			const struct mig_device *dev, struct mig_stream *image)
+{
+	struct mig_stream again = {};
+	bool same;
+	int fd;
+
+	image->len = 0;
+	fd = go(_metadata, dev, STOP_COPY);
+	ASSERT_EQ(0, mig_save(fd, image, stream_limit(dev)));
+	close(fd);
+	move_on(_metadata, dev, STOP);
+	ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &fd));
+	ASSERT_EQ(0, mig_save(fd, &again, stream_limit(dev)));
+	close(fd);
+	move_on(_metadata, dev, RUNNING);
+	same = image->len == again.len && !memcmp(image->data, again.data, again.len);
+	mig_stream_free(&again);
+	return same;
 }
 
 #define TEMPORARY_END \
@@ -474,6 +532,302 @@ TEST_F(device, short_read_at_a_hole_loses_nothing)
 	EXPECT_EQ(0, read(fd, &byte, 1));
 	to = open_target(_metadata, &self->dev, &second);
 	load_and_run(_metadata, to, &image, 0);
+}
+
+TEST_F(device, poll_in_every_state)
+{
+	static const __u32 states[] = { PRE_COPY, PRE_COPY_P2P, STOP_COPY, RESUMING };
+	int fd, events, want;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(self->dev.flags, states[i]))
+			continue;
+		fd = go(_metadata, &self->dev, states[i]);
+		want = states[i] == RESUMING ? POLLOUT : POLLIN;
+		events = mig_poll(fd, POLLIN | POLLOUT, 0);
+		EXPECT_EQ(want, events & want)
+			PROMISE("the data_fd of a new %s session is %s", mig_state_name(states[i]),
+				want == POLLIN ? "readable" : "writable");
+		EXPECT_EQ(0, events & (POLLERR | POLLHUP | POLLNVAL))
+			PROMISE("nothing is wrong with a new %s session (%#x)",
+				mig_state_name(states[i]), events);
+		if (mig_reset(&self->dev))
+			mig_set_state(&self->dev, RUNNING, NULL);
+		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0))
+			PROMISE("nobody waits in poll for a %s session that is over",
+				mig_state_name(states[i]));
+		close(fd);
+	}
+}
+
+/* Writes that fault take what they could read, or nothing, and the rest later. */
+TEST_F(device, writes_of_nothing_consume_nothing)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	size_t at = 0, part;
+	ssize_t ret;
+	char *edge;
+	int fd;
+
+	edge = page_before_a_hole();
+	ASSERT_NE(NULL, edge);
+	edge += sysconf(_SC_PAGESIZE);
+	take_image(_metadata, &self->dev, &image);
+	to = open_target(_metadata, &self->dev, &second);
+	fd = go(_metadata, to, RESUMING);
+	EXPECT_EQ(0, write(fd, image.data, 0))
+		PROMISE("a write of zero bytes returns 0");
+	EXPECT_EQ(-1, write(fd, edge, 16));
+	EXPECT_EQ(EFAULT, errno)
+		PROMISE("a write from nowhere is EFAULT");
+	while (at < image.len) {
+		part = image.len - at < 1000 ? image.len - at : 1000;
+		memcpy(edge - part, image.data + at, part);
+		ret = -1;
+		/* Past the end of the image there is nothing more to offer. */
+		if (part < image.len - at)
+			ret = write(fd, edge - part, part + 16);
+		if (ret < 0)
+			ret = write(fd, edge - part, part);
+		ASSERT_LT(0, ret)
+			PROMISE("what can be read is taken: %s", strerror(errno));
+		ASSERT_GE((ssize_t)part, ret)
+			PROMISE("only what could be read is counted");
+		at += ret;
+	}
+	EXPECT_EQ(0, write(fd, image.data, 0));
+	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
+		PROMISE("faults lose no byte and take none twice: the image is whole");
+}
+
+/* A thread that reads or writes its part of a stream which it shares. */
+struct sharer {
+	pthread_t thread;
+	int fd;
+	size_t chunk;
+	struct mig_pieces got;		/* of a reader */
+	const __u8 *from;		/* of a writer */
+	size_t len;
+	struct sharer *after;		/* begins when that one has begun, or NULL */
+	atomic_bool begun;
+	int err;
+};
+
+static void *reader_main(void *arg)
+{
+	struct sharer *s = arg;
+	ssize_t ret;
+
+	while ((ret = mig_pieces_read(s->fd, &s->got, s->chunk)) > 0)
+		;
+	s->err = ret;
+	return NULL;
+}
+
+static void *writer_main(void *arg)
+{
+	struct sharer *s = arg;
+	size_t first = s->chunk < s->len ? s->chunk : s->len;
+
+	while (s->after && !atomic_load(&s->after->begun))
+		sched_yield();
+	s->err = mig_load(s->fd, s->from, first, 0, NULL);
+	atomic_store(&s->begun, true);
+	if (!s->err)
+		s->err = mig_load(s->fd, s->from + first, s->len - first, s->chunk, NULL);
+	return NULL;
+}
+
+TEST_F_TIMEOUT(device, parallel_readers_get_disjoint_ordered_bytes, 120)
+{
+	struct mig_stream image = {};
+	struct sharer sharers[2];
+	unsigned int i, r;
+	int fd;
+
+	if (!save_steady(_metadata, &self->dev, &image))
+		SKIP(return, "two images of the stopped device differ");
+	for (r = 0; r < 2 * rounds(); r++) {
+		fd = go(_metadata, &self->dev, STOP_COPY);
+		memset(sharers, 0, sizeof(sharers));
+		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
+			sharers[i].fd = fd;
+			sharers[i].chunk = image.len / 100 + 13 + i;
+			ASSERT_EQ(0, pthread_create(&sharers[i].thread, NULL, reader_main,
+						    &sharers[i]));
+		}
+		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
+			pthread_join(sharers[i].thread, NULL);
+			EXPECT_EQ(0, sharers[i].err)
+				PROMISE("each reader comes to the permanent end: %s",
+					strerror(-sharers[i].err));
+		}
+		EXPECT_EQ(image.len, sharers[0].got.data.len + sharers[1].got.data.len)
+			PROMISE("parallel readers get each byte once");
+		EXPECT_EQ(1, mig_pieces_make_up(&image, &sharers[0].got, &sharers[1].got))
+			PROMISE("parallel readers get bytes that follow each other, in order");
+		close(fd);
+		move_on(_metadata, &self->dev, RUNNING);
+	}
+}
+
+TEST_F_TIMEOUT(device, parallel_writers_keep_the_image_whole_or_refused, 120)
+{
+	struct mig_stream image = {}, whole = {}, now = {};
+	unsigned int i, r, refused = 0;
+	struct sharer sharers[2];
+	bool steady;
+	int fd, ret;
+
+	NEED_RESET(&self->dev);
+	take_image(_metadata, &self->dev, &image);
+	load_and_run(_metadata, &self->dev, &image, 0);
+	steady = save_steady(_metadata, &self->dev, &whole);
+
+	for (r = 0; r < 4 * rounds(); r++) {
+		ASSERT_EQ(0, mig_reset(&self->dev));
+		fd = go(_metadata, &self->dev, RESUMING);
+		memset(sharers, 0, sizeof(sharers));
+		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
+			sharers[i].fd = fd;
+			sharers[i].chunk = image.len / 32 + 1;
+			sharers[i].from = image.data + i * (image.len / 2);
+			sharers[i].len = i ? image.len - image.len / 2 : image.len / 2;
+		}
+		/* Every other time it is sure that the order is wrong. */
+		if (r % 2)
+			sharers[0].after = &sharers[1];
+		for (i = 0; i < ARRAY_SIZE(sharers); i++)
+			ASSERT_EQ(0, pthread_create(&sharers[i].thread, NULL, writer_main,
+						    &sharers[i]));
+		for (i = 0; i < ARRAY_SIZE(sharers); i++)
+			pthread_join(sharers[i].thread, NULL);
+		ret = mig_set_state(&self->dev, STOP, NULL);
+		if (sharers[0].err || sharers[1].err) {
+			EXPECT_NE(0, ret)
+				PROMISE("data that write() refused (%s) is not incorporated into the device state",
+					strerror(-(sharers[0].err ?: sharers[1].err)));
+		}
+		close(fd);
+		refused += ret != 0;
+		if (ret)
+			continue;
+		move_on(_metadata, &self->dev, RUNNING);
+		if (!save_steady(_metadata, &self->dev, &now) || !steady)
+			continue;
+		EXPECT_TRUE(now.len == whole.len && !memcmp(now.data, whole.data, now.len))
+			PROMISE("two writers leave the image either whole or refused");
+	}
+	EXPECT_NE(0U, refused)
+		PROMISE("inconsistent data, the second half first, is refused");
+	ASSERT_EQ(0, mig_reset(&self->dev));
+	load_and_run(_metadata, &self->dev, &image, 0);
+}
+
+/* One read() or write() by a child process that inherits the descriptor. */
+static ssize_t in_child(int fd, __u8 *shared, size_t len, bool write_it)
+{
+	ssize_t *ret = (ssize_t *)shared;
+	pid_t child;
+
+	*ret = -ECHILD;
+	child = fork();
+	if (!child) {
+		*ret = write_it ? write(fd, ret + 1, len) : read(fd, ret + 1, len);
+		_exit(0);
+	}
+	if (child < 0 || waitpid(child, NULL, 0) != child)
+		return -ECHILD;
+	return *ret;
+}
+
+TEST_F(device, duplicates_share_one_stream)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	size_t page = sysconf(_SC_PAGESIZE), at = 0;
+	int fd, copy, i;
+	__u8 *shared;
+	ssize_t ret;
+
+	shared = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+		      -1, 0);
+	ASSERT_NE(MAP_FAILED, shared);
+	fd = go(_metadata, &self->dev, STOP_COPY);
+	copy = dup(fd);
+	ASSERT_LE(0, copy);
+	for (i = 0; i < 3; i++) {
+		EXPECT_LT(0, mig_read(fd, &image, 5))
+			PROMISE("a descriptor and its duplicates read one stream");
+		EXPECT_LT(0, mig_read(copy, &image, 3))
+			PROMISE("a descriptor and its duplicates read one stream");
+		ret = in_child(fd, shared, 4, false);
+		ASSERT_LT(0, ret)
+			PROMISE("a forked process reads on in the same stream");
+		ASSERT_EQ(0, mig_stream_add(&image, shared + sizeof(ssize_t), ret));
+	}
+	close(fd);
+	ASSERT_EQ(0, mig_save(copy, &image, stream_limit(&self->dev)))
+		PROMISE("a duplicate outlives the descriptor it was made from");
+	close(copy);
+
+	to = open_target(_metadata, &self->dev, &second);
+	fd = go(_metadata, to, RESUMING);
+	copy = dup(fd);
+	for (i = 0; i < 3; i++) {
+		EXPECT_EQ(0, mig_load(fd, image.data + at, 5, 0, NULL));
+		EXPECT_EQ(0, mig_load(copy, image.data + at + 5, 3, 0, NULL));
+		memcpy(shared + sizeof(ssize_t), image.data + at + 8, 4);
+		EXPECT_EQ(4, in_child(fd, shared, 4, true))
+			PROMISE("a forked process writes on in the same stream");
+		at += 12;
+	}
+	close(fd);
+	EXPECT_EQ(0, mig_load(copy, image.data + at, image.len - at, 0, NULL));
+	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
+		PROMISE("a descriptor, its duplicates and those of a child write one stream");
+}
+
+TEST_F(device, data_fd_in_another_process)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	struct mig_helper helper;
+	__u8 buffer[4096];
+	size_t at = 0, part;
+	ssize_t ret;
+	int fd;
+
+	ASSERT_EQ(0, mig_helper_start(&helper));
+	fd = go(_metadata, &self->dev, STOP_COPY);
+	do {
+		EXPECT_LE(0, mig_read(fd, &image, 9));
+		ret = mig_helper_read(&helper, fd, buffer, sizeof(buffer));
+		ASSERT_LE(0, ret)
+			PROMISE("a process that was sent the data_fd reads from it: %s",
+				strerror(-ret));
+		ASSERT_EQ(0, mig_stream_add(&image, buffer, ret));
+	} while (ret > 0);
+	close(fd);
+
+	to = open_target(_metadata, &self->dev, &second);
+	fd = go(_metadata, to, RESUMING);
+	while (at < image.len) {
+		part = image.len - at < sizeof(buffer) ? image.len - at : sizeof(buffer);
+		ret = mig_helper_write(&helper, fd, image.data + at, part);
+		ASSERT_LT(0, ret)
+			PROMISE("a process that was sent the data_fd writes to it: %s",
+				strerror(-ret));
+		at += ret;
+		part = image.len - at < 9 ? image.len - at : 9;
+		EXPECT_EQ(0, mig_load(fd, image.data + at, part, 0, NULL));
+		at += part;
+	}
+	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
+		PROMISE("what two processes read and wrote in turns is a whole image");
+	mig_helper_stop(&helper);
 }
 
 /* ---- Ends of stream ---- */
@@ -917,27 +1271,25 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 {
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {};
-	size_t points[16], n = 0, i;
+	size_t all, i, at;
 
 	NEED_RESET(&self->dev);
 	take_image(_metadata, &self->dev, &image);
 	to = open_target(_metadata, &self->dev, &second);
 
-	points[n++] = 0;
-	points[n++] = 1;
-	points[n++] = 8;
-	points[n++] = 16;
-	points[n++] = 64;
-	for (i = 1; i < 8; i++)
-		points[n++] = image.len * i / 8;
-	points[n++] = image.len - 8;
-	points[n++] = image.len - 1;
-	for (i = 0; i < n; i++) {
-		if (points[i] >= image.len)
-			continue;
-		EXPECT_TRUE(offer(_metadata, to, image.data, points[i]))
+	/* Every point of a small image; of a large one its beginning and a sample. */
+	all = image.len <= 4096 ? image.len : 64 * rounds();
+	if (all > image.len)
+		all = image.len;
+	for (i = 0; i < all + 16 * rounds() + 1; i++) {
+		at = i;
+		if (i >= all)
+			at = (image.len - 1) / (16 * rounds()) * (i - all);
+		if (i == all + 16 * rounds())
+			at = image.len - 1;
+		EXPECT_TRUE(offer(_metadata, to, image.data, at))
 			PROMISE("if the user provided data is found to be incomplete the migration driver must fail SET_STATE (%zu of %zu bytes)",
-				points[i], image.len);
+				at, image.len);
 		go_home(_metadata, to);
 	}
 	load_and_run(_metadata, to, &image, 0);
@@ -955,7 +1307,7 @@ TEST_F_TIMEOUT(device, damaged_image_is_survived, 120)
 	take_image(_metadata, &self->dev, &image);
 	ASSERT_EQ(0, mig_stream_copy(&bad, &image));
 	to = open_target(_metadata, &self->dev, &second);
-	for (i = 0; i < 64 && i < image.len; i++) {
+	for (i = 0; i < 64 * rounds() && i < image.len; i++) {
 		bad.data[i] ^= 0xff;
 		refused += offer(_metadata, to, bad.data, bad.len);
 		bad.data[i] = image.data[i];
@@ -985,6 +1337,77 @@ TEST_F(device, refused_image_is_not_resumed_by_more_data)
 	EXPECT_TRUE(mig_fd_is_dead(fd))
 		PROMISE("RESET ends the RESUMING session");
 	load_and_run(_metadata, &self->dev, &image, 0);
+}
+
+TEST_F(device, bytes_after_the_end_are_refused)
+{
+	struct mig_stream image = {};
+	size_t extra[3];
+	int fd, written, ret;
+	unsigned int i;
+
+	NEED_RESET(&self->dev);
+	take_image(_metadata, &self->dev, &image);
+	extra[0] = 1;
+	extra[1] = 8;
+	extra[2] = image.len;	/* the whole image twice */
+	for (i = 0; i < ARRAY_SIZE(extra); i++) {
+		fd = go(_metadata, &self->dev, RESUMING);
+		load_all(_metadata, fd, &image);
+		written = mig_load(fd, image.data, extra[i], 0, NULL);
+		ret = mig_set_state(&self->dev, STOP, NULL);
+		EXPECT_TRUE(written || ret)
+			PROMISE("an image with %zu bytes after its end is invalid: write() or SET_STATE must fail",
+				extra[i]);
+		ASSERT_EQ(0, mig_reset(&self->dev));
+		close(fd);
+	}
+	load_and_run(_metadata, &self->dev, &image, 0);
+}
+
+TEST_F(device, good_image_after_an_error_is_refused)
+{
+	struct mig_stream image = {}, bad = {};
+	int fd, written;
+	size_t i;
+
+	NEED_RESET(&self->dev);
+	take_image(_metadata, &self->dev, &image);
+	ASSERT_EQ(0, mig_stream_copy(&bad, &image));
+	for (i = 0; i < 64 && i < bad.len; i++)
+		bad.data[i] ^= 0xff;
+	fd = go(_metadata, &self->dev, RESUMING);
+	written = mig_load(fd, bad.data, bad.len, 0, NULL);
+	mig_load(fd, image.data, image.len, 0, NULL);
+	EXPECT_NE(0, mig_set_state(&self->dev, STOP, NULL))
+		PROMISE("a session whose data was invalid (write() said %s) is not mended by a good image",
+			written ? strerror(-written) : "nothing");
+	ASSERT_EQ(0, mig_reset(&self->dev));
+	close(fd);
+	load_and_run(_metadata, &self->dev, &image, 0);
+}
+
+TEST_F(device, image_of_another_shape_is_refused)
+{
+	const char *path = getenv("VFIO_DEVICE_OTHER");
+	struct mig_device other = { .fd = -1 };
+	struct mig_stream image = {}, foreign = {};
+
+	NEED_RESET(&self->dev);
+	if (!path)
+		SKIP(return, "VFIO_DEVICE_OTHER names no device whose images do not fit");
+	ASSERT_EQ(0, mig_open(&other, path, self->dev.backend))
+		STEP("open the other device: %s", other.why);
+	take_image(_metadata, &self->dev, &image);
+	take_image(_metadata, &other, &foreign);
+	EXPECT_TRUE(offer(_metadata, &self->dev, foreign.data, foreign.len))
+		PROMISE("the image of a device of another shape is invalid: SET_STATE must fail");
+	go_home(_metadata, &self->dev);
+	load_and_run(_metadata, &self->dev, &image, 0);
+	EXPECT_TRUE(offer(_metadata, &other, image.data, image.len))
+		PROMISE("the image of a device of another shape is invalid: SET_STATE must fail");
+	go_home(_metadata, &other);
+	load_and_run(_metadata, &other, &foreign, 0);
 }
 
 /* ---- Sessions ---- */
@@ -1132,6 +1555,610 @@ TEST_F_TIMEOUT(device, close_in_every_state, 60)
 	}
 }
 
+/* The next opener does not ask for the state, which is RUNNING, before it acts. */
+TEST_F_TIMEOUT(device, next_opener_goes_anywhere, 60)
+{
+	static const __u32 targets[] = { STOP, STOP_COPY, RESUMING };
+	__u32 state, now;
+	unsigned int i;
+	int fd, ret;
+
+	for (state = 0; state < MIG_STATE_NR; state++) {
+		if (!mig_fsm_exists(self->dev.flags, state))
+			continue;
+		for (i = 0; i < ARRAY_SIZE(targets); i++) {
+			fd = go(_metadata, &self->dev, state);
+			if (fd >= 0)
+				close(fd);
+			mig_close_device(&self->dev);
+			ASSERT_EQ(0, mig_reopen_device(&self->dev))
+				STEP("open the device again: %s", self->dev.why);
+			ret = mig_set_state(&self->dev, targets[i], &fd);
+			EXPECT_EQ(0, ret)
+				PROMISE("a device that was closed in %s is RUNNING for the next opener, who can go to %s: %s",
+					mig_state_name(state), mig_state_name(targets[i]),
+					strerror(-ret));
+			ASSERT_EQ(0, mig_get_state(&self->dev, &now));
+			EXPECT_EQ(targets[i], now);
+			EXPECT_EQ(targets[i] != STOP, fd >= 0)
+				PROMISE("a new session after the device was closed in %s has a new data_fd",
+					mig_state_name(state));
+			if (fd >= 0)
+				close(fd);
+		}
+	}
+}
+
+/* A device made for one test, of the type of a mediated device. */
+struct guest {
+	struct mig_device dev;
+	char path[PATH_MAX];
+	char remove[PATH_MAX + 16];
+};
+
+static int write_sysfs(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC), ret = 0;
+
+	if (fd < 0)
+		return -errno;
+	if (write(fd, text, strlen(text)) < 0)
+		ret = -errno;
+	close(fd);
+	return ret;
+}
+
+/* -EOPNOTSUPP: the device is not a mediated one, or there cannot be one more. */
+static int create_guest(const struct mig_device *like, struct guest *g)
+{
+	char uuid[37] = "", create[PATH_MAX];
+	int fd, ret;
+
+	snprintf(create, sizeof(create), "%s/mdev_type/create", like->sysfs);
+	if (access(create, W_OK))
+		return -EOPNOTSUPP;
+	fd = open("/proc/sys/kernel/random/uuid", O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || read(fd, uuid, 36) != 36)
+		return -EIO;
+	close(fd);
+	ret = write_sysfs(create, uuid);
+	if (ret)
+		return ret == -ENOSPC ? -EOPNOTSUPP : ret;
+	snprintf(g->path, sizeof(g->path), "/sys/bus/mdev/devices/%s", uuid);
+	snprintf(g->remove, sizeof(g->remove), "%s/remove", g->path);
+	return mig_open(&g->dev, g->path, like->backend);
+}
+
+#define GUEST_OR_SKIP(like, g) do {						\
+	int __ret = create_guest(like, g);					\
+										\
+	if (__ret == -EOPNOTSUPP)						\
+		SKIP(return, "there is no mediated device to create and remove"); \
+	ASSERT_EQ(0, __ret)							\
+		STEP("create and open one more device: %s", (g)->dev.why);	\
+} while (0)
+
+TEST_F(device, fd_after_removal_of_the_device)
+{
+	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	struct vfio_precopy_info info;
+	struct guest guest;
+	unsigned int i;
+	int fd;
+
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(self->dev.flags, states[i]))
+			continue;
+		GUEST_OR_SKIP(&self->dev, &guest);
+		fd = go(_metadata, &guest.dev, states[i]);
+		mig_close(&guest.dev);
+		ASSERT_EQ(0, write_sysfs(guest.remove, "1"));
+		EXPECT_EQ(-1, access(guest.path, F_OK))
+			PROMISE("a data_fd does not keep its device");
+		EXPECT_TRUE(mig_fd_is_dead(fd))
+			PROMISE("the data_fd of %s outlives the device: ENODEV",
+				mig_state_name(states[i]));
+		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0))
+			PROMISE("nobody waits for a device that is gone in poll");
+		EXPECT_GT(0, mig_precopy_info(fd, &info));
+		close(fd);
+	}
+}
+
+/* ---- Many at once ---- */
+
+TEST_F_TIMEOUT(device, hammered_by_eight_threads, 300)
+{
+	struct mig_stream image = {};
+	unsigned int r;
+	char why[128];
+
+	NEED_RESET(&self->dev);
+	take_image(_metadata, &self->dev, &image);
+	for (r = 0; r < rounds(); r++) {
+		ASSERT_EQ(0, mig_hammer(&self->dev, &image, &self->scratch, 400, r,
+					why, sizeof(why)));
+		EXPECT_STREQ("", why)
+			PROMISE("a call among others works or fails with an error of its own");
+		ASSERT_EQ(0, mig_reopen_device(&self->dev))
+			STEP("open the device again: %s", self->dev.why);
+		expect_state(_metadata, &self->dev, RUNNING, "after close and open");
+		ASSERT_EQ(0, mig_reset(&self->dev));
+		load_and_run(_metadata, &self->dev, &image, 0);
+	}
+}
+
+/* A read() or write() that a fault of its buffer keeps from going on. */
+struct stalled {
+	struct mig_stall stall;
+	pthread_t thread;
+	int fd;
+	bool writes;
+	size_t len;
+	ssize_t ret;
+};
+
+static void *stalled_main(void *arg)
+{
+	struct stalled *s = arg;
+
+	s->ret = s->writes ? write(s->fd, s->stall.page, s->len) :
+			     read(s->fd, s->stall.page, s->len);
+	if (s->ret < 0)
+		s->ret = -errno;
+	return NULL;
+}
+
+enum how { BY_SET_STATE, BY_RESET, BY_CLOSE, BY_REMOVAL, HOW_NR };
+
+static const char *const how_name[] = { "SET_STATE", "RESET", "close", "removal" };
+
+/* What must not wait for the stalled one. */
+struct ender {
+	pthread_t thread;
+	struct guest *guest;
+	enum how how;
+	int ret;
+};
+
+static void *ender_main(void *arg)
+{
+	struct ender *e = arg;
+
+	switch (e->how) {
+	case BY_SET_STATE:
+		mig_set_state(&e->guest->dev, RUNNING, NULL);
+		break;
+	case BY_RESET:
+		e->ret = mig_reset(&e->guest->dev);
+		break;
+	case BY_CLOSE:
+		mig_close_device(&e->guest->dev);
+		break;
+	default:
+		mig_close(&e->guest->dev);
+		e->ret = write_sysfs(e->guest->remove, "1");
+		break;
+	}
+	return NULL;
+}
+
+static void check_stalled(struct __test_metadata *_metadata, struct guest *g,
+			  __u32 from, enum how how, const struct mig_stream *image)
+{
+	struct ender ender = { .guest = g, .how = how };
+	struct stalled s = { .writes = from == RESUMING };
+	bool waited_for;
+	__u8 *content;
+	int ret;
+
+	ret = mig_stall_start(&s.stall);
+	if (ret == -EOPNOTSUPP)
+		SKIP(return, "there is no userfaultfd that stalls the kernel");
+	ASSERT_EQ(0, ret)
+		STEP("make a page that stalls: %s", strerror(-ret));
+	content = calloc(1, s.stall.len);
+	ASSERT_NE(NULL, content);
+	s.len = image->len < s.stall.len ? image->len : s.stall.len;
+	memcpy(content, image->data, s.len);
+
+	s.fd = go(_metadata, &g->dev, from);
+	ASSERT_EQ(0, pthread_create(&s.thread, NULL, stalled_main, &s));
+	ASSERT_EQ(0, mig_stall_wait(&s.stall))
+		STEP("stall a %s in %s", s.writes ? "writer" : "reader", mig_state_name(from));
+
+	ASSERT_EQ(0, pthread_create(&ender.thread, NULL, ender_main, &ender));
+	waited_for = !joined(ender.thread);
+	EXPECT_FALSE(waited_for)
+		PROMISE("a %s that is stalled in %s delays no %s",
+			s.writes ? "writer" : "reader", mig_state_name(from), how_name[how]);
+	EXPECT_EQ(0, ender.ret)
+		PROMISE("%s works beside a stalled %s", how_name[how],
+			s.writes ? "writer" : "reader");
+
+	ASSERT_EQ(0, mig_stall_end(&s.stall, content));
+	ASSERT_TRUE(joined(s.thread))
+		PROMISE("a stalled call ends with its fault");
+	if (waited_for)
+		pthread_join(ender.thread, NULL);
+	EXPECT_TRUE(s.ret == -ENODEV || s.ret == -EFAULT || s.ret > 0)
+		PROMISE("a call whose session has ended tells so, or what it did before (%zd)",
+			s.ret);
+	close(s.fd);
+	free(content);
+	mig_stall_free(&s.stall);
+	/* The next way to end it would wait as well. */
+	ASSERT_FALSE(waited_for);
+}
+
+static void check_all_stalls(struct __test_metadata *_metadata, struct mig_device *dev,
+			     __u32 from)
+{
+	struct mig_stream image = {};
+	struct guest self = { .dev = *dev }, guest;
+	enum how how;
+	int ret;
+
+	take_image(_metadata, dev, &image);
+	for (how = 0; how < HOW_NR; how++) {
+		if (how == BY_RESET && mig_reset(dev))
+			continue;
+		if (how == BY_REMOVAL) {
+			ret = create_guest(dev, &guest);
+			/* Only mediated devices come and go. */
+			if (ret == -EOPNOTSUPP)
+				break;
+			ASSERT_EQ(0, ret)
+				STEP("create and open one more device: %s", guest.dev.why);
+			check_stalled(_metadata, &guest, from, how, &image);
+			break;
+		}
+		check_stalled(_metadata, &self, from, how, &image);
+		*dev = self.dev;
+		if (how == BY_CLOSE) {
+			ASSERT_EQ(0, mig_reopen_device(dev))
+				STEP("open the device again: %s", dev->why);
+		}
+		go_home(_metadata, dev);
+		self.dev = *dev;
+	}
+	mig_stream_free(&image);
+}
+
+TEST_F_TIMEOUT(device, stalled_reader_delays_nobody_in_pre_copy, 120)
+{
+	NEED_PRE_COPY(&self->dev);
+	check_all_stalls(_metadata, &self->dev, PRE_COPY);
+}
+
+TEST_F_TIMEOUT(device, stalled_reader_delays_nobody_in_stop_copy, 120)
+{
+	check_all_stalls(_metadata, &self->dev, STOP_COPY);
+}
+
+TEST_F_TIMEOUT(device, stalled_writer_delays_nobody, 120)
+{
+	NEED_RESET(&self->dev);
+	check_all_stalls(_metadata, &self->dev, RESUMING);
+}
+
+/* ---- What is in the device ---- */
+
+static __u8 *pattern(struct __test_metadata *_metadata, size_t len, __u8 number)
+{
+	__u8 *data = malloc(len);
+	__u32 seed = number;
+	size_t i;
+
+	ASSERT_NE(NULL, data);
+	for (i = 0; i < len; i++) {
+		seed = seed * 1664525 + 1013904223;
+		data[i] = seed >> 24;
+	}
+	/* Sure to differ from what another seed made. */
+	data[0] = number;
+	return data;
+}
+
+/* Writes a pattern into the scratch memory, and returns it. */
+static __u8 *scribble(struct __test_metadata *_metadata, const struct mig_device *dev,
+		      const struct mig_scratch *s, __u8 number)
+{
+	__u8 *data = pattern(_metadata, s->len, number);
+	int ret = mig_scratch_write(dev, s, data);
+
+	ASSERT_EQ(0, ret)
+		STEP("write to the memory that VFIO_SCRATCH names: %s", strerror(-ret));
+	return data;
+}
+
+static void expect_scratch(struct __test_metadata *_metadata,
+			   const struct mig_device *dev, const struct mig_scratch *s,
+			   const __u8 *want, const char *when)
+{
+	__u8 *seen = malloc(s->len);
+	size_t i;
+	int ret;
+
+	ASSERT_NE(NULL, seen);
+	ret = mig_scratch_read(dev, s, seen);
+	ASSERT_EQ(0, ret)
+		STEP("read the memory that VFIO_SCRATCH names: %s", strerror(-ret));
+	for (i = 0; i < s->len && seen[i] == want[i]; i++)
+		;
+	EXPECT_EQ(s->len, i)
+		TH_LOG("  %s: byte %zu of VFIO_SCRATCH is %#x instead of %#x", when, i,
+		       i < s->len ? seen[i] : 0, i < s->len ? want[i] : 0);
+	free(seen);
+}
+
+/* The rest of the session in @fd, into the target; both run then. */
+static void finish_migration(struct __test_metadata *_metadata,
+			     const struct mig_device *from, const struct mig_device *to,
+			     int fd, struct mig_stream *image)
+{
+	int new_fd;
+
+	ASSERT_EQ(0, mig_set_state(from, STOP_COPY, &new_fd));
+	if (fd < 0)
+		fd = new_fd;
+	ASSERT_EQ(0, mig_save(fd, image, stream_limit(from)));
+	close(fd);
+	ASSERT_EQ(0, mig_set_state(from, RUNNING, NULL));
+	if (from->fd == to->fd)
+		mig_reset(to);
+	load_and_run(_metadata, to, image, 0);
+}
+
+TEST_F(device, content_survives_migration)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	__u8 *want;
+
+	NEED_SCRATCH(self);
+	to = open_target(_metadata, &self->dev, &second);
+	want = scribble(_metadata, &self->dev, &self->scratch, 1);
+	finish_migration(_metadata, &self->dev, to, -1, &image);
+	expect_scratch(_metadata, to, &self->scratch, want,
+		       "after a migration by STOP_COPY");
+}
+
+/* What is written behind the reader's back gets to the target all the same. */
+TEST_F(device, content_written_in_pre_copy_survives_migration)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u8 *want;
+	int fd;
+
+	NEED_PRE_COPY(&self->dev);
+	NEED_SCRATCH(self);
+	to = open_target(_metadata, &self->dev, &second);
+	scribble(_metadata, &self->dev, &self->scratch, 2);
+	fd = go(_metadata, &self->dev, PRE_COPY);
+	DRAIN_OR_SKIP(&self->dev, fd, &image);
+	want = scribble(_metadata, &self->dev, &self->scratch, 3);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.initial_bytes)
+		PROMISE("what was streamed and changes then is dirty, not initial");
+	if (info.dirty_bytes) {
+		EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0) & POLLIN)
+			PROMISE("poll tells of dirty_bytes that can be read");
+		ASSERT_LT(0, mig_read(fd, &image, 100))
+			PROMISE("dirty_bytes can be read");
+		want = scribble(_metadata, &self->dev, &self->scratch, 4);
+	}
+	finish_migration(_metadata, &self->dev, to, fd, &image);
+	expect_scratch(_metadata, to, &self->scratch, want,
+		       "after a migration by PRE_COPY");
+}
+
+TEST_F_TIMEOUT(device, poller_wakes_when_content_changes, 60)
+{
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	struct poller poller;
+	int fd;
+
+	NEED_PRE_COPY(&self->dev);
+	NEED_SCRATCH(self);
+	fd = go(_metadata, &self->dev, PRE_COPY);
+	DRAIN_OR_SKIP(&self->dev, fd, &image);
+	poller_start(_metadata, &poller, fd);
+	scribble(_metadata, &self->dev, &self->scratch, 5);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	if (!info.dirty_bytes) {
+		mig_set_state(&self->dev, RUNNING, NULL);
+		poller_join(&poller);
+		SKIP(return, "the device does not stream again what changes in PRE_COPY");
+	}
+	EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
+		PROMISE("userspace can wait for more data by using poll: it wakes when state gets dirty");
+}
+
+TEST_F(device, content_is_gone_after_reset_and_close)
+{
+	__u8 *fresh = malloc(self->scratch.len);
+	__u32 state;
+	int fd;
+
+	NEED_RESET(&self->dev);
+	NEED_SCRATCH(self);
+	ASSERT_NE(NULL, fresh);
+	ASSERT_EQ(0, mig_scratch_read(&self->dev, &self->scratch, fresh));
+	for (state = 0; state < MIG_STATE_NR; state++) {
+		if (!mig_fsm_exists(self->dev.flags, state))
+			continue;
+		go_home(_metadata, &self->dev);
+		scribble(_metadata, &self->dev, &self->scratch, 100 + state);
+		ASSERT_EQ(0, mig_reset(&self->dev));
+		expect_scratch(_metadata, &self->dev, &self->scratch, fresh, "after RESET");
+
+		scribble(_metadata, &self->dev, &self->scratch, 120 + state);
+		ASSERT_EQ(0, mig_set_state(&self->dev, state, &fd));
+		mig_close_device(&self->dev);
+		if (fd >= 0)
+			close(fd);
+		ASSERT_EQ(0, mig_reopen_device(&self->dev))
+			STEP("open the device again: %s", self->dev.why);
+		expect_scratch(_metadata, &self->dev, &self->scratch, fresh,
+			       "for the next opener");
+	}
+}
+
+#define REGION_MAX	(16UL << 20)
+
+/* All that can be read of one region, empty when it cannot be. */
+static void read_region(struct __test_metadata *_metadata, const struct mig_device *dev,
+			__u32 index, struct mig_stream *content)
+{
+	struct vfio_region_info info;
+	__u8 block[4096];
+	ssize_t ret;
+
+	content->len = 0;
+	if (mig_region_info(dev, index, &info) ||
+	    !(info.flags & VFIO_REGION_INFO_FLAG_READ))
+		return;
+	while (content->len < info.size && content->len < REGION_MAX) {
+		ret = info.size - content->len;
+		if (ret > (ssize_t)sizeof(block))
+			ret = sizeof(block);
+		ret = mig_region_read(dev, index, content->len, block, ret);
+		if (ret <= 0)
+			break;
+		ASSERT_EQ(0, mig_stream_add(content, block, ret));
+	}
+}
+
+TEST_F_TIMEOUT(device, regions_survive_migration, 120)
+{
+	struct mig_stream regions[32] = {}, now = {}, image = {};
+	struct mig_device second = { .fd = -1 }, *to;
+	unsigned int i, compared = 0;
+	bool steady[32];
+	size_t at;
+	int fd;
+
+	if (!getenv("VFIO_READ_REGIONS"))
+		SKIP(return, "VFIO_READ_REGIONS does not allow to read all of the device");
+	to = open_target(_metadata, &self->dev, &second);
+	if (self->scratch.len)
+		scribble(_metadata, &self->dev, &self->scratch, 30);
+	fd = go(_metadata, &self->dev, STOP_COPY);
+	for (i = 0; i < self->dev.info.num_regions && i < ARRAY_SIZE(regions); i++) {
+		read_region(_metadata, &self->dev, i, &regions[i]);
+		read_region(_metadata, &self->dev, i, &now);
+		steady[i] = now.len == regions[i].len &&
+			    !memcmp(now.data, regions[i].data, now.len);
+	}
+	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
+	go_home(_metadata, &self->dev);
+
+	fd = go(_metadata, to, RESUMING);
+	load_all(_metadata, fd, &image);
+	move_on(_metadata, to, STOP);
+	for (i = 0; i < self->dev.info.num_regions && i < ARRAY_SIZE(regions); i++) {
+		if (!steady[i] || !regions[i].len)
+			continue;
+		read_region(_metadata, to, i, &now);
+		ASSERT_EQ(regions[i].len, now.len);
+		for (at = 0; at < now.len && now.data[at] == regions[i].data[at]; at++)
+			;
+		EXPECT_EQ(now.len, at)
+			PROMISE("region %u of the target is as the source's was: byte %#zx is %#x instead of %#x",
+				i, at, at < now.len ? now.data[at] : 0,
+				at < now.len ? regions[i].data[at] : 0);
+		compared++;
+	}
+	if (!compared)
+		SKIP(return, "no region of the stopped device reads the same twice");
+}
+
+#define MAP_OR_SKIP(dev, s, map) do {						\
+	int __ret = mig_region_map(dev, (s)->region, (s)->offset, (s)->len, map); \
+										\
+	if (__ret == -EOPNOTSUPP)						\
+		SKIP(return, "the memory that VFIO_SCRATCH names is not to be mapped"); \
+	ASSERT_EQ(0, __ret)							\
+		PROMISE("a region with VFIO_REGION_INFO_FLAG_MMAP supports mmap: %s", \
+			strerror(-__ret));					\
+} while (0)
+
+TEST_F(device, mapped_memory_is_the_region)
+{
+	struct mig_scratch *s = &self->scratch;
+	__u8 *want;
+	void *map;
+
+	NEED_SCRATCH(self);
+	MAP_OR_SKIP(&self->dev, s, &map);
+	want = scribble(_metadata, &self->dev, s, 40);
+	EXPECT_EQ(0, memcmp(map, want, s->len))
+		PROMISE("what was written to a region is in its mapping");
+	want = pattern(_metadata, s->len, 41);
+	memcpy(map, want, s->len);
+	expect_scratch(_metadata, &self->dev, s, want, "after a write to the mapping");
+}
+
+TEST_F(device, mapped_writes_survive_migration)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_scratch *s = &self->scratch;
+	struct mig_stream image = {};
+	int fd = -1;
+	__u8 *want;
+	void *map;
+
+	NEED_SCRATCH(self);
+	MAP_OR_SKIP(&self->dev, s, &map);
+	to = open_target(_metadata, &self->dev, &second);
+	want = pattern(_metadata, s->len, 42);
+	memcpy(map, want, s->len);
+	if (self->dev.flags & VFIO_MIGRATION_PRE_COPY) {
+		fd = go(_metadata, &self->dev, PRE_COPY);
+		DRAIN_OR_SKIP(&self->dev, fd, &image);
+		want = pattern(_metadata, s->len, 43);
+		memcpy(map, want, s->len);
+		ASSERT_LE(0, mig_read(fd, &image, 100))
+			PROMISE("a write to the mapping in PRE_COPY makes state dirty");
+		want = pattern(_metadata, s->len, 44);
+		memcpy(map, want, s->len);
+	}
+	finish_migration(_metadata, &self->dev, to, fd, &image);
+	expect_scratch(_metadata, to, s, want, "after a migration of what the mapping wrote");
+}
+
+/* A stream into or out of the memory of the device it belongs to. */
+TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
+{
+	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	struct mig_scratch *s = &self->scratch;
+	struct stalled io;
+	unsigned int i;
+	void *map;
+
+	NEED_RESET(&self->dev);
+	NEED_SCRATCH(self);
+	MAP_OR_SKIP(&self->dev, s, &map);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(self->dev.flags, states[i]))
+			continue;
+		io = (struct stalled){
+			.stall.page = map, .len = s->len, .writes = states[i] == RESUMING,
+		};
+		io.fd = go(_metadata, &self->dev, states[i]);
+		ASSERT_EQ(0, pthread_create(&io.thread, NULL, stalled_main, &io));
+		ASSERT_TRUE(joined(io.thread))
+			PROMISE("%s() with a buffer in the device's own mapped memory comes back (in %s)",
+				io.writes ? "write" : "read", mig_state_name(states[i]));
+		EXPECT_EQ(0, mig_reset(&self->dev));
+		close(io.fd);
+	}
+}
+
 /* ---- DMA logging ---- */
 
 static const struct vfio_device_feature_dma_logging_range log_range = {
@@ -1271,6 +2298,58 @@ TEST_F(device, dma_logging_stop_without_start_is_harmless)
 	page_size = 4096;
 	EXPECT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1))
 		PROMISE("logging of the last opener is not in the way of the next");
+}
+
+/* What the core lets pass and no device can log: it may refuse, and goes on. */
+TEST_F(device, dma_logging_empty_range)
+{
+	static const __u64 iovas[] = { 0, 0x10000, ~0ULL << 16 };
+	struct vfio_device_feature_dma_logging_range range = {};
+	__u64 bitmap[4] = {}, page_size;
+	unsigned int i;
+
+	NEED_LOGGING(&self->dev);
+	for (i = 0; i < ARRAY_SIZE(iovas); i++) {
+		range.iova = iovas[i];
+		page_size = 4096;
+		if (!mig_log_start(&self->dev, &page_size, &range, 1)) {
+			mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap);
+			EXPECT_EQ(0, mig_log_stop(&self->dev));
+		}
+	}
+	page_size = 4096;
+	EXPECT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1))
+		PROMISE("a START without anything to log leaves logging usable");
+	mig_log_report(&self->dev, 0, 0, 4096, bitmap);
+	EXPECT_EQ(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+		PROMISE("a REPORT of nothing leaves logging usable");
+}
+
+TEST_F(device, dma_logging_bad_bitmap)
+{
+	__u64 bitmap[4] = {}, page_size = 4096;
+	char *hole = page_before_a_hole();
+	unsigned int i;
+	int ret;
+
+	NEED_LOGGING(&self->dev);
+	ASSERT_NE(NULL, hole);
+	hole += sysconf(_SC_PAGESIZE);
+	ASSERT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1));
+	for (i = 0; i < 3; i++) {
+		static const char *const what[] = { "NULL", "a hole", "the kernel" };
+		__u64 *const where[] = { NULL, (__u64 *)hole, (__u64 *)(~0UL << 12) };
+
+		ret = mig_log_report(&self->dev, 0, 1 << 20, 4096, where[i]);
+		/* With no page to report there is nothing to store. */
+		EXPECT_TRUE(!ret || ret == -EFAULT)
+			PROMISE("a bitmap that is %s is EFAULT, or not touched: %s", what[i],
+				strerror(-ret));
+	}
+	ret = mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap);
+	EXPECT_EQ(0, ret)
+		PROMISE("after a REPORT that failed another one works: %s", strerror(-ret));
+	EXPECT_EQ(0, mig_log_stop(&self->dev));
 }
 
 int main(int argc, char **argv)

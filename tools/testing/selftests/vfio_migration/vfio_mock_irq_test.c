@@ -885,7 +885,7 @@ TEST_F_TIMEOUT(irq, nothing_is_lost, 120)
 	for (i = 0; i < 1000; i++) {
 		if (set_none(m, TRIGGER, 0, 1))
 			break;
-		if (mig_poll(self->fds[0], POLLIN, MIG_HANG_SECONDS * 1000) != POLLIN)
+		if (mig_poll(self->fds[0], POLLIN, mig_hang_seconds() * 1000) != POLLIN)
 			break;
 		if (signals(self->fds[0]) != 1)
 			break;
@@ -909,7 +909,7 @@ static bool kernel_says(int kmsg, const char *who, const char *what)
 	ssize_t len;
 
 	clock_gettime(CLOCK_MONOTONIC, &end);
-	end.tv_sec += MIG_HANG_SECONDS;
+	end.tv_sec += mig_hang_seconds();
 	do {
 		len = read(kmsg, line, sizeof(line) - 1);
 		if (len > 0) {
@@ -944,7 +944,7 @@ TEST_F_TIMEOUT(irq, removal_asks_the_user_to_let_go, 60)
 				  sizeof(req)));
 	ASSERT_EQ(0, mig_set_state(&guest.dev, STOP, NULL));
 	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
-	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, MIG_HANG_SECONDS * 1000))
+	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, mig_hang_seconds() * 1000))
 		PROMISE("the removal of an open device signals the request interrupt");
 	EXPECT_TRUE(kernel_says(kmsg, basename(guest.path),
 				"Relaying device request to user (#0)"))
@@ -974,7 +974,7 @@ TEST_F_TIMEOUT(irq, removal_asks_again, 90)
 		PROMISE("the log tells that the user cannot be asked");
 	ASSERT_EQ(0, mig_set_irqs(&guest.dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &req,
 				  sizeof(req)));
-	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, MIG_HANG_SECONDS * 1000))
+	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, mig_hang_seconds() * 1000))
 		PROMISE("who waits for the user asks again, every 10 seconds");
 	mig_close(&guest.dev);
 	ASSERT_TRUE(joined(guest.remover));
