@@ -254,8 +254,8 @@ impl<T: Operations> Migratable for Opened<T> {
         T::OpenData::save(&this.data, notifier)
     }
 
-    fn load(this: &Arc<Self>) -> Result<Self::Loader> {
-        T::OpenData::load(&this.data)
+    fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader> {
+        T::OpenData::load(&this.data, notifier)
     }
 
     fn loaded(&self, loader: &mut Self::Loader) -> Result {

@@ -168,7 +168,7 @@
 //!         ImageSaver::new(&[&config, &this.registers.lock().bytes])
 //!     }
 //!
-//!     fn load(_this: &Arc<Self>) -> Result<ImageLoader> {
+//!     fn load(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageLoader> {
 //!         ImageLoader::new(STREAM)
 //!     }
 //!

@@ -157,8 +157,8 @@ use kernel::{
 ///         Chip::save(&this.chip, notifier)
 ///     }
 ///
-///     fn load(this: &Arc<Self>) -> Result<ImageLoader> {
-///         Chip::load(&this.chip)
+///     fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ImageLoader> {
+///         Chip::load(&this.chip, notifier)
 ///     }
 ///
 ///     fn loaded(&self, loader: &mut ImageLoader) -> Result {
@@ -237,8 +237,9 @@ pub trait Migratable: Send + Sync + 'static {
 
     /// Begins to load, for the arc from `STOP` to `RESUMING`.
     ///
-    /// When the session ends the loader is dropped.
-    fn load(this: &Arc<Self>) -> Result<Self::Loader>;
+    /// When the session ends the loader is dropped. It keeps `notifier` if it is not always
+    /// [ready](Loader::is_ready).
+    fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader>;
 
     /// Puts into effect what was loaded, for the arc from `RESUMING` to `STOP`.
     ///
@@ -396,6 +397,15 @@ pub trait Loader: Send + Unpin + 'static {
     /// A failure is final for the session: every later write() and the arc to `STOP` fail with
     /// the same error. `EINVAL` is the one for a stream that is not good.
     fn write(&mut self, bytes: &[u8]) -> Result;
+
+    /// Tells whether [`write`](Self::write) can take bytes at once. If not, the device has not got
+    /// ready for them yet: the writer waits, or fails with `EAGAIN` if it does not want to, until
+    /// the [`Notifier`] tells.
+    ///
+    /// Also for poll(). Once it is ready it stays so until it gets bytes.
+    fn is_ready(&self) -> bool {
+        true
+    }
 }
 
 /// Most bytes at the head of a [`Chunk`].
@@ -583,7 +593,7 @@ impl Records {
 
 /// By which a device tells whoever waits for a session's data.
 ///
-/// There is one for each session, which [`Migratable::save`] gets.
+/// There is one for each session, which [`Migratable::save`] or [`Migratable::load`] gets.
 #[pin_data]
 pub struct Notifier {
     #[pin]

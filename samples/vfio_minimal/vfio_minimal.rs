@@ -160,7 +160,7 @@ impl Migratable for Chip {
         })
     }
 
-    fn load(this: &Arc<Self>) -> Result<MinimalLoader> {
+    fn load(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<MinimalLoader> {
         Ok(MinimalLoader {
             chip: this.clone(),
             records: Records::new(RECORD)?,

@@ -167,7 +167,7 @@ impl Migratable for Chip {
         MockSaver::new(this.clone(), notifier)
     }
 
-    fn load(this: &Arc<Self>) -> Result<MockLoader> {
+    fn load(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<MockLoader> {
         MockLoader::new(this.clone())
     }
 

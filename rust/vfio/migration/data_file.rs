@@ -386,6 +386,14 @@ struct Loading<M: Migratable> {
     failed: Option<Error>,
 }
 
+impl<M: Migratable> Loading<M> {
+    /// Tells whether a write() need not wait, because there is somebody to take the bytes, or an
+    /// error.
+    fn is_ready(&self) -> bool {
+        self.failed.is_some() || self.loader.is_ready()
+    }
+}
+
 /// A session of `RESUMING`.
 #[pin_data]
 pub(super) struct LoadSession<M: Migratable> {
@@ -401,7 +409,7 @@ impl<M: Migratable> LoadSession<M> {
         let notifier = Notifier::new()?;
         let loading = Loading {
             block: Some(KVVec::zeroed(BLOCK, GFP_KERNEL_ACCOUNT)?),
-            loader: M::load(driver)?,
+            loader: M::load(driver, notifier.clone())?,
             failed: None,
         };
         let session = Arc::pin_init(
@@ -454,6 +462,26 @@ impl<M: Migratable> LoadSession<M> {
         }
     }
 
+    /// Waits until the loader can take bytes; tells that it cannot if some were taken before.
+    fn ready(&self, nonblock: bool, first: bool) -> Result<bool> {
+        loop {
+            // Read before the loader is asked, so that what it tells meanwhile is not missed.
+            let seen = self.notifier.events();
+            let guard = self.loading.lock();
+            if guard.as_ref().ok_or(ENODEV)?.is_ready() {
+                return Ok(true);
+            }
+            if !first {
+                return Ok(false);
+            }
+            if nonblock {
+                return Err(EAGAIN);
+            }
+            drop(guard);
+            self.notifier.wait_after(seen)?;
+        }
+    }
+
     fn unclaim(&self, block: KVVec<u8>) {
         if let Some(loading) = &mut *self.loading.lock() {
             loading.block = Some(block);
@@ -482,6 +510,11 @@ impl<M: Migratable> LoadSession<M> {
             if user.len() == 0 {
                 break Ok(());
             }
+            match self.ready(nonblock, done == 0) {
+                Ok(true) => (),
+                Ok(false) => break Ok(()),
+                Err(e) => break Err(e),
+            }
             let copied = user.read(&mut block);
             if copied == 0 {
                 break Err(EFAULT);
@@ -498,14 +531,14 @@ impl<M: Migratable> LoadSession<M> {
         result.map(|()| 0)
     }
 
-    /// Serves poll(): always writable, and an error once the session has ended.
+    /// Serves poll(): writable if write() would not wait, and an error once the session has ended.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         let events = bindings::POLLOUT | bindings::POLLWRNORM;
-        if self.loading.lock().is_some() {
-            events
-        } else {
-            events | bindings::POLLERR
+        match self.loading.lock().as_ref() {
+            Some(loading) if loading.is_ready() => events,
+            Some(_) => 0,
+            None => events | bindings::POLLERR,
         }
     }
 }

@@ -25,8 +25,8 @@ impl Migratable for Claiming {
         Chip::save(&this.0, notifier)
     }
 
-    fn load(this: &Arc<Self>) -> Result<ImageLoader> {
-        Chip::load(&this.0)
+    fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<ImageLoader> {
+        Chip::load(&this.0, notifier)
     }
 
     fn loaded(&self, loader: &mut ImageLoader) -> Result {

@@ -21,7 +21,7 @@ impl Migratable for Unstoppable {
         Err(ENOMEM)
     }
 
-    fn load(_this: &Arc<Self>) -> Result<ImageLoader> {
+    fn load(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageLoader> {
         Err(ENOMEM)
     }
 

@@ -27,7 +27,7 @@ impl Migratable for Alone {
         Err(ENOMEM)
     }
 
-    fn load(_this: &Arc<Self>) -> Result<ImageLoader> {
+    fn load(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageLoader> {
         Err(ENOMEM)
     }
 

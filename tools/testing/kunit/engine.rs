@@ -668,6 +668,66 @@ mod tests {
     }
 
     #[test]
+    fn a_writer_that_waits_holds_up_nobody() -> Result {
+        for to in [None, Some(State::Stop)] {
+            let rig = Rig::new(Flags::STOP_COPY)?;
+            let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+            rig.fake.set_ready(false);
+            ensure_eq!(fd.poll(), 0, "poll");
+            ensure_eq!(fd.write_nonblock(0, 1), Err(EAGAIN), "O_NONBLOCK");
+            drop(rig.fake.calls());
+
+            let writer = Job::begin(move || fd.write(0, 1))?;
+            let waiting = wait_until(|| rig.fake.calls().contains(&Call::LoaderReady));
+            let waits = !writer.is_done();
+            let other = rig.clone();
+            let done = Job::begin(move || match to {
+                Some(state) => other.set(state).map(drop),
+                None => {
+                    other.engine.reset(&other.fake);
+                    Ok(())
+                }
+            })?
+            .wait()?;
+
+            ensure_eq!(waiting, Ok(()), "is_ready() is called");
+            ensure_eq!(waits, true, "the writer waits");
+            ensure_eq!(done, Ok(()), "on the way to {to:?}");
+            ensure_eq!(writer.wait()?, Err(ENODEV), "the session has ended");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_writer_that_waits_is_woken() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        rig.fake.be_late();
+        let writer = Job::begin(move || {
+            // There is no user memory where this runs: nothing can be taken from it.
+            let result = fd.write(0, 16);
+            (fd, result)
+        })?;
+        let written = writer.wait();
+        rig.fake.set_ready(true);
+        let (fd, result) = written?;
+
+        ensure_eq!(result, Err(EFAULT), "the writer is woken");
+        ensure_eq!(fd.poll(), POLLOUT, "poll");
+        user.put(b"0123456789")?;
+        ensure_eq!(fd.write_nonblock(user.addr, 10), Ok(10), "write");
+        ensure_eq!(
+            rig.fake.loaded_bytes()[..],
+            *b"0123456789",
+            "what is loaded"
+        );
+        Ok(())
+    }
+
+    #[test]
     fn a_stream_is_read_in_order() -> Result {
         let user = UserMemory::new(64)?;
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;

@@ -66,7 +66,12 @@ mod core_side {
             size: usize,
             nonblock: bool,
         ) -> isize;
-        pub(super) fn vfio_kunit_write(file: *mut c_void, from: c_ulong, size: usize) -> isize;
+        pub(super) fn vfio_kunit_write(
+            file: *mut c_void,
+            from: c_ulong,
+            size: usize,
+            nonblock: bool,
+        ) -> isize;
         pub(super) fn vfio_kunit_poll(file: *mut c_void) -> c_uint;
         pub(super) fn vfio_kunit_ioctl(file: *mut c_void, cmd: c_uint, arg: c_ulong) -> c_long;
         pub(super) fn vfio_kunit_close(file: *mut c_void);
@@ -86,6 +91,7 @@ pub(crate) enum Call {
     Next(Phase),
     SaverDropped,
     Load,
+    LoaderReady,
     Write,
     Loaded,
     LoaderDropped,
@@ -117,7 +123,7 @@ struct Script {
     /// What the saver has when the device is stopped, behind everything else.
     tail: Option<&'static [u8]>,
     not_ready: bool,
-    /// The saver becomes ready while it says that it is not.
+    /// It becomes ready while it says that it is not.
     late: bool,
     notifier: Option<Arc<Notifier>>,
     /// What the loader was handed.
@@ -210,7 +216,7 @@ impl Fake {
         self.script.lock().tail = Some(chunk);
     }
 
-    /// Says whether the saver is ready, and wakes who waits for it.
+    /// Says whether saver and loader are ready, and wakes who waits for them.
     pub(crate) fn set_ready(&self, ready: bool) {
         let mut script = self.script.lock();
         script.not_ready = !ready;
@@ -221,11 +227,23 @@ impl Fake {
         }
     }
 
-    /// Lets the saver become ready at the worst moment: when it has looked, and nobody waits yet.
+    /// Lets it become ready at the worst moment: when it has looked, and nobody waits yet.
     pub(crate) fn be_late(&self) {
         let mut script = self.script.lock();
         script.not_ready = true;
         script.late = true;
+    }
+
+    /// Tells whether saver and loader are ready.
+    fn is_ready(&self) -> bool {
+        let mut script = self.script.lock();
+        let ready = !script.not_ready;
+        let late = core::mem::take(&mut script.late);
+        drop(script);
+        if late {
+            self.set_ready(true);
+        }
+        ready
     }
 
     /// Returns what the loader was handed since this was asked last.
@@ -268,8 +286,9 @@ impl Migratable for Fake {
         Ok(FakeSaver(this.clone()))
     }
 
-    fn load(this: &Arc<Self>) -> Result<FakeLoader> {
+    fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<FakeLoader> {
         this.called(Call::Load)?;
+        this.script.lock().notifier = Some(notifier);
         Ok(FakeLoader(this.clone()))
     }
 
@@ -293,15 +312,10 @@ pub(crate) struct FakeSaver(Arc<Fake>);
 impl Saver for FakeSaver {
     fn next(&mut self, phase: Phase) -> Result<Next> {
         self.0.called(Call::Next(phase))?;
-        let mut script = self.0.script.lock();
-        if script.not_ready {
-            let late = core::mem::take(&mut script.late);
-            drop(script);
-            if late {
-                self.0.set_ready(true);
-            }
+        if !self.0.is_ready() {
             return Ok(Next::NotReady);
         }
+        let mut script = self.0.script.lock();
         let (bytes, initial) = if !script.chunks.is_empty() {
             script.chunks.remove(0)?
         } else if phase == Phase::PreCopy {
@@ -363,10 +377,17 @@ impl Loader for FakeLoader {
         let mut script = self.0.script.lock();
         Ok(script.loaded.extend_from_slice(bytes, GFP_KERNEL)?)
     }
+
+    fn is_ready(&self) -> bool {
+        let _ = self.0.called(Call::LoaderReady);
+        self.0.is_ready()
+    }
 }
 
 impl Drop for FakeLoader {
     fn drop(&mut self) {
+        let notifier = self.0.script.lock().notifier.take();
+        drop(notifier);
         let _ = self.0.called(Call::LoaderDropped);
     }
 }
@@ -522,7 +543,13 @@ impl DataFd {
     pub(crate) fn write(&self, from: usize, size: usize) -> Result<usize> {
         // SAFETY: The file is live and has the operations of a resuming session. Any address
         // goes.
-        Self::result(unsafe { core_side::vfio_kunit_write(self.as_ptr(), from, size) })
+        Self::result(unsafe { core_side::vfio_kunit_write(self.as_ptr(), from, size, false) })
+    }
+
+    /// Writes from an address of the user, but does not wait.
+    pub(crate) fn write_nonblock(&self, from: usize, size: usize) -> Result<usize> {
+        // SAFETY: As in `write()`.
+        Self::result(unsafe { core_side::vfio_kunit_write(self.as_ptr(), from, size, true) })
     }
 
     /// Returns the events that poll() would return.

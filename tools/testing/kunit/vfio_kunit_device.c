@@ -41,8 +41,7 @@ unsigned long vfio_kunit_user_memory(size_t size)
 	return IS_ERR_VALUE(addr) ? 0 : addr;
 }
 
-ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
-			bool nonblock)
+static void vfio_kunit_set_nonblock(struct file *file, bool nonblock)
 {
 	spin_lock(&file->f_lock);
 	if (nonblock)
@@ -50,11 +49,19 @@ ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
 	else
 		file->f_flags &= ~O_NONBLOCK;
 	spin_unlock(&file->f_lock);
+}
+
+ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
+			bool nonblock)
+{
+	vfio_kunit_set_nonblock(file, nonblock);
 	return file->f_op->read(file, (char __user *)to, size, NULL);
 }
 
-ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size)
+ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size,
+			 bool nonblock)
 {
+	vfio_kunit_set_nonblock(file, nonblock);
 	return file->f_op->write(file, (const char __user *)from, size, NULL);
 }
 

@@ -18,7 +18,8 @@ unsigned int vfio_kunit_device_references(struct vfio_device *vdev);
 unsigned long vfio_kunit_user_memory(size_t size);
 ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
 			bool nonblock);
-ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size);
+ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size,
+			 bool nonblock);
 __poll_t vfio_kunit_poll(struct file *file);
 long vfio_kunit_ioctl(struct file *file, unsigned int cmd, unsigned long arg);
 void vfio_kunit_close(struct file *file);
