@@ -13,5 +13,7 @@ pub mod dirty_map;
 pub mod fsm;
 #[path = "../../../../rust/vfio/irq/msix.rs"]
 pub mod msix;
+#[path = "../../../../samples/vfio_mock/queue.rs"]
+pub mod queue;
 #[path = "../../../../samples/vfio_mock/stream.rs"]
 pub mod stream;
