@@ -47,6 +47,46 @@ pub struct Fault {
 ///
 /// There is one only while the device is open, and only on the device's own thread, so that nothing
 /// waits for the user while he does not serve a page fault.
+///
+/// # Examples
+///
+/// A device that copies its memory to where the user asks for it. Its `Operations::work` calls
+/// `work()`, and its `Operations::write` calls `ask()`.
+///
+/// ```
+/// use kernel::sync::SpinLock;
+/// use vfio::{
+///     dma::Bus,
+///     emulated::Work, //
+/// };
+///
+/// #[pin_data]
+/// struct Copier {
+///     endpoint: Arc<Endpoint>,
+///     memory: StateMemory,
+///     #[pin]
+///     asked: SpinLock<Option<u64>>,
+/// }
+///
+/// impl Copier {
+///     fn ask(&self, iova: u64) {
+///         *self.asked.lock() = Some(iova);
+///         self.endpoint.wake();
+///     }
+///
+///     fn work(&self, bus: &Bus<'_>) -> Work {
+///         // The lock must not be held while the user is waited for.
+///         let Some(iova) = self.asked.lock().take() else {
+///             return Work::Wait;
+///         };
+///         match bus.write(iova, &self.memory, 0..self.memory.size()) {
+///             Ok(()) => self.endpoint.signal(0),
+///             Err(fault) => pr_debug!("{} bytes, {:?}\n", fault.done, fault.error),
+///         }
+///         Work::Again
+///     }
+/// }
+/// ```
 pub struct Bus<'a> {
     device: &'a Device<Open>,
     log: &'a Log,

@@ -193,6 +193,9 @@ impl Inner {
 ///
 /// Clones stand for the same memory.
 ///
+/// Users may map it, see [`Operations::mmap`](crate::emulated::Operations::mmap): their stores are
+/// noticed as far as that is of interest, and dropped while the device is stopped.
+///
 /// # Examples
 ///
 /// ```
