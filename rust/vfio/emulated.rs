@@ -195,7 +195,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     ///
     /// Called again and again from a thread that there is from the first open to the last close,
     /// for drivers that have this method; [`Endpoint::wake()`] makes it be called again. Holds
-    /// nothing, and may sleep. It should not take long: reset and close wait for it.
+    /// nothing, and may sleep. It should not take long: reset and close wait for it, but they let it
+    /// fail where it waits for the user.
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
     }
@@ -516,6 +517,8 @@ impl<T: Operations> Emulated<T> {
             GET_IRQ_INFO => Self::get_irq_info(&opened.endpoint.irqs, arg),
             SET_IRQS => Self::set_irqs(&opened.endpoint.irqs, arg),
             RESET => {
+                // A state change that is under way may wait for what the device waits for.
+                opened.endpoint.interrupt_work();
                 self.private.engine.reset(&opened);
                 Ok(())
             }

@@ -92,6 +92,15 @@ impl Endpoint {
         self.bell.ring();
     }
 
+    /// Lets [`Operations::work`](crate::emulated::Operations::work) fail where it waits for the
+    /// user to serve a page fault. Does not sleep.
+    ///
+    /// For [`reset`](crate::migration::Migratable::reset), which must not wait for the user: the
+    /// driver sees to it first that nothing more is begun, and waits for the work under way then.
+    pub fn interrupt_work(&self) {
+        self.bell.interrupt();
+    }
+
     /// Reads from the configuration space.
     pub(crate) fn read_config(&self, offset: usize, to: &mut [u8]) {
         self.config.lock().read(offset, to);

@@ -20,6 +20,7 @@ use kernel::{
         CondVar,
         SpinLock, //
     },
+    task::Task,
     time::{
         msecs_to_jiffies,
         Delta, //
@@ -39,11 +40,19 @@ pub enum Work {
 }
 
 /// What the thread and those who wake it share.
+///
+/// # Invariants
+///
+/// `task` is a thread of which a [`Worker`] owns a reference.
 struct Calls {
     /// How often the thread was woken.
     count: u32,
     stopping: bool,
+    task: Option<NonNull<bindings::task_struct>>,
 }
+
+// SAFETY: A thread may be signalled from any other.
+unsafe impl Send for Calls {}
 
 /// By which a device's thread is woken.
 #[pin_data]
@@ -59,6 +68,7 @@ impl Bell {
         let calls = Calls {
             count: 0,
             stopping: false,
+            task: None,
         };
         Arc::pin_init(
             pin_init!(Self {
@@ -77,9 +87,19 @@ impl Bell {
         self.rung.notify_all();
     }
 
+    /// Lets the thread fail where it waits for the user to serve a page fault, now or before it
+    /// asks the next time whether it shall stop. Does not sleep.
+    pub(crate) fn interrupt(&self) {
+        if let Some(task) = self.calls.lock().task {
+            // SAFETY: By the type invariants of `Calls`. `main()` allows the kernel to do so.
+            unsafe { bindings::send_sig(bindings::SIGKILL as c_int, task.as_ptr(), 1) };
+        }
+    }
+
     fn stop(&self) {
         self.calls.lock().stopping = true;
         self.rung.notify_all();
+        self.interrupt();
     }
 
     /// Returns how often the thread was woken, unless it shall stop.
@@ -93,9 +113,11 @@ impl Bell {
         let mut calls = self.calls.lock();
         match time {
             None => {
+                // Interruptible so that it does not count as load.
                 while calls.count == seen && !calls.stopping {
-                    // Interruptible so that it does not count as load; there are no signals.
-                    let _ = self.rung.wait_interruptible(&mut calls);
+                    if self.rung.wait_interruptible(&mut calls) {
+                        break;
+                    }
                 }
             }
             Some(time) => {
@@ -161,12 +183,12 @@ impl<J: Job> Worker<J> {
         unsafe { bindings::get_task_struct(task) };
         // SAFETY: As above.
         unsafe { bindings::wake_up_process(task) };
+        // SAFETY: A pointer that is not an error is not null.
+        let task = unsafe { NonNull::new_unchecked(task) };
+        // INVARIANT: The reference is given back after `drop()` has taken this away.
+        shared.bell.calls.lock().task = Some(task);
         // INVARIANT: That is the thread.
-        Ok(Self {
-            // SAFETY: A pointer that is not an error is not null.
-            task: unsafe { NonNull::new_unchecked(task) },
-            shared,
-        })
+        Ok(Self { task, shared })
     }
 
     /// # Safety
@@ -176,7 +198,21 @@ impl<J: Job> Worker<J> {
     unsafe extern "C" fn main(data: *mut c_void) -> c_int {
         // SAFETY: By the safety requirements.
         let shared: ArcBorrow<'_, Shared<J>> = unsafe { Arc::borrow(data) };
-        while let Some(seen) = shared.bell.count() {
+        // SAFETY: This is what `allow_kernel_signal()` does; the handler is not a function but the
+        // number `SIG_KTHREAD_KERNEL`, as the kernel knows.
+        unsafe {
+            let handler = core::mem::transmute::<usize, bindings::__sighandler_t>(3);
+            bindings::kernel_sigaction(bindings::SIGKILL as c_int, handler);
+        }
+        loop {
+            // Before it is asked whether to stop: who wants that says so first and signals then.
+            if current!().signal_pending() {
+                // SAFETY: It is the current thread.
+                unsafe { bindings::flush_signals(Task::current_raw()) };
+            }
+            let Some(seen) = shared.bell.count() else {
+                break;
+            };
             match shared.job.work() {
                 Work::Again => (),
                 Work::After(time) => shared.bell.wait_after(seen, Some(time)),
@@ -190,6 +226,7 @@ impl<J: Job> Worker<J> {
 impl<J: Job> Drop for Worker<J> {
     fn drop(&mut self) {
         self.shared.bell.stop();
+        self.shared.bell.calls.lock().task = None;
         // SAFETY: By the type invariants it is a thread, of which `new()` took a reference.
         unsafe { bindings::kthread_stop_put(self.task.as_ptr()) };
     }

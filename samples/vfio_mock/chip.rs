@@ -123,7 +123,7 @@ impl Chip {
 
     /// Brings the device into the state of power on.
     pub(crate) fn power_on(&self) {
-        self.dma.power_on();
+        self.dma.power_on(&self.endpoint);
         let mut front = self.front.lock();
         *front = Front::power_on();
         self.memory.clear();

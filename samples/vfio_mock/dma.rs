@@ -121,11 +121,13 @@ impl Engine {
         self.queue.lock().pause(false);
     }
 
-    /// Brings the engine into the state of power on. Waits for the piece under way. May sleep.
-    pub(crate) fn power_on(&self) {
+    /// Brings the engine into the state of power on. Waits for the piece under way, which fails if
+    /// it waits for the user. May sleep.
+    pub(crate) fn power_on(&self, endpoint: &Endpoint) {
         let mut queue = self.queue.lock();
         queue.pause(true);
         queue.abort(crate::queue::ALL);
+        endpoint.interrupt_work();
         while !queue.is_quiet() {
             self.served.wait(&mut queue);
         }
