@@ -195,8 +195,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     ///
     /// Called again and again from a thread that there is from the first open to the last close,
     /// for drivers that have this method; [`Endpoint::wake()`] makes it be called again. Holds
-    /// nothing, and may sleep. It should not take long: reset and close wait for it, but they let it
-    /// fail where it waits for the user.
+    /// nothing, and may sleep. It should not take long: reset and close wait for it, but they let
+    /// it fail where it waits for the user.
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
     }
