@@ -908,6 +908,10 @@ impl<T: Operations> VTable<T> {
             while !node.is_null() {
                 // SAFETY: The node is the first field of one in an interval tree.
                 let range = unsafe { &*node.cast::<bindings::interval_tree_node>() };
+                // The core lets empty ranges pass, which end before they begin.
+                if range.last.wrapping_add(1) == range.start {
+                    return Err(EINVAL);
+                }
                 list.push((range.start as u64, range.last as u64), GFP_KERNEL_ACCOUNT)?;
                 // SAFETY: The node is valid.
                 node = unsafe { bindings::rb_next(node) };
