@@ -87,10 +87,11 @@ use crate::{
 };
 use core::ops::Range;
 use kernel::{
-    new_poll_condvar, new_spinlock_irq,
+    new_spinlock_irq,
     prelude::*,
+    static_lock_class,
     sync::{
-        poll::PollCondVar,
+        poll::PollCondVarBox,
         Arc,
         SpinLockIrq, //
     },
@@ -596,8 +597,9 @@ impl Records {
 /// There is one for each session, which [`Migratable::save`] or [`Migratable::load`] gets.
 #[pin_data]
 pub struct Notifier {
-    #[pin]
-    wait: PollCondVar,
+    /// In a box of its own, for which nobody has to wait when it goes: a `PollCondVar` by itself
+    /// holds up close() and state changes for a grace period of RCU.
+    wait: PollCondVarBox,
     /// How often somebody was told. Who waits for the device compares it under the lock, so that
     /// being told before falling asleep counts too.
     #[pin]
@@ -607,10 +609,10 @@ pub struct Notifier {
 impl Notifier {
     fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
-            pin_init!(Self {
-                wait <- new_poll_condvar!("vfio::migration::Notifier"),
+            try_pin_init!(Self {
+                wait: PollCondVarBox::new(c"vfio::migration::Notifier", static_lock_class!())?,
                 events <- new_spinlock_irq!(0, "vfio::migration::Notifier::events"),
-            }),
+            }? Error),
             GFP_KERNEL_ACCOUNT,
         )
     }
