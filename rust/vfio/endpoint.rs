@@ -45,6 +45,32 @@ use kernel::{
 /// What migrates is what belongs to the device: configuration space, table and pending bits. The
 /// eventfds, and the masks of `VFIO_DEVICE_SET_IRQS`, are the user's, who sets them anew on the
 /// target.
+///
+/// # Examples
+///
+/// A device that signals a vector when it has counted to a thousand, whatever it is doing.
+///
+/// ```
+/// use kernel::sync::atomic::{
+///     Atomic,
+///     Relaxed, //
+/// };
+///
+/// struct Counter {
+///     endpoint: Arc<Endpoint>,
+///     count: Atomic<u32>,
+/// }
+///
+/// impl Counter {
+///     const VECTOR: u32 = 0;
+///
+///     fn step(&self) {
+///         if self.count.fetch_add(1, Relaxed) % 1000 == 999 {
+///             self.endpoint.signal(Self::VECTOR);
+///         }
+///     }
+/// }
+/// ```
 #[pin_data]
 pub struct Endpoint {
     power_on: ConfigSpace,

@@ -595,6 +595,53 @@ impl Records {
 /// By which a device tells whoever waits for a session's data.
 ///
 /// There is one for each session, which [`Migratable::save`] or [`Migratable::load`] gets.
+///
+/// # Examples
+///
+/// A saver that is not ready until the device's firmware is, which tells by an interrupt.
+///
+/// ```
+/// use kernel::sync::atomic::{
+///     Acquire,
+///     Atomic,
+///     Release, //
+/// };
+///
+/// struct Firmware {
+///     ready: Atomic<bool>,
+///     notifier: Arc<Notifier>,
+/// }
+///
+/// impl Firmware {
+///     /// May be called in any context.
+///     fn interrupt(&self) {
+///         self.ready.store(true, Release);
+///         self.notifier.notify();
+///     }
+/// }
+///
+/// struct SlowSaver {
+///     firmware: Arc<Firmware>,
+///     image: ImageSaver,
+/// }
+///
+/// impl Saver for SlowSaver {
+///     fn next(&mut self, phase: Phase) -> Result<Next> {
+///         if !self.is_ready() {
+///             return Ok(Next::NotReady);
+///         }
+///         self.image.next(phase)
+///     }
+///
+///     fn is_ready(&self) -> bool {
+///         self.firmware.ready.load(Acquire)
+///     }
+///
+///     fn remaining(&self) -> Remaining {
+///         self.image.remaining()
+///     }
+/// }
+/// ```
 #[pin_data]
 pub struct Notifier {
     /// In a box of its own, for which nobody has to wait when it goes: a `PollCondVar` by itself

@@ -32,6 +32,22 @@ const BLOCK: usize = 64 << 10;
 const ACCESS: usize = size_of::<u64>();
 
 /// A place in a device file: a region and an offset in it.
+///
+/// # Examples
+///
+/// The read of a device with registers in BAR0, and another BAR that reads as ones.
+///
+/// ```
+/// fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {
+///     match pos.region_index {
+///         region::BAR0 => pos.read(&chip.registers.lock().bytes, to),
+///         _ => {
+///             to.fill(0xff);
+///             Ok(())
+///         }
+///     }
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     /// The index of the region, one of the `VFIO_PCI_*_REGION_INDEX`.

@@ -128,6 +128,15 @@ impl State {
 ///
 /// Corresponds to the flags of the C `struct vfio_device_feature_migration`. Of the eight
 /// combinations of its bits the uAPI defines four, and only these four can be expressed.
+///
+/// # Examples
+///
+/// ```
+/// /// What a device can do, and what is left of that without peer-to-peer DMA.
+/// const ALL: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
+/// const ALONE: Flags = Flags::STOP_COPY.with_pre_copy();
+/// const _: () = assert!(ALONE.is_within(ALL) && !ALL.is_within(ALONE));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flags {
     /// The P2P states exist.
