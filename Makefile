@@ -61,6 +61,9 @@ selftest-mtty:		## run them on the kernel's mtty sample, and compare
 soak:			## all of the kselftests, longer and on everything
 	$(testing)/run build soak mtty
 
+bench: modules		## measure, print a table, write bench.json
+	$(testing)/bench $(BENCHFLAGS)
+
 lint: modules		## check format, style and warnings of all sources
 	$(testing)/lint
 
@@ -80,7 +83,8 @@ help:			## print this
 	echo 'KDIR=folder       use this built kernel tree, not the test kernel'
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
+	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kdir vm shell demo test
-.PHONY: test-host selftest selftest-mtty soak lint doc rust-analyzer clean help
+.PHONY: test-host selftest selftest-mtty soak bench lint doc rust-analyzer clean help

@@ -152,3 +152,18 @@ run_cargo()
 	cargo=$(find_cargo) || return 1
 	env -u RUSTC -u RUSTDOC -u RUSTFLAGS PATH="${cargo%/*}:$vm_path" "$cargo" "$@"
 }
+
+# Build the kselftests into $vm_own/selftests.
+selftest_build()
+{
+	local headers output=$vm_own/selftests
+
+	headers=$(kdir)/usr/include
+	# Without the headers of the kernel, those of its source are installed.
+	[ -r "$headers/linux/vfio.h" ] && headers="-isystem $headers" || headers=
+	mkdir -p "$output" &&
+		flock "$vm_own/lock" \
+		make -s -C "$vm_top/tools/testing/selftests/vfio_migration" \
+			KSRC="$(ksrc)" OUTPUT="$output" \
+			${headers:+"KHDR_INCLUDES=$headers"}
+}

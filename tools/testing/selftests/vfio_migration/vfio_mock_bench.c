@@ -1,0 +1,617 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * How fast vfio_mock migrates, beside something of the same kind on the same
+ * machine: each figure is the median of the ratios of runs that take turns, so
+ * that neither the machine nor what else it does matters much.
+ *
+ *	VFIO_MOCK_64K=PATH VFIO_MOCK_16M=PATH VFIO_MOCK_256M=PATH VFIO_MOCK_1G=PATH \
+ *		VFIO_MTTY=PATH ./vfio_mock_bench [-r RUNS] [word...]
+ *
+ * with the sysfs paths of mediated devices; what has no device is left out.
+ * run_bench.sh makes them. Words choose the figures whose names contain one.
+ * Prints JSON to the standard output, and a table beside it, to the standard
+ * error. A figure that falls short is no failure.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/utsname.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kselftest.h"
+#include "mig.h"
+#include "vfio_mock.h"
+
+#define RUNNING		((__u32)VFIO_DEVICE_STATE_RUNNING)
+#define RUNNING_P2P	((__u32)VFIO_DEVICE_STATE_RUNNING_P2P)
+#define PRE_COPY	((__u32)VFIO_DEVICE_STATE_PRE_COPY)
+#define PRE_COPY_P2P	((__u32)VFIO_DEVICE_STATE_PRE_COPY_P2P)
+#define STOP_COPY	((__u32)VFIO_DEVICE_STATE_STOP_COPY)
+#define STOP		((__u32)VFIO_DEVICE_STATE_STOP)
+#define RESUMING	((__u32)VFIO_DEVICE_STATE_RESUMING)
+
+#define PAGE		((__u64)VFIO_MOCK_PAGE_SIZE)
+/* What one read() or write() moves. */
+#define PIECE		(1 << 20)
+/* More runs of what is over soon. */
+#define MANY		8
+#define MAX_RUNS	1000
+
+enum aim { AT_LEAST, AT_MOST };
+
+struct figure {
+	char name[64];
+	const char *unit;
+	double ours;		/* the median, in the unit */
+	double theirs;
+	double ratio;		/* the median of those of the pairs */
+	double low, high;	/* of the middle half of them */
+	enum aim sense;
+	double aim;
+	unsigned int runs;
+};
+
+static struct figure figures[64];
+static unsigned int nr_figures;
+static unsigned int runs = 11;
+static char **words;
+static __u8 *buffer;
+
+static void __attribute__((noreturn, format(printf, 1, 2))) give_up(const char *fmt, ...)
+{
+	va_list args;
+
+	va_start(args, fmt);
+	fputs("vfio_mock_bench: ", stderr);
+	vfprintf(stderr, fmt, args);
+	fputc('\n', stderr);
+	va_end(args);
+	exit(1);
+}
+
+/* Gives up at a negative errno. */
+static ssize_t must(ssize_t ret, const char *what)
+{
+	if (ret < 0)
+		give_up("could not %s: %s", what, strerror(-ret));
+	return ret;
+}
+
+static double now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
+static bool wanted(const char *name)
+{
+	char **word;
+
+	if (!*words)
+		return true;
+	for (word = words; *word; word++) {
+		if (strstr(name, *word))
+			return true;
+	}
+	return false;
+}
+
+static int by_value(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* The value below which so many quarters of the others are; sorts them. */
+static double quartile(double *values, unsigned int nr, unsigned int quarters)
+{
+	qsort(values, nr, sizeof(*values), by_value);
+	return values[(nr - 1) * quarters / 4];
+}
+
+/*
+ * Adds a figure from the seconds that pairs of runs took. A speed is how much of
+ * the unit is done in a second, @work is what was done in one run; otherwise the
+ * figure is the time for it.
+ */
+static void add(const char *name, const double *ours, const double *theirs,
+		unsigned int nr, bool speed, const char *unit, double work,
+		enum aim sense, double aim)
+{
+	static double a[MAX_RUNS], b[MAX_RUNS], ratio[MAX_RUNS];
+	struct figure *f = &figures[nr_figures++];
+	unsigned int i;
+
+	if (nr_figures == ARRAY_SIZE(figures))
+		give_up("there are too many figures");
+	for (i = 0; i < nr; i++) {
+		a[i] = speed ? work / ours[i] : ours[i] / work;
+		b[i] = speed ? work / theirs[i] : theirs[i] / work;
+		ratio[i] = a[i] / b[i];
+	}
+	*f = (struct figure){
+		.unit = unit, .ours = quartile(a, nr, 2), .theirs = quartile(b, nr, 2),
+		.ratio = quartile(ratio, nr, 2), .low = quartile(ratio, nr, 1),
+		.high = quartile(ratio, nr, 3), .sense = sense, .aim = aim, .runs = nr,
+	};
+	snprintf(f->name, sizeof(f->name), "%s", name);
+	fprintf(stderr, "%s: %.3f\n", f->name, f->ratio);
+}
+
+static bool met(const struct figure *f)
+{
+	return f->sense == AT_LEAST ? f->ratio >= f->aim : f->ratio <= f->aim;
+}
+
+/* What the machine says it computes with. */
+static const char *cpu_model(void)
+{
+	FILE *file = fopen("/proc/cpuinfo", "r");
+	static char model[128];
+	char line[256];
+
+	while (file && fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "model name : %127[^\n\"]", model) == 1)
+			break;
+	}
+	if (file)
+		fclose(file);
+	return model;
+}
+
+static void print_json(void)
+{
+	struct utsname uts;
+	unsigned int i;
+
+	uname(&uts);
+	printf("{\n\t\"kernel\": \"%s\",\n\t\"cpu\": \"%s\",\n\t\"cpus\": %ld,\n",
+	       uts.release, cpu_model(), sysconf(_SC_NPROCESSORS_ONLN));
+	printf("\t\"figures\": [");
+	for (i = 0; i < nr_figures; i++) {
+		const struct figure *f = &figures[i];
+
+		printf("%s\n\t\t{ \"name\": \"%s\", \"unit\": \"%s\", \"ours\": %.6g, \"theirs\": %.6g,",
+		       i ? "," : "", f->name, f->unit, f->ours, f->theirs);
+		printf(" \"ratio\": %.4f, \"quartiles\": [%.4f, %.4f], \"runs\": %u,",
+		       f->ratio, f->low, f->high, f->runs);
+		printf(" \"aim\": \"%s %.2f\", \"met\": %s }",
+		       f->sense == AT_LEAST ? ">=" : "<=", f->aim, met(f) ? "true" : "false");
+	}
+	printf("\n\t]\n}\n");
+}
+
+static void print_table(void)
+{
+	unsigned int i;
+
+	fprintf(stderr, "\n%-44s %10s %10s %-6s %7s  %-15s %s\n", "", "vfio_mock",
+		"beside it", "", "ratio", "middle half", "aim");
+	for (i = 0; i < nr_figures; i++) {
+		const struct figure *f = &figures[i];
+
+		fprintf(stderr, "%-44s %10.5g %10.5g %-6s %7.3f  %6.3f - %-6.3f %s %.2f%s\n",
+			f->name, f->ours, f->theirs, f->unit, f->ratio, f->low, f->high,
+			f->sense == AT_LEAST ? ">=" : "<=", f->aim,
+			met(f) ? "" : "  falls short");
+	}
+}
+
+/* ---- Devices ---- */
+
+struct mock {
+	struct mig_device dev;
+	__u64 bar0, bar2;	/* where they are in the file */
+	__u64 size;		/* of the state memory */
+};
+
+/* Opens a device by either backend. */
+static void open_device(struct mig_device *dev, const char *path)
+{
+	int ret = mig_open(dev, path, MIG_IOMMUFD);
+
+	if (ret == -EOPNOTSUPP)
+		ret = mig_open(dev, path, MIG_GROUP);
+	if (ret)
+		give_up("could not open %s: %s", path, dev->why);
+}
+
+/* Opens the device that the environment names. */
+static bool open_mock(struct mock *m, const char *name)
+{
+	const char *path = getenv(name);
+	struct vfio_region_info info;
+
+	if (!path) {
+		fprintf(stderr, "vfio_mock_bench: no %s\n", name);
+		return false;
+	}
+	open_device(&m->dev, path);
+	must(mig_region_info(&m->dev, VFIO_PCI_BAR0_REGION_INDEX, &info), "find BAR0");
+	m->bar0 = info.offset;
+	must(mig_region_info(&m->dev, VFIO_PCI_BAR2_REGION_INDEX, &info), "find BAR2");
+	m->bar2 = info.offset;
+	m->size = info.size;
+	return true;
+}
+
+static void write_device(const struct mock *m, __u64 at, const void *data, size_t len)
+{
+	if (pwrite(m->dev.fd, data, len, at) != (ssize_t)len)
+		give_up("could not write to the device: %s", strerror(errno));
+}
+
+static int to_state(const struct mig_device *dev, __u32 state)
+{
+	int fd;
+
+	must(mig_set_state(dev, state, &fd), mig_state_name(state));
+	return fd;
+}
+
+/* Gives each page content of its own. */
+static void fill_all(const struct mock *m)
+{
+	const struct {
+		__u64 addr, len, seed;
+		__u32 doorbell;
+	} command = { 0, m->size, 1, VFIO_MOCK_CMD_FILL };
+	__u32 status = 0;
+
+	write_device(m, m->bar0 + VFIO_MOCK_REG_ADDR, &command,
+		     offsetof(typeof(command), doorbell) + 4);
+	if (pread(m->dev.fd, &status, 4, m->bar0 + VFIO_MOCK_REG_STATUS) != 4 ||
+	    status != VFIO_MOCK_STATUS_DONE)
+		give_up("could not fill the memory");
+}
+
+/* Reads until the end of stream, and returns how much that was. */
+static size_t drain(int fd)
+{
+	size_t done = 0;
+	ssize_t ret;
+
+	while ((ret = read(fd, buffer, PIECE)) > 0)
+		done += ret;
+	if (ret < 0 && errno != ENOMSG)
+		give_up("could not read the stream: %s", strerror(errno));
+	return done;
+}
+
+/* A file in memory that has @size bytes. */
+static int new_memfd(size_t size)
+{
+	int fd = memfd_create("bench", MFD_CLOEXEC);
+	size_t done;
+
+	must(fd < 0 ? -errno : 0, "make a memfd");
+	for (done = 0; done < size; done += PIECE) {
+		vfio_mock_pattern(buffer, 1, done, PIECE);
+		if (write(fd, buffer, PIECE) != PIECE)
+			give_up("could not write the memfd: %s", strerror(errno));
+	}
+	return fd;
+}
+
+/* ---- The whole image ---- */
+
+static void bench_image(void)
+{
+	double ours[MAX_RUNS], theirs[MAX_RUNS], start;
+	struct mig_stream image = {};
+	unsigned int i;
+	size_t len, at;
+	struct mock m;
+	int memfd, fd;
+
+	if (!wanted("read(data_fd), 256 MiB image") &&
+	    !wanted("write(data_fd), 256 MiB image"))
+		return;
+	if (!open_mock(&m, "VFIO_MOCK_256M"))
+		return;
+	fill_all(&m);
+	memfd = new_memfd(m.size);
+	for (i = 0; i < runs; i++) {
+		fd = to_state(&m.dev, STOP_COPY);
+		start = now();
+		len = drain(fd);
+		ours[i] = (now() - start) / len;
+		close(fd);
+		to_state(&m.dev, RUNNING);
+
+		lseek(memfd, 0, SEEK_SET);
+		start = now();
+		len = drain(memfd);
+		theirs[i] = (now() - start) / len;
+	}
+	add("read(data_fd), 256 MiB image", ours, theirs, runs, true, "MB/s", 1 / 1e6,
+	    AT_LEAST, 0.95);
+
+	fd = to_state(&m.dev, STOP_COPY);
+	must(mig_save(fd, &image, 2 * m.size), "save an image");
+	close(fd);
+	for (i = 0; i < runs; i++) {
+		fd = to_state(&m.dev, RESUMING);
+		start = now();
+		must(mig_load(fd, image.data, image.len, PIECE, NULL), "load the image");
+		ours[i] = (now() - start) / image.len;
+		to_state(&m.dev, STOP);
+		close(fd);
+
+		/* The stream is a little longer than the file. */
+		start = now();
+		for (at = 0; at < m.size; at += PIECE) {
+			if (pwrite(memfd, image.data + at, PIECE, at) != PIECE)
+				give_up("could not write the memfd: %s", strerror(errno));
+		}
+		theirs[i] = (now() - start) / m.size;
+	}
+	add("write(data_fd), 256 MiB image", ours, theirs, runs, true, "MB/s", 1 / 1e6,
+	    AT_LEAST, 0.90);
+	mig_stream_free(&image);
+	close(memfd);
+	mig_close(&m.dev);
+}
+
+/* ---- A round of pre-copy ---- */
+
+#define ROUND_PAGES	64
+
+static double precopy_round(const struct mock *m, int fd)
+{
+	struct vfio_precopy_info info;
+	__u64 page, step = m->size / PAGE / ROUND_PAGES;
+	double start;
+	size_t len;
+
+	for (page = 0; page < ROUND_PAGES; page++)
+		write_device(m, m->bar2 + page * step * PAGE, &page, 8);
+	start = now();
+	must(mig_precopy_info(fd, &info), "get the pre-copy info");
+	len = drain(fd);
+	must(mig_precopy_info(fd, &info), "get the pre-copy info");
+	start = now() - start;
+	if (info.dirty_bytes || len < ROUND_PAGES * PAGE || len > 2 * ROUND_PAGES * PAGE)
+		give_up("a round of %u pages has %zu bytes", ROUND_PAGES, len);
+	return start;
+}
+
+static void bench_round(void)
+{
+	const char *name = "PRE_COPY round, 64 pages, 1 GiB : 16 MiB";
+	double ours[MAX_RUNS], theirs[MAX_RUNS];
+	struct mock large, small;
+	int large_fd, small_fd;
+	unsigned int i;
+
+	if (!wanted(name) || !open_mock(&large, "VFIO_MOCK_1G"))
+		return;
+	if (!open_mock(&small, "VFIO_MOCK_16M"))
+		return;
+	large_fd = to_state(&large.dev, PRE_COPY);
+	small_fd = to_state(&small.dev, PRE_COPY);
+	drain(large_fd);
+	drain(small_fd);
+	for (i = 0; i < runs * MANY; i++) {
+		ours[i] = precopy_round(&large, large_fd);
+		theirs[i] = precopy_round(&small, small_fd);
+	}
+	add(name, ours, theirs, i, false, "us", 1 / 1e6, AT_MOST, 1.2);
+	close(large_fd);
+	close(small_fd);
+	mig_close(&large.dev);
+	mig_close(&small.dev);
+}
+
+/* ---- What tracking costs ---- */
+
+/* Writes each page once, in an order that no cache knows. */
+static double write_pages(const struct mock *m)
+{
+	__u64 page = 0, pages = m->size / PAGE, i;
+	double start = now();
+
+	for (i = 0; i < pages; i++) {
+		page = (page + 1237) % pages;
+		write_device(m, m->bar2 + page * PAGE, buffer, PAGE);
+	}
+	return (now() - start) / pages;
+}
+
+static void bench_write(void)
+{
+	const char *name = "4 KiB write to BAR2, tracking on : off";
+	double on[MAX_RUNS], off[MAX_RUNS];
+	struct mock m;
+	unsigned int i;
+	int fd;
+
+	if (!wanted(name) || !open_mock(&m, "VFIO_MOCK_16M"))
+		return;
+	write_pages(&m);
+	for (i = 0; i < runs * 2; i++) {
+		off[i] = write_pages(&m);
+		fd = to_state(&m.dev, PRE_COPY);
+		drain(fd);
+		on[i] = write_pages(&m);
+		close(fd);
+		to_state(&m.dev, RUNNING);
+	}
+	add(name, on, off, i, false, "us", 1 / 1e6, AT_MOST, 1.05);
+	mig_close(&m.dev);
+}
+
+#define PASSES	4
+
+static double store_all(void *to, size_t size)
+{
+	double start = now();
+	unsigned int pass;
+
+	for (pass = 0; pass < PASSES; pass++)
+		memset(to, pass, size);
+	return (now() - start) / (PASSES * size);
+}
+
+static void bench_store(void)
+{
+	const char *name = "stores by mmap, tracking off : plain memory";
+	double ours[MAX_RUNS], theirs[MAX_RUNS];
+	void *mapped, *plain;
+	unsigned int i;
+	struct mock m;
+
+	if (!wanted(name) || !open_mock(&m, "VFIO_MOCK_16M"))
+		return;
+	mapped = mmap(NULL, m.size, PROT_READ | PROT_WRITE, MAP_SHARED, m.dev.fd,
+		      m.bar2);
+	if (mapped == MAP_FAILED)
+		give_up("could not map BAR2: %s", strerror(errno));
+	/* Of small pages, as the device's memory is. */
+	plain = mmap(NULL, m.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (plain == MAP_FAILED)
+		give_up("could not map memory: %s", strerror(errno));
+	store_all(mapped, m.size);
+	store_all(plain, m.size);
+	for (i = 0; i < runs * 2; i++) {
+		ours[i] = store_all(mapped, m.size);
+		theirs[i] = store_all(plain, m.size);
+	}
+	add(name, ours, theirs, i, true, "MB/s", 1 / 1e6, AT_LEAST, 1.0);
+	munmap(mapped, m.size);
+	munmap(plain, m.size);
+	mig_close(&m.dev);
+}
+
+/* ---- State changes ---- */
+
+#define STEPS	17
+
+/* Along each arc at least once, and home. */
+static const __u32 way[STEPS + 1] = {
+	RUNNING, PRE_COPY, PRE_COPY_P2P, PRE_COPY, RUNNING, RUNNING_P2P, PRE_COPY_P2P,
+	RUNNING_P2P, PRE_COPY_P2P, STOP_COPY, STOP, STOP_COPY, STOP, RESUMING, STOP,
+	RUNNING_P2P, STOP, RUNNING_P2P,
+};
+
+/* How long each step takes; @image is what the device resumes from. */
+static void walk(const struct mig_device *dev, const struct mig_stream *image,
+		 double seconds[STEPS])
+{
+	int fd = -1, new_fd;
+	unsigned int i;
+	double start;
+
+	for (i = 0; i < STEPS; i++) {
+		if (way[i] == RESUMING)
+			must(mig_load(fd, image->data, image->len, 0, NULL), "load an image");
+		start = now();
+		new_fd = to_state(dev, way[i + 1]);
+		seconds[i] = now() - start;
+		if (new_fd >= 0)
+			fd = new_fd;
+		if (fd >= 0 && !mig_fsm_saving(way[i + 1]) && way[i + 1] != RESUMING) {
+			close(fd);
+			fd = -1;
+		}
+	}
+	to_state(dev, RUNNING);
+}
+
+static void save_image(const struct mig_device *dev, struct mig_stream *image)
+{
+	int fd = to_state(dev, STOP_COPY);
+
+	must(mig_save(fd, image, 1 << 20), "save an image");
+	close(fd);
+	to_state(dev, RUNNING);
+}
+
+static void bench_arcs(void)
+{
+	static double ours[STEPS][MAX_RUNS], theirs[STEPS][MAX_RUNS];
+	struct mig_stream our_image = {}, their_image = {};
+	const char *path = getenv("VFIO_MTTY");
+	unsigned int i, step, before;
+	struct mig_device mtty;
+	double seconds[STEPS];
+	char name[64];
+	struct mock m;
+
+	if (!wanted("arc"))
+		return;
+	if (!path) {
+		fprintf(stderr, "vfio_mock_bench: no VFIO_MTTY\n");
+		return;
+	}
+	if (!open_mock(&m, "VFIO_MOCK_64K"))
+		return;
+	open_device(&mtty, path);
+	if (mtty.flags != m.dev.flags)
+		give_up("mtty has other states than vfio_mock");
+	save_image(&m.dev, &our_image);
+	save_image(&mtty, &their_image);
+	for (i = 0; i < runs * MANY; i++) {
+		walk(&m.dev, &our_image, seconds);
+		for (step = 0; step < STEPS; step++)
+			ours[step][i] = seconds[step];
+		walk(&mtty, &their_image, seconds);
+		for (step = 0; step < STEPS; step++)
+			theirs[step][i] = seconds[step];
+	}
+	for (step = 0; step < STEPS; step++) {
+		/* Some arcs are on the way more than once. */
+		for (before = 0; before < step; before++) {
+			if (way[before] == way[step] && way[before + 1] == way[step + 1])
+				break;
+		}
+		if (before < step)
+			continue;
+		snprintf(name, sizeof(name), "arc %s -> %s", mig_state_name(way[step]),
+			 mig_state_name(way[step + 1]));
+		add(name, ours[step], theirs[step], i, false, "us", 1 / 1e6, AT_MOST, 1.0);
+	}
+	mig_stream_free(&our_image);
+	mig_stream_free(&their_image);
+	mig_close(&mtty);
+	mig_close(&m.dev);
+}
+
+int main(int argc, char **argv)
+{
+	int opt;
+
+	while ((opt = getopt(argc, argv, "r:")) != -1) {
+		if (opt == 'r')
+			runs = strtoul(optarg, NULL, 10);
+		if (opt != 'r' || !runs || runs > MAX_RUNS / MANY) {
+			fprintf(stderr, "Usage: %s [-r RUNS] [word...], at most %u runs\n",
+				argv[0], MAX_RUNS / MANY);
+			return 2;
+		}
+	}
+	words = argv + optind;
+	buffer = mmap(NULL, PIECE, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (buffer == MAP_FAILED)
+		give_up("there is no memory");
+	memset(buffer, 0x5a, PIECE);
+	bench_image();
+	bench_round();
+	bench_write();
+	bench_store();
+	bench_arcs();
+	if (!nr_figures)
+		give_up("there is nothing to measure");
+	print_table();
+	print_json();
+	return 0;
+}
