@@ -131,6 +131,7 @@ run_all()
 	run vfio_mock_test "${brief_mock[@]}" "$@"
 	run vfio_mock_irq_test "$@"
 	run vfio_mock_stream_test "${brief_stream[@]}" "$@"
+	run vfio_mock_fail_test "$@"
 }
 
 # The generic tests on devices of type $3 of the driver $2 in the module $1, which
@@ -167,7 +168,7 @@ run_others()
 }
 
 for program in vfio_migration_test vfio_mock_test vfio_mock_irq_test \
-	vfio_mock_stream_test; do
+	vfio_mock_stream_test vfio_mock_fail_test; do
 	if [ ! -x "$programs/$program" ]; then
 		say "$programs/$program: build it, or name its folder with -b"
 		exit 1
@@ -176,7 +177,7 @@ done
 
 echo 'TAP version 13'
 if [ -z "$shapes" ]; then
-	echo '1..6'
+	echo '1..7'
 	label=
 	if load '' && create; then
 		run_all whole "$@"
@@ -188,7 +189,7 @@ if [ -z "$shapes" ]; then
 	exit $failed
 fi
 
-echo '1..18'
+echo '1..22'
 for shape in $shapes; do
 	label=" migration_flags=$shape"
 	if ! { load "$shape" && create; }; then
