@@ -176,9 +176,7 @@ impl Descriptor {
             .flat_map(u64::to_le_bytes)
             .chain(halves.into_iter().flat_map(u32::to_le_bytes))
             .chain(self.pos.to_le_bytes());
-        for (to, from) in bytes.iter_mut().zip(all) {
-            *to = from;
-        }
+        all.zip(&mut bytes).for_each(|(from, to)| *to = from);
         bytes
     }
 
