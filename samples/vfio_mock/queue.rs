@@ -221,7 +221,7 @@ impl Descriptor {
         if self.period == 0 || self.step == 0 {
             self.len
         } else {
-            u64::from(self.step)
+            u64::from(self.step).min(self.len)
         }
     }
 }

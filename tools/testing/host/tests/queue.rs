@@ -303,6 +303,22 @@ fn a_period_goes_round_until_it_is_aborted() {
 }
 
 #[test]
+fn a_step_is_never_more_than_the_range() {
+    let mut queue = Queue::default();
+    Descriptor {
+        op: 4,
+        len: 100,
+        period: 1,
+        step: u32::MAX,
+        ..WRITE
+    }
+    .start(&mut queue, 0);
+    serve_one(&mut queue, 0);
+    assert!(queue.is_quiet(), "who pauses the queue waits for the step");
+    assert_eq!(pos(&queue, 0), 100);
+}
+
+#[test]
 fn what_is_late_does_not_keep_others_from_their_turn() {
     let mut queue = Queue::default();
     Descriptor {
