@@ -70,6 +70,12 @@ lint: modules		## check format, style and warnings of all sources
 doc: modules		## write the documentation of the crates to doc-out/
 	$(testing)/doc
 
+htmldocs:		## write Documentation/ as HTML to html-out/
+	$(testing)/docs/htmldocs
+
+series:			## write the series for a kernel tree KSRC to series-out/
+	tools/series/run $(if $(KSRC),-k $(KSRC)) $(SERIESFLAGS)
+
 rust-analyzer: modules	## write rust-project.json for editors with rust-analyzer
 	$(testing)/rust_project/run
 
@@ -84,7 +90,9 @@ help:			## print this
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
+	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kdir vm shell demo test
-.PHONY: test-host selftest selftest-mtty soak bench lint doc rust-analyzer clean help
+.PHONY: test-host selftest selftest-mtty soak bench lint doc htmldocs series
+.PHONY: rust-analyzer clean help
