@@ -15,8 +15,8 @@ run in one shell, one after the other. Two comments say more:
 
 With `quotes` instead of a place, blocks of code are checked: each says in a
 comment `.. from: FILE` where it is from, in TOP or, as linux/..., in KSRC, and
-must be there word by word; a line ... is a gap. Other blocks that are not
-commands have the language none. Prints TAP, a test for each block.
+must be there word by word; a line ... is a gap. Differences are for steps.py, and
+other blocks that are not commands have the language none. Prints TAP, a test for each block.
 """
 
 import re
@@ -80,7 +80,7 @@ def literal_blocks(text):
     while at < len(lines):
         line = lines[at]
         at += 1
-        if found := re.match(r"\s*\.\. (run|setup|from): (.*)", line):
+        if found := re.match(r"\s*\.\. (run|setup|from|step): (.*)", line):
             comments.append(found.groups())
             continue
         directive = re.match(r"(\s*)\.\. code-block::\s*(\S*)$", line)
@@ -116,7 +116,7 @@ def blocks(path):
         if place is None:
             if not language:
                 raise Wrong(f"{path}:{line}: a block of no known language")
-            if language != "none":
+            if language not in ("none", "diff"):
                 sources = [text for kind, text in comments if kind == "from"]
                 if not sources:
                     raise Wrong(f"{path}:{line}: code that is from nowhere")
