@@ -38,6 +38,7 @@ struct mig_device {
 	int fd;
 	int group;
 	int iommu;		/* the container or the iommufd */
+	__u32 ioas;		/* in the iommufd */
 	__u64 flags;		/* of VFIO_DEVICE_FEATURE_MIGRATION, 0: none */
 	struct vfio_device_info info;
 	char why[256];		/* what mig_open() stumbled over */
@@ -74,6 +75,17 @@ int mig_log_start(const struct mig_device *dev, __u64 *page_size,
 int mig_log_stop(const struct mig_device *dev);
 int mig_log_report(const struct mig_device *dev, __u64 iova, __u64 length,
 		   __u64 page_size, __u64 *bitmap);
+
+/* What the device may do to a mapping of the caller's memory. */
+#define MIG_DMA_READ	1
+#define MIG_DMA_WRITE	2
+
+int mig_dma_map(const struct mig_device *dev, __u64 iova, void *at, __u64 len,
+		unsigned int prot);
+int mig_dma_unmap(const struct mig_device *dev, __u64 iova, __u64 len);
+/* Takes the device out of its IOAS, and back in; iommufd only. */
+int mig_dma_detach(const struct mig_device *dev);
+int mig_dma_attach(const struct mig_device *dev);
 
 int mig_region_info(const struct mig_device *dev, __u32 index,
 		    struct vfio_region_info *info);

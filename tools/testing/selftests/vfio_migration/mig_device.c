@@ -120,7 +120,6 @@ static int ask_iommufd(struct mig_device *dev)
 static int open_cdev(struct mig_device *dev)
 {
 	struct vfio_device_bind_iommufd bind = { .argsz = sizeof(bind) };
-	struct vfio_device_attach_iommufd_pt attach = { .argsz = sizeof(attach) };
 	struct iommu_ioas_alloc ioas = { .size = sizeof(ioas) };
 	char path[PATH_MAX], node[NAME_MAX + 1] = "";
 	struct dirent *entry;
@@ -150,8 +149,8 @@ static int open_cdev(struct mig_device *dev)
 	ret = do_ioctl(dev->iommu, IOMMU_IOAS_ALLOC, &ioas);
 	if (ret)
 		return complain(dev, ret, "IOAS_ALLOC: %s", strerror(-ret));
-	attach.pt_id = ioas.out_ioas_id;
-	ret = do_ioctl(dev->fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach);
+	dev->ioas = ioas.out_ioas_id;
+	ret = mig_dma_attach(dev);
 	if (ret)
 		return complain(dev, ret, "ATTACH_IOMMUFD_PT: %s", strerror(-ret));
 	return 0;

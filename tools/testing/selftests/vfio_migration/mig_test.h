@@ -34,6 +34,15 @@
 /* The same for a step that is not itself what the test is about. */
 #define STEP(fmt, ...) TH_LOG("  could not " fmt, ##__VA_ARGS__)
 
+/* How often to do what is repeated: VFIO_MIGRATION_ROUNDS times as often as usual. */
+static inline unsigned int mig_times(unsigned int usual)
+{
+	const char *value = getenv("VFIO_MIGRATION_ROUNDS");
+	unsigned int rounds = value ? strtoul(value, NULL, 0) : 0;
+
+	return rounds ? rounds * usual : usual;
+}
+
 /* Opens a device for a fixture; a device without migration skips the test. */
 #define OPEN_OR_SKIP(dev, path, backend) do {					\
 	int __ret;								\

@@ -67,8 +67,8 @@ static inline int mock_read_front(const struct mock *m, struct mock_front *front
 }
 
 /*
- * Opens the first (@which 0) or second path in the environment variable @name.
- * -ENODEV: the variable has no such path.
+ * Opens a path in the environment variable @name: the first one, if @which is 0,
+ * the second one, and so on. -ENODEV: the variable has no such path.
  */
 static inline int mock_open(struct mock *m, const char *name, int which,
 			    enum mig_backend backend)
@@ -76,11 +76,16 @@ static inline int mock_open(struct mock *m, const char *name, int which,
 	const char *value = getenv(name);
 	struct vfio_region_info info;
 	unsigned int i;
-	int ret;
+	int ret, n = 0;
 
 	*m = (struct mock){ .dev.fd = -1 };
-	if (!value || sscanf(value, which ? "%*s %4095s" : "%4095s", m->path) != 1)
+	if (!value)
 		return -ENODEV;
+	do {
+		value += n;
+		if (sscanf(value, "%4095s%n", m->path, &n) != 1)
+			return -ENODEV;
+	} while (which--);
 	ret = mig_open(&m->dev, m->path, backend);
 	if (ret)
 		return ret;

@@ -181,6 +181,32 @@ void mock_image_free(struct mock_image *image)
 	*image = (struct mock_image){};
 }
 
+int mock_round_parse(const struct mig_stream *round, __u8 *sent, __u8 *content,
+		     __u64 pages)
+{
+	struct mock_record rec;
+	__u64 offset, nr;
+	size_t at = 0;
+
+	while (at < round->len) {
+		if (round->len - at < sizeof(rec) + sizeof(offset))
+			return -EBADMSG;
+		memcpy(&rec, round->data + at, sizeof(rec));
+		memcpy(&offset, round->data + at + sizeof(rec), sizeof(offset));
+		at += sizeof(rec);
+		nr = (rec.length - sizeof(offset)) / PAGE;
+		if (rec.tag != MOCK_TAG_PAGES || rec.length > round->len - at ||
+		    !nr || (rec.length - sizeof(offset)) % PAGE || offset % PAGE ||
+		    offset / PAGE >= pages || nr > pages - offset / PAGE)
+			return -EBADMSG;
+		memcpy(content + offset, round->data + at + sizeof(offset), nr * PAGE);
+		at += rec.length;
+		for (offset /= PAGE; nr; nr--, offset++)
+			sent[offset]++;
+	}
+	return 0;
+}
+
 int mock_writer_init(struct mock_writer *w, const struct mock_image *image)
 {
 	*w = (struct mock_writer){

@@ -68,6 +68,13 @@ struct mock_image {
 int mock_image_parse(struct mock_image *image, const struct mig_stream *stream);
 void mock_image_free(struct mock_image *image);
 
+/*
+ * Takes apart what a round of pre-copy after the first one streamed: how often
+ * each page came, and its last content.
+ */
+int mock_round_parse(const struct mig_stream *round, __u8 *sent, __u8 *content,
+		     __u64 pages);
+
 /* A stream being built. */
 struct mock_writer {
 	struct mig_stream out;

@@ -24,6 +24,12 @@ programs=$here
 module=$here/../../../../vfio_mock.ko
 shapes=
 extent=brief
+# What runs on vfio_mock: with each of the migration_flags, or with one of them.
+each=(vfio_migration_test vfio_mock_test vfio_mock_irq_test vfio_mock_stream_test
+	vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
+once=(vfio_mock_log_test vfio_mock_stress)
+# How many results there are from the other devices.
+others=2
 while :; do
 	case ${1-} in
 	-b) programs=$2; shift 2 ;;
@@ -66,33 +72,33 @@ load()
 	[ -d /sys/module/vfio_mock ] || insmod "$module" ${1:+migration_flags="$1"}
 }
 
-# Two devices of type $2 of the driver $1; $pair is their paths.
-create_pair()
+# $3 devices of type $2 of the driver $1; $paths is where they are.
+create_devices()
 {
-	local uuid
+	local uuid i
 
-	pair=
-	for _ in 1 2; do
+	paths=
+	for ((i = 0; i < $3; i++)); do
 		read -r uuid </proc/sys/kernel/random/uuid
 		echo "$uuid" >"/sys/class/mdev_bus/$1/mdev_supported_types/$1-$2/create" ||
 			return
 		devices+=("$uuid")
-		pair+=" /sys/bus/mdev/devices/$uuid"
+		paths+=" /sys/bus/mdev/devices/$uuid"
 	done
-	pair=${pair# }
+	paths=${paths# }
 }
 
-# Two devices of each size, named to the tests by the environment.
+# Devices of each size, named to the tests by the environment.
 create()
 {
-	local size pair
+	local size paths
 
-	for size in 64K 1M 16M; do
-		create_pair vfio_mock $size || return
-		export "VFIO_MOCK_$size=$pair"
+	for size in 64K:2 1M:4 16M:2; do
+		create_devices vfio_mock ${size/:/ } || return
+		export "VFIO_MOCK_${size%:*}=$paths"
 	done
 	export VFIO_DEVICE="${VFIO_MOCK_64K% *}" VFIO_DEVICE2="${VFIO_MOCK_64K#* }"
-	export VFIO_DEVICE_OTHER="${VFIO_MOCK_1M% *}"
+	export VFIO_DEVICE_OTHER="${VFIO_MOCK_1M%% *}"
 	# All of BAR2, which is the state memory; no register changes by being read.
 	export VFIO_SCRATCH=2:0:0x10000 VFIO_READ_REGIONS=1
 }
@@ -118,33 +124,49 @@ run()
 # All programs on the module as it is loaded; $1 is brief or whole.
 run_all()
 {
-	local brief_mock=() brief_stream=() test
+	local extent=$1 program options test
 
-	if [ "$1" = brief ]; then
-		brief_mock=(-V iommufd_16M)
-		for test in $exhaustive; do
-			brief_stream+=(-T "$test")
-		done
-	fi
 	shift
-	run vfio_migration_test "$@"
-	run vfio_mock_test "${brief_mock[@]}" "$@"
-	run vfio_mock_irq_test "$@"
-	run vfio_mock_stream_test "${brief_stream[@]}" "$@"
-	run vfio_mock_fail_test "$@"
+	for program in "${each[@]}"; do
+		options=()
+		case $extent:$program in
+		brief:vfio_mock_test)
+			options=(-V iommufd_16M)
+			;;
+		brief:vfio_mock_stream_test)
+			for test in $exhaustive; do
+				options+=(-T "$test")
+			done
+			;;
+		brief:vfio_mock_dma_test)
+			options=(-V group)
+			;;
+		esac
+		run "$program" "${options[@]}" "$@"
+	done
+}
+
+# What does not depend on how the module is loaded.
+run_once()
+{
+	local program
+
+	for program in "${once[@]}"; do
+		run "$program" "$@"
+	done
 }
 
 # The generic tests on devices of type $3 of the driver $2 in the module $1, which
 # have the memory $4 to write to.
 run_other()
 {
-	local name=$1 driver=$2 type=$3 scratch=$4 label=" on $1" pair other
+	local name=$1 driver=$2 type=$3 scratch=$4 label=" on $1" paths other
 
 	shift 4
 	if { [ -d "/sys/module/$name" ] || insmod "${module%/*}/$name.ko"; } &&
-		create_pair vfio_mock 64K && other=${pair% *} &&
-		create_pair "$driver" "$type"; then
-		VFIO_DEVICE="${pair% *}" VFIO_DEVICE2="${pair#* }" \
+		create_devices vfio_mock 64K 1 && other=$paths &&
+		create_devices "$driver" "$type" 2; then
+		VFIO_DEVICE="${paths% *}" VFIO_DEVICE2="${paths#* }" \
 			VFIO_DEVICE_OTHER=$other VFIO_SCRATCH=$scratch \
 			VFIO_READ_REGIONS=1 run vfio_migration_test "$@"
 	else
@@ -167,8 +189,7 @@ run_others()
 	fi
 }
 
-for program in vfio_migration_test vfio_mock_test vfio_mock_irq_test \
-	vfio_mock_stream_test vfio_mock_fail_test; do
+for program in "${each[@]}" "${once[@]}"; do
 	if [ ! -x "$programs/$program" ]; then
 		say "$programs/$program: build it, or name its folder with -b"
 		exit 1
@@ -177,10 +198,11 @@ done
 
 echo 'TAP version 13'
 if [ -z "$shapes" ]; then
-	echo '1..7'
+	echo "1..$((${#each[@]} + ${#once[@]} + others))"
 	label=
 	if load '' && create; then
 		run_all whole "$@"
+		run_once "$@"
 		run_others "$@"
 	else
 		echo 'Bail out! no devices'
@@ -189,7 +211,8 @@ if [ -z "$shapes" ]; then
 	exit $failed
 fi
 
-echo '1..22'
+read -ra count <<<"$shapes"
+echo "1..$((${#count[@]} * ${#each[@]} + ${#once[@]} + others))"
 for shape in $shapes; do
 	label=" migration_flags=$shape"
 	if ! { load "$shape" && create; }; then
@@ -198,6 +221,7 @@ for shape in $shapes; do
 	fi
 	if [ "$shape" = 7 ]; then
 		run_all whole "$@"
+		run_once "$@"
 	else
 		run_all "$extent" "$@"
 	fi

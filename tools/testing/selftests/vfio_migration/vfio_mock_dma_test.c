@@ -1,0 +1,1880 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * DMA of the mock migratable device vfio_mock: what it moves, how that ends, that
+ * it stands still when it must, and that it goes on after a migration.
+ *
+ *	VFIO_MOCK_1M="SOURCE TARGET" ./vfio_mock_dma_test
+ *
+ * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
+ * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
+ */
+#include <sys/wait.h>
+
+#include "mock_dma.h"
+
+#define dma_data	FIXTURE_DATA(dma)
+#define peers_data	FIXTURE_DATA(peers)
+
+#define IOVA	0x40000000ULL
+
+/* How long to look at what must not move. It cannot fail for being short. */
+#define LOOK_US	20000
+
+FIXTURE(dma)
+{
+	struct mock m;
+	struct mock dst;
+	struct ram ram;
+	__u64 random;
+};
+
+FIXTURE_VARIANT(dma)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(dma, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(dma, iommufd) { .backend = MIG_IOMMUFD };
+
+FIXTURE_SETUP(dma)
+{
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_1M", 1, variant->backend);
+	ram_make(_metadata, &self->ram, IOVA, 2 * self->m.size);
+	ram_map(_metadata, &self->ram, &self->m);
+}
+
+FIXTURE_TEARDOWN(dma)
+{
+	mock_close(&self->m);
+	mock_close(&self->dst);
+}
+
+static __u64 pick(dma_data *self, __u64 limit)
+{
+	return vfio_mock_mix(++self->random) % limit;
+}
+
+/* A transfer of any kind, inside of the windows of this size. */
+static struct dma_desc pick_transfer(dma_data *self, __u64 window)
+{
+	struct dma_desc d = {
+		.op = READ + pick(self, 4),
+		.seed = vfio_mock_mix(++self->random),
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+
+	switch (pick(self, 8)) {
+	case 0:
+		d.len = 1;
+		break;
+	case 1 ... 3:
+		d.len = 1 + pick(self, 64);
+		break;
+	case 4 ... 5:
+		d.len = 1 + pick(self, 3 * PAGE);
+		break;
+	case 6:
+		d.len = (1 + pick(self, 3)) * PAGE;
+		break;
+	default:
+		d.len = 1 + pick(self, window);
+	}
+	d.addr = pick(self, window - d.len + 1);
+	d.iova = pick(self, window - d.len + 1);
+	if (pick(self, 3) == 0) {
+		d.addr -= d.addr % PAGE;
+		d.iova -= d.iova % PAGE;
+	}
+	d.iova += self->ram.iova;
+	return d;
+}
+
+static void apply(dma_data *self, struct mock *m, const struct dma_desc *d,
+		  __u64 bytes)
+{
+	dma_apply(d, m->want, ram_want(&self->ram, d->iova), bytes);
+}
+
+static void apply_rounds(dma_data *self, struct mock *m,
+			 const struct dma_desc *d)
+{
+	dma_apply_rounds(d, m->want, ram_want(&self->ram, d->iova));
+}
+
+static void expect_all(struct __test_metadata *_metadata, dma_data *self,
+		       struct mock *m, const char *when)
+{
+	expect_ram(_metadata, &self->ram, when);
+	expect_memory(_metadata, m, m->want, when);
+}
+
+/* Gives both memories contents that differ everywhere. */
+static void scatter(struct __test_metadata *_metadata, dma_data *self)
+{
+	fill(_metadata, &self->m, 0, self->m.size, 0xd1ce);
+	vfio_mock_pattern(self->ram.mem, 0x4a11, 0, self->ram.size);
+	memcpy(self->ram.want, self->ram.mem, self->ram.size);
+}
+
+/* ---- What is moved ---- */
+
+TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
+{
+	unsigned int count = mig_times(500), i, n, vector, v;
+	int fds[VFIO_MOCK_MSIX_VECTORS];
+	__u64 bytes = 0, window = self->m.size;
+	struct mock *m = &self->m;
+	struct dma_desc d;
+
+	scatter(_metadata, self);
+	open_vectors(_metadata, m, fds);
+	for (i = 0; i < count; i++) {
+		n = pick(self, DESCS);
+		d = pick_transfer(self, window);
+		/* The whole memory, in each direction. */
+		if (i < 4) {
+			d.op = READ + i;
+			d.len = window;
+			d.addr = 0;
+			d.iova = self->ram.iova + 1 + i;
+		}
+		vector = pick(self, VFIO_MOCK_MSIX_VECTORS + 1);
+		if (vector < VFIO_MOCK_MSIX_VECTORS)
+			d.irq_vector = vector;
+
+		dma_set(_metadata, m, n, &d);
+		dma_ring(_metadata, m, n);
+		if (vector < VFIO_MOCK_MSIX_VECTORS) {
+			EXPECT_EQ(POLLIN, mig_poll(fds[vector], POLLIN,
+						   mig_hang_seconds() * 1000))
+				PROMISE("the vector of a descriptor is signalled when it ends");
+			d = dma_get(_metadata, m, n);
+		} else {
+			d = dma_wait(_metadata, m, n);
+		}
+		expect_complete(_metadata, &d, "a good transfer");
+		for (v = 0; v < VFIO_MOCK_MSIX_VECTORS; v++) {
+			EXPECT_EQ((__u64)(v == vector), taken(fds[v]))
+				PROMISE("a transfer signals its vector (%u) once, and no other (%u)",
+					vector, v);
+		}
+		bytes += d.len;
+		EXPECT_EQ(i + 1, reg64(m, DMA_DONE))
+			PROMISE("DMA_DONE counts descriptors that ended");
+		EXPECT_EQ(bytes, reg64(m, DMA_BYTES))
+			PROMISE("DMA_BYTES counts the bytes that were moved");
+
+		apply(self, m, &d, d.len);
+		expect_ram(_metadata, &self->ram, "after a transfer");
+		if (d.op == READ || d.op == CHURN)
+			expect_state_range(_metadata, m, d.addr, d.len, "after a transfer");
+		if (i % 64 == 0)
+			expect_memory(_metadata, m, m->want, "after transfers");
+		if (_metadata->exit_code == KSFT_FAIL)
+			TH_LOG("  transfer %u: op %u iova %#llx addr %#llx len %llu", i,
+			       d.op, d.iova, d.addr, d.len);
+		ASSERT_NE(KSFT_FAIL, _metadata->exit_code);
+	}
+	expect_all(_metadata, self, m, "after all transfers");
+	EXPECT_EQ(0U, reg32(m, DMA_STATUS))
+		PROMISE("no descriptor is the device's now");
+}
+
+/* Descriptors that are queued up in any order; @order tells which. */
+struct queue {
+	struct dma_desc desc[DESCS];
+	unsigned int order[DESCS];
+	unsigned int nr;
+};
+
+/* Queues @nr random transfers that overlap, so that their order can be seen. */
+static void queue_up(struct __test_metadata *_metadata, dma_data *self,
+		     struct mock *m, struct queue *q, unsigned int nr)
+{
+	unsigned int i, j, swap;
+
+	for (i = 0; i < DESCS; i++)
+		q->order[i] = i;
+	for (i = DESCS - 1; i; i--) {
+		j = pick(self, i + 1);
+		swap = q->order[i];
+		q->order[i] = q->order[j];
+		q->order[j] = swap;
+	}
+	q->nr = nr;
+	for (i = 0; i < nr; i++) {
+		q->desc[q->order[i]] = pick_transfer(self, 4 * PAGE);
+		dma_set(_metadata, m, q->order[i], &q->desc[q->order[i]]);
+	}
+	for (i = 0; i < nr; i++)
+		dma_ring(_metadata, m, q->order[i]);
+}
+
+/* Waits for them, and expects that they were executed in their order. */
+static void expect_in_order(struct __test_metadata *_metadata, dma_data *self,
+			    struct mock *m, const struct queue *q)
+{
+	struct dma_desc d;
+	unsigned int i;
+
+	for (i = 0; i < q->nr; i++) {
+		d = dma_wait(_metadata, m, q->order[i]);
+		expect_complete(_metadata, &d, "a queued transfer");
+		apply(self, m, &d, d.len);
+	}
+	expect_all(_metadata, self, m,
+		   "after transfers one after the other in the order of the doorbells");
+}
+
+TEST_F_TIMEOUT(dma, queue_runs_in_order, 600)
+{
+	unsigned int count = mig_times(20), i;
+	struct mock *m = &self->m;
+	struct queue q;
+
+	scatter(_metadata, self);
+	for (i = 0; i < count; i++) {
+		queue_up(_metadata, self, m, &q, DESCS);
+		expect_in_order(_metadata, self, m, &q);
+		EXPECT_EQ((i + 1) * DESCS, reg64(m, DMA_DONE));
+	}
+}
+
+/* A client with several threads has its descriptors shared out among them. */
+struct user {
+	pthread_t thread;
+	struct __test_metadata *md;
+	dma_data *self;
+	unsigned int n;
+	bool good;
+};
+
+static void *user_main(void *arg)
+{
+	struct user *u = arg;
+	struct __test_metadata *_metadata = u->md;
+	struct mock *m = &u->self->m;
+	__u64 window = m->size / DESCS;
+	struct dma_desc d = {
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+		.addr = u->n * window, .iova = u->self->ram.iova + u->n * window,
+	};
+	unsigned int i;
+
+	for (i = 0; i < 50; i++) {
+		d.op = i % 2 ? READ : FILL;
+		d.len = i % 2 ? d.len : 1 + vfio_mock_mix(u->n * 1000 + i) % window;
+		d.seed = i;
+		d = dma_run(_metadata, m, u->n, &d);
+		if (d.status != VFIO_MOCK_DMA_COMPLETE || d.pos != d.len)
+			return NULL;
+		/* Each thread has memory of its own in both models. */
+		dma_apply(&d, m->want, ram_want(&u->self->ram, d.iova), d.len);
+	}
+	u->good = true;
+	return NULL;
+}
+
+TEST_F_TIMEOUT(dma, descriptors_have_users_of_their_own, 120)
+{
+	struct user users[DESCS];
+	unsigned int i;
+
+	for (i = 0; i < DESCS; i++) {
+		users[i] = (struct user){ .md = _metadata, .self = self, .n = i };
+		ASSERT_EQ(0, pthread_create(&users[i].thread, NULL, user_main, &users[i]));
+	}
+	for (i = 0; i < DESCS; i++) {
+		pthread_join(users[i].thread, NULL);
+		EXPECT_TRUE(users[i].good)
+			PROMISE("descriptor %u serves its user whatever the others do", i);
+	}
+	expect_all(_metadata, self, &self->m, "after the work of all users");
+	EXPECT_EQ(50U * DESCS, reg64(&self->m, DMA_DONE));
+}
+
+/* ---- Continuous transfers ---- */
+
+TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
+{
+	static const struct {
+		__u64 len;
+		__u32 step;
+		__u32 period;
+	} shapes[] = {
+		{ 4 * PAGE, 512, 1 },
+		{ 3 * PAGE + 5, 1000, 20 },	/* steps go on with the next round */
+		{ 2 * PAGE, 0, 100 },		/* all of it each time */
+		{ 7, 1, 1 },
+		{ 40, 4096, 10 },		/* a step longer than the range */
+	};
+	struct mock *m = &self->m;
+	struct dma_desc d;
+	unsigned int i, op;
+	__u64 step;
+
+	scatter(_metadata, self);
+	for (i = 0; i < ARRAY_SIZE(shapes); i++) {
+		for (op = READ; op <= CHURN; op++) {
+			d = (struct dma_desc){
+				.op = op, .iova = IOVA + 77 + i, .addr = 99 + i,
+				.len = shapes[i].len, .step = shapes[i].step,
+				.period = shapes[i].period, .seed = 1000 * i + op,
+				.irq_vector = VFIO_MOCK_IRQ_NONE,
+			};
+			dma_set(_metadata, m, op, &d);
+			dma_ring(_metadata, m, op);
+			dma_wait_moved(_metadata, m, op, 5 * d.len / 2);
+			d = dma_abort(_metadata, m, op);
+			expect_ended(_metadata, &d, VFIO_MOCK_DMA_ABORTED, 0, d.pos,
+				     "a continuous transfer that is aborted");
+			step = shapes[i].step ? shapes[i].step : d.len;
+			EXPECT_TRUE(d.pos % step == 0 || d.pos % d.len == 0)
+				PROMISE("a step ends after STEP bytes, or is aborted at the end of the range: %llu by %llu",
+					d.pos, step);
+			apply_rounds(self, m, &d);
+			expect_all(_metadata, self, m, "after a continuous transfer");
+		}
+	}
+}
+
+TEST_F_TIMEOUT(dma, all_descriptors_may_be_continuous, 120)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d[DESCS];
+	unsigned int i;
+
+	scatter(_metadata, self);
+	for (i = 0; i < DESCS; i++) {
+		d[i] = (struct dma_desc){
+			.op = i % 4 + 1, .len = 3 * PAGE - i, .step = 100 + 100 * i,
+			.period = 1 + i, .iova = IOVA + (2 * i + 1) * 4 * PAGE + i,
+			.addr = 2 * i * 4 * PAGE + 2 * i, .seed = (__u64)i << 32,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		dma_set(_metadata, m, i, &d[i]);
+		dma_ring(_metadata, m, i);
+	}
+	for (i = 0; i < DESCS; i++)
+		dma_wait_moved(_metadata, m, i, 2 * d[i].len);
+	EXPECT_EQ(VFIO_MOCK_DMA_STATUS_BUSY, (int)reg32(m, DMA_STATUS));
+	set32(m, DMA_ABORT, VFIO_MOCK_DMA_ALL);
+	EXPECT_EQ(0U, reg32(m, DMA_ERROR));
+	for (i = 0; i < DESCS; i++) {
+		d[i] = dma_wait(_metadata, m, i);
+		EXPECT_EQ(VFIO_MOCK_DMA_ABORTED, (int)d[i].status)
+			PROMISE("an abort of all aborts descriptor %u", i);
+		apply_rounds(self, m, &d[i]);
+	}
+	EXPECT_EQ(0U, reg32(m, DMA_STATUS));
+	EXPECT_EQ((__u64)DESCS, reg64(m, DMA_DONE));
+	expect_all(_metadata, self, m, "after continuous transfers");
+}
+
+TEST_F_TIMEOUT(dma, others_run_between_the_steps, 60)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = PAGE, .step = 64,
+		.period = 1, .seed = 1, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	struct queue q;
+
+	scatter(_metadata, self);
+	d.iova = IOVA + m->size;
+	dma_set(_metadata, m, 15, &d);
+	dma_ring(_metadata, m, 15);
+	d.period = FOREVER;
+	d.iova += PAGE;
+	dma_set(_metadata, m, 14, &d);
+	dma_ring(_metadata, m, 14);
+	q.nr = 3;
+	for (q.nr = 0; q.nr < 10; q.nr++) {
+		q.order[q.nr] = q.nr;
+		q.desc[q.nr] = pick_transfer(self, 4 * PAGE);
+		dma_set(_metadata, m, q.nr, &q.desc[q.nr]);
+		dma_ring(_metadata, m, q.nr);
+	}
+	while (q.nr--) {
+		d = dma_wait(_metadata, m, q.nr);
+		expect_complete(_metadata, &d, "a transfer beside continuous ones");
+	}
+	for (q.nr = 0; q.nr < 10; q.nr++)
+		apply(self, m, &q.desc[q.nr], q.desc[q.nr].len);
+	dma_wait_moved(_metadata, m, 15, 3 * PAGE);
+	dma_wait_moved(_metadata, m, 14, 64);
+	d = dma_abort(_metadata, m, 15);
+	apply_rounds(self, m, &d);
+	d = dma_abort(_metadata, m, 14);
+	EXPECT_EQ(64U, d.pos)
+		PROMISE("one step is made in each period");
+	apply_rounds(self, m, &d);
+	expect_all(_metadata, self, m, "after a mix of transfers");
+}
+
+TEST_F_TIMEOUT(dma, continuous_transfer_signals_each_round, 60)
+{
+	int fds[VFIO_MOCK_MSIX_VECTORS];
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = 1000, .step = 300,
+		.period = 1, .irq_vector = 2,
+	};
+	__u64 signals = 0, least;
+
+	open_vectors(_metadata, m, fds);
+	dma_set(_metadata, m, 0, &d);
+	dma_ring(_metadata, m, 0);
+	dma_wait_moved(_metadata, m, 0, 10 * d.len);
+	d = dma_abort(_metadata, m, 0);
+	/* An abort at the end of a round is the same event. */
+	least = d.pos / d.len + !!(d.pos % d.len);
+	WAIT_FOR((signals += taken(fds[2])) >= least,
+		 "the vector is signalled at the end of each round and of the descriptor: %llu times instead of %llu",
+		 signals, least);
+	usleep(LOOK_US);
+	signals += taken(fds[2]);
+	EXPECT_GE(d.pos / d.len + 1, signals)
+		PROMISE("the vector is signalled at the end of each round and of the descriptor, and not else");
+	EXPECT_EQ(0U, taken(fds[0]) + taken(fds[1]) + taken(fds[3]));
+}
+
+/* ---- What software may do to descriptors ---- */
+
+/* Any write to a descriptor that is the device's leaves it as it is. */
+static void expect_immutable(struct __test_metadata *_metadata, dma_data *self,
+			     unsigned int n, const char *what)
+{
+	const __u64 at = VFIO_MOCK_DMA_DESC(n);
+	struct dma_desc before = dma_get(_metadata, &self->m, n), now;
+	struct mock *m = &self->m;
+	__u8 block[sizeof(now)];
+	__u64 i, len;
+
+	memset(block, 0x5a, sizeof(block));
+	for (i = 0; i < sizeof(now); i++) {
+		len = 1 + pick(self, 8);
+		if (i + len > sizeof(now))
+			len = sizeof(now) - i;
+		put(_metadata, m, BAR0, at + i, vfio_mock_mix(i), len);
+	}
+	ASSERT_EQ((ssize_t)sizeof(block), mock_write(m, BAR0, at, block, sizeof(block)));
+	now = dma_get(_metadata, m, n);
+	EXPECT_EQ(0, memcmp(&before, &now, sizeof(now)))
+		PROMISE("%s descriptor cannot be written", what);
+}
+
+TEST_F(dma, descriptor_of_the_device_cannot_be_written)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = PAGE, .step = 64,
+		.period = FOREVER, .irq_vector = 3, .addr = 123, .seed = 99,
+	}, now;
+	__u8 all[DESCS * sizeof(d)];
+	unsigned int n = 5;
+
+	dma_set(_metadata, m, n, &d);
+	now = dma_get(_metadata, m, n);
+	EXPECT_EQ(0, memcmp(&d, &now, sizeof(d)))
+		PROMISE("a descriptor reads as it was written");
+	dma_ring(_metadata, m, n);
+	dma_wait_moved(_metadata, m, n, 64);
+	expect_immutable(_metadata, self, n, "an active");
+
+	/* A block write over all of them changes the others. */
+	memset(all, 0, sizeof(all));
+	ASSERT_EQ((ssize_t)sizeof(all),
+		  mock_write(m, BAR0, VFIO_MOCK_DMA_DESC(0), all, sizeof(all)));
+	now = dma_get(_metadata, m, n);
+	EXPECT_EQ(99U, now.seed);
+	EXPECT_EQ(64U, now.pos);
+	EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)now.status);
+	now = dma_get(_metadata, m, n + 1);
+	EXPECT_EQ(0U, now.irq_vector)
+		PROMISE("a descriptor that is software's can be written");
+
+	dma_abort(_metadata, m, n);
+	d.period = 0;
+	d.len = 17;
+	d = dma_run(_metadata, m, n, &d);
+	expect_complete(_metadata, &d, "a descriptor that was aborted and is used again");
+
+	if (!(m->dev.flags & VFIO_MIGRATION_P2P))
+		return;
+	move_on(_metadata, &m->dev, RUNNING_P2P);
+	dma_ring(_metadata, m, n);
+	now = dma_get(_metadata, m, n);
+	EXPECT_EQ(VFIO_MOCK_DMA_QUEUED, (int)now.status);
+	EXPECT_EQ(0U, now.pos)
+		PROMISE("POS is of this run");
+	expect_immutable(_metadata, self, n, "a queued");
+}
+
+TEST_F(dma, status_of_a_descriptor_is_read_only)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = 100,
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+	}, now;
+	unsigned int i;
+
+	for (i = offsetof(struct dma_desc, status); i < sizeof(d); i++)
+		put(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + i, 0xff, 1);
+	now = dma_get(_metadata, m, 0);
+	expect_ended(_metadata, &now, VFIO_MOCK_DMA_IDLE, 0, 0, "a descriptor never used");
+	d = dma_run(_metadata, m, 0, &d);
+	for (i = offsetof(struct dma_desc, status); i < sizeof(d); i++)
+		put(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + i, 0xff, 1);
+	now = dma_get(_metadata, m, 0);
+	EXPECT_EQ(0, memcmp(&d, &now, sizeof(d)))
+		PROMISE("STATUS, ERROR and POS are read-only");
+}
+
+TEST_F(dma, descriptors_take_any_access)
+{
+	__u8 model[DESCS * sizeof(struct dma_desc)] = {}, seen[sizeof(model)];
+	const unsigned int writable = offsetof(struct dma_desc, status);
+	unsigned int i, j, at, len;
+	struct mock *m = &self->m;
+	__u64 value;
+
+	for (i = 0; i < DESCS; i++)
+		memset(model + i * sizeof(struct dma_desc) +
+		       offsetof(struct dma_desc, irq_vector), 0xff, 4);
+	ASSERT_EQ((ssize_t)sizeof(seen),
+		  mock_read(m, BAR0, VFIO_MOCK_DMA_DESC(0), seen, sizeof(seen)));
+	EXPECT_EQ(0, memcmp(model, seen, sizeof(seen)))
+		PROMISE("descriptors are zero at power on, but for the vector");
+	for (i = 0; i < 1000; i++) {
+		at = pick(self, sizeof(model));
+		len = 1 + pick(self, 8);
+		if (at + len > sizeof(model))
+			len = sizeof(model) - at;
+		value = vfio_mock_mix(++self->random);
+		put(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + at, value, len);
+		for (j = 0; j < len; j++)
+			if ((at + j) % sizeof(struct dma_desc) < writable)
+				model[at + j] = value >> (8 * j);
+		value = get(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + at, len);
+		EXPECT_EQ(0, memcmp(&value, model + at, len))
+			PROMISE("a write of %u bytes at %u of the descriptors changes these bytes alone",
+				len, at);
+	}
+	ASSERT_EQ((ssize_t)sizeof(seen),
+		  mock_read(m, BAR0, VFIO_MOCK_DMA_DESC(0), seen, sizeof(seen)));
+	EXPECT_EQ(0, memcmp(model, seen, sizeof(seen)))
+		PROMISE("a block read of the descriptors works");
+	EXPECT_EQ(0U, reg64(m, DMA_DONE))
+		PROMISE("writing descriptors starts nothing");
+}
+
+TEST_F(dma, doorbell_and_abort_refuse)
+{
+	static const __u32 none[] = { DESCS, DESCS + 1, 0x100, 0x80000000, ~0U - 1 };
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = PAGE, .step = 64,
+		.period = FOREVER, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	unsigned int i;
+
+	dma_set(_metadata, m, 0, &d);
+	for (i = 0; i < ARRAY_SIZE(none); i++) {
+		dma_ring(_metadata, m, 0);
+		set32(m, DMA_DOORBELL, none[i]);
+		EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_INDEX, (int)reg32(m, DMA_ERROR))
+			PROMISE("there is no descriptor %u to queue", none[i]);
+		dma_abort(_metadata, m, 0);
+		set32(m, DMA_ABORT, none[i]);
+		EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_INDEX, (int)reg32(m, DMA_ERROR))
+			PROMISE("there is no descriptor %u to abort", none[i]);
+	}
+	set32(m, DMA_DOORBELL, VFIO_MOCK_DMA_ALL);
+	EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_INDEX, (int)reg32(m, DMA_ERROR))
+		PROMISE("all of them can be aborted, not queued");
+
+	dma_ring(_metadata, m, 0);
+	set32(m, DMA_DOORBELL, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_BUSY, (int)reg32(m, DMA_ERROR))
+		PROMISE("a descriptor of the device cannot be queued again");
+	dma_wait_moved(_metadata, m, 0, 64);
+	set32(m, DMA_DOORBELL, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_BUSY, (int)reg32(m, DMA_ERROR));
+	d = dma_abort(_metadata, m, 0);
+	EXPECT_EQ(64U, d.pos)
+		PROMISE("a refused doorbell starts nothing");
+
+	/* The abort of what is software's is a wish already granted. */
+	d.period = 0;
+	d = dma_run(_metadata, m, 0, &d);
+	expect_complete(_metadata, &d, "a good transfer");
+	set32(m, DMA_ABORT, 0);
+	set32(m, DMA_ABORT, VFIO_MOCK_DMA_ALL);
+	d = dma_get(_metadata, m, 0);
+	expect_complete(_metadata, &d, "a transfer that was aborted after its end");
+	d = dma_get(_metadata, m, 1);
+	expect_ended(_metadata, &d, VFIO_MOCK_DMA_IDLE, 0, 0, "an abort of a descriptor not used");
+}
+
+TEST_F(dma, doorbell_and_abort_act_only_when_written_whole)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = 100, .step = 64,
+		.period = FOREVER, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	const __u64 bell = VFIO_MOCK_REG_DMA_DOORBELL, abort = VFIO_MOCK_REG_DMA_ABORT;
+	struct {
+		__u32 bell;
+		__u32 abort;
+	} both = { 1, 0 };
+
+	dma_set(_metadata, m, 0, &d);
+	dma_set(_metadata, m, 1, &d);
+	put(_metadata, m, BAR0, bell, 0, 1);
+	put(_metadata, m, BAR0, bell, 0, 2);
+	put(_metadata, m, BAR0, bell, 0, 3);
+	put(_metadata, m, BAR0, bell + 1, 0, 3);
+	put(_metadata, m, BAR0, bell - 2, 0, 4);
+	d = dma_get(_metadata, m, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_IDLE, (int)d.status)
+		PROMISE("DMA_DOORBELL acts only when all its 4 bytes are written by one access");
+	dma_ring(_metadata, m, 0);
+	put(_metadata, m, BAR0, abort, 0, 1);
+	put(_metadata, m, BAR0, abort, ~0U, 2);
+	put(_metadata, m, BAR0, abort + 2, ~0U, 2);
+	put(_metadata, m, BAR0, abort + 2, ~0U, 4);
+	d = dma_wait_moved(_metadata, m, 0, 64);
+
+	/* One access over both registers does both. */
+	ASSERT_EQ((ssize_t)sizeof(both), mock_write(m, BAR0, bell, &both, sizeof(both)));
+	d = dma_wait(_metadata, m, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_ABORTED, (int)d.status);
+	dma_wait_moved(_metadata, m, 1, 64);
+}
+
+TEST_F_TIMEOUT(dma, abort_ends_a_transfer_where_it_says, 120)
+{
+	unsigned int count = mig_times(40), i, aborted = 0;
+	struct mock *m = &self->m;
+	struct dma_desc d, next;
+
+	scatter(_metadata, self);
+	for (i = 0; i < count; i++) {
+		d = (struct dma_desc){
+			.op = i % 4 + 1, .len = m->size - 3 - i, .addr = i % 3,
+			.iova = IOVA + i % 5, .seed = i, .irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		next = (struct dma_desc){
+			.op = FILL, .iova = IOVA + m->size + i, .len = 9,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		dma_set(_metadata, m, 7, &d);
+		dma_set(_metadata, m, 8, &next);
+		dma_ring(_metadata, m, 7);
+		dma_ring(_metadata, m, 8);
+		if (i % 8)
+			usleep(20 << (i % 8));
+		d = dma_abort(_metadata, m, 7);
+		if (d.status == VFIO_MOCK_DMA_ABORTED) {
+			aborted++;
+			EXPECT_GT(d.len, d.pos);
+			EXPECT_EQ(0U, d.error);
+		} else {
+			expect_complete(_metadata, &d, "a transfer that was faster");
+		}
+		apply(self, m, &d, d.pos);
+		d = dma_wait(_metadata, m, 8);
+		expect_complete(_metadata, &d, "the transfer after one that was aborted");
+		apply(self, m, &d, d.len);
+		expect_all(_metadata, self, m, "after an aborted transfer");
+		EXPECT_EQ(2 * i + 2, reg64(m, DMA_DONE))
+			PROMISE("DMA_DONE counts aborted descriptors, too");
+	}
+	TH_LOG("%u of %u transfers were aborted under way", aborted, i);
+}
+
+/* ---- How transfers fail ---- */
+
+TEST_F(dma, bad_descriptors_fail)
+{
+	const __u64 size = self->m.size;
+	const struct {
+		const char *what;
+		__u32 op;
+		__u64 iova, addr, len;
+		__u32 error;
+	} bad[] = {
+		{ "op 0", 0, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
+		{ "op 5", 5, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
+		{ "op -1", ~0U, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
+		{ "op 0x101", 0x101, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
+		{ "READ of nothing", 1, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "WRITE of nothing", 2, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "FILL of nothing", 3, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "CHURN of nothing", 4, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "READ past the end", 1, IOVA, size - 7, 8, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "WRITE past the end", 2, IOVA, size - 7, 8, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "CHURN past the end", 4, IOVA, size - 7, 8, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "READ at the end", 1, IOVA, size, 1, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "WRITE of more than there is", 2, IOVA, 0, size + 1, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "WRITE far away", 2, IOVA, 1ULL << 63, 8, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "READ whose ADDR wraps", 1, IOVA, ~0ULL, 2, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "CHURN whose LEN wraps", 4, IOVA, 8, ~0ULL - 3, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "READ whose IOVA wraps", 1, ~0ULL - 7, 0, 9, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "WRITE whose IOVA wraps", 2, ~0ULL, 0, 2, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "FILL whose IOVA wraps", 3, IOVA, 0, ~0ULL, VFIO_MOCK_DMA_ERROR_RANGE },
+	};
+	int fds[VFIO_MOCK_MSIX_VECTORS];
+	struct mock *m = &self->m;
+	struct dma_desc d;
+	unsigned int i, continuous, n = 0;
+
+	scatter(_metadata, self);
+	open_vectors(_metadata, m, fds);
+	for (i = 0; i < ARRAY_SIZE(bad); i++) {
+		for (continuous = 0; continuous < 2; continuous++) {
+			d = (struct dma_desc){
+				.op = bad[i].op, .iova = bad[i].iova,
+				.addr = bad[i].addr, .len = bad[i].len,
+				.period = continuous, .irq_vector = 1,
+			};
+			d = dma_run(_metadata, m, i % DESCS, &d);
+			expect_ended(_metadata, &d, VFIO_MOCK_DMA_FAILED, bad[i].error,
+				     0, bad[i].what);
+			EXPECT_EQ(++n, reg64(m, DMA_DONE))
+				PROMISE("DMA_DONE counts failed descriptors, too");
+			EXPECT_EQ(POLLIN, mig_poll(fds[1], POLLIN, mig_hang_seconds() * 1000))
+				PROMISE("the vector is signalled when a descriptor fails");
+			EXPECT_EQ(1U, taken(fds[1]));
+		}
+	}
+	EXPECT_EQ(0U, reg64(m, DMA_BYTES));
+	expect_all(_metadata, self, m, "after bad descriptors");
+
+	/* What an op has no use for may be anything. */
+	d = (struct dma_desc){
+		.op = FILL, .iova = IOVA, .addr = ~0ULL, .len = 8,
+		.irq_vector = VFIO_MOCK_MSIX_VECTORS,
+	};
+	d = dma_run(_metadata, m, 0, &d);
+	expect_complete(_metadata, &d, "FILL, which has no ADDR");
+	apply(self, m, &(struct dma_desc){ .op = d.op, .iova = d.iova }, 8);
+	d = (struct dma_desc){
+		.op = CHURN, .iova = ~0ULL, .addr = 5, .len = 8,
+		.irq_vector = 0x7fffffff,
+	};
+	d = dma_run(_metadata, m, 0, &d);
+	expect_complete(_metadata, &d, "CHURN, which has no IOVA");
+	vfio_mock_pattern(m->want + 5, 0, 0, 8);
+	expect_all(_metadata, self, m, "after transfers with fields that do not matter");
+	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
+		EXPECT_EQ(0U, taken(fds[i]))
+			PROMISE("a vector that is not there is nobody's interrupt");
+	}
+}
+
+/*
+ * Runs @op over [iova, +len), of which @good bytes can be moved, and then a good
+ * transfer, which must not suffer. The model of the user memory at @iova is
+ * @user, or NULL for what needs no look.
+ */
+static void expect_partial(struct __test_metadata *_metadata, dma_data *self,
+			   __u32 op, __u64 iova, __u64 len, __u64 good, __u32 error,
+			   __u8 *user, const char *what)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = op, .iova = iova, .addr = 3, .len = len, .seed = iova,
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	__u64 bytes = reg64(m, DMA_BYTES);
+
+	d = dma_run(_metadata, m, 3, &d);
+	if (error)
+		expect_ended(_metadata, &d, VFIO_MOCK_DMA_FAILED, error, good, what);
+	else
+		expect_complete(_metadata, &d, what);
+	EXPECT_EQ(bytes + good, reg64(m, DMA_BYTES))
+		PROMISE("%s: DMA_BYTES counts what was moved", what);
+	if (good && user)
+		dma_apply(&d, m->want, user, good);
+	expect_memory(_metadata, m, m->want, what);
+
+	d = (struct dma_desc){
+		.op = FILL, .iova = IOVA + m->size, .len = 5000,
+		.seed = ++self->random, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	d = dma_run(_metadata, m, 4, &d);
+	expect_complete(_metadata, &d, "the transfer after one that failed");
+	apply(self, m, &d, d.len);
+	expect_ram(_metadata, &self->ram, what);
+}
+
+TEST_F_TIMEOUT(dma, unmapped_memory_fails_the_transfer, 60)
+{
+	struct ram *ram = &self->ram;
+	struct mock *m = &self->m;
+	__u64 end = ram->iova + ram->size;
+	__u32 op;
+
+	scatter(_metadata, self);
+	for (op = READ; op <= FILL; op++) {
+		expect_partial(_metadata, self, op, 0, 8, 0,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, NULL, "IOVA 0");
+		expect_partial(_metadata, self, op, IOVA - 1, 1, 0,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, NULL, "before the mapping");
+		expect_partial(_metadata, self, op, end, 1, 0,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, NULL, "after the mapping");
+		expect_partial(_metadata, self, op, ~0ULL - PAGE, PAGE, 0,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, NULL,
+			       "the end of the address space");
+		expect_partial(_metadata, self, op, end - 5000, 5001, 5000,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, ram_want(ram, end - 5000),
+			       "a mapping that ends");
+		expect_partial(_metadata, self, op, end - 600 * 1024, 700 * 1024, 600 * 1024,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED,
+			       ram_want(ram, end - 600 * 1024), "a mapping that ends late");
+	}
+
+	/* A hole of a page in the middle. */
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, ram->iova, ram->size));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA, ram->mem, 40 * PAGE, RW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA + 41 * PAGE, ram->mem + 41 * PAGE,
+				 ram->size - 41 * PAGE, RW));
+	for (op = READ; op <= FILL; op++) {
+		expect_partial(_metadata, self, op, IOVA + 100, 200 * 1024, 40 * PAGE - 100,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, ram_want(ram, IOVA + 100),
+			       "a hole");
+		expect_partial(_metadata, self, op, IOVA + 40 * PAGE, 10, 0,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED, NULL, "into the hole");
+		expect_partial(_metadata, self, op, IOVA + 40 * PAGE - 1, 2, 1,
+			       VFIO_MOCK_DMA_ERROR_UNMAPPED,
+			       ram_want(ram, IOVA + 40 * PAGE - 1), "one byte too many");
+		expect_partial(_metadata, self, op, IOVA + 41 * PAGE, 100000, 100000, 0,
+			       ram_want(ram, IOVA + 41 * PAGE), "behind the hole");
+	}
+	/* Mappings that touch are one memory. */
+	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA + 40 * PAGE, ram->mem + 40 * PAGE, PAGE, RW));
+	for (op = READ; op <= FILL; op++)
+		expect_partial(_metadata, self, op, IOVA + 1, 200 * 1024, 200 * 1024, 0,
+			       ram_want(ram, IOVA + 1), "three mappings");
+}
+
+TEST_F_TIMEOUT(dma, protected_memory_fails_the_transfer, 60)
+{
+	enum { RO = IOVA + 0x10000000, WO = IOVA + 0x20000000 };
+	bool group = variant->backend == MIG_GROUP;
+	struct ram *ram = &self->ram;
+	struct mock *m = &self->m;
+	__u8 *half = ram->mem + 32 * PAGE;
+
+	scatter(_metadata, self);
+	/* 16 pages for anything, and 16 that the device may only read, or write. */
+	ASSERT_EQ(0, mig_dma_map(&m->dev, RO, half - 16 * PAGE, 16 * PAGE, RW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, RO + 16 * PAGE, half, 16 * PAGE, MIG_DMA_READ));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, WO, half - 16 * PAGE, 16 * PAGE, RW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, WO + 16 * PAGE, half, 16 * PAGE, MIG_DMA_WRITE));
+
+#define WANT_AT(at) (ram->want + (half - ram->mem) + (at))
+	expect_partial(_metadata, self, READ, RO + 7 * PAGE, 80000, 80000, 0,
+		       WANT_AT(-9 * (int)PAGE), "READ from what may be read");
+	expect_partial(_metadata, self, WRITE, RO + 16 * PAGE, 1, 0,
+		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "WRITE to what may be read");
+	expect_partial(_metadata, self, FILL, RO + 20 * PAGE + 3, 9999, 0,
+		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "FILL of what may be read");
+	expect_partial(_metadata, self, WRITE, RO + PAGE + 3, 80000, 15 * PAGE - 3,
+		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (int)PAGE + 3),
+		       "WRITE into what may be read");
+	expect_partial(_metadata, self, FILL, RO + PAGE + 3, 80000, 15 * PAGE - 3,
+		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (int)PAGE + 3),
+		       "FILL into what may be read");
+	expect_partial(_metadata, self, READ, WO + 16 * PAGE, 1, 0,
+		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "READ from what may be written");
+	expect_partial(_metadata, self, READ, WO + 10 * PAGE, 70000, 6 * PAGE,
+		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-6 * (int)PAGE),
+		       "READ into what may be written");
+	/* The type1 IOMMU does not know memory that can only be written. */
+	expect_partial(_metadata, self, FILL, WO + 12 * PAGE + 9, 30000,
+		       group ? 4 * PAGE - 9 : 30000,
+		       group ? VFIO_MOCK_DMA_ERROR_DENIED : 0,
+		       WANT_AT(-4 * (int)PAGE + 9), "FILL of what may be written");
+}
+
+/* Memory that is mapped for the device, and then is not there any more. */
+TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
+{
+	const __u64 at = IOVA + 0x10000000, size = 64 * PAGE;
+	struct mock *m = &self->m;
+	int fd = memfd_create("gone", MFD_CLOEXEC);
+	__u8 *mem, *want = calloc(1, size);
+	__u32 op;
+
+	scatter(_metadata, self);
+	ASSERT_NE(NULL, want);
+	mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, mem);
+	ASSERT_EQ(0, mig_dma_map(&m->dev, at, mem, size, RW));
+	for (op = READ; op <= FILL; op++)
+		expect_partial(_metadata, self, op, at + 5, size - 5, size - 5, 0,
+			       want + 5, "memory that is there");
+
+	ASSERT_EQ(0, mprotect(mem + 32 * PAGE, 8 * PAGE, PROT_READ));
+	expect_partial(_metadata, self, READ, at, size, size, 0, want,
+		       "READ from memory that may be read");
+	for (op = WRITE; op <= FILL; op++)
+		expect_partial(_metadata, self, op, at + 9, size - 9, 32 * PAGE - 9,
+			       VFIO_MOCK_DMA_ERROR_FAULT, want + 9,
+			       "memory that its owner may only read");
+	ASSERT_EQ(0, mprotect(mem + 32 * PAGE, 8 * PAGE, PROT_NONE));
+	for (op = READ; op <= FILL; op++)
+		expect_partial(_metadata, self, op, at + 30 * PAGE + 1, 5 * PAGE, 2 * PAGE - 1,
+			       VFIO_MOCK_DMA_ERROR_FAULT, want + 30 * PAGE + 1,
+			       "memory that its owner may not touch");
+	ASSERT_EQ(0, munmap(mem + 17 * PAGE, PAGE));
+	for (op = READ; op <= FILL; op++) {
+		expect_partial(_metadata, self, op, at + 1, size - 1, 17 * PAGE - 1,
+			       VFIO_MOCK_DMA_ERROR_FAULT, want + 1, "a page that is gone");
+		expect_partial(_metadata, self, op, at + 17 * PAGE + 100, 1, 0,
+			       VFIO_MOCK_DMA_ERROR_FAULT, NULL, "the page that is gone");
+	}
+	EXPECT_EQ(0, memcmp(want, mem, 17 * PAGE));
+
+	/* A file that is shorter than its mapping. */
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, ftruncate(fd, size));
+	ASSERT_EQ(mem, mmap(mem, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0));
+	memset(want, 0, size);
+	expect_partial(_metadata, self, FILL, at, size, size, 0, want,
+		       "other memory at the same address");
+	ASSERT_EQ(0, ftruncate(fd, 3 * PAGE));
+	for (op = READ; op <= FILL; op++)
+		expect_partial(_metadata, self, op, at + 2, size - 2, 3 * PAGE - 2,
+			       VFIO_MOCK_DMA_ERROR_FAULT, want + 2, "a file that was cut");
+	EXPECT_EQ(0, memcmp(want, mem, 3 * PAGE));
+	ASSERT_EQ(0, munmap(mem, size));
+	for (op = READ; op <= FILL; op++)
+		expect_partial(_metadata, self, op, at, size, 0, VFIO_MOCK_DMA_ERROR_FAULT,
+			       NULL, "memory that is gone");
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, at, size));
+	for (op = READ; op <= FILL; op++)
+		expect_partial(_metadata, self, op, at, size, 0, VFIO_MOCK_DMA_ERROR_UNMAPPED,
+			       NULL, "memory that is gone and unmapped");
+}
+
+TEST_F_TIMEOUT(dma, device_without_ioas_reaches_nothing, 60)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = 2 * PAGE, .step = 256, .period = 1,
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	__u32 op;
+
+	if (variant->backend == MIG_GROUP)
+		SKIP(return, "an open device of a group has its container");
+	dma_set(_metadata, m, 0, &d);
+	dma_ring(_metadata, m, 0);
+	dma_wait_moved(_metadata, m, 0, 3 * PAGE);
+	ASSERT_EQ(0, mig_dma_detach(&m->dev));
+	d = dma_wait(_metadata, m, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status);
+	EXPECT_EQ(VFIO_MOCK_DMA_ERROR_UNMAPPED, (int)d.error)
+		PROMISE("a continuous transfer fails when the IOAS is taken away");
+	apply_rounds(self, m, &d);
+	expect_ram(_metadata, &self->ram, "when the IOAS is taken away");
+	for (op = READ; op <= FILL; op++) {
+		d = (struct dma_desc){
+			.op = op, .iova = IOVA, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		d = dma_run(_metadata, m, op, &d);
+		expect_ended(_metadata, &d, VFIO_MOCK_DMA_FAILED,
+			     VFIO_MOCK_DMA_ERROR_UNMAPPED, 0, "a device without an IOAS");
+	}
+	d = (struct dma_desc){
+		.op = CHURN, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	d = dma_run(_metadata, m, op, &d);
+	expect_complete(_metadata, &d, "what needs no IOAS");
+	vfio_mock_pattern(m->want, 0, 0, 100);
+	ASSERT_EQ(0, mig_dma_attach(&m->dev));
+	expect_partial(_metadata, self, FILL, IOVA, 10000, 10000, 0, self->ram.want,
+		       "a device that has its IOAS back");
+}
+
+TEST_F_TIMEOUT(dma, continuous_transfer_fails_when_unmapped, 60)
+{
+	int fds[VFIO_MOCK_MSIX_VECTORS];
+	struct mock *m = &self->m;
+	struct ram *ram = &self->ram;
+	struct dma_desc d = {
+		.op = FILL, .iova = IOVA, .len = PAGE, .step = 256, .period = 1,
+		.irq_vector = 3,
+	};
+	__u64 signals = 0;
+
+	open_vectors(_metadata, m, fds);
+	dma_set(_metadata, m, 0, &d);
+	dma_ring(_metadata, m, 0);
+	d.op = CHURN;
+	d.irq_vector = VFIO_MOCK_IRQ_NONE;
+	dma_set(_metadata, m, 1, &d);
+	dma_ring(_metadata, m, 1);
+	dma_wait_moved(_metadata, m, 0, 3 * PAGE);
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, ram->iova, ram->size));
+	d = dma_wait(_metadata, m, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status);
+	EXPECT_EQ(VFIO_MOCK_DMA_ERROR_UNMAPPED, (int)d.error);
+	apply_rounds(self, m, &d);
+	WAIT_FOR((signals += taken(fds[3])) >= d.pos / d.len + !!(d.pos % d.len),
+		 "the vector is signalled when a continuous descriptor fails");
+	expect_ram(_metadata, ram, "when the mapping goes");
+
+	d = dma_get(_metadata, m, 1);
+	dma_wait_moved(_metadata, m, 1, d.pos + 3 * PAGE);
+	ram_map(_metadata, ram, m);
+	expect_ram(_metadata, ram, "when the mapping is back");
+	d = dma_abort(_metadata, m, 1);
+	apply_rounds(self, m, &d);
+	expect_partial(_metadata, self, FILL, IOVA, 10000, 10000, 0, ram->want,
+		       "memory that is mapped again");
+}
+
+/* ---- A device that must stand still ---- */
+
+/* One continuous descriptor of each kind and one that is queued, if it can. */
+static void start_all_kinds(struct __test_metadata *_metadata, dma_data *self)
+{
+	struct mock *m = &self->m;
+	unsigned int op;
+
+	for (op = READ; op <= CHURN; op++) {
+		struct dma_desc d = {
+			.op = op, .iova = IOVA + op * 8 * PAGE + 5,
+			.addr = (op + 8) * 8 * PAGE + 7, .len = 2 * PAGE + op,
+			.step = 333, .period = 1, .seed = op << 16,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+
+		dma_set(_metadata, m, op, &d);
+		dma_ring(_metadata, m, op);
+	}
+	for (op = READ; op <= CHURN; op++)
+		dma_wait_moved(_metadata, m, op, 3 * PAGE);
+}
+
+/* All of the engine that can be seen. */
+struct engine {
+	__u8 regs[0x18];	/* DMA_STATUS to DMA_BYTES */
+	struct dma_desc desc[DESCS];
+};
+
+static struct engine see_engine(struct __test_metadata *_metadata, const struct mock *m)
+{
+	struct engine e;
+
+	ASSERT_EQ((ssize_t)sizeof(e.regs),
+		  mock_read(m, BAR0, VFIO_MOCK_REG_DMA_STATUS, e.regs, sizeof(e.regs)));
+	ASSERT_EQ((ssize_t)sizeof(e.desc),
+		  mock_read(m, BAR0, VFIO_MOCK_DMA_DESC(0), e.desc, sizeof(e.desc)));
+	return e;
+}
+
+/*
+ * Nothing moves from now on, and what was moved is what the descriptors say:
+ * there is no transfer under way.
+ */
+static void expect_still(struct __test_metadata *_metadata, dma_data *self,
+			 struct mock *m, const char *when)
+{
+	struct engine before = see_engine(_metadata, m), now;
+	unsigned int i;
+
+	for (i = 0; i < DESCS; i++) {
+		if (before.desc[i].period)
+			apply_rounds(self, m, &before.desc[i]);
+	}
+	expect_all(_metadata, self, m, when);
+	usleep(LOOK_US);
+	now = see_engine(_metadata, m);
+	EXPECT_EQ(0, memcmp(&before, &now, sizeof(now)))
+		PROMISE("%s: no descriptor changes", when);
+	expect_all(_metadata, self, m, when);
+}
+
+/* The continuous descriptors of start_all_kinds() are still that. */
+static void expect_on_the_move(struct __test_metadata *_metadata, dma_data *self,
+			       struct mock *m)
+{
+	struct dma_desc d;
+	unsigned int op;
+
+	EXPECT_EQ(VFIO_MOCK_DMA_STATUS_BUSY, (int)reg32(m, DMA_STATUS));
+	for (op = READ; op <= CHURN; op++) {
+		d = dma_get(_metadata, m, op);
+		dma_wait_moved(_metadata, m, op, d.pos + 3 * PAGE);
+	}
+	set32(m, DMA_ABORT, VFIO_MOCK_DMA_ALL);
+	for (op = READ; op <= CHURN; op++) {
+		d = dma_wait(_metadata, m, op);
+		apply_rounds(self, m, &d);
+	}
+	expect_all(_metadata, self, m, "after continuous transfers that were held up");
+}
+
+TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
+{
+	static const __u32 states[] = { RUNNING_P2P, PRE_COPY_P2P };
+	struct mock *m = &self->m;
+	struct dma_desc d;
+	struct queue q;
+	unsigned int i, j;
+	__u64 done;
+
+	NEED_P2P(&m->dev);
+	scatter(_metadata, self);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		const char *name = mig_state_name(states[i]);
+
+		if (!mig_fsm_exists(m->dev.flags, states[i]))
+			continue;
+		start_all_kinds(_metadata, self);
+		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
+		expect_still(_metadata, self, m, name);
+		EXPECT_EQ(VFIO_MOCK_DMA_STATUS_BUSY | VFIO_MOCK_DMA_STATUS_PAUSED,
+			  (int)reg32(m, DMA_STATUS))
+			PROMISE("%s: DMA_STATUS tells that peer-to-peer DMA is not allowed", name);
+		for (j = READ; j <= CHURN; j++) {
+			d = dma_get(_metadata, m, j);
+			EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
+				PROMISE("%s: a continuous descriptor waits", name);
+		}
+
+		/* The doorbell works, and queues. */
+		done = reg64(m, DMA_DONE);
+		q.nr = 0;
+		for (j = 8; j < DESCS; j++) {
+			q.desc[j] = pick_transfer(self, 4 * PAGE);
+			dma_set(_metadata, m, j, &q.desc[j]);
+			dma_ring(_metadata, m, j);
+			q.order[q.nr++] = j;
+		}
+		expect_still(_metadata, self, m, name);
+		for (j = 8; j < DESCS; j++) {
+			d = dma_get(_metadata, m, j);
+			expect_ended(_metadata, &d, VFIO_MOCK_DMA_QUEUED, 0, 0, name);
+		}
+		EXPECT_EQ(done, reg64(m, DMA_DONE));
+
+		/* So does the abort, of what waits and of what is held up. */
+		d = dma_abort(_metadata, m, 15);
+		expect_ended(_metadata, &d, VFIO_MOCK_DMA_ABORTED, 0, 0,
+			     "a queued descriptor that is aborted");
+		d = dma_abort(_metadata, m, 8);
+		expect_ended(_metadata, &d, VFIO_MOCK_DMA_ABORTED, 0, 0,
+			     "a queued descriptor that is aborted");
+		EXPECT_EQ(done + 2, reg64(m, DMA_DONE));
+		for (j = 0; j < q.nr - 2; j++)
+			q.order[j] = q.order[j + 1];
+		q.nr -= 2;
+
+		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		for (j = 0; j < q.nr; j++) {
+			d = dma_wait(_metadata, m, q.order[j]);
+			expect_complete(_metadata, &d, "a transfer that waited");
+			apply(self, m, &d, d.len);
+		}
+		expect_on_the_move(_metadata, self, m);
+	}
+}
+
+/* A one-shot transfer is finished, or was not begun, when the ioctl returns. */
+TEST_F_TIMEOUT(dma, p2p_states_wait_for_what_is_under_way, 120)
+{
+	unsigned int count = mig_times(30), i, n, first, finished = 0, waiting = 0;
+	struct mock *m = &self->m;
+	struct dma_desc d;
+	__u32 state;
+
+	NEED_P2P(&m->dev);
+	scatter(_metadata, self);
+	for (i = 0; i < count; i++) {
+		for (n = 0; n < 3; n++) {
+			d = (struct dma_desc){
+				.op = (i + n) % 4 + 1, .len = m->size - n, .seed = i,
+				.iova = IOVA + n, .irq_vector = VFIO_MOCK_IRQ_NONE,
+			};
+			dma_set(_metadata, m, n, &d);
+			dma_ring(_metadata, m, n);
+		}
+		if (i % 8)
+			usleep(20 << (i % 8));
+		state = i % 2 && mig_fsm_exists(m->dev.flags, PRE_COPY_P2P) ? PRE_COPY_P2P
+									    : RUNNING_P2P;
+		ASSERT_EQ(0, mig_set_state(&m->dev, state, NULL));
+		first = 3;
+		for (n = 0; n < 3; n++) {
+			d = dma_get(_metadata, m, n);
+			if (d.status == VFIO_MOCK_DMA_COMPLETE) {
+				finished++;
+				expect_complete(_metadata, &d, "a transfer that was under way");
+				apply(self, m, &d, d.len);
+			} else {
+				waiting++;
+				expect_ended(_metadata, &d, VFIO_MOCK_DMA_QUEUED, 0, 0,
+					     "a transfer that had not begun");
+				if (first == 3)
+					first = n;
+			}
+		}
+		expect_still(_metadata, self, m, mig_state_name(state));
+		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		for (n = first; n < 3; n++) {
+			d = dma_wait(_metadata, m, n);
+			expect_complete(_metadata, &d, "a transfer in the end");
+			apply(self, m, &d, d.len);
+		}
+	}
+	TH_LOG("%u transfers were finished in time, %u waited", finished, waiting);
+}
+
+TEST_F_TIMEOUT(dma, stopped_device_does_no_dma, 120)
+{
+	static const __u32 states[] = { STOP, STOP_COPY };
+	struct mock *m = &self->m;
+	struct engine before, now;
+	unsigned int i;
+	__u64 dropped;
+
+	scatter(_metadata, self);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		const char *name = mig_state_name(states[i]);
+
+		start_all_kinds(_metadata, self);
+		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
+		expect_still(_metadata, self, m, name);
+		before = see_engine(_metadata, m);
+		dropped = reg64(m, DROPPED);
+		set32(m, DMA_DOORBELL, 0);
+		set32(m, DMA_DOORBELL, 999);
+		set32(m, DMA_ABORT, READ);
+		set32(m, DMA_ABORT, VFIO_MOCK_DMA_ALL);
+		dma_set(_metadata, m, 0, &before.desc[READ]);
+		EXPECT_EQ(dropped + 5, reg64(m, DROPPED))
+			PROMISE("in %s doorbells, aborts and descriptors are dropped and counted",
+				name);
+		now = see_engine(_metadata, m);
+		EXPECT_EQ(0, memcmp(&before, &now, sizeof(now)))
+			PROMISE("in %s a doorbell or an abort does nothing", name);
+		expect_still(_metadata, self, m, name);
+		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		expect_on_the_move(_metadata, self, m);
+		EXPECT_EQ(dropped + 5, reg64(m, DROPPED));
+	}
+}
+
+TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
+{
+	static const __u32 states[] = {
+		RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY, RESUMING,
+	};
+	struct mock *m = &self->m;
+	struct engine power_on = see_engine(_metadata, m), now;
+	struct dma_desc d;
+	unsigned int i;
+
+	EXPECT_EQ(VFIO_MOCK_IRQ_NONE, power_on.desc[7].irq_vector);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(m->dev.flags, states[i]))
+			continue;
+		scatter(_metadata, self);
+		start_all_kinds(_metadata, self);
+		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
+		if (i % 2) {
+			/* And one that is large. */
+			d = (struct dma_desc){
+				.op = FILL, .len = m->size, .iova = IOVA + m->size,
+				.irq_vector = VFIO_MOCK_IRQ_NONE,
+			};
+			dma_set(_metadata, m, 9, &d);
+			set32(m, DMA_DOORBELL, 9);
+		}
+		ASSERT_EQ(0, mig_reset(&m->dev));
+		memcpy(self->ram.want, self->ram.mem, self->ram.size);
+		memset(m->want, 0, m->size);
+		now = see_engine(_metadata, m);
+		EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
+			PROMISE("RESET in %s brings the engine into the state of power on",
+				mig_state_name(states[i]));
+		expect_still(_metadata, self, m, "after RESET");
+		d = (struct dma_desc){
+			.op = FILL, .len = 100, .iova = IOVA, .irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		d = dma_run(_metadata, m, 0, &d);
+		expect_complete(_metadata, &d, "a transfer after RESET");
+		EXPECT_EQ(1U, reg64(m, DMA_DONE));
+	}
+}
+
+TEST_F_TIMEOUT(dma, close_ends_all_transfers, 120)
+{
+	struct engine power_on = see_engine(_metadata, &self->m), now;
+	static const __u32 states[] = { RUNNING, PRE_COPY, RUNNING_P2P, STOP };
+	struct mock *m = &self->m;
+	struct dma_desc d;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(m->dev.flags, states[i]))
+			continue;
+		scatter(_metadata, self);
+		start_all_kinds(_metadata, self);
+		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
+		d = (struct dma_desc){
+			.op = FILL, .len = m->size, .iova = IOVA + m->size,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		dma_set(_metadata, m, 9, &d);
+		set32(m, DMA_DOORBELL, 9);
+		mig_close_device(&m->dev);
+		memcpy(self->ram.want, self->ram.mem, self->ram.size);
+		usleep(LOOK_US);
+		expect_ram(_metadata, &self->ram, "after close");
+		ASSERT_EQ(0, mig_reopen_device(&m->dev))
+			STEP("open the device again: %s", m->dev.why);
+		now = see_engine(_metadata, m);
+		EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
+			PROMISE("the next user finds the engine in the state of power on");
+		if (variant->backend == MIG_IOMMUFD)
+			ram_map(_metadata, &self->ram, m);
+		usleep(LOOK_US);
+		expect_ram(_metadata, &self->ram, "for the next user");
+		expect_zero_memory(_metadata, m, "for the next user");
+	}
+}
+
+/* ---- A fault that does not end ---- */
+
+/* Serves the fault after all, if nothing else ends the wait for it. */
+struct rescue {
+	pthread_t thread;
+	struct mig_stall *stall;
+	int done[2];		/* closed when nobody needs it any more */
+	bool came;
+};
+
+static void *rescue_main(void *arg)
+{
+	static const __u8 page[VFIO_MOCK_PAGE_SIZE];
+	struct rescue *r = arg;
+
+	r->came = !mig_poll(r->done[0], POLLIN, mig_hang_seconds() * 250);
+	mig_stall_end(r->stall, page);
+	return NULL;
+}
+
+/* The user does not serve a page fault of the device, and wants it to end. */
+TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
+{
+	static const __u32 ops[] = { READ, WRITE, FILL };
+	struct mock *m = &self->m;
+	struct mig_stall stall;
+	struct rescue rescue;
+	struct dma_desc d;
+	unsigned int i;
+
+	for (i = 0; i < 2 * ARRAY_SIZE(ops); i++) {
+		if (mig_stall_start(&stall))
+			SKIP(return, "no userfaultfd");
+		ASSERT_EQ(0, mig_dma_map(&m->dev, 0, stall.page, PAGE, RW));
+		rescue = (struct rescue){ .stall = &stall };
+		ASSERT_EQ(0, pipe(rescue.done));
+		d = (struct dma_desc){
+			.op = ops[i / 2], .iova = 1, .len = 100,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		dma_set(_metadata, m, 0, &d);
+		dma_ring(_metadata, m, 0);
+		ASSERT_EQ(0, mig_stall_wait(&stall))
+			STEP("make the device wait in a page fault");
+		d = dma_get(_metadata, m, 0);
+		EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
+			PROMISE("a device that waits in a page fault can be looked at");
+		fill(_metadata, m, 0, 100, 1);
+
+		ASSERT_EQ(0, pthread_create(&rescue.thread, NULL, rescue_main, &rescue));
+		if (i % 2) {
+			mig_close_device(&m->dev);
+		} else {
+			ASSERT_EQ(0, mig_reset(&m->dev))
+				PROMISE("RESET works in every state");
+		}
+		close(rescue.done[1]);
+		ASSERT_TRUE(joined(rescue.thread));
+		EXPECT_FALSE(rescue.came)
+			PROMISE("%s does not wait for a page fault that the user does not serve",
+				i % 2 ? "close" : "RESET");
+		close(rescue.done[0]);
+		if (i % 2) {
+			ASSERT_EQ(0, mig_reopen_device(&m->dev))
+				STEP("open the device again: %s", m->dev.why);
+		}
+		if (!(i % 2) || variant->backend == MIG_GROUP) {
+			ASSERT_EQ(0, mig_dma_unmap(&m->dev, 0, PAGE))
+				STEP("unmap a page");
+		}
+		d = (struct dma_desc){
+			.op = CHURN, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		d = dma_run(_metadata, m, 0, &d);
+		expect_complete(_metadata, &d, "a transfer afterwards");
+		mig_stall_free(&stall);
+	}
+}
+
+/* A thread that stops the device, which takes as long as its DMA. */
+struct stopper {
+	pthread_t thread;
+	struct poller poller;
+	struct mig_device *dev;
+	int ret;
+};
+
+static void *stopper_main(void *arg)
+{
+	struct stopper *s = arg;
+
+	atomic_store(&s->poller.tid, gettid());
+	s->ret = mig_set_state(s->dev, STOP, NULL);
+	atomic_store(&s->poller.done, true);
+	return NULL;
+}
+
+/* Queues as many transfers as there can be to memory that is not there. */
+static void stall_all(struct __test_metadata *_metadata, struct mock *m,
+		      struct mig_stall *stall)
+{
+	struct dma_desc d = {
+		.op = FILL, .len = PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	unsigned int n;
+
+	ASSERT_EQ(0, mig_dma_map(&m->dev, 0, stall->page, PAGE, RW));
+	for (n = 0; n < DESCS; n++) {
+		dma_set(_metadata, m, n, &d);
+		dma_ring(_metadata, m, n);
+	}
+	ASSERT_EQ(0, mig_stall_wait(stall))
+		STEP("make the device wait in a page fault");
+}
+
+/* RESET ends both the DMA and the wait for its end. */
+TEST_F_TIMEOUT(dma, reset_ends_the_wait_for_dma, 60)
+{
+	struct engine power_on = see_engine(_metadata, &self->m), now;
+	struct mock *m = &self->m;
+	struct stopper stopper = { .dev = &m->dev };
+	struct mig_stall stall;
+
+	if (mig_stall_start(&stall))
+		SKIP(return, "no userfaultfd");
+	stall_all(_metadata, m, &stall);
+	ASSERT_EQ(0, pthread_create(&stopper.thread, NULL, stopper_main, &stopper));
+	wait_until_asleep(&stopper.poller);
+	EXPECT_FALSE(atomic_load(&stopper.poller.done))
+		PROMISE("a device is not stopped while its DMA is under way");
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	ASSERT_TRUE(joined(stopper.thread))
+		PROMISE("who waits for the end of DMA does not wait longer than it takes");
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	now = see_engine(_metadata, m);
+	EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
+		PROMISE("RESET brings the engine into the state of power on");
+	mig_stall_free(&stall);
+}
+
+/* Exit closes in any order, and must not wait for what only exit would end. */
+TEST_F_TIMEOUT(dma, process_with_stalled_dma_can_exit, 60)
+{
+	struct mig_stall stall;
+	struct mock guest;
+	unsigned int i;
+	pid_t pid;
+
+	mock_close(&self->m);
+	for (i = 0; i < 2; i++) {
+		pid = fork();
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			/* With the file that would end it before the device, or behind. */
+			if (i && mig_stall_start(&stall))
+				_exit(0);
+			if (mock_open(&guest, "VFIO_MOCK_1M", 0, variant->backend))
+				_exit(1);
+			if (!i && mig_stall_start(&stall))
+				_exit(0);
+			stall_all(_metadata, &guest, &stall);
+			_exit(2);
+		}
+		WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
+			 "a process with DMA under way can exit");
+	}
+}
+
+/* ---- Migration of the engine ---- */
+
+/* From @src to @dst, which reaches the same memory at the same IOVAs. */
+static void carry_over(struct __test_metadata *_metadata, dma_data *self,
+		       int fd, struct mig_stream *image)
+{
+	struct mock *src = &self->m, *dst = &self->dst;
+	struct engine before, after;
+
+	ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, fd < 0 ? &fd : NULL));
+	ASSERT_LE(0, fd);
+	before = see_engine(_metadata, src);
+	expect_still(_metadata, self, src, "in STOP_COPY");
+	ASSERT_EQ(0, mig_save(fd, image, stream_limit(&src->dev)));
+	close(fd);
+
+	fd = go(_metadata, &dst->dev, RESUMING);
+	load_all(_metadata, fd, image);
+	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
+	close(fd);
+	memcpy(dst->want, src->want, src->size);
+	after = see_engine(_metadata, dst);
+	EXPECT_EQ(0, memcmp(before.desc, after.desc, sizeof(after.desc)))
+		PROMISE("all descriptors migrate");
+	/* All but DMA_STATUS, whose bit PAUSED belongs to the migration state. */
+	EXPECT_EQ(0, memcmp(before.regs + 4, after.regs + 4, sizeof(after.regs) - 4))
+		PROMISE("DMA_ERROR, DMA_DONE and DMA_BYTES migrate");
+	expect_still(_metadata, self, dst, "in STOP on the target");
+	ram_map(_metadata, &self->ram, dst);
+}
+
+TEST_F_TIMEOUT(dma, queue_goes_on_after_migration, 300)
+{
+	unsigned int count = mig_times(5), i;
+	struct mock *m = &self->m, *dst = &self->dst;
+	struct mig_stream image = {};
+	struct queue q;
+	int fd;
+
+	NEED_P2P(&m->dev);
+	for (i = 0; i < count; i++) {
+		scatter(_metadata, self);
+		image.len = 0;
+		fd = -1;
+		ASSERT_EQ(0, mig_set_state(&m->dev, i % 2 &&
+					   mig_fsm_exists(m->dev.flags, PRE_COPY_P2P) ?
+					   PRE_COPY_P2P : RUNNING_P2P, &fd));
+		queue_up(_metadata, self, m, &q, 1 + pick(self, DESCS));
+		set32(m, DMA_DOORBELL, DESCS);	/* an error to carry */
+		carry_over(_metadata, self, fd, &image);
+		if (i % 3) {
+			move_on(_metadata, &dst->dev, RUNNING_P2P);
+			expect_still(_metadata, self, dst, "in RUNNING_P2P on the target");
+		}
+		move_on(_metadata, &dst->dev, RUNNING);
+		expect_in_order(_metadata, self, dst, &q);
+		EXPECT_EQ(q.nr, reg64(dst, DMA_DONE));
+		ASSERT_EQ(0, mig_dma_unmap(&dst->dev, IOVA, self->ram.size));
+		ASSERT_EQ(0, mig_reset(&m->dev));
+		ASSERT_EQ(0, mig_reset(&dst->dev));
+	}
+}
+
+TEST_F_TIMEOUT(dma, continuous_transfers_go_on_after_migration, 300)
+{
+	unsigned int count = mig_times(5), i, op;
+	struct mock *m = &self->m, *dst = &self->dst;
+	struct mig_stream image = {};
+	__u64 pos[CHURN + 1];
+	struct dma_desc d;
+	int fd, ret;
+
+	for (i = 0; i < count; i++) {
+		scatter(_metadata, self);
+		image.len = 0;
+		fd = -1;
+		start_all_kinds(_metadata, self);
+		if (m->dev.flags & VFIO_MIGRATION_PRE_COPY) {
+			/* It never gets quiet, so there need not be an end of a round. */
+			ASSERT_EQ(0, mig_set_state(&m->dev, PRE_COPY, &fd));
+			while (image.len < 3 * m->size) {
+				ret = mig_read(fd, &image, 1 << 16);
+				ASSERT_TRUE(ret > 0 || ret == -ENOMSG);
+				if (ret < 0)
+					break;
+			}
+		}
+		carry_over(_metadata, self, fd, &image);
+		for (op = READ; op <= CHURN; op++) {
+			d = dma_get(_metadata, dst, op);
+			pos[op] = d.pos;
+		}
+		move_on(_metadata, &dst->dev, RUNNING);
+		expect_on_the_move(_metadata, self, dst);
+		for (op = READ; op <= CHURN; op++) {
+			d = dma_get(_metadata, dst, op);
+			EXPECT_LT(pos[op], d.pos)
+				PROMISE("a continuous transfer goes on where it was");
+		}
+		ASSERT_EQ(0, mig_dma_unmap(&dst->dev, IOVA, self->ram.size));
+		ASSERT_EQ(0, mig_reset(&m->dev));
+		ASSERT_EQ(0, mig_reset(&dst->dev));
+	}
+}
+
+TEST_F_TIMEOUT(dma, target_without_the_mapping_says_so, 60)
+{
+	struct mock *m = &self->m, *dst = &self->dst;
+	struct mig_stream image = {};
+	struct dma_desc d;
+	unsigned int op;
+
+	start_all_kinds(_metadata, self);
+	take_image(_metadata, &m->dev, &image);
+	load_and_run(_metadata, &dst->dev, &image, 0);
+	for (op = READ; op <= FILL; op++) {
+		d = dma_wait(_metadata, dst, op);
+		EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status);
+		EXPECT_EQ(VFIO_MOCK_DMA_ERROR_UNMAPPED, (int)d.error)
+			PROMISE("a transfer that migrated fails if its memory did not");
+	}
+	d = dma_get(_metadata, dst, CHURN);
+	dma_wait_moved(_metadata, dst, CHURN, d.pos + PAGE);
+}
+
+/* What the device itself writes into its memory is dirty. */
+TEST_F_TIMEOUT(dma, dma_into_the_device_is_tracked_exactly, 120)
+{
+	unsigned int count = mig_times(40), i, j;
+	struct mock *m = &self->m;
+	__u8 *dirty = calloc(1, m->size / PAGE);
+	struct dma_desc d;
+	int fd;
+
+	NEED_PRE_COPY(&m->dev);
+	ASSERT_NE(NULL, dirty);
+	scatter(_metadata, self);
+	fd = go(_metadata, &m->dev, PRE_COPY);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &(struct mig_stream){}, stream_limit(&m->dev)));
+	for (i = 0; i < count; i++) {
+		memset(dirty, 0, m->size / PAGE);
+		for (j = pick(self, 5); j; j--) {
+			d = pick_transfer(self, pick(self, 4) ? m->size / 8 : m->size);
+			d = dma_run(_metadata, m, 0, &d);
+			expect_complete(_metadata, &d, "a transfer in PRE_COPY");
+			apply(self, m, &d, d.len);
+			if (d.op == READ || d.op == CHURN)
+				mark(dirty, d.addr, d.len);
+		}
+		expect_round(_metadata, m, fd, dirty, "READ and CHURN in PRE_COPY");
+	}
+}
+
+/* ---- Peers ---- */
+
+FIXTURE(peers)
+{
+	struct mock a;
+	struct mock b;
+	__u8 *a_map;		/* of the BAR2s */
+	__u8 *b_map;
+	__u64 random;
+};
+
+FIXTURE_VARIANT(peers)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(peers, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(peers, iommufd) { .backend = MIG_IOMMUFD };
+
+/* Each device reaches the memory of both. */
+#define A_IOVA	0x10000000ULL
+#define B_IOVA	0x20000000ULL
+
+FIXTURE_SETUP(peers)
+{
+	struct mock *both[2] = { &self->a, &self->b };
+	int i, ret;
+
+	for (i = 0; i < 2; i++)
+		MOCK_OPEN_OR_SKIP(both[i], "VFIO_MOCK_1M", i, variant->backend);
+	self->a_map = bar2_map(_metadata, &self->a, 0, self->a.size);
+	self->b_map = bar2_map(_metadata, &self->b, 0, self->b.size);
+	for (i = 0; i < 2; i++) {
+		ret = mig_dma_map(&both[i]->dev, A_IOVA, self->a_map, self->a.size, RW);
+		ASSERT_EQ(0, ret)
+			PROMISE("BAR2 can be mapped for DMA of a peer: %s", strerror(-ret));
+		ret = mig_dma_map(&both[i]->dev, B_IOVA, self->b_map, self->b.size, RW);
+		ASSERT_EQ(0, ret)
+			PROMISE("BAR2 can be mapped for DMA of a peer: %s", strerror(-ret));
+	}
+	fill(_metadata, &self->a, 0, self->a.size, 0xaaaa);
+	fill(_metadata, &self->b, 0, self->b.size, 0xbbbb);
+}
+
+FIXTURE_TEARDOWN(peers)
+{
+	munmap(self->a_map, self->a.size);
+	munmap(self->b_map, self->b.size);
+	mock_close(&self->a);
+	mock_close(&self->b);
+}
+
+/* A transfer between the memory of one device and what is at @iova. */
+static struct dma_desc pick_peer_transfer(peers_data *self, __u64 iova,
+					  __u64 limit)
+{
+	__u64 size = self->a.size;
+	struct dma_desc d = {
+		.op = READ + vfio_mock_mix(++self->random) % 3,
+		.len = 1 + vfio_mock_mix(++self->random) % limit,
+		.seed = ++self->random, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+
+	d.addr = vfio_mock_mix(++self->random) % (size - d.len + 1);
+	d.iova = iova + vfio_mock_mix(++self->random) % (size - d.len + 1);
+	return d;
+}
+
+/* @who executes it; the IOVA is in the memory of @peer. */
+static struct dma_desc run_peer(struct __test_metadata *_metadata, struct mock *who,
+				struct mock *peer, __u64 iova, const struct dma_desc *d)
+{
+	struct dma_desc r = dma_run(_metadata, who, 0, d);
+
+	expect_complete(_metadata, &r, "a transfer between devices");
+	dma_apply(&r, who->want, peer->want + (r.iova - iova), r.len);
+	return r;
+}
+
+TEST_F_TIMEOUT(peers, move_data_both_ways, 120)
+{
+	unsigned int count = mig_times(60), i;
+	struct mock *a = &self->a, *b = &self->b;
+	struct dma_desc d;
+
+	for (i = 0; i < count; i++) {
+		d = pick_peer_transfer(self, i % 2 ? A_IOVA : B_IOVA,
+				       i % 8 ? 5 * PAGE : a->size);
+		if (i % 2)
+			run_peer(_metadata, b, a, A_IOVA, &d);
+		else
+			run_peer(_metadata, a, b, B_IOVA, &d);
+	}
+	expect_memory(_metadata, a, a->want, "after transfers between devices");
+	expect_memory(_metadata, b, b->want, "after transfers between devices");
+	EXPECT_EQ(0, memcmp(a->want, self->a_map, a->size))
+		PROMISE("a mapping shows what a peer wrote");
+	EXPECT_EQ(0, memcmp(b->want, self->b_map, b->size));
+}
+
+TEST_F_TIMEOUT(peers, dma_into_a_peer_is_tracked_exactly, 120)
+{
+	unsigned int count = mig_times(40), i, j;
+	struct mock *a = &self->a, *b = &self->b;
+	__u8 *dirty = calloc(1, a->size / PAGE);
+	struct dma_desc d;
+	int fd;
+
+	NEED_PRE_COPY(&a->dev);
+	ASSERT_NE(NULL, dirty);
+	fd = go(_metadata, &a->dev, PRE_COPY);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &(struct mig_stream){}, stream_limit(&a->dev)));
+	for (i = 0; i < count; i++) {
+		memset(dirty, 0, a->size / PAGE);
+		for (j = vfio_mock_mix(i) % 5; j; j--) {
+			/* By the peer into it, and from it into the peer. */
+			d = pick_peer_transfer(self, A_IOVA, 6 * PAGE);
+			d = run_peer(_metadata, b, a, A_IOVA, &d);
+			if (d.op == WRITE || d.op == FILL)
+				mark(dirty, d.iova - A_IOVA, d.len);
+			d = pick_peer_transfer(self, B_IOVA, 6 * PAGE);
+			d = run_peer(_metadata, a, b, B_IOVA, &d);
+			if (d.op == READ)
+				mark(dirty, d.addr, d.len);
+		}
+		expect_round(_metadata, a, fd, dirty, "transfers between devices in PRE_COPY");
+	}
+	expect_memory(_metadata, b, b->want, "after transfers between devices");
+}
+
+/* A device that is its own peer waits for nobody but itself. */
+TEST_F_TIMEOUT(peers, dma_into_itself, 120)
+{
+	unsigned int count = mig_times(30), i;
+	struct mock *a = &self->a;
+	struct dma_desc d;
+	__u64 half = a->size / 2;
+	int fd = -1;
+
+	if (a->dev.flags & VFIO_MIGRATION_PRE_COPY) {
+		fd = go(_metadata, &a->dev, PRE_COPY);
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &(struct mig_stream){},
+					    stream_limit(&a->dev)));
+	}
+	for (i = 0; i < count; i++) {
+		d = pick_peer_transfer(self, A_IOVA, half - PAGE);
+		/* Ranges that do not overlap have one result only. */
+		d.addr %= half - d.len;
+		d.iova = A_IOVA + half + (d.iova - A_IOVA) % (half - d.len);
+		run_peer(_metadata, a, a, A_IOVA, &d);
+	}
+	expect_memory(_metadata, a, a->want, "after transfers of a device into itself");
+
+	/* Whatever overlapping ranges give, they come to an end. */
+	for (d.op = READ; d.op <= WRITE; d.op++) {
+		d.addr = 0;
+		d.len = a->size - 100;
+		d.iova = A_IOVA + 100;
+		d.status = dma_run(_metadata, a, 0, &d).status;
+		EXPECT_EQ(VFIO_MOCK_DMA_COMPLETE, (int)d.status);
+	}
+	if (fd >= 0) {
+		EXPECT_LE(0, mig_read(fd, &(struct mig_stream){}, 4096))
+			PROMISE("its stream can be read");
+	}
+}
+
+/* A peer that writes where nothing may change: the fault is the client's. */
+TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
+{
+	static const __u32 states[] = { STOP, STOP_COPY };
+	struct mock *a = &self->a, *b = &self->b;
+	struct dma_desc d;
+	unsigned int i;
+	__u64 dropped;
+
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		ASSERT_EQ(0, mig_set_state(&a->dev, states[i], NULL));
+		dropped = reg64(a, DROPPED);
+		for (d.op = WRITE; d.op <= FILL; d.op++) {
+			d = (struct dma_desc){
+				.op = d.op, .iova = A_IOVA + 3 * PAGE + 5, .len = 3 * PAGE,
+				.seed = 99, .irq_vector = VFIO_MOCK_IRQ_NONE,
+			};
+			d = dma_run(_metadata, b, 0, &d);
+			EXPECT_EQ(VFIO_MOCK_DMA_COMPLETE, (int)d.status);
+		}
+		EXPECT_LT(dropped, reg64(a, DROPPED))
+			PROMISE("what a peer writes in %s is counted", mig_state_name(states[i]));
+		expect_memory(_metadata, a, a->want, mig_state_name(states[i]));
+		ASSERT_EQ(0, mig_set_state(&a->dev, RUNNING, NULL));
+		expect_memory(_metadata, a, a->want, "running again");
+		EXPECT_EQ(0, memcmp(a->want, self->a_map, a->size))
+			PROMISE("the mapping shows the memory of a device that runs again");
+		d = pick_peer_transfer(self, A_IOVA, 5 * PAGE);
+		run_peer(_metadata, b, a, A_IOVA, &d);
+		expect_memory(_metadata, a, a->want, "after a transfer of the peer");
+	}
+}
+
+TEST_HARNESS_MAIN

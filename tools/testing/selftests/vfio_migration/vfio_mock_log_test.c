@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The DMA log of the mock migratable device vfio_mock: exactly what it wrote.
+ *
+ *	VFIO_MOCK_1M="DEVICE" ./vfio_mock_log_test
+ *
+ * with the sysfs path of a mediated device. run_mock.sh makes it and runs this.
+ * VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
+ */
+#include "mock_dma.h"
+
+#define log_data	FIXTURE_DATA(log)
+
+/* The same memory at three places, one of them as high as it goes. */
+#define WINDOW		(2ULL << 20)
+#define WINDOW_PAGES	(WINDOW / PAGE)
+#define READ_ONLY	3
+#define WINDOWS		4
+
+static const __u64 windows[WINDOWS] = {
+	0, 0xfff00000ULL, 0xffffffffffc00000ULL, 0x7000000000ULL,
+};
+
+FIXTURE(log)
+{
+	struct mock m;
+	__u8 *mem;
+	__u64 random;
+	__u8 truth[WINDOWS][WINDOW_PAGES];	/* written and not yet reported */
+	__u8 logged[WINDOWS][WINDOW_PAGES];	/* in a range of START */
+	__u64 granule;
+};
+
+FIXTURE_VARIANT(log)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(log, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(log, iommufd) { .backend = MIG_IOMMUFD };
+
+FIXTURE_SETUP(log)
+{
+	unsigned int i;
+	int ret;
+
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
+	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			 -1, 0);
+	ASSERT_NE(MAP_FAILED, self->mem);
+	for (i = 0; i < WINDOWS; i++) {
+		ret = mig_dma_map(&self->m.dev, windows[i], self->mem, WINDOW,
+				  i == READ_ONLY ? MIG_DMA_READ : RW);
+		ASSERT_EQ(0, ret)
+			STEP("map memory at %#llx: %s", windows[i], strerror(-ret));
+	}
+}
+
+FIXTURE_TEARDOWN(log)
+{
+	mock_close(&self->m);
+}
+
+static __u64 log_pick(log_data *self, __u64 limit)
+{
+	return vfio_mock_mix(++self->random) % limit;
+}
+
+/* The device wrote here: so far as it is logged, the log must tell. */
+static void wrote(log_data *self, unsigned int window, __u64 at, __u64 len)
+{
+	const __u64 per = self->granule / PAGE;
+	__u64 page;
+
+	if (!len)
+		return;
+	for (page = at / PAGE / per * per; page <= (at + len - 1) / PAGE / per * per + per - 1;
+	     page++)
+		if (self->logged[window][page])
+			self->truth[window][page] = 1;
+}
+
+/* Runs a transfer and keeps the truth; returns whether it failed. */
+static bool log_transfer(struct __test_metadata *_metadata, log_data *self,
+			 __u32 op, unsigned int window, __u64 at, __u64 len)
+{
+	struct dma_desc d = {
+		.op = op, .iova = windows[window] + at, .len = len,
+		.seed = ++self->random, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+
+	d = dma_run(_metadata, &self->m, 0, &d);
+	if (op == WRITE || op == FILL)
+		wrote(self, window, at, d.pos);
+	return d.status != VFIO_MOCK_DMA_COMPLETE;
+}
+
+#define GUARD	0x5555555555555555ULL
+
+/* Asks for a part of a window, and expects exactly the truth, which is told. */
+static void expect_report(struct __test_metadata *_metadata, log_data *self,
+			  unsigned int window, __u64 at, __u64 len, __u64 page_size)
+{
+	__u64 bits = len / page_size, i, page, *bitmap;
+	size_t words = (bits + 63) / 64;
+	bool want, got;
+
+	bitmap = calloc(words + 2, sizeof(*bitmap));
+	ASSERT_NE(NULL, bitmap);
+	bitmap[0] = GUARD;
+	bitmap[words + 1] = GUARD;
+	ASSERT_EQ(0, mig_log_report(&self->m.dev, windows[window] + at, len, page_size,
+				    bitmap + 1));
+	EXPECT_EQ(GUARD, bitmap[0])
+		PROMISE("REPORT writes to the bitmap alone");
+	EXPECT_EQ(GUARD, bitmap[words + 1])
+		PROMISE("REPORT writes to the bitmap alone");
+	for (i = 0; i < words * 64; i++) {
+		want = false;
+		if (i < bits) {
+			for (page = (at + i * page_size) / PAGE;
+			     page < (at + (i + 1) * page_size) / PAGE; page++) {
+				want |= self->truth[window][page];
+				self->truth[window][page] = 0;
+			}
+		}
+		got = bitmap[1 + i / 64] >> (i % 64) & 1;
+		EXPECT_EQ(want, got)
+			PROMISE("the log tells what was written and nothing else: bit %llu of REPORT of [%#llx, +%#llx) by %#llx, logged by %#llx",
+				i, windows[window] + at, len, page_size, self->granule);
+	}
+	free(bitmap);
+}
+
+/* START of @nr ranges; the truth begins. */
+static void log_start(struct __test_metadata *_metadata, log_data *self,
+		      const struct vfio_device_feature_dma_logging_range *ranges,
+		      __u32 nr, __u64 page_size)
+{
+	__u64 at, selected = page_size;
+	unsigned int w, page;
+	__u32 i;
+	int ret;
+
+	memset(self->truth, 0, sizeof(self->truth));
+	memset(self->logged, 0, sizeof(self->logged));
+	ret = mig_log_start(&self->m.dev, &selected, ranges, nr);
+	ASSERT_EQ(0, ret)
+		PROMISE("START of %u ranges by %#llx: %s", nr, page_size, strerror(-ret));
+	EXPECT_EQ(page_size, selected)
+		PROMISE("the device logs by the page size it is asked for");
+	self->granule = selected;
+	for (w = 0; w < WINDOWS; w++) {
+		for (page = 0; page < WINDOW_PAGES; page++) {
+			at = windows[w] + page * PAGE;
+			for (i = 0; i < nr; i++)
+				if (at >= ranges[i].iova &&
+				    at - ranges[i].iova < ranges[i].length)
+					self->logged[w][page] = 1;
+		}
+	}
+}
+
+/* Random transfers and reports; what fails in between is in the log, too. */
+static void log_random(struct __test_metadata *_metadata, log_data *self,
+		       unsigned int count)
+{
+	unsigned int i, w, failed = 0;
+	__u64 at, len, size;
+
+	for (i = 0; i < count; i++) {
+		w = log_pick(self, WINDOWS);
+		len = 1 + log_pick(self, log_pick(self, 8) ? 3 * PAGE : 40 * PAGE);
+		at = log_pick(self, WINDOW - (log_pick(self, 16) ? len : 0));
+		failed += log_transfer(_metadata, self, READ + log_pick(self, 3), w, at, len);
+		if (log_pick(self, 8))
+			continue;
+		w = log_pick(self, WINDOWS);
+		size = self->granule << log_pick(self, 3);
+		at = log_pick(self, WINDOW / size) * size;
+		len = (1 + log_pick(self, (WINDOW - at) / size)) * size;
+		expect_report(_metadata, self, w, at, len, size);
+	}
+	for (w = 0; w < WINDOWS; w++) {
+		expect_report(_metadata, self, w, 0, WINDOW, self->granule);
+		/* Clear on read. */
+		expect_report(_metadata, self, w, 0, WINDOW, self->granule);
+	}
+	EXPECT_LT(0U, failed)
+		TH_LOG("no transfer failed: this proves less than it should");
+}
+
+/* As QEMU: below 4 GiB, above, and devices up to the top. */
+static const struct vfio_device_feature_dma_logging_range like_qemu[] = {
+	{ .iova = 0, .length = 1ULL << 32 },
+	{ .iova = 1ULL << 32, .length = (1ULL << 63) - (1ULL << 32) },
+	{ .iova = 1ULL << 63, .length = (1ULL << 63) - (1ULL << 21) },
+};
+
+/* As Cloud Hypervisor: each memory region. */
+static const struct vfio_device_feature_dma_logging_range each_window[] = {
+	{ .iova = 0xffffffffffc00000ULL, .length = WINDOW },
+	{ .iova = 0, .length = WINDOW },
+	{ .iova = 0xfff00000ULL, .length = WINDOW },
+	{ .iova = 0x7000000000ULL, .length = WINDOW },
+};
+
+TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
+{
+	struct vfio_device_feature_dma_logging_range many[256];
+	unsigned int count = mig_times(1000), i;
+
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_random(_metadata, self, count * 2 / 10);
+	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	log_random(_metadata, self, count * 2 / 10);
+	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), 16 * PAGE);
+	log_random(_metadata, self, count * 2 / 10);
+	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+
+	/* As many as there may be: every other page, in no order. */
+	for (i = 0; i < ARRAY_SIZE(many); i++) {
+		many[i].iova = windows[i % 3] + (i * 89 % 256) * 2 * PAGE;
+		many[i].length = PAGE;
+	}
+	log_start(_metadata, self, many, ARRAY_SIZE(many), PAGE);
+	log_random(_metadata, self, count * 2 / 10);
+	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+
+	/* Not the whole of what is written to, and in large pages. */
+	many[0].iova = 256 * PAGE;
+	many[0].length = 128 * PAGE;
+	many[1].iova = windows[2];
+	many[1].length = 384 * PAGE;
+	log_start(_metadata, self, many, 2, 128 * PAGE);
+	log_random(_metadata, self, count * 2 / 10);
+}
+
+TEST_F(log, larger_pages_than_the_memory)
+{
+	static const struct vfio_device_feature_dma_logging_range all = {
+		.iova = 0, .length = 0xfffffffff0000000ULL,
+	}, huge = { .iova = 0, .length = 1ULL << 41 };
+	__u64 bitmap[1 << 18] = {}, page_size = PAGE, i;
+
+	/* The whole address space by one TiB, of which the log knows pages. */
+	ASSERT_EQ(0, mig_log_start(&self->m.dev, &page_size, &all, 1));
+	self->granule = page_size;
+	log_transfer(_metadata, self, FILL, 0, 5, 10);
+	log_transfer(_metadata, self, FILL, 1, 5, WINDOW - 5);
+	ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 63, 1ULL << 40, bitmap));
+	EXPECT_EQ(1U, bitmap[0]);
+	for (i = 1; i < ARRAY_SIZE(bitmap); i++) {
+		ASSERT_EQ(0U, bitmap[i])
+			PROMISE("REPORT by TiB tells what was written and nothing else");
+	}
+	bitmap[0] = 0;
+	ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 63, 1ULL << 40, bitmap));
+	EXPECT_EQ(0U, bitmap[0]);
+	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+
+	/* The largest page, and one that is too large. */
+	for (i = 30; i <= 40; i += 10) {
+		page_size = 1ULL << i;
+		ASSERT_EQ(0, mig_log_start(&self->m.dev, &page_size, &huge, 1));
+		EXPECT_EQ(1ULL << 30, page_size)
+			PROMISE("the device logs by pages of up to a GiB");
+		log_transfer(_metadata, self, FILL, READ_ONLY, 0, 8);
+		ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 41, 1ULL << 30, bitmap));
+		EXPECT_EQ(0U, bitmap[0])
+			PROMISE("what fails is not in the log");
+		/* Across the boundary of two pages. */
+		log_transfer(_metadata, self, FILL, 1, WINDOW / 2 - 4, 8);
+		ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 41, 1ULL << 30, bitmap));
+		EXPECT_EQ(3ULL << 3, bitmap[0]);
+		bitmap[0] = 0;
+		ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+	}
+}
+
+/* A client may ask for less than the page that was agreed on. */
+TEST_F(log, report_of_parts_of_a_page_loses_nothing)
+{
+	unsigned int i;
+
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), 16 * PAGE);
+	log_transfer(_metadata, self, FILL, 1, 35 * PAGE + 7, 10);
+	for (i = 30; i < 50; i += 2)
+		expect_report(_metadata, self, 1, i * PAGE, 2 * PAGE, PAGE);
+	log_transfer(_metadata, self, FILL, 1, 35 * PAGE + 7, 10);
+	for (i = 50; i; i -= 2)
+		expect_report(_metadata, self, 1, i * PAGE, 2 * PAGE, 2 * PAGE);
+}
+
+TEST_F(log, page_that_fails_is_not_logged)
+{
+	struct mock *m = &self->m;
+	unsigned int i;
+
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, windows[1], WINDOW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, windows[1], self->mem, 20 * PAGE, RW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, windows[1] + 21 * PAGE, self->mem,
+				 WINDOW - 21 * PAGE, RW));
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 15 * PAGE));
+	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 20 * PAGE + 3, 15 * PAGE));
+	EXPECT_TRUE(log_transfer(_metadata, self, FILL, READ_ONLY, 0, 15 * PAGE));
+	/* READ and CHURN write no memory of the user. */
+	log_transfer(_metadata, self, READ, 0, 0, 8 * PAGE);
+	log_transfer(_metadata, self, CHURN, 0, 0, 8 * PAGE);
+	for (i = 0; i < 10; i++) {
+		EXPECT_EQ(0, self->truth[1][i] | self->truth[1][i + 20])
+			STEP("have a truth to compare with");
+	}
+	for (i = 0; i < WINDOWS; i++)
+		expect_report(_metadata, self, i, 0, WINDOW, PAGE);
+}
+
+TEST_F(log, belongs_to_the_opening_of_the_device)
+{
+	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, STOP, STOP_COPY, RESUMING };
+	struct mock *m = &self->m;
+	unsigned int i;
+
+	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(m->dev.flags, states[i]))
+			continue;
+		log_transfer(_metadata, self, FILL, i % 3, 5 * PAGE, 2 * PAGE);
+		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
+		expect_report(_metadata, self, i % 3, 0, WINDOW, PAGE);
+		if (states[i] == RESUMING) {
+			ASSERT_EQ(0, mig_reset(&m->dev))
+				STEP("reset the device");
+		} else {
+			move_on(_metadata, &m->dev, RUNNING);
+		}
+		log_transfer(_metadata, self, FILL, i % 3, 15 * PAGE + 1, 2 * PAGE);
+		ASSERT_EQ(0, mig_reset(&m->dev));
+		expect_report(_metadata, self, i % 3, 0, WINDOW, PAGE);
+	}
+	log_transfer(_metadata, self, FILL, 0, 0, PAGE);
+	ASSERT_EQ(0, mig_log_stop(&m->dev));
+	log_transfer(_metadata, self, FILL, 0, PAGE, PAGE);
+	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
+
+	log_transfer(_metadata, self, FILL, 0, 0, PAGE);
+	mig_close_device(&m->dev);
+	ASSERT_EQ(0, mig_reopen_device(&m->dev));
+	if (variant->backend == MIG_IOMMUFD) {
+		ASSERT_EQ(0, mig_dma_map(&m->dev, 0, self->mem, WINDOW, RW))
+			STEP("map memory again");
+	}
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, PAGE, (__u64 *)self->mem))
+		PROMISE("close stops the log");
+	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
+	log_transfer(_metadata, self, FILL, 0, 7 * PAGE, PAGE);
+	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
+}
+
+/*
+ * The kernel does not tell the driver when a bitmap is not there, so that what
+ * the log had is lost; but it goes on.
+ */
+TEST_F(log, bad_bitmap_harms_nobody)
+{
+	__u8 *gone = mmap(NULL, 4 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct mock *m = &self->m;
+	unsigned int i;
+	__u64 *bad[] = { NULL, (void *)8, (void *)(~0ULL << 12), (void *)gone };
+
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	for (i = 0; i < ARRAY_SIZE(bad); i++) {
+		log_transfer(_metadata, self, FILL, 0, 0, WINDOW);
+		mig_log_report(&m->dev, 0, WINDOW, PAGE, bad[i]);
+		memset(self->truth, 0, sizeof(self->truth));
+	}
+	/* What was read or lost is gone; from here on nothing is. */
+	mig_log_report(&m->dev, 0, WINDOW, PAGE, (__u64 *)self->mem);
+	log_random(_metadata, self, 50);
+}
+
+/* Reports that are wrong in themselves. */
+TEST_F(log, report_arguments)
+{
+	struct mock *m = &self->m;
+	__u64 bitmap[64] = {}, i;
+
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_transfer(_metadata, self, FILL, 0, 0, 3 * PAGE);
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, 2048, bitmap));
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, 0, bitmap));
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, 3 * PAGE, bitmap));
+	EXPECT_EQ(-EOVERFLOW, mig_log_report(&m->dev, ~0ULL - PAGE + 1, PAGE, PAGE, bitmap));
+	for (i = 0; i < ARRAY_SIZE(bitmap); i++) {
+		EXPECT_EQ(0U, bitmap[i])
+			PROMISE("a refused REPORT reports nothing");
+	}
+	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
+
+	/* Nothing is logged there, or nothing at all is asked for. */
+	expect_report(_metadata, self, 2, 0, WINDOW, PAGE);
+	ASSERT_EQ(0, mig_log_stop(&m->dev));
+	log_start(_metadata, self, each_window, 1, PAGE);
+	log_transfer(_metadata, self, FILL, 0, 0, WINDOW);
+	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
+	EXPECT_EQ(0, mig_log_report(&m->dev, 1ULL << 62, WINDOW, PAGE, bitmap));
+	for (i = 0; i < ARRAY_SIZE(bitmap); i++) {
+		EXPECT_EQ(0U, bitmap[i])
+			PROMISE("nothing is reported outside of what is logged");
+	}
+}
+
+/*
+ * What the log is for: somebody who copies each page that it tells, after it
+ * told, ends with what the device wrote, while the device never rests.
+ */
+TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
+{
+	const __u64 base = windows[1];
+	unsigned int rounds = mig_times(40), i, n;
+	__u8 *copy = malloc(WINDOW);
+	struct mock *m = &self->m;
+	__u64 bitmap[WINDOW_PAGES / 64], page;
+
+	ASSERT_NE(NULL, copy);
+	fill(_metadata, m, 0, m->size, 77);
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	memcpy(copy, self->mem, WINDOW);
+	for (i = 0; i < 8; i++) {
+		struct dma_desc d = {
+			.op = i % 2 ? FILL : WRITE, .iova = base + i * 61 * PAGE + i,
+			.len = 60 * PAGE, .step = 100 + 1000 * i, .period = 1 + i,
+			.seed = (__u64)i << 32, .addr = i * PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+
+		dma_set(_metadata, m, i, &d);
+		dma_ring(_metadata, m, i);
+	}
+	for (i = 0; i <= rounds; i++) {
+		if (i == rounds) {
+			for (n = 0; n < 8; n++)
+				dma_wait_moved(_metadata, m, n, PAGE);
+			ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+		}
+		memset(bitmap, 0, sizeof(bitmap));
+		ASSERT_EQ(0, mig_log_report(&m->dev, base, WINDOW, PAGE, bitmap));
+		for (page = 0; page < WINDOW_PAGES; page++)
+			if (bitmap[page / 64] >> (page % 64) & 1)
+				memcpy(copy + page * PAGE, self->mem + page * PAGE, PAGE);
+	}
+	expect_bytes(_metadata, self->mem, copy, WINDOW, "the copy made by the log");
+	free(copy);
+}
+
+TEST_HARNESS_MAIN
