@@ -28,6 +28,9 @@ use kernel::{
 /// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.
 const WORD: usize = size_of::<u64>();
 
+/// The whole words in a range, and where the bytes in front of and behind them are.
+type Parts<'a> = (Range<usize>, &'a [UnsafeCell<u64>], Range<usize>);
+
 /// Memory of a device, made of whole pages, which many may read and write at the same time.
 ///
 /// It is a RAM that several bus masters see: nobody excludes anybody. A reader that meets a
@@ -70,34 +73,39 @@ impl Memory {
         self.words.len() * WORD
     }
 
-    /// Returns what the words in `range` hold, counted in words and cut to the size of the memory.
+    /// Returns what the words of a page hold, `N` at a time. What does not fill `N` at the end of
+    /// the page is left out.
     #[inline]
-    pub(crate) fn words(&self, range: Range<usize>) -> impl Iterator<Item = u64> + '_ {
-        let end = range.end.min(self.words.len());
-        let words = self.words.get(range.start..end).unwrap_or(&[]);
-        // SAFETY: The word is inside the memory, and the access is volatile.
-        words
-            .iter()
-            .map(|word| unsafe { word.get().read_volatile() })
-    }
-
-    /// Returns what the words of a page hold.
-    #[inline]
-    pub(crate) fn page(&self, page: usize) -> impl Iterator<Item = u64> + '_ {
+    pub(crate) fn page<const N: usize>(&self, page: usize) -> impl Iterator<Item = [u64; N]> + '_ {
         let start = page.saturating_mul(PAGE_SIZE / WORD);
-        self.words(start..start.saturating_add(PAGE_SIZE / WORD))
+        let end = start.saturating_add(PAGE_SIZE / WORD);
+        let words = self.words.get(start..end).unwrap_or(&[]);
+        words.chunks_exact(N).map(|words| {
+            core::array::from_fn(|index| {
+                // SAFETY: The word is inside the memory, and the access is volatile.
+                words
+                    .get(index)
+                    .map_or(0, |word| unsafe { word.get().read_volatile() })
+            })
+        })
     }
 
-    /// Writes words from the word `start` on, as far as there are any and the memory reaches, and
-    /// returns how many it wrote.
+    /// Writes words from the word `start` on, `N` at a time, as far as there are any and there is
+    /// room for `N`, and returns how many it wrote.
     #[inline]
-    pub(crate) fn set_words(&self, start: usize, words: impl Iterator<Item = u64>) -> usize {
+    pub(crate) fn set_words<const N: usize>(
+        &self,
+        start: usize,
+        words: impl Iterator<Item = [u64; N]>,
+    ) -> usize {
         let to = self.words.get(start..).unwrap_or(&[]);
         let mut count = 0;
-        for (to, word) in to.iter().zip(words) {
-            // SAFETY: The word is inside the memory, and the access is volatile.
-            unsafe { to.get().write_volatile(word) };
-            count += 1;
+        for (to, words) in to.chunks_exact(N).zip(words) {
+            for (to, word) in to.iter().zip(words) {
+                // SAFETY: The word is inside the memory, and the access is volatile.
+                unsafe { to.get().write_volatile(word) };
+            }
+            count += N;
         }
         count
     }
@@ -127,26 +135,19 @@ impl Memory {
     ///
     /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
     pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result {
-        let from = self.checked(offset, to.len())?;
-        let mut done = 0;
-        while done < to.len() {
-            let at = from.wrapping_add(done);
-            if at.addr() % WORD == 0 && to.len() - done >= WORD {
-                // SAFETY: `checked()` established that the range is inside the allocation, which
-                // lives as long as `self`, and `at` is aligned.
-                let word = unsafe { at.cast::<u64>().read_volatile() };
-                if let Some(part) = to.get_mut(done..done + WORD) {
-                    part.copy_from_slice(&word.to_ne_bytes());
-                }
-                done += WORD;
-            } else {
-                // SAFETY: As above; a byte has no alignment.
-                let byte = unsafe { at.read_volatile() };
-                if let Some(part) = to.get_mut(done) {
-                    *part = byte;
-                }
-                done += 1;
-            }
+        let (head, words, tail) = self.parts(offset, to.len())?;
+        let (to_head, to) = to.split_at_mut(head.len());
+        let mut to = to.chunks_exact_mut(WORD);
+        for (from, to) in words.iter().zip(&mut to) {
+            // SAFETY: The word is inside the memory, and the access is volatile.
+            let word = unsafe { from.get().read_volatile() };
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        let to_tail = to.into_remainder();
+        for (at, to) in Iterator::chain(head.zip(to_head), tail.zip(to_tail)) {
+            // SAFETY: `parts()` established that the byte is inside the memory, which lives as long
+            // as `self`; the access is volatile.
+            *to = unsafe { self.byte(at).read_volatile() };
         }
         Ok(())
     }
@@ -155,38 +156,45 @@ impl Memory {
     ///
     /// Fails with `EINVAL` if the range is not inside the memory; nothing is copied then.
     pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result {
-        let to = self.checked(offset, from.len())?;
-        let mut done = 0;
-        while let Some(rest) = from.get(done..).filter(|rest| !rest.is_empty()) {
-            let at = to.wrapping_add(done);
-            match rest.first_chunk::<WORD>() {
-                Some(word) if at.addr() % WORD == 0 => {
-                    // SAFETY: `checked()` established that the range is inside the allocation,
-                    // which lives as long as `self`; `at` is aligned, and the words are cells.
-                    unsafe { at.cast::<u64>().write_volatile(u64::from_ne_bytes(*word)) };
-                    done += WORD;
-                }
-                _ => {
-                    // SAFETY: As above; a byte has no alignment.
-                    unsafe { at.write_volatile(rest[0]) };
-                    done += 1;
-                }
-            }
+        let (head, words, tail) = self.parts(offset, from.len())?;
+        let (from_head, from) = from.split_at(head.len());
+        let mut from = from.chunks_exact(WORD);
+        for (to, from) in words.iter().zip(&mut from) {
+            let word = u64::from_ne_bytes(from.try_into().map_err(|_| EINVAL)?);
+            // SAFETY: The word is inside the memory, and the access is volatile.
+            unsafe { to.get().write_volatile(word) };
+        }
+        let from_tail = from.remainder();
+        for (at, from) in Iterator::chain(head.zip(from_head), tail.zip(from_tail)) {
+            // SAFETY: `parts()` established that the byte is inside the memory, which lives as long
+            // as `self`; the access is volatile, and the words are cells.
+            unsafe { self.byte(at).write_volatile(*from) };
         }
         Ok(())
     }
 
-    /// Returns where `offset` is, if `len` bytes from there on are inside the memory.
-    fn checked(&self, offset: usize, len: usize) -> Result<*mut u8> {
-        if offset.checked_add(len).is_none_or(|end| end > self.size()) {
+    /// Returns what a range is made of: the bytes in front of the whole words, these, and the bytes
+    /// behind them.
+    ///
+    /// Fails with `EINVAL` if the range is not inside the memory.
+    fn parts(&self, offset: usize, len: usize) -> Result<Parts<'_>> {
+        let end = offset.checked_add(len).ok_or(EINVAL)?;
+        if end > self.size() {
             return Err(EINVAL);
         }
+        let first = offset.div_ceil(WORD);
+        let last = (end / WORD).max(first);
+        let words = self.words.get(first..last).unwrap_or(&[]);
+        Ok((
+            offset..end.min(first * WORD),
+            words,
+            end.min(last * WORD)..end,
+        ))
+    }
+
+    /// Returns where a byte is, which must be inside the memory.
+    fn byte(&self, at: usize) -> *mut u8 {
         // The words are cells, hence writable through a shared reference.
-        Ok(self
-            .words
-            .as_ptr()
-            .cast_mut()
-            .cast::<u8>()
-            .wrapping_add(offset))
+        self.words.as_ptr().cast_mut().cast::<u8>().wrapping_add(at)
     }
 }

@@ -9,7 +9,14 @@ use kernel::{
 };
 
 use crate::memory::Memory;
-use core::ops::Range;
+use core::{
+    mem::MaybeUninit,
+    ops::Range,
+    slice, //
+};
+
+/// How much a [`Block`] takes from the user at once.
+const BLOCK: usize = 64 << 10;
 
 /// The part of a user's buffer that a call has not reached yet.
 ///
@@ -68,15 +75,45 @@ impl UserBuf {
     ///
     /// May sleep and may fault.
     pub(crate) fn read(&mut self, to: &mut [u8]) -> usize {
-        let len = to.len().min(self.len);
-        // SAFETY: `to` is valid for writes of `len` bytes.
-        let left = unsafe {
-            bindings::copy_from_user(
-                to.as_mut_ptr().cast::<c_void>(),
-                self.ptr.as_const_ptr(),
-                len,
-            )
-        };
+        // SAFETY: `to` is valid for writes of its length.
+        unsafe { self.read_raw(to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Copies at most `room` bytes from the user and returns how many came.
+    ///
+    /// # Safety
+    ///
+    /// `to` must be valid for writes of `room` bytes.
+    unsafe fn read_raw(&mut self, to: *mut u8, room: usize) -> usize {
+        let len = room.min(self.len);
+        // SAFETY: By the safety requirements.
+        let left =
+            unsafe { bindings::copy_from_user(to.cast::<c_void>(), self.ptr.as_const_ptr(), len) };
         self.advance(len - left as usize)
+    }
+}
+
+/// Room for what comes from a user.
+pub(crate) struct Block(KVBox<MaybeUninit<[u8; BLOCK]>>);
+
+impl Block {
+    /// Makes room. May sleep.
+    ///
+    /// Fails with `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        // Not worth to be zeroed, as it is written before it is read.
+        Ok(Self(KVBox::new_uninit(GFP_KERNEL_ACCOUNT)?))
+    }
+
+    /// Copies bytes from the user and returns those that came; fewer than there is room for at a
+    /// fault or at the end of the buffer.
+    ///
+    /// May sleep and may fault.
+    pub(crate) fn read(&mut self, user: &mut UserBuf) -> &[u8] {
+        let to = self.0.as_mut_ptr().cast::<u8>();
+        // SAFETY: `to` is valid for writes of `BLOCK` bytes.
+        let copied = unsafe { user.read_raw(to, BLOCK) };
+        // SAFETY: So many bytes have been written, and the reference to them borrows `self`.
+        unsafe { slice::from_raw_parts(to, copied) }
     }
 }

@@ -14,10 +14,13 @@ use crate::{
         Registers, //
     },
     stream::{
+        lanes,
         page_digest,
         pattern_word,
         words,
-        Digest, //
+        Digest,
+        PageDigest,
+        PAGE_SIZE, //
     },
 };
 use core::ops::Range;
@@ -117,8 +120,9 @@ impl Chip {
 
     /// Lets DMA go on.
     pub(crate) fn resume_dma(&self) {
-        self.dma.resume();
-        self.endpoint.wake();
+        if self.dma.resume() {
+            self.endpoint.wake();
+        }
     }
 
     /// Brings the device into the state of power on.
@@ -200,7 +204,18 @@ impl Chip {
 
     /// Returns the digest of a page, as it is in the stream.
     pub(crate) fn page_digest(&self, page: usize) -> u64 {
-        page_digest(page as u64, self.memory.page(page).map(u64::from_le))
+        let words = self.memory.page(page);
+        page_digest(page as u64, words.map(|words| words.map(u64::from_le)))
+    }
+
+    /// Writes all bytes of a page that comes by the stream, and returns its digest.
+    pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) -> u64 {
+        let mut digest = PageDigest::new(page as u64);
+        let words = lanes(bytes).inspect(|words| digest.add(*words));
+        let start = page * (PAGE_SIZE / WORD);
+        self.memory
+            .set_words(start, words.map(|words| words.map(u64::to_le)));
+        digest.value()
     }
 
     /// Returns all of the device's state but its memory.
@@ -284,7 +299,7 @@ fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
         range.start.max(whole.end * WORD)..range.end,
     ];
     let start = whole.start;
-    let words = whole.map(|index| pattern_word(seed, index as u64).to_le());
+    let words = whole.map(|index| [pattern_word(seed, index as u64).to_le()]);
     memory.set_words(start, words);
     for at in edges.into_iter().flatten() {
         let bytes = pattern_word(seed, (at / WORD) as u64).to_le_bytes();

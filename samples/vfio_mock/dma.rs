@@ -116,9 +116,11 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets what is queued start. The caller wakes the device.
-    pub(crate) fn resume(&self) {
-        self.queue.lock().pause(false);
+    /// Lets what is queued start, and tells whether there is any; then the caller wakes the device.
+    pub(crate) fn resume(&self) -> bool {
+        let mut queue = self.queue.lock();
+        queue.pause(false);
+        queue.is_busy()
     }
 
     /// Brings the engine into the state of power on. Waits for the piece under way, which fails if

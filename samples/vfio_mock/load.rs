@@ -37,6 +37,10 @@ impl Sink for Target {
         self.chip.page_digest(page as usize)
     }
 
+    fn write_page(&mut self, page: u64, bytes: &[u8]) -> u64 {
+        self.chip.write_page(page as usize, bytes)
+    }
+
     fn registers(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         let snapshot = bytes.try_into().map_err(|_| StreamError::BadRegisters)?;
         if !self.chip.accepts(&snapshot) {

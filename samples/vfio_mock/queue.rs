@@ -347,8 +347,13 @@ impl Queue {
 
     /// Returns bits that tell what the device is doing.
     pub fn status(&self) -> u32 {
-        let busy = self.descriptors.iter().any(|d| d.status.is_devices());
-        (if busy { STATUS_BUSY } else { 0 }) | (if self.paused { STATUS_PAUSED } else { 0 })
+        (if self.is_busy() { STATUS_BUSY } else { 0 })
+            | (if self.paused { STATUS_PAUSED } else { 0 })
+    }
+
+    /// Returns whether a descriptor is the device's.
+    pub fn is_busy(&self) -> bool {
+        self.descriptors.iter().any(|d| d.status.is_devices())
     }
 
     /// Returns why the last doorbell or abort was refused.

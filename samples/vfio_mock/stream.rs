@@ -28,6 +28,9 @@
 //! of the identity. A sum can be kept while pages are sent again and in any order. It finds
 //! corruption and programming errors. It is no protection against an author who wants two states to
 //! collide.
+//!
+//! The digest of a page is that of the digests of its [`LANES`] lanes, of which each has every
+//! fourth word.
 
 use core::ops::DerefMut;
 
@@ -99,6 +102,9 @@ const DIGEST_REGISTERS: u64 = 3;
 
 /// Where the digest of page 0 starts; each next page starts one higher.
 const DIGEST_PAGE: u64 = 0x100;
+
+/// How many digests the words of a page are dealt out to, one after the other.
+pub const LANES: usize = 4;
 
 /// Returns the size of a pages record of `pages` pages with its header.
 pub const fn run_record(pages: u64) -> u64 {
@@ -204,7 +210,11 @@ fn encode<const N: usize>(words: &[u64]) -> [u8; N] {
 }
 
 /// Returns the little-endian word that starts with `bytes`, padded with zeros.
+#[inline]
 fn word(bytes: &[u8]) -> u64 {
+    if let Some(word) = bytes.first_chunk() {
+        return u64::from_le_bytes(*word);
+    }
     let mut word = [0; 8];
 
     for (to, from) in word.iter_mut().zip(bytes) {
@@ -216,6 +226,12 @@ fn word(bytes: &[u8]) -> u64 {
 /// Returns the little-endian words of `bytes`, the last one padded with zeros.
 pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks(8).map(word)
+}
+
+/// Returns the little-endian words of `bytes`, for [`page_digest`]; what does not fill all lanes is
+/// left out.
+pub fn lanes(bytes: &[u8]) -> impl Iterator<Item = [u64; LANES]> + '_ {
+    bytes.chunks_exact(8 * LANES).map(read)
 }
 
 /// Returns two numbers of 32 bits as one word.
@@ -275,12 +291,53 @@ pub fn digest(start: u64, words: impl Iterator<Item = u64>) -> u64 {
     digest.value()
 }
 
-/// Returns the digest of the page number `page` with the content `words`.
+/// The digest of a page in progress.
 ///
-/// It is never 0, which stands for a page that was not sent: 1 takes its place.
+/// Each lane is a digest of its own, because a step has to wait for the one before.
+#[derive(Clone, Copy, Debug)]
+pub struct PageDigest {
+    /// Where the digest starts.
+    start: u64,
+
+    /// The digests of the lanes.
+    lanes: [Digest; LANES],
+}
+
+impl PageDigest {
+    /// Starts the digest of the page number `page`.
+    #[inline]
+    pub const fn new(page: u64) -> Self {
+        let start = page.wrapping_add(DIGEST_PAGE);
+
+        Self {
+            start,
+            lanes: [Digest::new(start); LANES],
+        }
+    }
+
+    /// Adds the next words.
+    #[inline]
+    pub fn add(&mut self, words: [u64; LANES]) {
+        for (lane, word) in self.lanes.iter_mut().zip(words) {
+            lane.add(word);
+        }
+    }
+
+    /// Returns the digest of the words added so far.
+    ///
+    /// It is never 0, which stands for a page that was not sent: 1 takes its place.
+    pub fn value(self) -> u64 {
+        digest(self.start, self.lanes.into_iter().map(Digest::value)).max(1)
+    }
+}
+
+/// Returns the digest of the page number `page` with the content `words`.
 #[inline]
-pub fn page_digest(page: u64, words: impl Iterator<Item = u64>) -> u64 {
-    digest(page.wrapping_add(DIGEST_PAGE), words).max(1)
+pub fn page_digest(page: u64, words: impl Iterator<Item = [u64; LANES]>) -> u64 {
+    let mut digest = PageDigest::new(page);
+
+    words.for_each(|words| digest.add(words));
+    digest.value()
 }
 
 /// Returns the digest of the device registers.
@@ -504,12 +561,17 @@ fn read<const N: usize>(bytes: &[u8]) -> [u64; N] {
 pub trait Sink {
     /// Writes `bytes` to the state memory from byte `offset` on.
     ///
-    /// The range is inside the memory, not empty, and inside one record of pages. It may cross page
-    /// boundaries.
+    /// The range is inside the memory, not empty, and inside one page.
     fn write(&mut self, offset: u64, bytes: &[u8]);
 
     /// Returns the [`page_digest`] of what the memory holds now.
     fn page_digest(&self, page: u64) -> u64;
+
+    /// Writes all `bytes` of a page and returns its [`page_digest`], at one go.
+    fn write_page(&mut self, page: u64, bytes: &[u8]) -> u64 {
+        self.write(page * PAGE_SIZE as u64, bytes);
+        self.page_digest(page)
+    }
 
     /// Checks the device registers and keeps them.
     ///
@@ -803,9 +865,27 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
         let (bytes, behind, left) = take(bytes, left);
         let end = offset + bytes.len() as u64;
 
-        sink.write(offset, bytes);
-        for page in offset / PAGE_SIZE as u64..end / PAGE_SIZE as u64 {
-            self.digests.set(page, sink.page_digest(page));
+        // Up to the next page, whole pages, and the beginning of another one.
+        let inside = (offset % PAGE_SIZE as u64) as usize;
+        let (head, rest) = match inside {
+            0 => (&[] as &[u8], bytes),
+            inside => bytes.split_at(bytes.len().min(PAGE_SIZE - inside)),
+        };
+        if !head.is_empty() {
+            sink.write(offset, head);
+            if inside + head.len() == PAGE_SIZE {
+                let page = offset / PAGE_SIZE as u64;
+                self.digests.set(page, sink.page_digest(page));
+            }
+        }
+        let pages = (offset + head.len() as u64).div_ceil(PAGE_SIZE as u64);
+        let mut whole = rest.chunks_exact(PAGE_SIZE);
+        for (page, bytes) in (pages..).zip(&mut whole) {
+            self.digests.set(page, sink.write_page(page, bytes));
+        }
+        let tail = whole.remainder();
+        if !tail.is_empty() {
+            sink.write(end - tail.len() as u64, tail);
         }
         self.expect = match left {
             0 => Expect::Header,

@@ -250,8 +250,9 @@ impl StateMemory {
         self.0.memory.read(offset, to)
     }
 
-    /// Returns what the words of a page hold.
-    pub fn page(&self, page: usize) -> impl Iterator<Item = u64> + '_ {
+    /// Returns what the words of a page hold, `N` at a time. What does not fill `N` at the end of
+    /// the page is left out.
+    pub fn page<const N: usize>(&self, page: usize) -> impl Iterator<Item = [u64; N]> + '_ {
         self.0.memory.page(page)
     }
 
@@ -265,9 +266,9 @@ impl StateMemory {
         Ok(())
     }
 
-    /// Writes words from the word `start` on, as far as there are any and the memory reaches, and
-    /// marks their pages. Does not sleep, unless `words` does.
-    pub fn set_words(&self, start: usize, words: impl Iterator<Item = u64>) {
+    /// Writes words from the word `start` on, `N` at a time, as far as there are any and there is
+    /// room for `N`, and marks their pages. Does not sleep, unless `words` does.
+    pub fn set_words<const N: usize>(&self, start: usize, words: impl Iterator<Item = [u64; N]>) {
         let count = self.0.memory.set_words(start, words);
         if count > 0 {
             self.changed(start * WORD..(start + count) * WORD);
@@ -276,7 +277,7 @@ impl StateMemory {
 
     /// Sets every byte to zero and marks all pages. Does not sleep.
     pub fn clear(&self) {
-        self.set_words(0, core::iter::repeat(0));
+        self.set_words(0, core::iter::repeat([0; 8]));
     }
 
     /// Lets all pages count as never streamed, because the device has initialised itself anew.

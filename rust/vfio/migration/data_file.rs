@@ -21,7 +21,10 @@ use crate::{
         Device,
         Open, //
     },
-    user::UserBuf,
+    user::{
+        Block,
+        UserBuf, //
+    },
 };
 use core::{
     marker::PhantomData,
@@ -60,9 +63,6 @@ const MIG_GET_PRECOPY_INFO: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO
 
 /// The number that the ioctl had when it was proposed, with the same argument.
 const DEVICE_MIG_PRECOPY: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 22);
-
-/// How much of a write() is taken from the user at once.
-const BLOCK: usize = 64 << 10;
 
 /// What is in a saving session until it ends.
 struct Saving<M: Migratable> {
@@ -381,7 +381,7 @@ const POLLRDHUP: u32 = 0x2000;
 struct Loading<M: Migratable> {
     loader: M::Loader,
     /// Where a write() is taken from the user to; it is with the writer while that copies.
-    block: Option<KVVec<u8>>,
+    block: Option<Block>,
     /// Why the stream was refused.
     failed: Option<Error>,
 }
@@ -408,7 +408,7 @@ impl<M: Migratable> LoadSession<M> {
     pub(super) fn begin(driver: &Arc<M>) -> Result<(Arc<Self>, ARef<File>)> {
         let notifier = Notifier::new()?;
         let loading = Loading {
-            block: Some(KVVec::zeroed(BLOCK, GFP_KERNEL_ACCOUNT)?),
+            block: Some(Block::new()?),
             loader: M::load(driver, notifier.clone())?,
             failed: None,
         };
@@ -446,7 +446,7 @@ impl<M: Migratable> LoadSession<M> {
     }
 
     /// Takes turns with other writers, and what the turn consists in.
-    fn claim(&self, nonblock: bool) -> Result<KVVec<u8>> {
+    fn claim(&self, nonblock: bool) -> Result<Block> {
         let mut guard = self.loading.lock();
         loop {
             let loading = (*guard).as_mut().ok_or(ENODEV)?;
@@ -482,7 +482,7 @@ impl<M: Migratable> LoadSession<M> {
         }
     }
 
-    fn unclaim(&self, block: KVVec<u8>) {
+    fn unclaim(&self, block: Block) {
         if let Some(loading) = &mut *self.loading.lock() {
             loading.block = Some(block);
         }
@@ -515,14 +515,14 @@ impl<M: Migratable> LoadSession<M> {
                 Ok(false) => break Ok(()),
                 Err(e) => break Err(e),
             }
-            let copied = user.read(&mut block);
-            if copied == 0 {
+            let bytes = block.read(user);
+            if bytes.is_empty() {
                 break Err(EFAULT);
             }
-            if let Err(e) = self.load(block.get(..copied).unwrap_or(&[])) {
+            if let Err(e) = self.load(bytes) {
                 break Err(e);
             }
-            done += copied;
+            done += bytes.len();
         };
         self.unclaim(block);
         if done > 0 {

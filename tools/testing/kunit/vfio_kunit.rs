@@ -385,6 +385,7 @@ mod stream_tests {
     use super::stream::{
         self,
         digest,
+        lanes,
         page_digest,
         pattern_word,
         registers_digest,
@@ -437,7 +438,7 @@ mod stream_tests {
         out.extend_from_slice(&run_header(0, PAGES as u64), GFP_KERNEL)?;
         out.extend_from_slice(memory, GFP_KERNEL)?;
         for (page, content) in (0..).zip(memory.chunks(PAGE_SIZE)) {
-            digests.set(page, page_digest(page, words(content)));
+            digests.set(page, page_digest(page, lanes(content)));
         }
         tally.record(registers_record(REGISTERS.len()));
         out.extend_from_slice(&registers_header(REGISTERS.len()), GFP_KERNEL)?;
@@ -475,7 +476,7 @@ mod stream_tests {
         fn page_digest(&self, page: u64) -> u64 {
             let content = self.memory.chunks(PAGE_SIZE).nth(page as usize);
 
-            page_digest(page, words(content.unwrap_or_default()))
+            page_digest(page, lanes(content.unwrap_or_default()))
         }
 
         fn registers(&mut self, bytes: &[u8]) -> Result<(), stream::Error> {
@@ -516,7 +517,7 @@ mod stream_tests {
         // The same numbers as in the tests of the host.
         assert_eq!(pattern_word(0, 0), 0xe220a8397b1dcdaf);
         assert_eq!(image.len(), 8348);
-        assert_eq!(digest(0, words(&image)), 0x9263ebea7230a7d1);
+        assert_eq!(digest(0, words(&image)), 0x6acc4e38c0733eb9);
         Ok(())
     }
 
