@@ -13,21 +13,22 @@
 #            vfio_minimal.ko and vfio_note.ko are beside it
 # --shapes   all four migration_flags, one after the other, instead of those the
 #            module is loaded with
-# --whole    the largest devices and the exhaustive damage to streams for each of
-#            them, instead of for the last one
+# --whole    all programs, the largest devices and the exhaustive damage to streams
+#            for each of them, instead of for the last one
 #
 # VFIO_MIGRATION_ROUNDS=N makes the tests that repeat something do it N times as
-# often. Options of the tests are those of kselftest_harness.h: "-t NAME".
+# often, VFIO_FUZZ_CALLS=N is how many calls the fuzzer makes, VFIO_FUZZ_SEED=N what
+# they are made of. Options of the tests are those of kselftest_harness.h: "-t NAME".
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 programs=$here
 module=$here/../../../../vfio_mock.ko
 shapes=
 extent=brief
-# What runs on vfio_mock: with each of the migration_flags, or with one of them.
-each=(vfio_migration_test vfio_mock_test vfio_mock_irq_test vfio_mock_stream_test
-	vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
-once=(vfio_mock_log_test vfio_mock_stress)
+# What runs on vfio_mock: with each of the migration_flags, or with all of them set.
+each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
+most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
+once=(vfio_mock_log_test vfio_mock_stress vfio_mock_fuzz_test)
 # How many results there are from the other devices.
 others=2
 while :; do
@@ -138,9 +139,6 @@ run_all()
 				options+=(-T "$test")
 			done
 			;;
-		brief:vfio_mock_dma_test)
-			options=(-V group)
-			;;
 		esac
 		run "$program" "${options[@]}" "$@"
 	done
@@ -189,6 +187,11 @@ run_others()
 	fi
 }
 
+if [ -z "$shapes" ] || [ "$extent" = whole ]; then
+	each+=("${most[@]}")
+else
+	once=("${most[@]}" "${once[@]}")
+fi
 for program in "${each[@]}" "${once[@]}"; do
 	if [ ! -x "$programs/$program" ]; then
 		say "$programs/$program: build it, or name its folder with -b"
