@@ -58,8 +58,11 @@ selftest:		## build the kselftests and run them in the test machine
 selftest-mtty:		## run them on the kernel's mtty sample, and compare
 	$(testing)/run build mtty
 
+selftest-mutations:	## break the mock device in many ways: the tests notice each
+	$(testing)/run build mutations
+
 soak:			## all of the kselftests, longer and on everything
-	$(testing)/run build soak mtty
+	$(testing)/run build soak mtty mutations
 
 bench: modules		## measure, print a table, write bench.json
 	$(testing)/bench $(BENCHFLAGS)
@@ -90,9 +93,11 @@ help:			## print this
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
+	echo 'ONLY="name..."    the mutations of selftest-mutations, not all of them'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kdir vm shell demo test
-.PHONY: test-host selftest selftest-mtty soak bench lint doc htmldocs series
+.PHONY: test-host selftest selftest-mtty selftest-mutations soak bench lint doc
+.PHONY: htmldocs series
 .PHONY: rust-analyzer clean help

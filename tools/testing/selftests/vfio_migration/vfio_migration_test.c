@@ -612,6 +612,7 @@ struct sharer {
 	size_t len;
 	struct sharer *after;		/* begins when that one has begun, or NULL */
 	atomic_bool begun;
+	struct poller poller;		/* of a reader, to know when it sleeps */
 	int err;
 };
 
@@ -620,9 +621,11 @@ static void *reader_main(void *arg)
 	struct sharer *s = arg;
 	ssize_t ret;
 
+	atomic_store(&s->poller.tid, gettid());
 	while ((ret = mig_pieces_read(s->fd, &s->got, s->chunk)) > 0)
 		;
 	s->err = ret;
+	atomic_store(&s->poller.done, true);
 	return NULL;
 }
 
@@ -1267,6 +1270,14 @@ static bool offer(struct __test_metadata *_metadata, const struct mig_device *de
 	return ret != 0;
 }
 
+/* After each refusal a good image loads; tried once at the end if that takes long. */
+static void load_after_refusal(struct __test_metadata *_metadata,
+			       const struct mig_device *dev, const struct mig_stream *image)
+{
+	if (image->len <= 1 << 20)
+		load_and_run(_metadata, dev, image, 0);
+}
+
 TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 {
 	struct mig_device second = { .fd = -1 }, *to;
@@ -1291,6 +1302,7 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 			PROMISE("if the user provided data is found to be incomplete the migration driver must fail SET_STATE (%zu of %zu bytes)",
 				at, image.len);
 		go_home(_metadata, to);
+		load_after_refusal(_metadata, to, &image);
 	}
 	load_and_run(_metadata, to, &image, 0);
 }
@@ -1313,6 +1325,7 @@ TEST_F_TIMEOUT(device, damaged_image_is_survived, 120)
 		bad.data[i] = image.data[i];
 		ASSERT_EQ(0, mig_reset(to));
 		expect_state(_metadata, to, RUNNING, "after RESET of a damaged image");
+		load_after_refusal(_metadata, to, &image);
 	}
 	EXPECT_NE(0U, refused)
 		PROMISE("if the user provided data is found to be invalid the migration driver must fail SET_STATE (%zu damaged bytes went unnoticed)",
@@ -1741,6 +1754,59 @@ static void *ender_main(void *arg)
 		break;
 	}
 	return NULL;
+}
+
+/* While one reader is kept from going on, another reads all that it can get. */
+TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
+{
+	struct mig_pieces first = {};
+	struct sharer behind = {};
+	size_t len[2];
+	struct stalled ahead = {};
+	struct mig_stream image = {};
+	__u8 *content;
+	int ret;
+
+	if (!save_steady(_metadata, &self->dev, &image))
+		SKIP(return, "two images of the stopped device differ");
+	ret = mig_stall_start(&ahead.stall);
+	if (ret == -EOPNOTSUPP)
+		SKIP(return, "there is no userfaultfd that stalls the kernel");
+	ASSERT_EQ(0, ret);
+	content = calloc(1, ahead.stall.len);
+	ASSERT_NE(NULL, content);
+
+	/* In the middle, where a device that works in blocks is inside of one. */
+	ahead.fd = go(_metadata, &self->dev, STOP_COPY);
+	while (first.data.len < image.len / 2)
+		ASSERT_LT(0, mig_read(ahead.fd, &first.data, image.len / 2 - first.data.len));
+	len[0] = first.data.len;
+	ahead.len = image.len / 3;
+	if (ahead.len > ahead.stall.len)
+		ahead.len = ahead.stall.len;
+	ASSERT_EQ(0, pthread_create(&ahead.thread, NULL, stalled_main, &ahead));
+	ASSERT_EQ(0, mig_stall_wait(&ahead.stall));
+	behind.fd = ahead.fd;
+	behind.chunk = image.len / 10 + 1;
+	ASSERT_EQ(0, pthread_create(&behind.thread, NULL, reader_main, &behind));
+	/* It waits for its turn, or has come to the end. */
+	wait_until_asleep(&behind.poller);
+	ASSERT_EQ(0, mig_stall_end(&ahead.stall, content));
+	ASSERT_TRUE(joined(ahead.thread));
+	ASSERT_TRUE(joined(behind.thread));
+	ASSERT_LT(0, ahead.ret)
+		STEP("read with a fault: %s", strerror(-ahead.ret));
+	EXPECT_EQ(0, behind.err)
+		PROMISE("the reader behind comes to the permanent end: %s",
+			strerror(-behind.err));
+
+	ASSERT_EQ(0, mig_stream_add(&first.data, ahead.stall.page, ahead.ret));
+	len[1] = ahead.ret;
+	first.len = len;
+	first.nr = 2;
+	EXPECT_EQ(1, mig_pieces_make_up(&image, &first, &behind.got))
+		PROMISE("parallel readers get bytes that follow each other, in order (%zd and %zu of %zu)",
+			ahead.ret, behind.got.data.len, image.len);
 }
 
 static void check_stalled(struct __test_metadata *_metadata, struct guest *g,
