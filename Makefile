@@ -30,6 +30,9 @@ setup:			## install the tools that are missing, check the versions of all
 kernel:			## get, configure and build the test kernel
 	$(vm)/kernel
 
+kernel-debug:		## the same with what finds faults; takes much longer
+	VFIO_KERNEL=debug $(vm)/kernel
+
 kdir:			## print the build folder of the kernel
 	$(vm)/kernel kdir
 
@@ -51,6 +54,9 @@ test:			## run all tests; the last line adds them up
 
 test-host:		## run the tests that need no kernel
 	$(testing)/run host
+
+test-debug:		## run the tests that boot a machine on the debug kernel
+	$(testing)/debug
 
 selftest:		## build the kselftests and run them in the test machine
 	$(testing)/run build selftest
@@ -97,7 +103,8 @@ help:			## print this
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'V=1               show all output'
 
-.PHONY: all modules modules_install setup kernel kdir vm shell demo test
-.PHONY: test-host selftest selftest-mtty selftest-mutations soak bench lint doc
+.PHONY: all modules modules_install setup kernel kernel-debug kdir vm shell demo
+.PHONY: test test-debug test-host selftest selftest-mtty selftest-mutations soak
+.PHONY: bench lint doc
 .PHONY: htmldocs series
 .PHONY: rust-analyzer clean help

@@ -19,7 +19,12 @@ vm_logs=$vm_cache/logs
 # What is built from this copy of the repository, other than the modules.
 vm_own=$vm_cache/trees/$(cksum <<<"$vm_top" | cut -d' ' -f1)
 vm_src=$vm_cache/src/linux-source-7.3
+# Which test kernel: the one of .config.fragment, or with VFIO_KERNEL=debug the
+# one that looks for faults itself, on which everything takes longer.
 vm_build=$vm_cache/build
+vm_fragments=$vm_top/.config.fragment
+vm_patience=1
+vm_suffix=
 
 die()
 {
@@ -28,6 +33,17 @@ die()
 	[ $# -eq 0 ] || printf '  %s\n' "$@" >&2
 	exit 1
 }
+
+case ${VFIO_KERNEL:-} in
+'') ;;
+debug)
+	vm_suffix=-debug
+	vm_build+=$vm_suffix
+	vm_fragments+=" $vm_top/.config.debug.fragment"
+	vm_patience=8
+	;;
+*) die "VFIO_KERNEL=$VFIO_KERNEL: there is no such kernel" ;;
+esac
 
 case $vm_top$vm_cache in
 *[[:space:],:]*)
@@ -47,10 +63,17 @@ kdir()
 	printf '%s\n' "${KDIR:-$vm_build}"
 }
 
-# Where the modules of that kernel are installed for the test machine.
+# The folder of the kernel of guests in the test machine, which is not the one
+# under test.
+guest_kdir()
+{
+	printf '%s\n' "${KDIR:-${vm_build%"$vm_suffix"}}"
+}
+
+# Where the modules of the kernel are installed for the test machine.
 modroot()
 {
-	local name=modroot
+	local name=modroot$vm_suffix
 
 	[ "$(kdir)" = "$vm_build" ] || name+=-$(kdir | cksum | cut -d' ' -f1)
 	printf '%s\n' "$vm_cache/$name"
