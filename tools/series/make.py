@@ -157,8 +157,7 @@ def root(names):
         lines[docs[-1] + 1 : docs[-1] + 1] = ["", attribute]
         del lines[first + 1 : headers]
         text = "\n".join(lines)
-    text = re.sub(r"\n{3,}", "\n\n", intree.crate_source(text))
-    return text.replace("Abstractions for VFIO drivers", "VFIO drivers")
+    return re.sub(r"\n{3,}", "\n\n", intree.crate_source(text))
 
 
 def add_modules(step, names):
@@ -224,6 +223,7 @@ config RUST_VFIO_ABSTRACTIONS
 	bool "Rust VFIO abstractions"
 	depends on RUST && VFIO=y
 	depends on EVENTFD && SYSFS && !CFI
+	select IOMMUFD_DRIVER if IOMMUFD
 	select VFIO_MDEV
 	help
 	  This enables the Rust abstractions for VFIO drivers: emulated
