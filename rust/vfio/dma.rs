@@ -102,9 +102,11 @@ impl<'a> Bus<'a> {
     /// its pages.
     ///
     /// May sleep, for as long as the user does not serve a page fault. Fails with `EINVAL`, and
-    /// transfers nothing, if the range is empty or not inside the memory.
+    /// transfers nothing, if the range is empty or not inside the memory, or if it reaches beyond
+    /// the end of the address space.
     pub fn read(&self, iova: u64, to: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
         checked(to, range.clone())?;
+        no_wrap(iova, range.len())?;
         // A copy from the user that fails leaves zeroes, which must not get into the memory.
         let len = PAGE_SIZE.min(range.len());
         let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL).map_err(Error::from)?;
@@ -149,6 +151,7 @@ impl<'a> Bus<'a> {
     ///
     /// `bytes` must be valid for a copy to the user.
     unsafe fn write_pages(&self, iova: u64, bytes: *const [u8]) -> Result<(), Fault> {
+        no_wrap(iova, bytes.len())?;
         for piece in pieces(iova, bytes.len()) {
             let start = bytes.cast::<u8>().wrapping_add(piece.start);
             let page = core::ptr::slice_from_raw_parts(start, piece.len());
@@ -188,6 +191,11 @@ fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Fau
     } else {
         Err(EINVAL.into())
     }
+}
+
+/// Fails with `EINVAL` if `len` bytes from `iova` on reach beyond the address space.
+fn no_wrap(iova: u64, len: usize) -> Result {
+    iova.checked_add(len as u64).map(|_| ()).ok_or(EINVAL)
 }
 
 /// Cuts `len` bytes from `iova` on where pages end. Returns where in them the pieces are.
