@@ -4,6 +4,7 @@
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -13,6 +14,9 @@ from view import size
 
 # A test kernel need not test itself again in every guest.
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 kunit.enable=0"
+
+# How long a QEMU that has closed its monitor may take to end.
+END_TIMEOUT = 5
 
 PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
 
@@ -104,7 +108,9 @@ class Machine:
         # Without a feature that migration needs, QEMU must not even start.
         vfio += ["enable-migration=on", "migration-events=on"]
         vfio += plan.properties
-        argv = [options.qemu, "-nodefaults", "-display", "none", "-no-reboot"]
+        argv = [options.qemu, "-nodefaults", "-display", "none"]
+        # A guest that ends, or resets itself, leaves a QEMU that can be asked.
+        argv += ["-action", "reboot=shutdown,shutdown=pause"]
         argv += ["-machine", "q35", "-m", options.memory, "-S"]
         if os.access("/dev/kvm", os.R_OK | os.W_OK):
             argv += ["-accel", "kvm"]
@@ -154,6 +160,9 @@ class Machine:
             status = self.qmp.command("query-status")["status"]
             if status in ("internal-error", "guest-panicked", "io-error"):
                 raise Failure(f"{self.name} QEMU stops: {status}")
+        reason = self.shutdown()
+        if reason:
+            raise Failure(f"the {self.name} guest ended by itself: {reason}")
         while True:
             try:
                 data = self.report.recv(65536)
@@ -164,8 +173,26 @@ class Machine:
             if self.guest:
                 self.guest.feed(data)
         if self.process.poll() is not None:
-            status = self.process.returncode
-            raise Failure(f"{self.name} QEMU ended, status {status}")
+            raise Failure(self.fate())
+
+    def shutdown(self):
+        """Why the guest was shut down, None if it was not."""
+        self.qmp.poll()
+        for event in self.qmp.take_events("SHUTDOWN"):
+            return event["reason"]
+        return None
+
+    def fate(self):
+        """What has become of QEMU."""
+        try:
+            # Once it has closed its monitor it is about to end.
+            status = self.process.wait(END_TIMEOUT if self.qmp.closed else 0)
+        except subprocess.TimeoutExpired:
+            return f"{self.name} QEMU runs"
+        if status < 0:
+            name = signal.Signals(-status).name
+            return f"{self.name} QEMU was killed by {name}"
+        return f"{self.name} QEMU ended with status {status}"
 
     def send(self, command):
         """Gives the guest a command."""
@@ -204,6 +231,11 @@ class Machine:
 
     def diagnostics(self):
         """The last words of QEMU and of its guest."""
+        self.qmp.poll()
+        yield self.fate()
+        for event in self.qmp.events:
+            what, data = event["event"], event.get("data", {})
+            yield f"{self.name} event: {what} {data}"
         for title in ("stderr", "console", "trace"):
             for line in ends(self.read(title)):
                 yield f"{self.name} {title}: {line}"

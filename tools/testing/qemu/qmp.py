@@ -65,6 +65,8 @@ class Qmp:
         try:
             self.sock.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
+            # What it said before it left is still to be read.
+            self.poll()
             raise QmpError(f"{name}: {error}") from error
         reply = self._wait(timeout, name)
         if "error" in reply:

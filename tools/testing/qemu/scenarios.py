@@ -237,10 +237,10 @@ class Scenario:
     def quit(self, machine):
         """Lets the guest turn its machine off."""
         machine.send("quit")
-        try:
-            machine.process.wait(QUIT_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise Failure("the guest does not turn off") from None
+        reason = wait(
+            [], machine.shutdown, QUIT_TIMEOUT, "the guest turns off"
+        )
+        expect("why the guest ended", reason, "guest-shutdown")
         self._drop(machine)
 
     def summary(self, sample):
@@ -410,11 +410,22 @@ def run(name, options, view):
             except (Failure, QmpError, OSError) as error:
                 view.settle()
                 diagnose(scenario, view)
-                return False, str(error)
+                reasons = dict.fromkeys([str(error), *ended(scenario)])
+                return False, "; ".join(reasons)
             finally:
                 scenario.close()
         except OSError as error:
             return False, f"cannot clean up: {error}"
+
+
+def ended(scenario):
+    """What became of each QEMU that is not there any more, and of its guest."""
+    for machine in scenario.machines:
+        reason = machine.shutdown()
+        if reason:
+            yield f"the {machine.name} guest ended by itself: {reason}"
+        if machine.qmp.closed or machine.process.poll() is not None:
+            yield machine.fate()
 
 
 def diagnose(scenario, view):
