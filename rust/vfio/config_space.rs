@@ -210,17 +210,21 @@ impl ConfigSpace {
         &self.bytes
     }
 
+    /// Tells whether what is in a stream is of such a device: whether it differs in nothing that
+    /// cannot be written.
+    pub(crate) fn accepts(&self, bytes: &[u8; SIZE]) -> bool {
+        let all = self.bytes.iter().zip(&self.writable).zip(bytes);
+        all.fold(0, |fixed, ((old, mask), new)| fixed | (old ^ new) & !mask) == 0
+    }
+
     /// Replaces all of it by what is in a stream.
     ///
-    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it differs in
-    /// what cannot be written.
+    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device.
     pub(crate) fn load(&mut self, bytes: &[u8; SIZE]) -> Result {
-        let mut loaded = self.clone();
-        loaded.write(0, bytes);
-        if loaded.bytes != *bytes {
+        if !self.accepts(bytes) {
             return Err(EINVAL);
         }
-        *self = loaded;
+        self.bytes = *bytes;
         Ok(())
     }
 }

@@ -205,8 +205,7 @@ impl Endpoint {
     ///
     /// [`load_config`]: Self::load_config
     pub fn accepts_config(&self, bytes: &[u8; SIZE]) -> bool {
-        let mut config = self.config.lock().clone();
-        config.load(bytes).is_ok()
+        self.config.lock().accepts(bytes)
     }
 
     /// Replaces the content of the configuration space by what is in a stream.

@@ -93,27 +93,25 @@ impl UserBuf {
     }
 }
 
-/// Room for what comes from a user.
-pub(crate) struct Block(KVBox<MaybeUninit<[u8; BLOCK]>>);
+/// Room for what comes from a user, there from the first byte on.
+#[derive(Default)]
+pub(crate) struct Block(Option<KVBox<MaybeUninit<[u8; BLOCK]>>>);
 
 impl Block {
-    /// Makes room. May sleep.
-    ///
-    /// Fails with `ENOMEM`.
-    pub(crate) fn new() -> Result<Self> {
-        // Not worth to be zeroed, as it is written before it is read.
-        Ok(Self(KVBox::new_uninit(GFP_KERNEL_ACCOUNT)?))
-    }
-
     /// Copies bytes from the user and returns those that came; fewer than there is room for at a
     /// fault or at the end of the buffer.
     ///
-    /// May sleep and may fault.
-    pub(crate) fn read(&mut self, user: &mut UserBuf) -> &[u8] {
-        let to = self.0.as_mut_ptr().cast::<u8>();
+    /// May sleep and may fault. Fails with `ENOMEM` if there is no memory for the room.
+    pub(crate) fn read(&mut self, user: &mut UserBuf) -> Result<&[u8]> {
+        let room = match self.0.take() {
+            Some(room) => room,
+            // Not worth to be zeroed, as it is written before it is read.
+            None => KVBox::new_uninit(GFP_KERNEL_ACCOUNT)?,
+        };
+        let to = self.0.insert(room).as_mut_ptr().cast::<u8>();
         // SAFETY: `to` is valid for writes of `BLOCK` bytes.
         let copied = unsafe { user.read_raw(to, BLOCK) };
         // SAFETY: So many bytes have been written, and the reference to them borrows `self`.
-        unsafe { slice::from_raw_parts(to, copied) }
+        Ok(unsafe { slice::from_raw_parts(to, copied) })
     }
 }

@@ -234,52 +234,41 @@ impl Chip {
         snapshot
     }
 
-    /// Tells whether a device like this can be in such a state.
-    pub(crate) fn accepts(&self, snapshot: &Snapshot) -> bool {
-        Parts::of(snapshot).is_some_and(|parts| {
-            self.endpoint.accepts_config(parts.config)
-                && Registers::load(parts.registers).is_some()
-                && self.endpoint.accepts_msix(parts.msix)
-                && Queue::load(parts.queue).is_some()
+    /// Reads what is in a stream, unless a device like this cannot be in such a state.
+    pub(crate) fn parse(&self, snapshot: &Snapshot) -> Option<State> {
+        let (config, rest) = snapshot.split_first_chunk()?;
+        let (registers, rest) = rest.split_first_chunk()?;
+        let (msix, queue) = rest.split_first_chunk()?;
+        if !self.endpoint.accepts_config(config) || !self.endpoint.accepts_msix(msix) {
+            return None;
+        }
+        Some(State {
+            config: *config,
+            registers: Registers::load(registers)?,
+            msix: *msix,
+            queue: Queue::load(queue.first_chunk()?)?,
         })
     }
 
-    /// Brings the device into a state that it accepts.
-    pub(crate) fn restore(&self, snapshot: &Snapshot) -> Result {
-        let parts = Parts::of(snapshot).ok_or(EINVAL)?;
-        let registers = Registers::load(parts.registers).ok_or(EINVAL)?;
-        let queue = Queue::load(parts.queue).ok_or(EINVAL)?;
+    /// Brings the device into a state.
+    pub(crate) fn restore(&self, state: State) -> Result {
         let mut front = self.front.lock();
-        self.endpoint.load_config(parts.config)?;
+        self.endpoint.load_config(&state.config)?;
         let save_delay = front.registers.save_delay;
-        front.registers = registers;
+        front.registers = state.registers;
         front.registers.save_delay = save_delay;
-        self.endpoint.load_msix(parts.msix)?;
-        self.dma.with(|old| *old = queue);
+        self.endpoint.load_msix(&state.msix)?;
+        self.dma.with(|queue| *queue = state.queue);
         Ok(())
     }
 }
 
-/// The parts of a [`Snapshot`].
-struct Parts<'a> {
-    config: &'a [u8; config_space::SIZE],
-    registers: &'a [u8; registers::SNAPSHOT_SIZE],
-    msix: &'a [u8; MSIX_SIZE],
-    queue: &'a [u8; queue::SNAPSHOT_SIZE],
-}
-
-impl<'a> Parts<'a> {
-    fn of(snapshot: &'a Snapshot) -> Option<Self> {
-        let (config, rest) = snapshot.split_first_chunk()?;
-        let (registers, rest) = rest.split_first_chunk()?;
-        let (msix, queue) = rest.split_first_chunk()?;
-        Some(Self {
-            config,
-            registers,
-            msix,
-            queue: queue.first_chunk()?,
-        })
-    }
+/// All of the device's state but its memory, as a device can have it.
+pub(crate) struct State {
+    config: [u8; config_space::SIZE],
+    registers: Registers,
+    msix: [u8; MSIX_SIZE],
+    queue: Queue,
 }
 
 /// Copies to `to`, which is what is read at `offset`, where it meets what is at `base`.

@@ -5,7 +5,7 @@
 use crate::{
     chip::{
         Chip,
-        Snapshot,
+        State,
         SNAPSHOT_SIZE, //
     },
     stream::{
@@ -24,7 +24,7 @@ use vfio::migration::Loader;
 /// known to be good.
 struct Target {
     chip: Arc<Chip>,
-    registers: Option<Snapshot>,
+    registers: Option<State>,
 }
 
 impl Sink for Target {
@@ -43,43 +43,44 @@ impl Sink for Target {
 
     fn registers(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         let snapshot = bytes.try_into().map_err(|_| StreamError::BadRegisters)?;
-        if !self.chip.accepts(&snapshot) {
-            return Err(StreamError::BadRegisters);
-        }
-        self.registers = Some(snapshot);
+        let state = self.chip.parse(&snapshot);
+        self.registers = Some(state.ok_or(StreamError::BadRegisters)?);
         Ok(())
     }
+}
+
+/// What takes a stream in, large enough to be worth a place of its own.
+struct Inner {
+    decoder: Decoder<KVVec<u64>>,
+    target: Target,
 }
 
 /// Takes a stream in.
 ///
 /// Pages go to where they belong at once, as there is no room for them elsewhere. So the device
 /// must not run until the trailer has shown the stream to be complete.
-pub(crate) struct MockLoader {
-    decoder: KBox<Decoder<KVVec<u64>>>,
-    target: Target,
-}
+pub(crate) struct MockLoader(KBox<Inner>);
 
 impl MockLoader {
     /// Begins to load into a stopped device.
     pub(crate) fn new(chip: Arc<Chip>) -> Result<Self> {
         let table = KVVec::zeroed(chip.memory.pages(), GFP_KERNEL_ACCOUNT)?;
-        let decoder =
-            Decoder::new(chip.memory.size() as u64, SNAPSHOT_SIZE, table).ok_or(EINVAL)?;
-        Ok(Self {
-            decoder: KBox::new(decoder, GFP_KERNEL_ACCOUNT)?,
-            target: Target {
-                chip,
-                registers: None,
-            },
-        })
+        let size = chip.memory.size() as u64;
+        let registers = None;
+        Ok(Self(KBox::init(
+            try_init!(Inner {
+                decoder: Decoder::new(size, SNAPSHOT_SIZE, table).ok_or(EINVAL)?,
+                target: Target { chip, registers },
+            }? Error),
+            GFP_KERNEL_ACCOUNT,
+        )?))
     }
 
     /// Puts the registers into effect, if the stream is complete.
     pub(crate) fn finish(&mut self) -> Result {
-        self.decoder.finish().map_err(refused)?;
-        let registers = self.target.registers.as_ref().ok_or(EINVAL)?;
-        self.target.chip.restore(registers)
+        self.0.decoder.finish().map_err(refused)?;
+        let registers = self.0.target.registers.take().ok_or(EINVAL)?;
+        self.0.target.chip.restore(registers)
     }
 }
 
@@ -91,6 +92,7 @@ fn refused(error: StreamError) -> Error {
 
 impl Loader for MockLoader {
     fn write(&mut self, bytes: &[u8]) -> Result {
-        self.decoder.feed(bytes, &mut self.target).map_err(refused)
+        let Inner { decoder, target } = &mut *self.0;
+        decoder.feed(bytes, target).map_err(refused)
     }
 }

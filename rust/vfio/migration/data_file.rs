@@ -408,7 +408,7 @@ impl<M: Migratable> LoadSession<M> {
     pub(super) fn begin(driver: &Arc<M>) -> Result<(Arc<Self>, ARef<File>)> {
         let notifier = Notifier::new()?;
         let loading = Loading {
-            block: Some(Block::new()?),
+            block: Some(Block::default()),
             loader: M::load(driver, notifier.clone())?,
             failed: None,
         };
@@ -515,10 +515,11 @@ impl<M: Migratable> LoadSession<M> {
                 Ok(false) => break Ok(()),
                 Err(e) => break Err(e),
             }
-            let bytes = block.read(user);
-            if bytes.is_empty() {
-                break Err(EFAULT);
-            }
+            let bytes = match block.read(user) {
+                Ok([]) => break Err(EFAULT),
+                Ok(bytes) => bytes,
+                Err(e) => break Err(e),
+            };
             if let Err(e) = self.load(bytes) {
                 break Err(e);
             }
