@@ -21,6 +21,9 @@
 
 #define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
 
+/* How many times as long as usual everything may take: VFIO_PATIENCE, or 1. */
+int mig_patience(void);
+
 /*
  * Upper bound for anything that must happen at once: a guard against hangs. The
  * environment variable VFIO_HANG_SECONDS overrides it.

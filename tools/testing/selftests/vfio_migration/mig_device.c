@@ -19,12 +19,20 @@
 
 #include "mig.h"
 
+int mig_patience(void)
+{
+	const char *value = getenv("VFIO_PATIENCE");
+	int times = value ? atoi(value) : 0;
+
+	return times > 0 ? times : 1;
+}
+
 int mig_hang_seconds(void)
 {
 	const char *value = getenv("VFIO_HANG_SECONDS");
 	int seconds = value ? atoi(value) : 0;
 
-	return seconds > 0 ? seconds : 20;
+	return seconds > 0 ? seconds : 20 * mig_patience();
 }
 
 static int do_ioctl(int fd, unsigned long cmd, void *arg)

@@ -43,6 +43,24 @@ static inline unsigned int mig_times(unsigned int usual)
 	return rounds ? rounds * usual : usual;
 }
 
+/* Where everything takes longer, VFIO_PATIENCE=N allows each test N times its time. */
+#define MIG_BE_PATIENT() do {							\
+	struct __fixture_metadata *__f;						\
+	struct __test_metadata *__t;						\
+										\
+	for (__f = __fixture_list; __f; __f = __f->next)			\
+		for (__t = __f->tests; __t; __t = __t->next)			\
+			__t->timeout *= mig_patience();				\
+} while (0)
+
+/* main() of a test program. */
+#define MIG_HARNESS_MAIN							\
+	int main(int argc, char **argv)						\
+	{									\
+		MIG_BE_PATIENT();						\
+		return test_harness_run(argc, argv);				\
+	}
+
 /* Opens a device for a fixture; a device without migration skips the test. */
 #define OPEN_OR_SKIP(dev, path, backend) do {					\
 	int __ret;								\

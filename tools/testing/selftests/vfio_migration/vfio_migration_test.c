@@ -2430,5 +2430,6 @@ int main(int argc, char **argv)
 			argv[n++] = argv[i];
 	}
 	argv[n] = NULL;
+	MIG_BE_PATIENT();
 	return test_harness_run(n, argv);
 }

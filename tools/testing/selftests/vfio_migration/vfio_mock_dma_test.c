@@ -1877,4 +1877,4 @@ TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
 	}
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

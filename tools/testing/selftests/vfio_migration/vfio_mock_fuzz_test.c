@@ -415,4 +415,4 @@ TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 	expect_memory(_metadata, m, m->want, "after a good image");
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

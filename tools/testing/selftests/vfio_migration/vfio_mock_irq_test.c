@@ -983,4 +983,4 @@ TEST_F_TIMEOUT(irq, removal_asks_again, 90)
 	close(kmsg);
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

@@ -457,4 +457,4 @@ TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
 	free(copy);
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

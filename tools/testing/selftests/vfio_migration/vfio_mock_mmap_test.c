@@ -1109,4 +1109,4 @@ TEST_F_TIMEOUT(map, migration_under_stores, 300)
 	expect_both(_metadata, self, "in the end");
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

@@ -746,4 +746,4 @@ TEST_F(refuse, write_from_a_hole_loses_nothing)
 	expect_memory(_metadata, &self->s.m, self->s.good.memory, "in STOP on the target");
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

@@ -481,4 +481,4 @@ TEST_F_TIMEOUT(stress, everything_at_once, 7200)
 	TH_LOG("%u rounds, %llu MiB moved by DMA", rounds, bytes >> 20);
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN

@@ -1332,4 +1332,4 @@ TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 	EXPECT_EQ(0, mig_log_stop(&m->dev));
 }
 
-TEST_HARNESS_MAIN
+MIG_HARNESS_MAIN
