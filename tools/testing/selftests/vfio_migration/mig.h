@@ -54,6 +54,12 @@ struct mig_device {
 int mig_open(struct mig_device *dev, const char *sysfs, enum mig_backend backend);
 void mig_close(struct mig_device *dev);
 
+/* The first step of it alone: the group, in no container; the device, not bound. */
+int mig_open_group(struct mig_device *dev, const char *sysfs);
+int mig_open_unbound(struct mig_device *dev, const char *sysfs);
+/* The rest of the latter. */
+int mig_bind(struct mig_device *dev);
+
 /* Closes and opens the device alone: the container or iommufd stays. */
 void mig_close_device(struct mig_device *dev);
 int mig_reopen_device(struct mig_device *dev);
@@ -185,7 +191,10 @@ ssize_t mig_pieces_read(int data_fd, struct mig_pieces *p, size_t max);
 int mig_pieces_make_up(const struct mig_stream *whole, const struct mig_pieces *a,
 		       const struct mig_pieces *b);
 
-/* A page on which the kernel waits for as long as it is wanted. */
+/*
+ * A page on which the kernel waits for as long as it is wanted, and before it one
+ * of which the kernel has no need to wait.
+ */
 struct mig_stall {
 	int uffd;
 	void *page;

@@ -60,13 +60,11 @@ complain(struct mig_device *dev, int ret, const char *fmt, ...)
 	return ret;
 }
 
-static int ask_group(struct mig_device *dev)
+static int open_group(struct mig_device *dev)
 {
-	struct vfio_group_status status = { .argsz = sizeof(status) };
 	char path[PATH_MAX + 16], link[PATH_MAX];
 	const char *number;
 	ssize_t len;
-	int ret;
 
 	snprintf(path, sizeof(path), "%s/iommu_group", dev->sysfs);
 	len = readlink(path, link, sizeof(link) - 1);
@@ -76,21 +74,31 @@ static int ask_group(struct mig_device *dev)
 	number = strrchr(link, '/');
 	number = number ? number + 1 : link;
 
-	dev->iommu = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC);
-	if (dev->iommu < 0)
-		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
-				"/dev/vfio/vfio: %s", strerror(errno));
 	snprintf(path, sizeof(path), "/dev/vfio/%s", number);
 	dev->group = open(path, O_RDWR | O_CLOEXEC);
 	if (dev->group < 0)
 		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
 				"%s: %s", path, strerror(errno));
+	return 0;
+}
 
+static int ask_group(struct mig_device *dev)
+{
+	struct vfio_group_status status = { .argsz = sizeof(status) };
+	int ret;
+
+	dev->iommu = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC);
+	if (dev->iommu < 0)
+		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
+				"/dev/vfio/vfio: %s", strerror(errno));
+	ret = open_group(dev);
+	if (ret)
+		return ret;
 	ret = do_ioctl(dev->group, VFIO_GROUP_GET_STATUS, &status);
 	if (ret)
 		return complain(dev, ret, "GROUP_GET_STATUS: %s", strerror(-ret));
 	if (!(status.flags & VFIO_GROUP_FLAGS_VIABLE))
-		return complain(dev, -EBUSY, "%s is not viable", path);
+		return complain(dev, -EBUSY, "the group of %s is not viable", dev->sysfs);
 	ret = do_ioctl(dev->group, VFIO_GROUP_SET_CONTAINER, &dev->iommu);
 	if (ret)
 		return complain(dev, ret, "SET_CONTAINER: %s", strerror(-ret));
@@ -125,14 +133,11 @@ static int ask_iommufd(struct mig_device *dev)
 	return 0;
 }
 
-static int open_cdev(struct mig_device *dev)
+static int open_node(struct mig_device *dev)
 {
-	struct vfio_device_bind_iommufd bind = { .argsz = sizeof(bind) };
-	struct iommu_ioas_alloc ioas = { .size = sizeof(ioas) };
 	char path[PATH_MAX], node[NAME_MAX + 1] = "";
 	struct dirent *entry;
 	DIR *dir;
-	int ret;
 
 	snprintf(path, sizeof(path), "%s/vfio-dev", dev->sysfs);
 	dir = opendir(path);
@@ -150,7 +155,17 @@ static int open_cdev(struct mig_device *dev)
 	if (dev->fd < 0)
 		return complain(dev, errno == ENOENT ? -EOPNOTSUPP : -errno,
 				"%s: %s", path, strerror(errno));
-	bind.iommufd = dev->iommu;
+	return 0;
+}
+
+static int bind_node(struct mig_device *dev)
+{
+	struct vfio_device_bind_iommufd bind = {
+		.argsz = sizeof(bind), .iommufd = dev->iommu,
+	};
+	struct iommu_ioas_alloc ioas = { .size = sizeof(ioas) };
+	int ret;
+
 	ret = do_ioctl(dev->fd, VFIO_DEVICE_BIND_IOMMUFD, &bind);
 	if (ret)
 		return complain(dev, ret, "BIND_IOMMUFD: %s", strerror(-ret));
@@ -164,14 +179,10 @@ static int open_cdev(struct mig_device *dev)
 	return 0;
 }
 
-int mig_reopen_device(struct mig_device *dev)
+static int ask_device(struct mig_device *dev)
 {
 	struct vfio_device_feature_migration migration = {};
 	int ret;
-
-	ret = dev->backend == MIG_GROUP ? open_in_group(dev) : open_cdev(dev);
-	if (ret)
-		return ret;
 
 	dev->info = (struct vfio_device_info){ .argsz = sizeof(dev->info) };
 	ret = do_ioctl(dev->fd, VFIO_DEVICE_GET_INFO, &dev->info);
@@ -183,16 +194,60 @@ int mig_reopen_device(struct mig_device *dev)
 	return 0;
 }
 
-int mig_open(struct mig_device *dev, const char *sysfs, enum mig_backend backend)
+int mig_reopen_device(struct mig_device *dev)
 {
 	int ret;
 
+	if (dev->backend == MIG_GROUP) {
+		ret = open_in_group(dev);
+	} else {
+		ret = open_node(dev);
+		if (!ret)
+			ret = bind_node(dev);
+	}
+	return ret ? ret : ask_device(dev);
+}
+
+static int begin(struct mig_device *dev, const char *sysfs, enum mig_backend backend)
+{
 	*dev = (struct mig_device){
 		.sysfs = sysfs, .backend = backend,
 		.fd = -1, .group = -1, .iommu = -1,
 	};
 	if (access(sysfs, F_OK))
 		return complain(dev, -errno, "%s: %s", sysfs, strerror(errno));
+	return 0;
+}
+
+int mig_open_group(struct mig_device *dev, const char *sysfs)
+{
+	int ret = begin(dev, sysfs, MIG_GROUP);
+
+	return ret ? ret : open_group(dev);
+}
+
+int mig_open_unbound(struct mig_device *dev, const char *sysfs)
+{
+	int ret = begin(dev, sysfs, MIG_IOMMUFD);
+
+	return ret ? ret : open_node(dev);
+}
+
+int mig_bind(struct mig_device *dev)
+{
+	int ret = ask_iommufd(dev);
+
+	if (!ret)
+		ret = bind_node(dev);
+	return ret ? ret : ask_device(dev);
+}
+
+int mig_open(struct mig_device *dev, const char *sysfs, enum mig_backend backend)
+{
+	int ret = begin(dev, sysfs, backend);
+
+	if (ret)
+		return ret;
 	ret = backend == MIG_GROUP ? ask_group(dev) : ask_iommufd(dev);
 	if (!ret)
 		ret = mig_reopen_device(dev);

@@ -247,13 +247,15 @@ int mig_stall_start(struct mig_stall *stall)
 {
 	struct uffdio_register range = { .mode = UFFDIO_REGISTER_MODE_MISSING };
 	struct uffdio_api api = { .api = UFFD_API };
+	void *before;
 
 	stall->uffd = -1;
 	stall->len = sysconf(_SC_PAGESIZE);
-	stall->page = mmap(NULL, stall->len, PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (stall->page == MAP_FAILED)
+	before = mmap(NULL, 2 * stall->len, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (before == MAP_FAILED)
 		return -errno;
+	stall->page = (char *)before + stall->len;
 	/* Without UFFD_USER_MODE_ONLY: it is the kernel that is to fault. */
 	stall->uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	if (stall->uffd < 0)
@@ -294,5 +296,5 @@ void mig_stall_free(struct mig_stall *stall)
 {
 	if (stall->uffd >= 0)
 		close(stall->uffd);
-	munmap(stall->page, stall->len);
+	munmap((char *)stall->page - stall->len, 2 * stall->len);
 }

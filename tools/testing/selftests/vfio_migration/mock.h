@@ -66,29 +66,13 @@ static inline int mock_read_front(const struct mock *m, struct mock_front *front
 	return 0;
 }
 
-/*
- * Opens a path in the environment variable @name: the first one, if @which is 0,
- * the second one, and so on. -ENODEV: the variable has no such path.
- */
-static inline int mock_open(struct mock *m, const char *name, int which,
-			    enum mig_backend backend)
+/* What there is to know of a device that was just opened. */
+static inline int mock_get_to_know(struct mock *m)
 {
-	const char *value = getenv(name);
 	struct vfio_region_info info;
 	unsigned int i;
-	int ret, n = 0;
+	int ret;
 
-	*m = (struct mock){ .dev.fd = -1 };
-	if (!value)
-		return -ENODEV;
-	do {
-		value += n;
-		if (sscanf(value, "%4095s%n", m->path, &n) != 1)
-			return -ENODEV;
-	} while (which--);
-	ret = mig_open(&m->dev, m->path, backend);
-	if (ret)
-		return ret;
 	for (i = 0; i < ARRAY_SIZE(m->offset); i++) {
 		ret = mig_region_info(&m->dev, i, &info);
 		if (ret)
@@ -102,6 +86,39 @@ static inline int mock_open(struct mock *m, const char *name, int which,
 	if (!m->want || !m->seen)
 		return -ENOMEM;
 	return mock_read_front(m, &m->fresh);
+}
+
+/* Opens the device at @path. */
+static inline int mock_open_path(struct mock *m, const char *path, enum mig_backend backend)
+{
+	int ret;
+
+	*m = (struct mock){ .dev.fd = -1 };
+	snprintf(m->path, sizeof(m->path), "%s", path);
+	ret = mig_open(&m->dev, m->path, backend);
+	return ret ? ret : mock_get_to_know(m);
+}
+
+/*
+ * Opens a path in the environment variable @name: the first one, if @which is 0,
+ * the second one, and so on. -ENODEV: the variable has no such path.
+ */
+static inline int mock_open(struct mock *m, const char *name, int which,
+			    enum mig_backend backend)
+{
+	const char *value = getenv(name);
+	char path[PATH_MAX];
+	int n = 0;
+
+	*m = (struct mock){ .dev.fd = -1 };
+	if (!value)
+		return -ENODEV;
+	do {
+		value += n;
+		if (sscanf(value, "%4095s%n", path, &n) != 1)
+			return -ENODEV;
+	} while (which--);
+	return mock_open_path(m, path, backend);
 }
 
 #define MOCK_OPEN_OR_SKIP(m, name, which, backend) do {				\
@@ -409,20 +426,31 @@ struct guest {
 	int ret;
 };
 
-static inline void create_guest(struct __test_metadata *_metadata,
-				struct guest *g, const struct mock *like)
+/* Creates one of the type whose folder is @type, and does not open it; 0 or -errno. */
+static inline int mock_create(struct guest *g, const char *type)
 {
 	char uuid[37] = "", create[PATH_MAX + 32];
 	int fd;
 
+	*g = (struct guest){ .dev.fd = -1 };
 	fd = open("/proc/sys/kernel/random/uuid", O_RDONLY | O_CLOEXEC);
-	ASSERT_EQ(36, read(fd, uuid, 36));
+	if (fd < 0 || read(fd, uuid, 36) != 36)
+		return -EIO;
 	close(fd);
-	snprintf(create, sizeof(create), "%s/mdev_type/create", like->path);
-	ASSERT_EQ(0, write_sysfs(create, uuid))
-		STEP("create a device through %s", create);
 	snprintf(g->path, sizeof(g->path), "/sys/bus/mdev/devices/%s", uuid);
 	snprintf(g->remove, sizeof(g->remove), "%s/remove", g->path);
+	snprintf(create, sizeof(create), "%s/create", type);
+	return write_sysfs(create, uuid);
+}
+
+static inline void create_guest(struct __test_metadata *_metadata,
+				struct guest *g, const struct mock *like)
+{
+	char type[PATH_MAX + 16];
+
+	snprintf(type, sizeof(type), "%s/mdev_type", like->path);
+	ASSERT_EQ(0, mock_create(g, type))
+		STEP("create a device like %s", like->path);
 	ASSERT_EQ(0, mig_open(&g->dev, g->path, like->dev.backend))
 		STEP("open the new device: %s", g->dev.why);
 }

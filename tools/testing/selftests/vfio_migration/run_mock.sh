@@ -6,7 +6,8 @@
 # each test program is a subtest. The generic tests run on vfio_minimal as well,
 # and on the driver on the front page of the crate if it was built.
 #
-#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole]] [option of the tests...]
+#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole]] [--only PROGRAM]
+#                 [option of the tests...]
 #
 # -b DIR     where the test programs are; by default beside this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
@@ -15,10 +16,12 @@
 #            module is loaded with
 # --whole    all programs, the largest devices and the exhaustive damage to streams
 #            for each of them, instead of for the last one
+# --only     this program alone, on the module as it is
 #
 # VFIO_MIGRATION_ROUNDS=N makes the tests that repeat something do it N times as
-# often, VFIO_FUZZ_CALLS=N is how many calls the fuzzer makes, VFIO_FUZZ_SEED=N what
-# they are made of. Options of the tests are those of kselftest_harness.h: "-t NAME".
+# often, VFIO_PATIENCE=N allows them N times their time, VFIO_FUZZ_CALLS=N is how many
+# calls the fuzzer makes, VFIO_FUZZ_SEED=N what they are made of. Options of the tests
+# are those of kselftest_harness.h: "-t NAME".
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 programs=$here
@@ -29,14 +32,18 @@ extent=brief
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
 once=(vfio_mock_log_test vfio_mock_stress vfio_mock_fuzz_test)
+# And what unloads it, when there are no other devices.
+last=(vfio_mock_life_test)
 # How many results there are from the other devices.
 others=2
+only=
 while :; do
 	case ${1-} in
 	-b) programs=$2; shift 2 ;;
 	-m) module=$2; shift 2 ;;
 	--shapes) shapes='1 3 5 7'; shift ;;
 	--whole) extent=whole; shift ;;
+	--only) only=$2; shift 2 ;;
 	*) break ;;
 	esac
 done
@@ -154,6 +161,17 @@ run_once()
 	done
 }
 
+# What makes devices of its own, and loads the module again.
+run_last()
+{
+	local program
+
+	cleanup
+	for program in "${last[@]}"; do
+		VFIO_MOCK_MODULE=$module run "$program" "$@"
+	done
+}
+
 # The generic tests on devices of type $3 of the driver $2 in the module $1, which
 # have the memory $4 to write to.
 run_other()
@@ -187,12 +205,16 @@ run_others()
 	fi
 }
 
+if [ -n "$only" ]; then
+	shapes='' each=() most=() others=0
+	if [ "$only" = "${last[*]}" ]; then once=(); else once=("$only") last=(); fi
+fi
 if [ -z "$shapes" ] || [ "$extent" = whole ]; then
 	each+=("${most[@]}")
 else
 	once=("${most[@]}" "${once[@]}")
 fi
-for program in "${each[@]}" "${once[@]}"; do
+for program in "${each[@]}" "${once[@]}" "${last[@]}"; do
 	if [ ! -x "$programs/$program" ]; then
 		say "$programs/$program: build it, or name its folder with -b"
 		exit 1
@@ -201,12 +223,13 @@ done
 
 echo 'TAP version 13'
 if [ -z "$shapes" ]; then
-	echo "1..$((${#each[@]} + ${#once[@]} + others))"
+	echo "1..$((${#each[@]} + ${#once[@]} + ${#last[@]} + others))"
 	label=
 	if load '' && create; then
 		run_all whole "$@"
 		run_once "$@"
-		run_others "$@"
+		run_last "$@"
+		[ $others = 0 ] || run_others "$@"
 	else
 		echo 'Bail out! no devices'
 		exit 1
@@ -215,7 +238,7 @@ if [ -z "$shapes" ]; then
 fi
 
 read -ra count <<<"$shapes"
-echo "1..$((${#count[@]} * ${#each[@]} + ${#once[@]} + others))"
+echo "1..$((${#count[@]} * ${#each[@]} + ${#once[@]} + ${#last[@]} + others))"
 for shape in $shapes; do
 	label=" migration_flags=$shape"
 	if ! { load "$shape" && create; }; then
@@ -230,5 +253,7 @@ for shape in $shapes; do
 	fi
 	cleanup
 done
+label=
+run_last "$@"
 run_others "$@"
 exit $failed
