@@ -69,6 +69,7 @@ selftest-mutations:	## break the mock device in many ways: the tests notice each
 
 soak:			## all of the kselftests, longer and on everything
 	$(testing)/run build soak mtty mutations
+	$(testing)/debug build fuzz
 
 bench: modules		## measure, print a table, write bench.json
 	$(testing)/bench $(BENCHFLAGS)
