@@ -10,6 +10,8 @@
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source=mdevs.sh
+. "$here/mdevs.sh"
 programs=$here
 module=$here/../../../../vfio_mock.ko
 while :; do
@@ -19,37 +21,16 @@ while :; do
 	*) break ;;
 	esac
 done
-devices=()
-
-cleanup()
-{
-	local uuid
-
-	for uuid in "${devices[@]}"; do
-		echo 1 >"/sys/bus/mdev/devices/$uuid/remove"
-	done
-}
-trap cleanup EXIT
-
-# A device of type $2 of the driver $1; $path is its path.
-create()
-{
-	local uuid
-
-	read -r uuid </proc/sys/kernel/random/uuid
-	echo "$uuid" >"/sys/class/mdev_bus/$1/mdev_supported_types/$1-$2/create" || exit 1
-	devices+=("$uuid")
-	path=/sys/bus/mdev/devices/$uuid
-}
+trap remove_devices EXIT
 
 [ -d /sys/module/vfio_mock ] || insmod "$module" || exit 1
 for size in 64K 16M 256M 1G; do
-	create vfio_mock $size
-	export "VFIO_MOCK_$size=$path"
+	create_devices vfio_mock $size 1 || exit 1
+	export "VFIO_MOCK_$size=$paths"
 done
 # Without the kernel's own sample there is nothing to hold the arcs against.
 if modprobe -q mtty; then
-	create mtty 1
-	export VFIO_MTTY=$path
+	create_devices mtty 1 1 || exit 1
+	export VFIO_MTTY=$paths
 fi
 "$programs/vfio_mock_bench" "$@"

@@ -24,6 +24,8 @@
 # are those of kselftest_harness.h: "-t NAME".
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+# shellcheck source=mdevs.sh
+. "$here/mdevs.sh"
 programs=$here
 module=$here/../../../../vfio_mock.ko
 shapes=
@@ -51,7 +53,6 @@ done
 # The streams do not depend on the shape: it is enough to damage every byte once.
 exhaustive='every_truncation every_flipped_header_byte flipped_page_bytes
 	every_malformation_in_small_chunks'
-devices=()
 failed=0
 number=0
 
@@ -60,16 +61,7 @@ say()
 	echo "run_mock.sh: $*" >&2
 }
 
-cleanup()
-{
-	local uuid
-
-	for uuid in "${devices[@]}"; do
-		echo 1 >"/sys/bus/mdev/devices/$uuid/remove"
-	done
-	devices=()
-}
-trap cleanup EXIT
+trap remove_devices EXIT
 
 # Load the module with the migration flags $1, or as it is when there are none.
 load()
@@ -78,22 +70,6 @@ load()
 		rmmod vfio_mock || return
 	fi
 	[ -d /sys/module/vfio_mock ] || insmod "$module" ${1:+migration_flags="$1"}
-}
-
-# $3 devices of type $2 of the driver $1; $paths is where they are.
-create_devices()
-{
-	local uuid i
-
-	paths=
-	for ((i = 0; i < $3; i++)); do
-		read -r uuid </proc/sys/kernel/random/uuid
-		echo "$uuid" >"/sys/class/mdev_bus/$1/mdev_supported_types/$1-$2/create" ||
-			return
-		devices+=("$uuid")
-		paths+=" /sys/bus/mdev/devices/$uuid"
-	done
-	paths=${paths# }
 }
 
 # Devices of each size, named to the tests by the environment.
@@ -251,7 +227,7 @@ for shape in $shapes; do
 	else
 		run_all "$extent" "$@"
 	fi
-	cleanup
+	remove_devices
 done
 label=
 run_last "$@"

@@ -6,46 +6,19 @@
 # module, and for each program its name and the tests to run. What they print is
 # LOGS/name.log. Called by tools/testing/mutate.
 
+# shellcheck source=mdevs.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/mdevs.sh"
 programs=$1
 logs=$2
-devices=()
-
-# Two devices of size $1; $pair is their paths.
-create_pair()
-{
-	local uuid
-
-	pair=
-	for _ in 1 2; do
-		read -r uuid </proc/sys/kernel/random/uuid
-		echo "$uuid" >"/sys/class/mdev_bus/vfio_mock/mdev_supported_types/vfio_mock-$1/create" ||
-			return
-		devices+=("$uuid")
-		pair+=" /sys/bus/mdev/devices/$uuid"
-	done
-	pair=${pair# }
-}
 
 create()
 {
-	local pair
-
 	devices=()
-	create_pair 1M || return
-	export VFIO_MOCK_1M=$pair VFIO_DEVICE_OTHER=${pair% *}
-	create_pair 64K || return
-	export VFIO_MOCK_64K=$pair VFIO_DEVICE=${pair% *} VFIO_DEVICE2=${pair#* }
+	create_devices vfio_mock 1M 2 || return
+	export VFIO_MOCK_1M=$paths VFIO_DEVICE_OTHER=${paths% *}
+	create_devices vfio_mock 64K 2 || return
+	export VFIO_MOCK_64K=$paths VFIO_DEVICE=${paths% *} VFIO_DEVICE2=${paths#* }
 	export VFIO_SCRATCH=2:0:0x10000 VFIO_READ_REGIONS=1 VFIO_HANG_SECONDS=4
-}
-
-remove()
-{
-	local uuid
-
-	for uuid in "${devices[@]}"; do
-		echo 1 >"/sys/bus/mdev/devices/$uuid/remove"
-	done
-	rmmod vfio_mock
 }
 
 # The tests $2... of program $1, on one backend and one size.
@@ -71,7 +44,7 @@ while IFS=$'\t' read -r name module rest; do
 		run "${words[@]}" >>"$log" 2>&1
 	done
 	# What cannot be removed is left behind, with the machine.
-	remove >>"$log" 2>&1 &
+	{ remove_devices; rmmod vfio_mock; } >>"$log" 2>&1 &
 	remover=$!
 	for _ in {1..50}; do
 		kill -0 "$remover" 2>/dev/null || break

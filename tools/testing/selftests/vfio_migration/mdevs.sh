@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+#
+# Mediated devices for the scripts beside this one.
+
+# The UUIDs of those that there are.
+devices=()
+
+# Make $3 devices of type $2 of the driver $1; $paths is where they are.
+create_devices()
+{
+	local uuid i
+
+	paths=
+	for ((i = 0; i < $3; i++)); do
+		read -r uuid </proc/sys/kernel/random/uuid
+		echo "$uuid" >"/sys/class/mdev_bus/$1/mdev_supported_types/$1-$2/create" ||
+			return
+		devices+=("$uuid")
+		paths+=" /sys/bus/mdev/devices/$uuid"
+	done
+	paths=${paths# }
+}
+
+remove_devices()
+{
+	local uuid
+
+	for uuid in "${devices[@]}"; do
+		echo 1 >"/sys/bus/mdev/devices/$uuid/remove"
+	done
+	devices=()
+}
