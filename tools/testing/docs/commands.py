@@ -145,7 +145,8 @@ def script(place, top, source, document):
         if block.skip is None:
             for command, _ in block.commands:
                 command = command.replace("/path/to/linux", source)
-                text += f"{command}\necho; echo '{MARK}' $?\n"
+                # In one command, as the status is that of the last one.
+                text += f"{command}\nprintf '\\n{MARK} %s\\n' $?\n"
     return text
 
 
