@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """One mediated device: its life in sysfs, and what it holds while a VMM has it.
 
-A VMM owns its device alone. The kernel lends us its file descriptors, though
+A VMM owns its devices alone. The kernel lends us its file descriptors, though
 (pidfd_getfd), and through them the device itself says what it holds and how
 much it has left to send.
 """
@@ -54,6 +54,14 @@ class Kind(NamedTuple):
 MOCK = Kind(
     "vfio_mock", "vfio_mock-16M", {"registers": 0, "memory": 2}, 0x58, True
 )
+
+# The DMA descriptors of a vfio_mock in its registers, and how one is going.
+DMA_DESCRIPTORS = range(0x400, 0x800, 0x40)
+DMA_STATUS = 0x30
+DMA_QUEUED = 1
+DMA_ACTIVE = 2
+# There are two of them in a guest, and twice that: less to stream and compare.
+PEER = MOCK._replace(type="vfio_mock-1M")
 MINIMAL = Kind("vfio_minimal", "vfio_minimal-64K", {"memory": 0}, None, False)
 
 
@@ -93,63 +101,80 @@ class Device:
 
 
 @contextlib.contextmanager
-def borrow(pid, pattern):
-    """A copy of the one file of process `pid` that `pattern` tells, or None.
+def borrow(pid, number):
+    """A copy of file descriptor `number` of process `pid`.
 
     Kept for one question only: the device must see the owner's close().
     """
     pidfd = fd = -1
     try:
-        number = _find_file(pid, pattern)
-        if number is not None:
-            pidfd = os.pidfd_open(pid)
-            fd = libc.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
-        yield fd if fd >= 0 else None
+        pidfd = os.pidfd_open(pid)
+        fd = libc.syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), f"descriptor of process {pid}")
+        yield fd
     finally:
         for each in (fd, pidfd):
             if each >= 0:
                 os.close(each)
 
 
-def _find_file(pid, pattern):
-    folder = Path(f"/proc/{pid}/fd")
-    for entry in folder.iterdir():
+def find_files(pid, pattern):
+    """The descriptors of process `pid` whose files `pattern` tells."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             if pattern.fullmatch(os.readlink(entry)):
-                return int(entry.name)
-    return None
+                yield int(entry.name)
+
+
+def find_device(pid, mdev):
+    """The descriptor of process `pid` that is the mediated device."""
+    for number in find_files(pid, DEVICE_FILE):
+        info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        if re.search(f"^vfio-device-syspath:.*/{mdev.uuid}$", info, re.MULTILINE):
+            return number
+    raise OSError(errno.ENODEV, f"process {pid} has not got {mdev.uuid}")
 
 
 def bytes_left(pid):
-    """(initial, dirty) of the stream that process `pid` reads, or None."""
-    with contextlib.suppress(OSError), borrow(pid, STREAM_FILE) as fd:
-        if fd is not None:
-            # struct vfio_precopy_info
-            info = bytearray(struct.pack("=IIQQ", 24, 0, 0, 0))
-            fcntl.ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, info)
-            return struct.unpack("=IIQQ", info)[2:]
-    return None
+    """(initial, dirty) of the streams that process `pid` reads, or None."""
+    total = None
+    with contextlib.suppress(OSError):
+        for number in find_files(pid, STREAM_FILE):
+            with borrow(pid, number) as fd:
+                # struct vfio_precopy_info
+                info = bytearray(struct.pack("=IIQQ", 24, 0, 0, 0))
+                fcntl.ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, info)
+            initial, dirty = total or (0, 0)
+            more = struct.unpack("=IIQQ", info)[2:]
+            total = (initial + more[0], dirty + more[1])
+    return total
 
 
-def finish_loading(pid):
-    """Takes the device of process `pid` from RESUMING to STOP.
+def finish_loading(pid, mdev):
+    """Takes a device of process `pid` from RESUMING to STOP.
 
     That puts in effect what was loaded, and is a part of the way to RUNNING
     that the VMM goes next.
     """
-    with borrow(pid, DEVICE_FILE) as fd:
-        if fd is None:
-            raise OSError(errno.ENODEV, f"process {pid} has no VFIO device")
+    with borrow(pid, find_device(pid, mdev)) as fd:
         flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
         feature = struct.pack("=IIIi", 16, flags, VFIO_DEVICE_STATE_STOP, -1)
         fcntl.ioctl(fd, VFIO_DEVICE_FEATURE, bytearray(feature))
 
 
-def read_region(pid, index):
-    """All that region `index` of the device of process `pid` holds."""
-    with borrow(pid, DEVICE_FILE) as fd:
-        if fd is None:
-            raise OSError(errno.ENODEV, f"process {pid} has no VFIO device")
+def dma_under_way(registers):
+    """How many transfers have not begun, and how many go on without end."""
+    states = [
+        struct.unpack_from("<I", registers, descriptor + DMA_STATUS)[0]
+        for descriptor in DMA_DESCRIPTORS
+    ]
+    return states.count(DMA_QUEUED), states.count(DMA_ACTIVE)
+
+
+def read_region(pid, mdev, index):
+    """All that region `index` of a device of process `pid` holds."""
+    with borrow(pid, find_device(pid, mdev)) as fd:
         # struct vfio_region_info
         info = bytearray(struct.pack("=IIIIQQ", 32, 0, index, 0, 0, 0))
         fcntl.ioctl(fd, VFIO_DEVICE_GET_REGION_INFO, info)

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The program that a guest of the demo runs as its /init: it keeps a vfio_mock
- * or vfio_minimal device busy and keeps in its own memory a model of all that
- * the device must hold. The model travels with the memory of the guest, the
- * device by its own migration: when both agree on the target, the device has
- * migrated whole.
+ * The program that a guest of the demo runs as its /init: it keeps its vfio_mock
+ * or vfio_minimal devices busy and keeps in its own memory a model of all that
+ * they must hold. The model travels with the memory of the guest, the devices
+ * by their own migration: when both agree on the target, the devices have
+ * migrated whole. Two vfio_mock devices do DMA, too: see peers.c.
  *
  * It reports on the second serial port, one line each, first a word with an @,
  * then key=value pairs, and takes commands there: "verify" compares the whole
- * device with the model, "quit" turns the machine off.
+ * devices with the model, "quit" turns the machine off.
  */
-#define _GNU_SOURCE
 #include <cpuid.h>
 #include <dirent.h>
 #include <errno.h>
@@ -18,10 +17,7 @@
 #include <linux/pci_regs.h>
 #include <linux/vfio.h>
 #include <poll.h>
-#include <stdbool.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <stdnoreturn.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -34,14 +30,12 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "vfio_mock.h"
+#include "guest.h"
 
-#define PCI_DEVICES	"/sys/bus/pci/devices"
 #define REPORT_PORT	"/dev/ttyS1"
 #define REPORT_MS	250
-#define IRQ_TIMEOUT_MS	20000
+#define MAX_DEVICES	2
 
-#define PAGE		((__u64)VFIO_MOCK_PAGE_SIZE)
 #define HOT_PAGES	4
 #define FILL_MAX	(64 * 1024)
 #define CHECKSUM_MAX	(256 * 1024)
@@ -51,15 +45,6 @@
 /* The offset of the count of writes in a memory that has a header. */
 #define HEADER_WRITES	8
 
-/* What a device can do. */
-struct kind {
-	__u16 id;		/* PCI device id */
-	unsigned int bar;	/* the one that is the memory */
-	__u64 header;		/* read-only bytes at the memory's start */
-	__u64 magic;		/* the first word of the header */
-	bool engine;		/* has registers, commands and interrupts */
-};
-
 static const struct kind kinds[] = {
 	{ .id = VFIO_MOCK_DEVICE_ID, .bar = 2, .engine = true },
 	/* vfio_minimal: the magic reads "MINIMAL", from the top byte down. */
@@ -67,84 +52,52 @@ static const struct kind kinds[] = {
 	{}
 };
 
-struct counters {
-	__u64 written;		/* bytes written to the memory */
-	__u64 filled;		/* bytes the device was told to write */
-	__u64 doorbells;
-	__u64 irqs;
-	__u64 checks;		/* values compared with the model */
-	__u64 mismatches;
-};
-
-/* What the registers must read as. */
-struct registers {
-	__u64 scratch;
-	__u64 addr;
-	__u64 len;
-	__u64 seed;
-	__u64 result;
-	__u64 completions;
-	__u32 irq_vector;
-};
-
-struct device {
-	const struct kind *kind;
-	char pci[256];
-	__u8 *regs;
-	__u8 *mem;
-	__u64 size;
-	__u8 *model;
-	struct registers want;
-	int irq[VFIO_MOCK_MSIX_VECTORS];
-	__u64 generation;
-	struct counters count;
-};
-
-static FILE *report;
+FILE *report;
 static int commands = -1;
+static struct device devices[MAX_DEVICES];
+static unsigned int device_count;
 
-/* A part of a line; the line ends, and leaves, with say(). */
-#define tell(...)	fprintf(report, __VA_ARGS__)
+#define for_each_device(d) \
+	for ((d) = devices; (d) < devices + device_count; (d)++)
 
-#define say(...)				\
-	do {					\
-		tell(__VA_ARGS__);		\
-		end_line();			\
-	} while (0)
-
-/* Says why the guest cannot work, and leaves the machine up for its reader. */
-#define die(...)				\
-	do {					\
-		int __error = errno;		\
-						\
-		tell("@fatal what=\"");		\
-		tell(__VA_ARGS__);		\
-		halt(__error);			\
-	} while (0)
-
-static void end_line(void)
+void end_line(void)
 {
 	fputc('\n', report);
 	fflush(report);
 }
 
-static noreturn void halt(int error)
+noreturn void halt(int error)
 {
 	say("\" error=\"%s\"", strerror(error));
 	for (;;)
 		pause();
 }
 
-static void say_counters(const struct device *d)
+static void say_counters(void)
 {
+	struct counters sum = {};
+	struct device *d;
+
+	for_each_device(d) {
+		sum.written += d->count.written;
+		sum.filled += d->count.filled;
+		sum.doorbells += d->count.doorbells;
+		sum.irqs += d->count.irqs;
+		sum.transfers += d->count.transfers;
+		sum.moved += d->count.moved;
+		sum.dma_irqs += d->count.dma_irqs;
+		sum.checks += d->count.checks;
+		sum.mismatches += d->count.mismatches;
+	}
 	tell(" gen=%llu written=%llu filled=%llu doorbells=%llu irqs=%llu",
-	     d->generation, d->count.written, d->count.filled,
-	     d->count.doorbells, d->count.irqs);
-	say(" checks=%llu mismatches=%llu", d->count.checks,
-	    d->count.mismatches);
+	     devices->generation, sum.written, sum.filled, sum.doorbells,
+	     sum.irqs);
+	tell(" transfers=%llu moved=%llu dma_irqs=%llu", sum.transfers,
+	     sum.moved, sum.dma_irqs);
+	say(" checks=%llu mismatches=%llu", sum.checks, sum.mismatches);
 }
 
-static __u64 now_ms(void)
+__u64 now_ms(void)
 {
 	struct timespec ts;
 
@@ -153,7 +106,7 @@ static __u64 now_ms(void)
 }
 
 /* A number below @limit that depends on the generation and @salt alone. */
-static __u64 pick(const struct device *d, __u64 salt, __u64 limit)
+__u64 pick(const struct device *d, __u64 salt, __u64 limit)
 {
 	return vfio_mock_mix((d->generation << 16) + salt) % limit;
 }
@@ -163,7 +116,7 @@ static __u64 pick(const struct device *d, __u64 salt, __u64 limit)
  * emulated by QEMU takes an access to a device for the delivery of the last
  * exception, and gives up, unless the guest was left in between.
  */
-static void leave_guest(void)
+void leave_guest(void)
 {
 	unsigned int a, b, c, d;
 
@@ -171,7 +124,7 @@ static void leave_guest(void)
 }
 
 /* One access of exactly @width bytes, which the atomics guarantee. */
-static __u64 mmio_read(const void *p, unsigned int width)
+__u64 mmio_read(const void *p, unsigned int width)
 {
 	leave_guest();
 	switch (width) {
@@ -186,7 +139,7 @@ static __u64 mmio_read(const void *p, unsigned int width)
 	}
 }
 
-static void mmio_write(void *p, unsigned int width, __u64 value)
+void mmio_write(void *p, unsigned int width, __u64 value)
 {
 	leave_guest();
 	switch (width) {
@@ -205,19 +158,19 @@ static void mmio_write(void *p, unsigned int width, __u64 value)
 	}
 }
 
-static void check(struct device *d, const char *where, __u64 offset, __u64 want,
-		  __u64 got)
+void check(struct device *d, const char *where, __u64 offset, __u64 want,
+	   __u64 got)
 {
 	d->count.checks++;
 	if (want == got)
 		return;
 	d->count.mismatches++;
-	say("@mismatch where=%s offset=0x%llx want=0x%llx got=0x%llx gen=%llu",
-	    where, offset, want, got, d->generation);
+	say("@mismatch device=%s where=%s offset=0x%llx want=0x%llx got=0x%llx gen=%llu",
+	    d->pci, where, offset, want, got, d->generation);
 }
 
-static void check_reg(struct device *d, const char *name, unsigned int reg,
-		      unsigned int width, __u64 want)
+void check_reg(struct device *d, const char *name, unsigned int reg,
+	       unsigned int width, __u64 want)
 {
 	check(d, name, reg, want, mmio_read(d->regs + reg, width));
 }
@@ -253,26 +206,40 @@ static void mem_check(struct device *d, __u64 offset, unsigned int width)
 	      mmio_read(d->mem + offset, width));
 }
 
-/* Waits for the interrupt of @vector, and takes none of the others. */
-static void wait_irq(struct device *d, unsigned int vector)
+/* The interrupts of @vector since the last time. */
+__u64 take_irqs(struct device *d, unsigned int vector)
+{
+	__u64 n;
+
+	return read(d->irq[vector], &n, sizeof(n)) == sizeof(n) ? n : 0;
+}
+
+/* Waits until there is an interrupt of @vector. */
+void await_irq(struct device *d, unsigned int vector)
 {
 	struct pollfd pfd = { .fd = d->irq[vector], .events = POLLIN };
-	unsigned int i;
-	__u64 n;
 
 	if (poll(&pfd, 1, IRQ_TIMEOUT_MS) != 1)
 		check(d, "lost-irq", vector, 1, 0);
-	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
-		n = 0;
-		if (read(d->irq[i], &n, sizeof(n)) == sizeof(n))
-			d->count.irqs += n;
+}
+
+/* Waits for the interrupt of @vector, and takes none of the others. */
+static void wait_irq(struct device *d, unsigned int vector)
+{
+	unsigned int i;
+	__u64 n;
+
+	await_irq(d, vector);
+	for (i = 0; i < d->vectors; i++) {
+		n = take_irqs(d, i);
+		d->count.irqs += n;
 		check(d, "irq", i, i == vector, n);
 	}
 }
 
 static void command(struct device *d, __u32 cmd, __u64 addr, __u64 len)
 {
-	__u32 vector = d->count.doorbells % VFIO_MOCK_MSIX_VECTORS;
+	__u32 vector = d->count.doorbells % d->vectors;
 
 	d->want.addr = addr;
 	d->want.len = len;
@@ -310,13 +277,13 @@ static bool checksum(struct device *d, __u64 addr, __u64 len)
 
 static __u64 hot_page(const struct device *d, unsigned int i)
 {
-	return d->size / HOT_PAGES * i;
+	return d->work / HOT_PAGES * i;
 }
 
 /* Another page each time, until all were written. */
 static __u64 cold_page(const struct device *d, __u64 generation)
 {
-	return generation * 1597 * PAGE % d->size;
+	return generation * 1597 * PAGE % d->work;
 }
 
 static void write_pages(struct device *d)
@@ -343,7 +310,7 @@ static void read_back(struct device *d)
 		width = 1 << (i & 3);
 		mem_check(d, page + pick(d, 64 + i, PAGE / width) * width,
 			  width);
-		mem_check(d, pick(d, 80 + i, d->size / width) * width, width);
+		mem_check(d, pick(d, 80 + i, d->work / width) * width, width);
 	}
 }
 
@@ -355,12 +322,12 @@ static void use_engine(struct device *d)
 	mmio_write(d->regs + VFIO_MOCK_REG_SCRATCH, 8, d->generation);
 	if (d->generation % 4 == 0) {
 		len = 1 + pick(d, 100, FILL_MAX);
-		addr = pick(d, 101, d->size - len + 1);
+		addr = pick(d, 101, d->work - len + 1);
 		fill(d, addr, len);
 	}
 	if (d->generation % 8 == 0) {
 		len = 1 + pick(d, 102, CHECKSUM_MAX);
-		addr = pick(d, 103, d->size - len + 1);
+		addr = pick(d, 103, d->work - len + 1);
 		check(d, "checksum", addr, true, checksum(d, addr, len));
 	}
 	check_reg(d, "scratch", VFIO_MOCK_REG_SCRATCH, 8, d->generation);
@@ -466,22 +433,30 @@ static __u64 verify_engine(struct device *d)
 	return bad;
 }
 
-/* Compares the whole device with the model. */
-static void verify(struct device *d)
+/* Compares the whole devices with the model. */
+static void verify(void)
 {
-	__u64 start = now_ms(), bytes = read_back_pages(d), summed = 0, bad = 0;
+	__u64 start = now_ms(), bytes = 0, summed = 0, bad = 0, mismatches = 0;
+	struct device *d;
 
-	if (d->kind->engine) {
-		summed = d->size;
-		bad = verify_engine(d);
+	for_each_device(d)
+		peers_stop(d);
+	for_each_device(d) {
+		bytes += read_back_pages(d);
+		if (d->kind->engine) {
+			summed += d->size;
+			bad += verify_engine(d);
+		}
+		mismatches += d->count.mismatches;
 	}
+	for_each_device(d)
+		peers_start(d);
 	tell("@verdict result=%s checksummed=%llu readback=%llu bad_pages=%llu ms=%llu",
-	     d->count.mismatches ? "bad" : "ok", summed, bytes, bad,
-	     now_ms() - start);
-	say_counters(d);
+	     mismatches ? "bad" : "ok", summed, bytes, bad, now_ms() - start);
+	say_counters();
 }
 
-static void read_commands(struct device *d)
+static void read_commands(void)
 {
 	static char line[64];
 	static size_t used;
@@ -496,7 +471,7 @@ static void read_commands(struct device *d)
 		line[used] = 0;
 		used = 0;
 		if (!strcmp(line, "verify")) {
-			verify(d);
+			verify();
 		} else if (!strcmp(line, "quit")) {
 			say("@quit");
 			tcdrain(commands);
@@ -507,18 +482,22 @@ static void read_commands(struct device *d)
 	}
 }
 
-static void run(struct device *d, useconds_t pace)
+static noreturn void run(useconds_t pace)
 {
+	struct device *d;
 	__u64 next = 0;
 
 	for (;;) {
-		generation(d);
+		for_each_device(d) {
+			generation(d);
+			peers_turn(d);
+		}
 		if (now_ms() >= next) {
 			tell("@work");
-			say_counters(d);
+			say_counters();
 			next = now_ms() + REPORT_MS;
 		}
-		read_commands(d);
+		read_commands();
 		usleep(pace);
 	}
 }
@@ -558,27 +537,31 @@ static const struct kind *find_kind(const char *dir)
 	return NULL;
 }
 
-static void find_device(struct device *d)
+static void find_devices(void)
 {
-	char dir[sizeof(PCI_DEVICES) + sizeof(d->pci)];
-	struct dirent *entry;
-	DIR *devices = opendir(PCI_DEVICES);
+	char dir[sizeof(PCI_DEVICES) + sizeof(devices->pci)];
+	const struct kind *kind;
+	struct dirent **list;
+	struct device *d;
+	int n, i;
 
-	if (!devices)
+	n = scandir(PCI_DEVICES, &list, NULL, alphasort);
+	if (n < 0)
 		die("open %s", PCI_DEVICES);
-	while ((entry = readdir(devices))) {
-		if (entry->d_name[0] == '.')
+	for (i = 0; i < n && device_count < MAX_DEVICES; i++) {
+		if (list[i]->d_name[0] == '.')
 			continue;
-		snprintf(dir, sizeof(dir), PCI_DEVICES "/%s", entry->d_name);
-		d->kind = find_kind(dir);
-		if (d->kind) {
-			snprintf(d->pci, sizeof(d->pci), "%s", entry->d_name);
-			closedir(devices);
-			return;
-		}
+		snprintf(dir, sizeof(dir), PCI_DEVICES "/%s", list[i]->d_name);
+		kind = find_kind(dir);
+		if (!kind)
+			continue;
+		d = &devices[device_count++];
+		d->kind = kind;
+		snprintf(d->pci, sizeof(d->pci), "%s", list[i]->d_name);
 	}
 	errno = ENODEV;
-	die("no PCI device that is known here");
+	if (!device_count)
+		die("no PCI device that is known here");
 }
 
 static void *map_bar(struct device *d, unsigned int bar, __u64 *size)
@@ -697,12 +680,13 @@ static void open_engine(struct device *d)
 
 static void open_device(struct device *d)
 {
-	find_device(d);
 	if (d->kind->engine)
 		open_engine(d);
 	enable_device(d);
 
 	d->mem = map_bar(d, d->kind->bar, &d->size);
+	d->work = d->size;
+	d->vectors = VFIO_MOCK_MSIX_VECTORS;
 	d->model = calloc(1, d->size);
 	if (!d->model)
 		die("no memory for a model of %llu bytes", d->size);
@@ -765,17 +749,31 @@ static void open_report(void)
 int main(void)
 {
 	const char *pace = getenv("pace");
-	struct device d = { .generation = 0 };
+	struct device *d;
+	__u64 size = 0;
 
 	open_report();
 	if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		die("mlockall");
 	say("@boot");
 	load_modules();
-	open_device(&d);
-	first_generation(&d);
-	say("@ready pci=%s state_size=%llu irq=%s", d.pci, d.size,
-	    d.kind->engine ? "msix" : "none");
-	run(&d, pace ? strtoul(pace, NULL, 0) : 1000);
-	return 0;
+	find_devices();
+	for_each_device(d)
+		open_device(d);
+	if (device_count == 2 && devices[0].kind->engine &&
+	    devices[1].kind->engine)
+		peers_open(&devices[0], &devices[1]);
+	for_each_device(d) {
+		first_generation(d);
+		size += d->size;
+	}
+	for_each_device(d)
+		peers_start(d);
+
+	tell("@ready pci=");
+	for_each_device(d)
+		tell("%s%s", d == devices ? "" : ",", d->pci);
+	say(" state_size=%llu irq=%s", size,
+	    devices->kind->engine ? "msix" : "none");
+	run(pace ? strtoul(pace, NULL, 0) : 1000);
 }

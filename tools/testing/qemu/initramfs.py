@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = (HERE / "guest.c", HERE.parent / "include" / "vfio_mock.h")
+SOURCES = (HERE / "guest.c", HERE / "peers.c")
+HEADERS = (HERE / "guest.h", HERE.parent / "include" / "vfio_mock.h")
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 
 # What the guest needs for the interrupts of the device.
@@ -73,9 +74,9 @@ def compile_init(cc):
     """The program /init, compiled."""
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp) / "init"
-        include = f"-I{SOURCES[1].parent}"
+        include = f"-I{HEADERS[-1].parent}"
         subprocess.run(
-            [cc, *CFLAGS, include, "-o", out, SOURCES[0]], check=True
+            [cc, *CFLAGS, include, "-o", out, *SOURCES], check=True
         )
         return out.read_bytes()
 
@@ -89,7 +90,7 @@ def build(kdir, folder):
     cc = os.environ.get("HOSTCC", "cc")
     modules = in_order(MODULES, module_files(kdir))
     digest = hashlib.sha256(repr((cc, CFLAGS)).encode())
-    for path in (Path(__file__), *SOURCES, *modules):
+    for path in (Path(__file__), *SOURCES, *HEADERS, *modules):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     target = folder / f"initramfs-{digest.hexdigest()[:16]}.cpio"
     if not target.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A QEMU process with one VFIO device, and the guest that it runs."""
+"""A QEMU process with its VFIO devices, and the guest that it runs."""
 
 import contextlib
 import os
@@ -19,6 +19,18 @@ KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 kunit.enable=0"
 END_TIMEOUT = 5
 
 PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
+
+# What QEMU's trace tells of the DMA log that devices keep.
+LOG_START = re.compile(r"vfio_device_dirty_tracking_start ")
+LOG_PAGES = re.compile(r"vfio_get_dirty_bitmap .* dirty_pages=(\d+)")
+TRACES = (
+    "vfio_migration*",
+    "vfio_save*",
+    "vfio_load*",
+    "vfio_state*",
+    "vfio_device_dirty_tracking_start",
+    "vfio_get_dirty_bitmap",
+)
 
 
 class Failure(Exception):
@@ -70,19 +82,27 @@ class Guest:
         return (
             f"generation {self.count('gen')}, {written} written, "
             f"{self.count('doorbells')} doorbells, "
-            f"{self.count('irqs')} interrupts, "
-            f"{self.count('mismatches')} mismatches"
+            f"{self.count('irqs') + self.count('dma_irqs')} interrupts, "
+            f"{self._dma_done()}{self.count('mismatches')} mismatches"
         )
+
+    def _dma_done(self):
+        if not self.count("transfers"):
+            return ""
+        moved = size(self.count("moved"))
+        return f"{self.count('transfers')} DMA transfers, {moved} moved, "
 
 
 class Machine:
     """A QEMU process, from start to close()."""
 
-    def __init__(self, name, options, plan, mdev, guest=None):
+    def __init__(self, name, options, plan, backend, mdevs, guest=None):
         self.name = name
         self.guest = guest
+        self.mdevs = mdevs
         self.folder = options.folder / name
         self.folder.mkdir()
+        # The states that the devices reach: (number, state).
         self.states = []
         self.closed = False
         self.excused = 0
@@ -91,7 +111,7 @@ class Machine:
         self.report = report
         self.report.setblocking(False)
         self.qmp = Qmp(monitor)
-        argv = self._argv(options, plan, mdev, far_report, far_monitor)
+        argv = self._argv(options, plan, backend, far_report, far_monitor)
         with open(self.folder / "stderr", "wb") as stderr:
             self.process = subprocess.Popen(
                 argv,
@@ -103,11 +123,7 @@ class Machine:
         far_report.close()
         far_monitor.close()
 
-    def _argv(self, options, plan, mdev, report, monitor):
-        vfio = ["vfio-pci", "id=device", f"sysfsdev={mdev.path}"]
-        # Without a feature that migration needs, QEMU must not even start.
-        vfio += ["enable-migration=on", "migration-events=on"]
-        vfio += plan.properties
+    def _argv(self, options, plan, backend, report, monitor):
         argv = [options.qemu, "-nodefaults", "-display", "none"]
         # A guest that ends, or resets itself, leaves a QEMU that can be asked.
         argv += ["-action", "reboot=shutdown,shutdown=pause"]
@@ -123,12 +139,16 @@ class Machine:
         argv += ["-serial", "chardev:report"]
         argv += ["-chardev", f"socket,id=monitor,fd={monitor.fileno()}"]
         argv += ["-mon", "chardev=monitor,mode=control"]
-        if plan.backend == "iommufd":
+        if backend == "iommufd":
             argv += ["-object", "iommufd,id=iommufd0"]
-            vfio += ["iommufd=iommufd0"]
-        argv += ["-device", ",".join(vfio)]
-        argv += ["-trace", "vfio_migration*", "-trace", "vfio_save*"]
-        argv += ["-trace", "vfio_load*", "-trace", "vfio_state*"]
+        for number, mdev in enumerate(self.mdevs):
+            vfio = ["vfio-pci", f"id=device{number}", f"sysfsdev={mdev.path}"]
+            vfio += ["migration-events=on", *plan.properties]
+            if backend == "iommufd":
+                vfio += ["iommufd=iommufd0"]
+            argv += ["-device", ",".join(vfio)]
+        for trace in TRACES:
+            argv += ["-trace", trace]
         argv += ["-D", str(self.folder / "trace")]
         if self.guest is None:
             argv += ["-incoming", "defer"]
@@ -155,7 +175,9 @@ class Machine:
         """Takes in what guest and QEMU say, and notices when QEMU is gone."""
         self.qmp.poll()
         for event in self.qmp.take_events("VFIO_MIGRATION"):
-            self.states.append(event["device-state"].upper().replace("-", "_"))
+            number = int(event["device-id"].removeprefix("device"))
+            state = event["device-state"].upper().replace("-", "_")
+            self.states.append((number, state))
         if self.qmp.take_events("STOP"):
             status = self.qmp.command("query-status")["status"]
             if status in ("internal-error", "guest-panicked", "io-error"):
@@ -193,6 +215,16 @@ class Machine:
             name = signal.Signals(-status).name
             return f"{self.name} QEMU was killed by {name}"
         return f"{self.name} QEMU ended with status {status}"
+
+    def way(self, number):
+        """The states that one device reached, in order."""
+        return [state for n, state in self.states if n == number]
+
+    def dma_log(self):
+        """How often QEMU started the DMA logs, and the pages it found there."""
+        trace = "\n".join(self.read("trace"))
+        pages = sum(int(count) for count in LOG_PAGES.findall(trace))
+        return len(LOG_START.findall(trace)), pages
 
     def send(self, command):
         """Gives the guest a command."""

@@ -3,8 +3,8 @@
 """Live migration of a guest that works with a device, end to end.
 
 Runs as root where the modules are loaded: the test machine, or your own. Two
-QEMU processes have a device each; the guest of the first one keeps writing to
-its device, migrates to the second one, and goes on there.
+QEMU processes have a device each, or two; the guest of the first one keeps
+writing to its devices, migrates to the second one, and goes on there.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import namedtuple
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -31,6 +32,12 @@ WORK_TIMEOUT = 60
 MIGRATE_TIMEOUT = 240
 VERIFY_TIMEOUT = 240
 QUIT_TIMEOUT = 20
+
+# How many transfers each device of the guest does that have no end.
+ENDLESS = 3
+
+# Enough for each device to have come to the end of what was under way.
+TRANSFERS = 64
 
 # How often a migration is looked at: looking takes time from the guest.
 LOOK_INTERVAL = 0.05
@@ -50,22 +57,32 @@ class Scenario:
         self.view = view
         self.stack = ExitStack()
         self.machines = []
+        self.started = 0
         self.guest = Guest()
-        self.source_mdev = self.target_mdev = None
+        self.source_mdevs = []
+        self.target_mdevs = []
 
     def close(self):
         """Ends what the scenario started, and removes its devices."""
         self.stack.close()
 
-    def _mdev(self):
+    def _mdevs(self):
         kind = self.plan.kind
         mdev_type = self.options.type if kind is device.MOCK else kind.type
-        mdev = device.Device(kind.parent, mdev_type)
-        self.stack.callback(mdev.remove)
-        return mdev
+        mdevs = []
+        for _ in range(self.plan.devices):
+            mdev = device.Device(kind.parent, mdev_type)
+            self.stack.callback(mdev.remove)
+            mdevs.append(mdev)
+        return mdevs
 
-    def _machine(self, name, mdev, guest=None):
-        machine = Machine(name, self.options, self.plan, mdev, guest)
+    def _machine(self, name, mdevs, guest=None):
+        backends = self.plan.backends
+        backend = backends[self.started % len(backends)]
+        self.started += 1
+        machine = Machine(
+            name, self.options, self.plan, backend, mdevs, guest
+        )
         self.stack.callback(machine.close)
         self.machines.append(machine)
         machine.start(BOOT_TIMEOUT)
@@ -83,15 +100,15 @@ class Scenario:
     def boot(self):
         """Starts the source and waits until its guest works."""
         start = time.monotonic()
-        self.source_mdev = self._mdev()
-        self.target_mdev = self._mdev()
-        source = self._machine("source", self.source_mdev, self.guest)
+        self.source_mdevs = self._mdevs()
+        self.target_mdevs = self._mdevs()
+        source = self._machine("source", self.source_mdevs, self.guest)
         source.qmp.command("cont")
         wait(
             [source],
             lambda: self.guest.ready,
             BOOT_TIMEOUT,
-            "the guest finds its device",
+            "the guest finds its devices",
         )
         self._work(source, generations=16, irqs=8)
         ready = self.guest.ready
@@ -105,7 +122,7 @@ class Scenario:
 
     def target(self, name="target"):
         """Starts a QEMU that waits for the guest."""
-        return self._machine(name, self.target_mdev)
+        return self._machine(name, self.target_mdevs)
 
     def begin(self, source, target, bandwidth):
         """Starts the migration."""
@@ -128,7 +145,7 @@ class Scenario:
             if last and time.monotonic() < last + LOOK_INTERVAL:
                 return None
             last = time.monotonic()
-            sample = Sample(source, self.source_mdev, self.target_mdev)
+            sample = Sample(source, target)
             self.view.follow(
                 (sample.state, sample.target_state),
                 f"{last - start:4.1f} s {sample} {self.guest.count('gen'):8}",
@@ -139,8 +156,11 @@ class Scenario:
         self.view.settle()
         return sample
 
-    def complete(self, source, target):
-        """Migrates, compares, and lets the guest go on; returns the facts."""
+    def complete(self, source, target, verify=False):
+        """Migrates, compares, and lets the guest go on; returns the facts.
+
+        With `verify` the first thing that the guest does is to check all.
+        """
         self.begin(source, target, self.options.bandwidth)
         sample = self.watch(
             source, target, lambda s: s.status in ("completed", "failed")
@@ -154,27 +174,67 @@ class Scenario:
             MIGRATE_TIMEOUT,
             "the target takes everything in",
         )
-        expect("state of the source's device", self.source_mdev.state(), "STOP")
+        for mdev in self.source_mdevs:
+            expect("state of the source's device", mdev.state(), "STOP")
         digest = self.compare(source, target)
         self.view.say(f"devices at switchover: equal, sha256 {digest[:16]}")
 
         target.guest, source.guest = self.guest, None
+        known = len(self.guest.verdicts)
+        if verify:
+            target.send("verify")
         target.qmp.command("cont")
-        self.work_on(target, self.target_mdev)
-        features = self.target_mdev.features()
-        expect("source's states", source.states, source_states(features))
-        expect("target's states", target.states, target_states(features))
+        if verify:
+            self._verdict(target, known)
+        self.work_on(target)
+        features = self.target_mdevs[0].features()
+        follow("source", source, source_states(features))
+        follow("target", target, target_states(features))
+        if self.plan.devices > 1:
+            self.expect_log(source)
         self._drop(source)
+        self.source_mdevs, self.target_mdevs = (
+            self.target_mdevs,
+            self.source_mdevs,
+        )
         return sample
+
+    def expect_log(self, source):
+        """Checks that QEMU knew from the devices what their DMA wrote to."""
+        started, pages = source.dma_log()
+        if not started or not pages:
+            raise Failure("QEMU made no use of the devices' DMA logs")
+        self.view.say(f"DMA logs: QEMU found {pages} pages in them")
 
     def compare(self, source, target):
         """Compares all that both devices hold, while both stand still."""
+        digest = hashlib.sha256()
+        under_way = (0, 0)
+        for pair in zip(source.mdevs, target.mdevs):
+            sides = list(zip((source.pid, target.pid), pair))
+            held = self._held(sides)
+            for name, (one, other) in held.items():
+                same(name, one, other)
+            memory = held["memory"][0]
+            if memory.count(0) > len(memory) // 2:
+                raise Failure("the device's memory is empty: nothing is proved")
+            digest.update(memory)
+            if self.plan.devices > 1:
+                under_way = expect_dma(held["registers"][0], under_way)
+        if self.plan.devices > 1:
+            self.view.say(
+                f"DMA at switchover: {under_way[0]} transfers wait, "
+                f"{under_way[1]} without end"
+            )
+        return digest.hexdigest()
+
+    def _held(self, sides):
+        """What the regions of one device hold on the sides (pid, mdev)."""
         kind = self.plan.kind
-        both = (source.pid, target.pid)
         try:
-            device.finish_loading(target.pid)
+            device.finish_loading(*sides[1])
             held = {
-                name: [device.read_region(pid, bar) for pid in both]
+                name: [device.read_region(*side, bar) for side in sides]
                 for name, bar in kind.bars.items()
             }
         except OSError as error:
@@ -183,18 +243,13 @@ class Scenario:
             for name, bar in zip(("source", "target"), held["registers"]):
                 (dropped,) = struct.unpack_from("<Q", bar, kind.dropped)
                 expect(f"writes that the {name}'s device dropped", dropped, 0)
-        for name, (one, other) in held.items():
-            same(name, one, other)
-        memory = held["memory"][0]
-        if memory.count(0) > len(memory) // 2:
-            raise Failure("the device's memory is empty: nothing was proved")
-        return hashlib.sha256(memory).hexdigest()
+        return held
 
-    def work_on(self, machine, mdev):
-        """Checks that guest and device go on working."""
+    def work_on(self, machine):
+        """Checks that guest and devices go on working."""
         wait(
             [machine],
-            lambda: mdev.state() == "RUNNING",
+            lambda: all(m.state() == "RUNNING" for m in machine.mdevs),
             WORK_TIMEOUT,
             f"the device of the {machine.name} runs",
         )
@@ -205,6 +260,8 @@ class Scenario:
         goal = {"gen": self.guest.count("gen") + generations}
         if self.plan.kind.interrupts:
             goal["irqs"] = self.guest.count("irqs") + irqs
+        if self.plan.devices > 1:
+            goal["transfers"] = self.guest.count("transfers") + TRANSFERS
         wait(
             [machine],
             lambda: self.guest.reaches(**goal),
@@ -216,6 +273,10 @@ class Scenario:
         """Has the guest compare its whole device with its own model."""
         known = len(self.guest.verdicts)
         machine.send("verify")
+        self._verdict(machine, known)
+
+    def _verdict(self, machine, known):
+        """Takes the guest's verdict that comes after the `known` ones."""
         wait(
             [machine],
             lambda: len(self.guest.verdicts) > known,
@@ -256,9 +317,9 @@ class Scenario:
 class Sample:
     """A migration at one moment, as QEMU and the devices tell it."""
 
-    def __init__(self, source, source_mdev, target_mdev):
-        self.state = source_mdev.state()
-        self.target_state = target_mdev.state()
+    def __init__(self, source, target):
+        self.state = states(source.mdevs)
+        self.target_state = states(target.mdevs)
         self.left = device.bytes_left(source.pid)
         self.info = source.qmp.command("query-migrate")
         self.status = self.info.get("status", "none")
@@ -272,6 +333,11 @@ class Sample:
             f"{self.state or '-':12} {self.target_state or '-':11} "
             f"{initial:>10} {dirty:>10} {size(self.sent):>10} {self.rounds:5}"
         )
+
+
+def states(mdevs):
+    """The states of devices, one if they agree."""
+    return "/".join(dict.fromkeys(mdev.state() for mdev in mdevs))
 
 
 def source_states(features):
@@ -289,6 +355,28 @@ def target_states(features):
     if "p2p" in features:
         return ["RESUMING", "RUNNING_P2P", "RUNNING"]
     return ["RESUMING", "RUNNING"]
+
+
+def follow(what, machine, way):
+    """Fails unless all devices went that way, and none ahead of a P2P state.
+
+    Only when all devices of a machine are in one may the first one leave it.
+    """
+    for number, _ in enumerate(machine.mdevs):
+        expect(f"{what}'s states", machine.way(number), way)
+    for state, then in pairwise(way):
+        if state.endswith("_P2P"):
+            order = [each for _, each in machine.states]
+            behind = order[order.index(then) :]
+            if state in behind:
+                raise Failure(f"{what}: {then} before all were in {state}")
+
+
+def expect_dma(registers, before):
+    """Checks that a device has DMA to do; adds to the numbers of others."""
+    queued, endless = device.dma_under_way(registers)
+    expect("transfers without end", endless, ENDLESS)
+    return before[0] + queued, before[1] + endless
 
 
 def incoming_done(target):
@@ -333,7 +421,7 @@ def cancel(scenario):
     """The migration is cancelled half-way, and a second one completes."""
     source = scenario.boot()
     target = scenario.target("target")
-    if "pre-copy" not in scenario.source_mdev.features():
+    if "pre-copy" not in scenario.source_mdevs[0].features():
         raise Failure("without pre-copy there is no half-way")
     scenario.begin(source, target, scenario.options.slow_bandwidth)
     whole = 0
@@ -357,8 +445,8 @@ def cancel(scenario):
     # Both sides may complain that the stream ended early.
     target.close()
     scenario.machines.remove(target)
-    scenario.work_on(source, scenario.source_mdev)
-    expect("source's states", source.states, ["PRE_COPY", "RUNNING"])
+    scenario.work_on(source)
+    follow("source", source, ["PRE_COPY", "RUNNING"])
     source.excuse()
     scenario.view.say("cancelled half-way, the source goes on")
     scenario.verify(source)
@@ -370,28 +458,53 @@ def cancel(scenario):
     return "cancelled half-way, then " + scenario.summary(sample)
 
 
-# How a scenario goes, and what QEMU is told for it.
+def peers(scenario):
+    """Two devices work on each other while they migrate, there and back."""
+    source = scenario.boot()
+    for name in ("target", "third"):
+        target = scenario.target(name)
+        # Before the guest writes over what its devices did on the source.
+        sample = scenario.complete(source, target, verify=True)
+        source = target
+    scenario.verify(source)
+    scenario.quit(source)
+    return scenario.summary(sample)
+
+
+# Without a feature that migration needs, QEMU must not even start.
+REQUIRED = ("enable-migration=on",)
+
+# How a scenario goes, and what QEMU is told for it. The backends take turns.
 Plan = namedtuple(
     "Plan",
-    "play title backend kind capabilities properties",
-    defaults=(device.MOCK, (), ()),
+    "play title backends kind capabilities properties devices",
+    defaults=(device.MOCK, (), REQUIRED, 1),
 )
 
 SCENARIOS = {
-    "group": Plan(migrate, "group and container", "group"),
-    "iommufd": Plan(migrate, "character device and iommufd", "iommufd"),
-    "cancel": Plan(cancel, "cancelled half-way, then completed", "iommufd"),
+    "group": Plan(migrate, "group and container", ["group"]),
+    "iommufd": Plan(migrate, "character device and iommufd", ["iommufd"]),
+    "cancel": Plan(cancel, "cancelled half-way, then completed", ["iommufd"]),
     "multifd": Plan(
         migrate,
         "device state over a channel of its own, switchover acknowledged",
-        "iommufd",
+        ["iommufd"],
         capabilities=("multifd", "return-path", "switchover-ack"),
-        properties=("x-migration-multifd-transfer=on",),
+        properties=(*REQUIRED, "x-migration-multifd-transfer=on"),
+    ),
+    "peers": Plan(
+        peers,
+        "two devices, DMA into each other, group to iommufd and back",
+        ["group", "iommufd"],
+        device.PEER,
+        # As users have it: QEMU relies on the DMA logs, or does not migrate.
+        properties=(),
+        devices=2,
     ),
     "minimal": Plan(
         migrate,
         "vfio_minimal device, character device and iommufd",
-        "iommufd",
+        ["iommufd"],
         device.MINIMAL,
     ),
 }
@@ -430,9 +543,8 @@ def ended(scenario):
 
 def diagnose(scenario, view):
     """Says all that may help to understand a failure."""
-    for mdev in (scenario.source_mdev, scenario.target_mdev):
-        if mdev:
-            view.say(f"device {mdev.uuid}: {mdev.state()}")
+    for mdev in (*scenario.source_mdevs, *scenario.target_mdevs):
+        view.say(f"device {mdev.uuid}: {mdev.state()}")
     for machine in scenario.machines:
         for line in machine.diagnostics():
             view.say(line)
