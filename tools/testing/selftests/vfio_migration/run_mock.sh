@@ -142,7 +142,7 @@ run_last()
 {
 	local program
 
-	cleanup
+	remove_devices
 	for program in "${last[@]}"; do
 		VFIO_MOCK_MODULE=$module run "$program" "$@"
 	done
