@@ -370,6 +370,11 @@ def documents(step):
     text = (TOP / "Documentation/vfio_mock.rst").read_text()
     # What only the tests of the documents read.
     text = re.sub(r"^ *\.\. (setup|run): .*\n+", "", text, flags=re.MULTILINE)
+    # What is about programs that do not travel.
+    text = re.sub(
+        r"(?ms)^(Virtual machine monitors|Speed)\n=+\n.*?(?=^[^\n]+\n=+\n)", "", text
+    )
+    text = re.sub(r"(?m)^(.+\n)*.*``make demo.*\n(.+\n)*\n", "", text)
     abi = "Documentation/ABI/testing/sysfs-vfio_mock"
     step.write(abi, (TOP / abi).read_text())
     step.write("Documentation/driver-api/vfio-mock.rst", text)
