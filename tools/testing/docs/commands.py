@@ -217,6 +217,8 @@ def main():
     if len(sys.argv) < 5 or sys.argv[1] not in (*PRELUDE, "quotes"):
         sys.exit(__doc__)
     place, top, source = sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3]
+    if place == "vm" and not Path("/run/vfio-pipes").is_dir():
+        sys.exit("commands.py: these commands are for the test machine only")
     paths = [Path(p).resolve() for p in sys.argv[4:]]
     try:
         planned = sum(b.place == place for p in paths for b in blocks(p))
