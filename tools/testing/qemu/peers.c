@@ -25,7 +25,7 @@
 #define SHIFT_MAX	PAGE
 
 /* Bytes of a transfer that is long enough for others to wait for it. */
-#define LONG_LEN	(8 * SLOT)
+#define LONG_LEN	(32 * SLOT)
 
 /* Chains take turns in the use of slots: one under way, one to be compared. */
 #define SETS		2
@@ -65,6 +65,9 @@ enum {
 #define ENDLESS_LEN	20021ULL
 #define ENDLESS_STEP	3001
 #define ENDLESS_PERIOD	10000
+/* Those to the peer are shorter, but there is nearly always one about to go. */
+#define ENDLESS_PEER_STEP	601
+#define ENDLESS_PEER_PERIOD	2000
 
 /* The vectors of a chain; commands have those below. */
 #define MIDDLE		2
@@ -391,6 +394,7 @@ static struct place endless_place(struct device *d, unsigned int i)
 static void post_endless(struct device *d, unsigned int i)
 {
 	struct place place = endless_place(d, i);
+	bool p2p = place.owner == d->peer->other;
 	struct vfio_mock_dma_desc desc = {
 		.iova = place.bus,
 		.addr = place.addr,
@@ -399,8 +403,8 @@ static void post_endless(struct device *d, unsigned int i)
 		.op = place.owner == d ? VFIO_MOCK_DMA_CHURN :
 					 VFIO_MOCK_DMA_FILL,
 		.irq_vector = VFIO_MOCK_IRQ_NONE,
-		.period = ENDLESS_PERIOD,
-		.step = ENDLESS_STEP,
+		.period = p2p ? ENDLESS_PEER_PERIOD : ENDLESS_PERIOD,
+		.step = p2p ? ENDLESS_PEER_STEP : ENDLESS_STEP,
 	};
 
 	write_desc(d, ENDLESS_FIRST + i, &desc);

@@ -36,6 +36,9 @@ QUIT_TIMEOUT = 20
 # How many transfers each device of the guest does that have no end.
 ENDLESS = 3
 
+# How often a guest is paused, at least, for its devices to be seen in P2P.
+PAUSES = 10
+
 # Enough for each device to have come to the end of what was under way.
 TRANSFERS = 64
 
@@ -131,6 +134,7 @@ class Scenario:
         source.qmp.command(
             "migrate-set-parameters", {"max-bandwidth": bandwidth << 20}
         )
+        source.poll()
         source.states.clear()
         source.qmp.command("migrate", {"uri": path})
 
@@ -156,11 +160,19 @@ class Scenario:
         self.view.settle()
         return sample
 
-    def complete(self, source, target, verify=False):
+    def complete(self, source, target, verify=False, paused=False):
         """Migrates, compares, and lets the guest go on; returns the facts.
 
         With `verify` the first thing that the guest does is to check all.
+        With `paused` it does not run meanwhile.
         """
+        if paused:
+            # QEMU measures how fast it sends, and a paused guest has nothing to
+            # send but what it must not before it knows that it is fast enough.
+            bandwidth = {
+                "avail-switchover-bandwidth": self.options.bandwidth << 20
+            }
+            source.qmp.command("migrate-set-parameters", bandwidth)
         self.begin(source, target, self.options.bandwidth)
         sample = self.watch(
             source, target, lambda s: s.status in ("completed", "failed")
@@ -188,10 +200,10 @@ class Scenario:
             self._verdict(target, known)
         self.work_on(target)
         features = self.target_mdevs[0].features()
-        follow("source", source, source_states(features))
+        follow("source", source, source_states(features, paused))
         follow("target", target, target_states(features))
         if self.plan.devices > 1:
-            self.expect_log(source)
+            self.expect_log(source, paused)
         self._drop(source)
         self.source_mdevs, self.target_mdevs = (
             self.target_mdevs,
@@ -199,12 +211,46 @@ class Scenario:
         )
         return sample
 
-    def expect_log(self, source):
+    def expect_log(self, source, paused):
         """Checks that QEMU knew from the devices what their DMA wrote to."""
         started, pages = source.dma_log()
-        if not started or not pages:
+        if not started:
             raise Failure("QEMU made no use of the devices' DMA logs")
+        # A device that has stopped writes nothing.
+        expect("DMA in the devices' logs", pages > 0, not paused)
         self.view.say(f"DMA logs: QEMU found {pages} pages in them")
+
+    def pause_busy(self, machine):
+        """Pauses the guest at a moment when transfers wait in the devices.
+
+        It is paused more than once: a transfer that does not respect a P2P
+        state must also meet with a device that has stopped already.
+        """
+        deadline = time.monotonic() + WORK_TIMEOUT
+        pauses = 0
+        while time.monotonic() < deadline:
+            pauses += 1
+            machine.qmp.command("stop")
+            try:
+                waiting = sum(
+                    device.dma_under_way(
+                        device.read_region(
+                            machine.pid, mdev, self.plan.kind.bars["registers"]
+                        )
+                    )[0]
+                    for mdev in machine.mdevs
+                )
+            except OSError as error:
+                raise Failure(f"cannot look into a device: {error}") from None
+            if waiting and pauses >= PAUSES:
+                self.view.say(
+                    f"pause {pauses} of the {machine.name}: "
+                    f"{waiting} transfers wait"
+                )
+                return
+            machine.qmp.command("cont")
+            self._work(machine, generations=1, irqs=0, transfers=1)
+        raise Failure(f"no transfer waits at the end of {pauses} pauses")
 
     def compare(self, source, target):
         """Compares all that both devices hold, while both stand still."""
@@ -255,13 +301,13 @@ class Scenario:
         )
         self._work(machine, generations=16, irqs=2)
 
-    def _work(self, machine, generations, irqs):
-        """Waits for so many more generations, and interrupts if there are."""
+    def _work(self, machine, generations, irqs, transfers=TRANSFERS):
+        """Waits for so much more work, of the kinds that the devices do."""
         goal = {"gen": self.guest.count("gen") + generations}
         if self.plan.kind.interrupts:
             goal["irqs"] = self.guest.count("irqs") + irqs
         if self.plan.devices > 1:
-            goal["transfers"] = self.guest.count("transfers") + TRANSFERS
+            goal["transfers"] = self.guest.count("transfers") + transfers
         wait(
             [machine],
             lambda: self.guest.reaches(**goal),
@@ -340,10 +386,12 @@ def states(mdevs):
     return "/".join(dict.fromkeys(mdev.state() for mdev in mdevs))
 
 
-def source_states(features):
+def source_states(features, paused=False):
     """The way of a device that leaves, by the features it has."""
     p2p = "p2p" in features
-    if "pre-copy" in features:
+    if paused:
+        start = []
+    elif "pre-copy" in features:
         start = ["PRE_COPY", "PRE_COPY_P2P"] if p2p else ["PRE_COPY"]
     else:
         start = ["RUNNING_P2P", "STOP"] if p2p else ["STOP"]
@@ -459,12 +507,17 @@ def cancel(scenario):
 
 
 def peers(scenario):
-    """Two devices work on each other while they migrate, there and back."""
+    """Two devices work on each other while they migrate, there and back.
+
+    And there again, of a guest that was paused while transfers waited.
+    """
     source = scenario.boot()
-    for name in ("target", "third"):
+    for name, paused in (("target", False), ("third", False), ("last", True)):
         target = scenario.target(name)
+        if paused:
+            scenario.pause_busy(source)
         # Before the guest writes over what its devices did on the source.
-        sample = scenario.complete(source, target, verify=True)
+        sample = scenario.complete(source, target, verify=True, paused=paused)
         source = target
     scenario.verify(source)
     scenario.quit(source)
@@ -494,7 +547,7 @@ SCENARIOS = {
     ),
     "peers": Plan(
         peers,
-        "two devices, DMA into each other, group to iommufd and back",
+        "two devices, DMA into each other, to and fro over both backends",
         ["group", "iommufd"],
         device.PEER,
         # As users have it: QEMU relies on the DMA logs, or does not migrate.
