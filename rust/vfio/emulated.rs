@@ -292,10 +292,10 @@ struct ByItself<T: Operations> {
 }
 
 // SAFETY: The device may be used on any thread, see `Device`.
-unsafe impl<T: Operations> Send for ByItself<T> {}
+unsafe impl<T: Operations> Send for ByItself<T> where Arc<Opened<T>>: Send {}
 
 // SAFETY: As above.
-unsafe impl<T: Operations> Sync for ByItself<T> {}
+unsafe impl<T: Operations> Sync for ByItself<T> where Arc<Opened<T>>: Sync {}
 
 impl<T: Operations> worker::Job for ByItself<T> {
     fn work(&self) -> Work {
@@ -906,6 +906,7 @@ impl<T: Operations> VTable<T> {
             // SAFETY: The tree is valid.
             let mut node = unsafe { (*ranges).rb_leftmost };
             while !node.is_null() {
+                const { assert!(offset_of!(bindings::interval_tree_node, rb) == 0) };
                 // SAFETY: The node is the first field of one in an interval tree.
                 let range = unsafe { &*node.cast::<bindings::interval_tree_node>() };
                 // The core lets empty ranges pass, which end before they begin.

@@ -11,8 +11,7 @@ use core::{
 };
 use kernel::{
     error::from_err_ptr,
-    new_condvar,
-    new_spinlock,
+    new_condvar, new_spinlock,
     prelude::*,
     sync::{
         Arc,
@@ -25,7 +24,6 @@ use kernel::{
         msecs_to_jiffies,
         Delta, //
     },
-    types::ForeignOwnable, //
 };
 
 /// What a device has to do next.
@@ -163,20 +161,18 @@ impl<J: Job> Worker<J> {
     /// Fails with `ENOMEM`, and with `EINTR` if the caller is being killed.
     pub(crate) fn new(name: &CStr, bell: Arc<Bell>, job: J) -> Result<Self> {
         let shared = Arc::new(Shared { bell, job }, GFP_KERNEL_ACCOUNT)?;
-        let data = shared.clone().into_foreign();
-        // SAFETY: `main()` gets what it expects, and the format takes one string.
+        let data = Arc::as_ptr(&shared);
+        // SAFETY: `shared` outlives the thread, which `drop()` waits for, and the format takes one
+        // string.
         let task = unsafe {
             bindings::kthread_create_on_node(
                 Some(Self::main),
-                data,
+                data.cast_mut().cast(),
                 bindings::NUMA_NO_NODE,
                 c"%s".as_char_ptr(),
                 name.as_char_ptr(),
             )
         };
-        // SAFETY: `data` comes from `into_foreign()`; the thread borrows from `shared` instead,
-        // which outlives it.
-        drop(unsafe { Arc::<Shared<J>>::from_foreign(data) });
         let task = from_err_ptr(task)?;
         // SAFETY: The thread was created and does not run yet, so it is valid. This reference is
         // given back by `kthread_stop_put()`, because `main()` may return before that is called.
@@ -193,11 +189,10 @@ impl<J: Job> Worker<J> {
 
     /// # Safety
     ///
-    /// `data` must come from [`Arc::into_foreign()`] of a `Shared<J>` that lives until this has
-    /// returned.
+    /// `data` must come from [`Arc::as_ptr()`] of a `Shared<J>` that lives until this has returned.
     unsafe extern "C" fn main(data: *mut c_void) -> c_int {
         // SAFETY: By the safety requirements.
-        let shared: ArcBorrow<'_, Shared<J>> = unsafe { Arc::borrow(data) };
+        let shared = unsafe { ArcBorrow::<Shared<J>>::from_raw(data.cast()) };
         // SAFETY: This is what `allow_kernel_signal()` does; the handler is not a function but the
         // number `SIG_KTHREAD_KERNEL`, as the kernel knows.
         unsafe {
