@@ -53,7 +53,7 @@ test:			## run all tests; the last line adds them up
 	$(testing)/run
 
 test-host:		## run the tests that need no kernel
-	$(testing)/run host
+	$(testing)/run host host_fuzz
 
 test-debug:		## run the tests that boot a machine on the debug kernel
 	$(testing)/debug
@@ -68,7 +68,7 @@ selftest-mutations:	## break the mock device in many ways: the tests notice each
 	$(testing)/run build mutations
 
 soak:			## all of the kselftests, longer and on everything
-	$(testing)/run build soak mtty mutations
+	$(testing)/run build soak host_fuzz_long miri mtty mutations
 	$(testing)/debug build fuzz
 
 bench: modules		## measure, print a table, write bench.json

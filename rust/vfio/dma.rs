@@ -14,8 +14,11 @@
 //! [`include/linux/vfio.h`](srctree/include/linux/vfio.h)
 
 mod log;
+mod pieces;
+mod written;
 
 pub(crate) use self::log::Log;
+use self::pieces::pieces;
 
 use crate::{
     bindings,
@@ -106,11 +109,11 @@ impl<'a> Bus<'a> {
     /// the end of the address space.
     pub fn read(&self, iova: u64, to: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
         checked(to, range.clone())?;
-        no_wrap(iova, range.len())?;
+        let pieces = pieces(iova, range.len())?;
         // A copy from the user that fails leaves zeroes, which must not get into the memory.
         let len = PAGE_SIZE.min(range.len());
         let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL).map_err(Error::from)?;
-        for piece in pieces(iova, range.len()) {
+        for piece in pieces {
             let fault = |error| Fault {
                 done: piece.start,
                 error,
@@ -151,8 +154,7 @@ impl<'a> Bus<'a> {
     ///
     /// `bytes` must be valid for a copy to the user.
     unsafe fn write_pages(&self, iova: u64, bytes: *const [u8]) -> Result<(), Fault> {
-        no_wrap(iova, bytes.len())?;
-        for piece in pieces(iova, bytes.len()) {
+        for piece in pieces(iova, bytes.len())? {
             let start = bytes.cast::<u8>().wrapping_add(piece.start);
             let page = core::ptr::slice_from_raw_parts(start, piece.len());
             let at = iova + piece.start as u64;
@@ -191,23 +193,6 @@ fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Fau
     } else {
         Err(EINVAL.into())
     }
-}
-
-/// Fails with `EINVAL` if `len` bytes from `iova` on reach beyond the address space.
-fn no_wrap(iova: u64, len: usize) -> Result {
-    iova.checked_add(len as u64).map(|_| ()).ok_or(EINVAL)
-}
-
-/// Cuts `len` bytes from `iova` on where pages end. Returns where in them the pieces are.
-fn pieces(iova: u64, len: usize) -> impl Iterator<Item = Range<usize>> {
-    let page = PAGE_SIZE as u64;
-    let mut start = 0;
-    core::iter::from_fn(move || {
-        let left = (page - iova.wrapping_add(start as u64) % page) as usize;
-        let piece = start..len.min(start + left);
-        start = piece.end;
-        (!piece.is_empty()).then_some(piece)
-    })
 }
 
 impl From<Error> for Fault {

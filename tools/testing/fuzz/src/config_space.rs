@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The configuration space: what is fixed stays, what is writable is written.
+
+#[path = "../../../../rust/vfio/config_space.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod sut;
+
+use self::sut::{
+    ConfigSpace,
+    Id,
+    SIZE, //
+};
+use crate::Input;
+
+/// Reads all of it.
+fn bytes(space: &ConfigSpace) -> [u8; SIZE] {
+    let mut bytes = [0; SIZE];
+
+    space.read(0, &mut bytes);
+    bytes
+}
+
+/// Does to a configuration space what the input says.
+pub(crate) fn target(data: &[u8]) {
+    let mut input = Input(data);
+    let id = Id {
+        vendor: input.number() as u16,
+        device: input.number() as u16,
+        class: input.number() as u32 & 0xff_ffff,
+    };
+    let mut space = ConfigSpace::new(id);
+    let mut sizes = [0; 6];
+
+    for _ in 0..input.below(4) {
+        let (index, size) = (input.below(7), input.number());
+        let good = [0, 2, 4].contains(&index) && size >= 16 && size.is_power_of_two();
+        let with = space.clone().memory_bar(index, size, input.bool());
+
+        assert_eq!(with.is_ok(), good);
+        if let Ok(with) = with {
+            space = with;
+            sizes[index] = size;
+        }
+    }
+    if input.bool() {
+        let (vectors, bar) = (input.number() as u32, input.below(8) as u32);
+        let (table, pending) = (input.number() as u32, input.number() as u32);
+        let good = (1..=2048).contains(&vectors) && bar < 6 && table % 8 == 0 && pending % 8 == 0;
+        let with = space.clone().msix(vectors, bar, table, pending);
+
+        assert_eq!(with.is_ok(), good);
+        if let Ok(with) = with {
+            let place = with.msix_place();
+
+            assert_eq!((place.vectors, place.bar), (vectors, bar));
+            assert_eq!((place.table, place.pending), (table, pending));
+            space = with;
+        }
+    }
+    for (index, size) in (0..).zip(sizes) {
+        assert_eq!(space.region_size(index), size);
+    }
+    assert_eq!(space.region_size(7), SIZE as u64);
+
+    // Which bits can be written is what differs between writing ones and zeros.
+    let power_on = space.clone();
+    let mut ones = space.clone();
+    let mut zeros = space.clone();
+    ones.write(0, &[0xff; SIZE]);
+    zeros.write(0, &[0; SIZE]);
+    let (ones, zeros) = (bytes(&ones), bytes(&zeros));
+    for (index, size) in (0..6).zip(sizes).filter(|(_, size)| *size > 0) {
+        // A user finds the size so, as the PCI specification says.
+        let at = 0x10 + 4 * index;
+        let low = u32::from_le_bytes(*ones[at..].first_chunk().expect("inside"));
+        let high = u32::from_le_bytes(*ones[at + 4..].first_chunk().expect("inside"));
+
+        assert_eq!(low & 0xf & !8, 4);
+        let mask = u64::from(high) << 32 | u64::from(low & !0xf);
+        assert_eq!(mask.wrapping_neg(), size);
+    }
+
+    let mut model = bytes(&power_on);
+    while !input.is_empty() {
+        let op = input.below(4);
+        let (offset, count) = (input.below(SIZE + 8), input.below(SIZE + 8));
+        let from = input.bytes(count);
+
+        match op {
+            0 => {
+                let mut to = vec![0xee; count];
+
+                space.read(offset, &mut to);
+                for (at, byte) in (offset..).zip(to) {
+                    assert_eq!(byte, model.get(at).copied().unwrap_or(0));
+                }
+            }
+            1 | 2 => {
+                space.write(offset, from);
+                for (at, byte) in (offset..SIZE).zip(from) {
+                    let writable = ones[at] ^ zeros[at];
+
+                    model[at] = model[at] & !writable | byte & writable;
+                }
+            }
+            _ => {
+                let mut image = *space.save();
+                let mut other = power_on.clone();
+
+                for (at, byte) in (offset..SIZE).zip(from) {
+                    image[at] = *byte;
+                }
+                let fits = |at: usize| image[at] & !(ones[at] ^ zeros[at]) == zeros[at];
+                let good = (0..SIZE).all(fits);
+                assert_eq!(other.load(&image).is_ok(), good);
+                if good {
+                    assert_eq!(bytes(&other), image);
+                    space = other;
+                    model = image;
+                } else {
+                    assert_eq!(bytes(&other), bytes(&power_on), "a refusal changes nothing");
+                }
+            }
+        }
+        assert_eq!(bytes(&space), model);
+        assert_eq!(*space.save(), model);
+        let msix = space.msix_place().vectors > 0;
+        assert_eq!(space.is_function_masked(), msix && model[0x43] & 0x40 != 0);
+    }
+}

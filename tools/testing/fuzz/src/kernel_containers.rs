@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Stands in for what the sources of the crate use of the kernel, with allocations that fail when a
+//! target says so.
+
+/// As the kernel's.
+pub mod page {
+    /// As the kernel's.
+    pub const PAGE_SIZE: usize = 4096;
+}
+
+/// As the kernel's.
+pub mod prelude {
+    use std::{
+        cell::Cell,
+        ops::{
+            Deref,
+            DerefMut, //
+        },
+    };
+
+    thread_local! {
+        /// How many allocations succeed before one fails, and whether more of them do.
+        static FAILURES: Cell<u32> = const { Cell::new(0) };
+    }
+
+    /// Makes those of the next 32 allocations fail whose bit is set.
+    pub(crate) fn fail_allocations(which: u32) {
+        FAILURES.set(which);
+    }
+
+    /// Asks whether an allocation succeeds.
+    pub(crate) fn allocate() -> Result {
+        let failures = FAILURES.get();
+
+        FAILURES.set(failures >> 1);
+        match failures & 1 {
+            0 => Ok(()),
+            _ => Err(ENOMEM),
+        }
+    }
+
+    /// An errno.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Error(i32);
+
+    /// As the kernel's.
+    pub type Result<T = (), E = Error> = core::result::Result<T, E>;
+
+    /// As the kernel's.
+    pub const EINVAL: Error = Error(22);
+    /// As the kernel's.
+    pub const ENOMEM: Error = Error(12);
+
+    /// How to allocate.
+    #[derive(Clone, Copy)]
+    pub struct Flags;
+
+    /// As the kernel's.
+    pub const GFP_KERNEL: Flags = Flags;
+
+    /// As the kernel's.
+    pub type KVVec<T> = Vec<T>;
+
+    /// As the kernel's.
+    pub struct KBox<T>(Box<T>);
+
+    impl<T> KBox<T> {
+        /// As the kernel's.
+        ///
+        /// # Errors
+        ///
+        /// `ENOMEM`.
+        pub fn new(value: T, _flags: Flags) -> Result<Self> {
+            allocate()?;
+            Ok(Self(Box::new(value)))
+        }
+    }
+
+    impl<T> Deref for KBox<T> {
+        type Target = T;
+
+        fn deref(&self) -> &T {
+            &self.0
+        }
+    }
+
+    impl<T> DerefMut for KBox<T> {
+        fn deref_mut(&mut self) -> &mut T {
+            &mut self.0
+        }
+    }
+}
+
+/// As the kernel's.
+pub mod rbtree {
+    use super::prelude::*;
+    use std::{
+        collections::BTreeMap,
+        ops::Bound, //
+    };
+
+    /// As the kernel's.
+    pub struct RBTree<K, V>(BTreeMap<K, V>);
+
+    impl<K: Ord + Copy, V> RBTree<K, V> {
+        /// As the kernel's.
+        #[allow(clippy::new_without_default)]
+        pub fn new() -> Self {
+            Self(BTreeMap::new())
+        }
+
+        /// As the kernel's.
+        pub fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+            self.0.get_mut(key)
+        }
+
+        /// As the kernel's.
+        ///
+        /// # Errors
+        ///
+        /// `ENOMEM`.
+        pub fn try_create_and_insert(
+            &mut self,
+            key: K,
+            value: V,
+            _flags: Flags,
+        ) -> Result<Option<V>> {
+            super::prelude::allocate()?;
+            Ok(self.0.insert(key, value))
+        }
+
+        /// As the kernel's.
+        pub fn cursor_lower_bound_mut(&mut self, key: &K) -> Option<CursorMut<'_, K, V>> {
+            let (key, _) = self.0.range(key..).next()?;
+            let key = *key;
+
+            Some(CursorMut { tree: self, key })
+        }
+    }
+
+    /// As the kernel's.
+    pub struct CursorMut<'a, K, V> {
+        tree: &'a mut RBTree<K, V>,
+        key: K,
+    }
+
+    impl<K: Ord + Copy, V> CursorMut<'_, K, V> {
+        /// As the kernel's.
+        pub fn current_mut(&mut self) -> (&K, &mut V) {
+            let value = self.tree.0.get_mut(&self.key);
+
+            (&self.key, value.expect("a cursor is on a node"))
+        }
+
+        /// As the kernel's.
+        pub fn move_next(mut self) -> Option<Self> {
+            let behind = (Bound::Excluded(self.key), Bound::Unbounded);
+
+            self.key = *self.tree.0.range(behind).next()?.0;
+            Some(self)
+        }
+    }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a fuzzer does to the parts that need no kernel: each target reads from any bytes what is to
+//! be done, does it, and compares with a model that is written from the documentation.
+
+#![forbid(unsafe_code)]
+
+mod config_space;
+mod dirty_map;
+mod dma_log;
+mod dma_pieces;
+mod queue;
+mod stream;
+
+// What the sources of the crate call by these names.
+extern crate self as kernel;
+mod kernel_containers;
+#[doc(hidden)]
+pub use kernel_containers::{
+    page,
+    prelude,
+    rbtree, //
+};
+use vfio_host_tests::msix;
+
+mod irq {
+    pub(crate) use crate::msix;
+}
+
+mod region {
+    pub(crate) const CONFIG: u32 = 7;
+}
+
+/// What is done with the bytes of an input. It panics if something is wrong.
+pub type Target = fn(&[u8]);
+
+/// All targets, by name.
+pub const TARGETS: [(&str, Target); 7] = [
+    ("decoder", stream::any_bytes),
+    ("stream", stream::damaged_streams),
+    ("queue", queue::target),
+    ("dirty_map", dirty_map::target),
+    ("dma_log", dma_log::target),
+    ("dma_pieces", dma_pieces::target),
+    ("config_space", config_space::target),
+];
+
+/// The bytes of an input, from which everything is made. Behind its end there are zeros.
+struct Input<'a>(&'a [u8]);
+
+impl<'a> Input<'a> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Returns the next `count` bytes, or those that are left.
+    fn bytes(&mut self, count: usize) -> &'a [u8] {
+        let (bytes, rest) = self.0.split_at(count.min(self.0.len()));
+
+        self.0 = rest;
+        bytes
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.bytes(1).first().copied().unwrap_or(0)
+    }
+
+    fn bool(&mut self) -> bool {
+        self.byte() & 1 != 0
+    }
+
+    /// Returns a number of 64 bits, of which small ones and those near a power of two cost less.
+    fn number(&mut self) -> u64 {
+        match self.byte() {
+            size @ 0..=7 => {
+                let mut word = [0; 8];
+                let bytes = self.bytes(usize::from(size) + 1);
+
+                word[..bytes.len()].copy_from_slice(bytes);
+                u64::from_le_bytes(word)
+            }
+            shift @ 8..=71 => (1 << (shift - 8)) + (u64::from(self.byte()) & 0xf),
+            shift @ 72..=135 => (1_u64 << (shift - 72)).wrapping_sub(u64::from(self.byte())),
+            small => u64::from(small - 136),
+        }
+    }
+
+    /// Returns a number below `end`, which is not 0.
+    fn below(&mut self, end: usize) -> usize {
+        let number = match end {
+            0..=0x100 => u64::from(self.byte()),
+            0x101..=0x1_0000 => u64::from(self.byte()) | u64::from(self.byte()) << 8,
+            _ => self.number(),
+        };
+
+        (number % end as u64) as usize
+    }
+
+    /// Returns one of these.
+    fn one_of<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+}
