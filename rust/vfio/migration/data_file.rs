@@ -89,11 +89,12 @@ impl<M: Migratable> Saving<M> {
     fn remaining(&self) -> Remaining {
         let mut remaining = self.saver.remaining();
         let begun = (self.len - self.pos) as u64;
-        if self.initial {
-            remaining.initial += begun;
+        let part = if self.initial {
+            &mut remaining.initial
         } else {
-            remaining.dirty += begun;
-        }
+            &mut remaining.dirty
+        };
+        *part = part.saturating_add(begun);
         remaining
     }
 }
@@ -179,7 +180,7 @@ impl<M: Migratable> SaveSession<M> {
                 tail,
                 ..
             } = saving.remaining();
-            initial + dirty + tail
+            initial.saturating_add(dirty).saturating_add(tail)
         })
     }
 
@@ -293,7 +294,7 @@ impl<M: Migratable> SaveSession<M> {
             Some(saving) => {
                 let Remaining { initial, dirty, .. } = saving.remaining();
                 let begun = saving.pos < saving.len;
-                let readable = initial + dirty > 0 && (begun || saving.saver.is_ready());
+                let readable = (initial > 0 || dirty > 0) && (begun || saving.saver.is_ready());
                 if saving.phase == Phase::StopCopy || readable {
                     bindings::POLLIN | bindings::POLLRDNORM
                 } else {
@@ -338,13 +339,13 @@ impl<M: Migratable> SaveSession<M> {
             }
         }
         if initial > 0 {
-            initial += tail;
+            initial = initial.saturating_add(tail);
         } else if dirty > 0 {
-            dirty += tail;
+            dirty = dirty.saturating_add(tail);
         }
         // What was not announced as initial must not be reported as such.
         let shown = initial.min(saving.reported_initial);
-        dirty += initial - shown;
+        dirty = dirty.saturating_add(initial - shown);
         saving.reported_initial = shown;
         drop(guard);
 
