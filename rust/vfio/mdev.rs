@@ -367,6 +367,13 @@ impl<T: Driver> PinnedDrop for Registration<T> {
             bindings::mdev_unregister_parent(self.parent.get());
             bindings::mdev_unregister_driver(self.driver.get());
         }
+        // A task that dropped a device may be preempted on its way back to the core, with some
+        // instructions of this module before it. Without preemption the core waits for it anyway.
+        #[cfg(CONFIG_TASKS_RCU)]
+        // SAFETY: An FFI call with no additional requirements.
+        unsafe {
+            bindings::synchronize_rcu_tasks()
+        };
     }
 }
 
