@@ -1,17 +1,36 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device that claims `VFIO_MIGRATION_PRE_COPY` says how it is saved while it runs.
+//! A device that claims `VFIO_MIGRATION_P2P` says how it ends peer-to-peer DMA, and one that claims
+//! `VFIO_MIGRATION_PRE_COPY` how it is saved while it runs.
 
 include!(env!("DRIVER"));
 
+use core::marker::PhantomData;
+
+trait Claim: 'static {
+    const FLAGS: Flags;
+}
+
+struct P2p;
+
+impl Claim for P2p {
+    const FLAGS: Flags = Flags::STOP_COPY.with_p2p();
+}
+
+struct PreCopy;
+
+impl Claim for PreCopy {
+    const FLAGS: Flags = Flags::STOP_COPY.with_pre_copy();
+}
+
 /// The device on the front page, which claims more.
-struct Claiming(Arc<Chip>);
+struct Claiming<C: Claim>(Arc<Chip>, PhantomData<fn() -> C>);
 
 #[vtable]
-impl Migratable for Claiming {
+impl<C: Claim> Migratable for Claiming<C> {
     type Saver = ImageSaver;
     type Loader = ImageLoader;
-    const FLAGS: Flags = Flags::STOP_COPY.with_pre_copy();
+    const FLAGS: Flags = C::FLAGS;
 
     fn stop(&self) -> Result {
         self.0.stop()
@@ -43,9 +62,12 @@ impl Migratable for Claiming {
 }
 
 /// Makes the engine, as the registration of the device does.
-#[used]
-static ENGINE: fn() -> Result = || {
-    let engine = vfio::migration::Engine::<Claiming>::new(Claiming::FLAGS);
+fn engine<C: Claim>() -> Result {
+    let engine = vfio::migration::Engine::<Claiming<C>>::new(C::FLAGS);
+    //~ error[E0080]: evaluation panicked: VFIO_MIGRATION_P2P needs quiesce_p2p() and resume_p2p()
     //~ error[E0080]: evaluation panicked: VFIO_MIGRATION_PRE_COPY needs pre_copy()
     KBox::pin_init(engine, GFP_KERNEL).map(drop)
-};
+}
+
+#[used]
+static ENGINES: [fn() -> Result; 2] = [engine::<P2p>, engine::<PreCopy>];
