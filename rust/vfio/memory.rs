@@ -91,12 +91,13 @@ impl Memory {
     }
 
     /// Writes words from the word `start` on, `N` at a time, as far as there are any and there is
-    /// room for `N`, and returns how many it wrote.
+    /// room for `N`, calls `written` with each `N`, and returns how many it wrote.
     #[inline]
     pub(crate) fn set_words<const N: usize>(
         &self,
         start: usize,
         words: impl Iterator<Item = [u64; N]>,
+        mut written: impl FnMut([u64; N]),
     ) -> usize {
         let to = self.words.get(start..).unwrap_or(&[]);
         let mut count = 0;
@@ -105,6 +106,7 @@ impl Memory {
                 // SAFETY: The word is inside the memory, and the access is volatile.
                 unsafe { to.get().write_volatile(word) };
             }
+            written(words);
             count += N;
         }
         count

@@ -211,10 +211,10 @@ impl Chip {
     /// Writes all bytes of a page that comes by the stream, and returns its digest.
     pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) -> u64 {
         let mut digest = PageDigest::new(page as u64);
-        let words = lanes(bytes).inspect(|words| digest.add(*words));
+        let words = lanes(bytes).map(|words| words.map(u64::to_le));
         let start = page * (PAGE_SIZE / WORD);
         self.memory
-            .set_words(start, words.map(|words| words.map(u64::to_le)));
+            .set_words(start, words, |words| digest.add(words.map(u64::from_le)));
         digest.value()
     }
 
@@ -289,7 +289,7 @@ fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
     ];
     let start = whole.start;
     let words = whole.map(|index| [pattern_word(seed, index as u64).to_le()]);
-    memory.set_words(start, words);
+    memory.set_words(start, words, |_| ());
     for at in edges.into_iter().flatten() {
         let bytes = pattern_word(seed, (at / WORD) as u64).to_le_bytes();
         if let Some(byte) = bytes.get(at % WORD..=at % WORD) {

@@ -260,7 +260,9 @@ pub const fn pattern_word(seed: u64, index: u64) -> u64 {
 /// A digest in progress.
 ///
 /// Each step is a bijection of what was before, so a change of one word always changes the digest.
-/// It is a check against corruption, not a cryptographic one.
+/// The rotation brings the highest bit down, which stays where it is when it is multiplied: without
+/// it, two words with that bit changed would make up for each other. It is a check against
+/// corruption, not a cryptographic one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest(u64);
 
@@ -271,9 +273,14 @@ impl Digest {
     }
 
     /// Adds the next word.
+    ///
+    /// The word comes first, so that compilers load the words of all lanes and compute then: an
+    /// emulated CPU, which sets its flags at an access to memory, is much faster that way.
     #[inline]
     pub const fn add(&mut self, word: u64) {
-        self.0 = (self.0.rotate_left(5) ^ word).wrapping_mul(GOLDEN);
+        self.0 = word
+            .wrapping_sub(self.0.rotate_left(5))
+            .wrapping_mul(GOLDEN);
     }
 
     /// Returns the digest of the words added so far.

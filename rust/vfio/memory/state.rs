@@ -267,9 +267,15 @@ impl StateMemory {
     }
 
     /// Writes words from the word `start` on, `N` at a time, as far as there are any and there is
-    /// room for `N`, and marks their pages. Does not sleep, unless `words` does.
-    pub fn set_words<const N: usize>(&self, start: usize, words: impl Iterator<Item = [u64; N]>) {
-        let count = self.0.memory.set_words(start, words);
+    /// room for `N`, calls `written` with each `N`, and marks their pages. Does not sleep, unless
+    /// `words` or `written` does.
+    pub fn set_words<const N: usize>(
+        &self,
+        start: usize,
+        words: impl Iterator<Item = [u64; N]>,
+        written: impl FnMut([u64; N]),
+    ) {
+        let count = self.0.memory.set_words(start, words, written);
         if count > 0 {
             self.changed(start * WORD..(start + count) * WORD);
         }
@@ -277,7 +283,7 @@ impl StateMemory {
 
     /// Sets every byte to zero and marks all pages. Does not sleep.
     pub fn clear(&self) {
-        self.set_words(0, core::iter::repeat([0; 8]));
+        self.set_words(0, core::iter::repeat([0; 8]), |_| ());
     }
 
     /// Lets all pages count as never streamed, because the device has initialised itself anew.

@@ -159,7 +159,7 @@ static inline void vfio_mock_pattern(void *buf, __u64 seed, __u64 offset,
 /* One step of the digest. */
 static inline __u64 vfio_mock_digest_word(__u64 h, __u64 word)
 {
-	return (((h << 5) | (h >> 59)) ^ word) * VFIO_MOCK_GOLDEN;
+	return (word - ((h << 5) | (h >> 59))) * VFIO_MOCK_GOLDEN;
 }
 
 /* The digest of @len bytes from @h; a last short word is padded with zeroes. */

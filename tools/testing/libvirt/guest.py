@@ -254,7 +254,7 @@ def checksum(words):
     """The checksum of these words."""
     h = 8 * len(words)
     for word in words:
-        h = (((h << 5 | h >> 59) & WORD) ^ word) * GOLDEN & WORD
+        h = (word - (h << 5 & WORD | h >> 59)) * GOLDEN & WORD
     return h
 
 

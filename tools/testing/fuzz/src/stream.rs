@@ -44,7 +44,8 @@ fn digest_of(digest: u64, bytes: &[u8]) -> u64 {
 
 fn digest_of_words(digest: u64, words: impl Iterator<Item = u64>) -> u64 {
     words.fold(digest, |digest, word| {
-        (digest.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        word.wrapping_sub(digest.rotate_left(5))
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
     })
 }
 
