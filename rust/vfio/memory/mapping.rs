@@ -144,7 +144,6 @@ impl Mappings {
             place.unmap(page..page + 1);
         }
         self.aside_used = true;
-        self.dropped += 1;
         self.aside.as_ref().map(Page::as_ptr)
     }
 }
@@ -185,7 +184,12 @@ impl Inner {
             self.changed(page * PAGE_SIZE..(page + 1) * PAGE_SIZE);
         }
         // SAFETY: This is a page fault on an area that may have such pages, and the page is valid.
-        unsafe { bindings::vmf_insert_page_mkwrite(vmf, to_map, writable) }
+        let result = unsafe { bindings::vmf_insert_page_mkwrite(vmf, to_map, writable) };
+        // Otherwise there was no memory for a page table, and the same store faults again.
+        if mappings.frozen && write && result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
+            mappings.dropped += 1;
+        }
+        result
     }
 }
 
