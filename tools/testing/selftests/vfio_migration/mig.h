@@ -209,6 +209,14 @@ int mig_stall_wait(struct mig_stall *stall);
 int mig_stall_end(struct mig_stall *stall, const void *content);
 void mig_stall_free(struct mig_stall *stall);
 
+/* Once before the following. */
+void mig_touch_begin(void);
+/*
+ * The signal that a load, or a store of the byte 0x5a, leads to, or 0. Makes no
+ * system call.
+ */
+int mig_touch(void *at, bool write);
+
 /*
  * Eight threads do @count things each, at once, to the device and its data_fd:
  * SET_STATE, RESET, GET, read(), write(), PRECOPY_INFO, poll() and close of the

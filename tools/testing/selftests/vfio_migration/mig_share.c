@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * One data_fd in several hands: another process that uses it, readers that share
- * it, and a fault that does not end.
+ * it, a fault that does not end, and one that may end in a signal.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -297,4 +299,35 @@ void mig_stall_free(struct mig_stall *stall)
 	if (stall->uffd >= 0)
 		close(stall->uffd);
 	munmap((char *)stall->page - stall->len, 2 * stall->len);
+}
+
+/* ---- A fault that may end in a signal ---- */
+
+static sigjmp_buf fault_env;
+
+static void on_fault(int sig)
+{
+	siglongjmp(fault_env, sig);
+}
+
+void mig_touch_begin(void)
+{
+	/* Without a mask of signals, touching needs no system call. */
+	struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_NODEFER };
+
+	sigaction(SIGSEGV, &action, NULL);
+	sigaction(SIGBUS, &action, NULL);
+}
+
+int mig_touch(void *at, bool write)
+{
+	int sig = sigsetjmp(fault_env, 0);
+
+	if (sig)
+		return sig;
+	if (write)
+		__atomic_store_n((char *)at, 0x5a, __ATOMIC_RELAXED);
+	else
+		__atomic_load_n((char *)at, __ATOMIC_RELAXED);
+	return 0;
 }

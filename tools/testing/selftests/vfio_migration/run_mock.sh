@@ -35,7 +35,7 @@ each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
 once=(vfio_mock_log_test vfio_mock_stress vfio_mock_fuzz_test)
 # And what unloads it, when there are no other devices.
-last=(vfio_mock_life_test)
+last=(vfio_mock_life_test vfio_mock_module_test)
 # How many results there are from the other devices.
 others=2
 only=
@@ -183,7 +183,10 @@ run_others()
 
 if [ -n "$only" ]; then
 	shapes='' each=() most=() others=0
-	if [ "$only" = "${last[*]}" ]; then once=(); else once=("$only") last=(); fi
+	case " ${last[*]} " in
+	*" $only "*) once=() last=("$only") ;;
+	*) once=("$only") last=() ;;
+	esac
 fi
 if [ -z "$shapes" ] || [ "$extent" = whole ]; then
 	each+=("${most[@]}")

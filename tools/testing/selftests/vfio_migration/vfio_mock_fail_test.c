@@ -2,127 +2,25 @@
 /*
  * Every failure that the kernel can inject into what a client does with
  * vfio_mock: the first allocation or user copy fails, then the second, and so on
- * until nothing is left to fail. After each of them the errno is one that says
- * what happened, the device is usable or can be reset, and nothing is lost.
+ * until nothing is left to fail; and the same again with all allocations after it.
+ * After each of them the errno is one that says what happened, the device is
+ * usable or can be reset, and nothing is lost.
  *
  *	VFIO_MOCK_64K="SOURCE TARGET" ./vfio_mock_fail_test
  *
- * as root, with CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB and
- * CONFIG_FAULT_INJECTION_USERCOPY (and CONFIG_FAIL_PAGE_ALLOC, if it is there).
+ * as root, with CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB,
+ * CONFIG_FAULT_INJECTION_USERCOPY and CONFIG_FAIL_PAGE_ALLOC.
  * The model is tools/testing/selftests/iommu/iommufd_fail_nth.c.
  */
-#include <stdio.h>
-#include <sys/eventfd.h>
-#include <sys/syscall.h>
+#include <glob.h>
 
-#include "mock.h"
-#include "mock_image.h"
-
-/* More than any operation here has to fail. */
-#define MOST_FAILURES	5000U
-
-/* Turns a knob of debugfs, if there is one. */
-static int knob(const char *attribute, const char *name, const char *value)
-{
-	char path[128];
-	int fd, ret;
-
-	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/%s", attribute, name);
-	fd = open(path, O_WRONLY);
-	if (fd < 0)
-		return -errno;
-	ret = write(fd, value, strlen(value)) < 0 ? -errno : 0;
-	close(fd);
-	return ret;
-}
-
-struct nth {
-	struct __test_metadata *_metadata;
-	const char *what;
-	unsigned int n;
-	int fd;
-	int ret;
-	bool injected;
-	int also;		/* an errno that the operation may say, too */
-};
-
-static void nth_set(struct nth *nth, unsigned int n)
-{
-	struct __test_metadata *_metadata = nth->_metadata;
-	char text[16];
-	int len = snprintf(text, sizeof(text), "%u", n);
-	ssize_t ret = pwrite(nth->fd, text, len, 0);
-
-	/* It may have been this write that failed. */
-	if (ret < 0 && errno == EFAULT)
-		ret = pwrite(nth->fd, text, len, 0);
-	ASSERT_EQ(len, ret)
-		STEP("write to fail-nth: %s", strerror(errno));
-}
-
-static void nth_start(struct nth *nth, struct __test_metadata *_metadata,
-		      const char *what, int fd)
-{
-	*nth = (struct nth){ ._metadata = _metadata, .what = what, .fd = fd };
-}
-
-/* Begins the next round; false when the last one met no failure. */
-static bool nth_next(struct nth *nth)
-{
-	struct __test_metadata *_metadata = nth->_metadata;
-
-	if (nth->n && !nth->injected) {
-		EXPECT_EQ(0, nth->ret)
-			PROMISE("%s works when nothing fails: %s", nth->what,
-				strerror(-nth->ret));
-		EXPECT_LT(1U, nth->n)
-			TH_LOG("  %s met no failure at all", nth->what);
-		TH_LOG("  %s: %u failures", nth->what, nth->n - 1);
-		return false;
-	}
-	ASSERT_GT(MOST_FAILURES, ++nth->n)
-		TH_LOG("  %s fails for ever", nth->what);
-	return true;
-}
-
-/* From here on the Nth thing that can fail in this thread fails. */
-static void nth_begin(struct nth *nth)
-{
-	nth_set(nth, nth->n);
-}
-
-/* And from here on nothing. @ret is what the operation said. */
-static void nth_end(struct nth *nth, int ret)
-{
-	struct __test_metadata *_metadata = nth->_metadata;
-	char text[16] = {};
-
-	/* The number is counted down to 0 by what fails, which may be this read. */
-	if (pread(nth->fd, text, sizeof(text) - 1, 0) < 0) {
-		ASSERT_EQ(EFAULT, errno);
-		nth->injected = false;
-	} else {
-		nth->injected = atoi(text) == 0;
-	}
-	nth_set(nth, 0);
-	nth->ret = ret;
-	if (ret) {
-		EXPECT_TRUE(ret == -ENOMEM || ret == -EFAULT || ret == nth->also)
-			PROMISE("%s, failure %u: ENOMEM or EFAULT, not %s", nth->what,
-				nth->n, strerror(-ret));
-		EXPECT_TRUE(nth->injected)
-			PROMISE("%s, failure %u: nothing failed, but it did", nth->what,
-				nth->n);
-	}
-}
-
-#define for_each_failure(nth, text) \
-	for (nth_start(nth, _metadata, text, self->fail_nth); nth_next(nth);)
+#include "mock_dma.h"
+#include "mock_fail.h"
 
 FIXTURE(fail)
 {
 	struct mock src, dst;
-	int fail_nth;
+	struct injector in;
 	struct nth nth;
 };
 
@@ -136,22 +34,12 @@ FIXTURE_VARIANT_ADD(fail, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(fail)
 {
-	static const char *const attributes[] = {
-		"failslab", "fail_page_alloc", "fail_usercopy",
-	};
-	unsigned int i;
+	const char *why = NULL;
 
 	self->src.dev.fd = -1;
 	self->dst.dev.fd = -1;
-	self->fail_nth = open("/proc/thread-self/fail-nth", O_RDWR);
-	if (self->fail_nth < 0)
-		SKIP(return, "the kernel has no CONFIG_FAULT_INJECTION, or this is not root");
-	if (knob("failslab", "ignore-gfp-wait", "N"))
-		SKIP(return, "the kernel has no CONFIG_FAILSLAB, or debugfs is not mounted");
-	knob("fail_page_alloc", "ignore-gfp-wait", "N");
-	knob("fail_page_alloc", "min-order", "0");
-	for (i = 0; i < ARRAY_SIZE(attributes); i++)
-		knob(attributes[i], "verbose", "0");
+	if (fail_open(&self->in, &why))
+		SKIP(return, "%s", why);
 	MOCK_OPEN_OR_SKIP(&self->src, "VFIO_MOCK_64K", 0, variant->backend);
 	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_64K", 1, variant->backend);
 }
@@ -160,7 +48,7 @@ FIXTURE_TEARDOWN(fail)
 {
 	mock_close(&self->src);
 	mock_close(&self->dst);
-	close(self->fail_nth);
+	injector_close(&self->in);
 }
 
 TEST_F_TIMEOUT(fail, open_and_close, 120)
@@ -228,6 +116,7 @@ TEST_F_TIMEOUT(fail, region_accesses, 120)
 	struct mock *m = &self->src;
 	struct nth *nth = &self->nth;
 	static __u8 data[40000];
+	struct vfio_device_info device_info;
 	struct vfio_region_info info;
 	struct vfio_irq_info irq;
 	unsigned int i;
@@ -252,6 +141,12 @@ TEST_F_TIMEOUT(fail, region_accesses, 120)
 	for_each_failure(nth, "GET_REGION_INFO") {
 		nth_begin(nth);
 		ret = mig_region_info(&m->dev, BAR2, &info);
+		nth_end(nth, ret);
+	}
+	for_each_failure(nth, "GET_INFO") {
+		device_info.argsz = sizeof(device_info);
+		nth_begin(nth);
+		ret = ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &device_info) ? -errno : 0;
 		nth_end(nth, ret);
 	}
 	for_each_failure(nth, "GET_IRQ_INFO") {
@@ -300,12 +195,14 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 {
 	struct mig_device *dev = &self->src.dev;
 	struct nth *nth = &self->nth;
+	struct mig_stream image = {};
 	__u32 from, to, state;
 	char what[64];
 	bool new_fd;
 	int ret, fd, first;
 
-	populate(_metadata, &self->src, 1);
+	populate(_metadata, &self->dst, 2);
+	take_image(_metadata, &self->dst.dev, &image);
 	for (from = STOP; from < MIG_STATE_NR; from++) {
 		for (to = STOP; to < MIG_STATE_NR; to++) {
 			if (from == to || !mig_fsm_exists(dev->flags, from) ||
@@ -314,14 +211,13 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 				continue;
 			snprintf(what, sizeof(what), "%s -> %s", mig_state_name(from),
 				 mig_state_name(to));
-			/* A session that nothing was loaded into has no way out but RESET. */
-			if (from == RESUMING)
-				continue;
 			for_each_failure(nth, what) {
 				ASSERT_EQ(0, mig_reset(dev));
 				first = -1;
 				if (from != RUNNING)
 					ASSERT_EQ(0, mig_set_state(dev, from, &first));
+				if (from == RESUMING)
+					load_all(_metadata, first, &image);
 				fd = -1;
 				nth_begin(nth);
 				ret = mig_set_state(dev, to, &fd);
@@ -334,9 +230,19 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 				} else {
 					EXPECT_EQ(to, state);
 				}
-				if (ret && first >= 0 && state == from) {
+				/* To ask a loader would add to its stream. */
+				if (ret && mig_fsm_saving(from) && state == from) {
 					EXPECT_FALSE(mig_fd_is_dead(first))
 						PROMISE("%s: the session goes on", what);
+				}
+				if (ret) {
+					EXPECT_EQ(0, mig_set_state(dev, to, NULL))
+						PROMISE("%s: from there it can be tried again",
+							what);
+				}
+				if (from == RESUMING) {
+					expect_memory(_metadata, &self->src, self->dst.want,
+						      what);
 				}
 				close(first);
 				if (fd >= 0)
@@ -359,6 +265,7 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 			break;
 	}
 	expect_fresh(_metadata, &self->src, "after RESET");
+	mig_stream_free(&image);
 }
 
 /* What was read before a failure, and is read after it, is the whole image. */
@@ -370,8 +277,9 @@ TEST_F_TIMEOUT(fail, save, 300)
 	struct vfio_precopy_info info;
 	struct mock_front front;
 	__u8 byte = 0x77;
-	int fd, ret;
+	__u32 state;
 	__u64 size;
+	int fd, ret;
 
 	for_each_failure(nth, "read() of the data_fd") {
 		image.len = 0;
@@ -414,6 +322,11 @@ TEST_F_TIMEOUT(fail, save, 300)
 		}
 		close(fd);
 	}
+	for_each_failure(nth, "GET of the state") {
+		nth_begin(nth);
+		ret = mig_get_state(dev, &state);
+		nth_end(nth, ret);
+	}
 	for_each_failure(nth, "MIG_DATA_SIZE") {
 		nth_begin(nth);
 		ret = mig_data_size(dev, &size);
@@ -435,6 +348,13 @@ TEST_F_TIMEOUT(fail, resume, 300)
 	populate(_metadata, &self->src, 3);
 	stop_and_save(_metadata, &self->src, &fd, &image);
 	read_front(_metadata, &self->src, &front);
+	close(fd);
+	fd = go(_metadata, dev, RESUMING);
+	for_each_failure(nth, "poll() of the data_fd") {
+		nth_begin(nth);
+		ret = mig_poll(fd, POLLOUT, 0);
+		nth_end(nth, ret < 0 ? ret : 0);
+	}
 	close(fd);
 	for_each_failure(nth, "write() of the data_fd") {
 		ASSERT_EQ(0, mig_reset(dev));
@@ -478,29 +398,173 @@ TEST_F_TIMEOUT(fail, mappings, 120)
 			continue;
 		ASSERT_EQ(0, munmap(map, m->size));
 	}
-	for_each_failure(nth, "a page fault") {
-		ASSERT_EQ(0, mig_region_map(&m->dev, BAR2, 0, m->size, &map));
-		nth_begin(nth);
-		/* The kernel tries again by itself. */
-		__atomic_store_n((__u8 *)map, nth->n, __ATOMIC_SEQ_CST);
-		nth_end(nth, 0);
-		EXPECT_EQ((__u8)nth->n, get(_metadata, m, BAR2, 0, 1))
-			PROMISE("what is stored is in the device");
-		ASSERT_EQ(0, munmap(map, m->size));
-		if (nth->n == 1 && !nth->injected)
-			break;
+}
+
+/* Far from all that a process has, so that page tables come and go with a mapping. */
+#define LONELY	((void *)(1UL << 40))
+
+/*
+ * Who has no memory for a page fault is to try again, which the kernel does by
+ * itself: a signal would be the end of whoever uses the device.
+ */
+TEST_F_TIMEOUT(fail, page_faults, 120)
+{
+	static const __u32 states[] = { RUNNING, PRE_COPY, STOP, STOP_COPY, RESUMING };
+	struct mock *m = &self->src;
+	struct nth *nth = &self->nth;
+	__u8 *map, *dirty;
+	struct mig_stream first = {};
+	bool stopped, write;
+	unsigned int i, j;
+	char what[64];
+	int fd, sig;
+
+	dirty = calloc(1, m->size / PAGE);
+	ASSERT_NE(NULL, dirty);
+	dirty[1] = 1;
+	mig_touch_begin();
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		if (!mig_fsm_exists(m->dev.flags, states[i]))
+			continue;
+		stopped = states[i] != RUNNING && states[i] != PRE_COPY;
+		for (j = 0; j < 2; j++) {
+			write = j;
+			snprintf(what, sizeof(what), "a page fault of a %s in %s",
+				 write ? "store" : "load", mig_state_name(states[i]));
+			for_each_single_failure(nth, what) {
+				/* The device has what a fault needs only once for each open. */
+				mig_close_device(&m->dev);
+				ASSERT_EQ(0, mig_reopen_device(&m->dev));
+				memset(m->want, 0, m->size);
+				map = mmap(LONELY, m->size, PROT_READ | PROT_WRITE,
+					   MAP_SHARED | MAP_FIXED_NOREPLACE, m->dev.fd,
+					   m->offset[BAR2]);
+				ASSERT_EQ(LONELY, map);
+				fd = -1;
+				if (states[i] == PRE_COPY) {
+					fd = go(_metadata, &m->dev, PRE_COPY);
+					first.len = 0;
+					ASSERT_EQ(-ENOMSG, mig_save(fd, &first,
+								    stream_limit(&m->dev)));
+				} else if (states[i] != RUNNING) {
+					ASSERT_EQ(0, mig_set_state(&m->dev, states[i], &fd));
+				}
+				nth_begin(nth);
+				sig = mig_touch(map + PAGE, write);
+				nth_end(nth, 0);
+				EXPECT_EQ(0, sig)
+					PROMISE("%s, failure %u: no signal but another try",
+						what, nth->n);
+				if (write && !stopped)
+					m->want[PAGE] = 0x5a;
+				expect_memory(_metadata, m, m->want, what);
+				EXPECT_EQ(write && stopped ? 1ULL : 0ULL, reg64(m, DROPPED))
+					PROMISE("%s, failure %u: one store is dropped once", what,
+						nth->n);
+				if (states[i] == PRE_COPY && write)
+					expect_round(_metadata, m, fd, dirty, what);
+				if (fd >= 0)
+					close(fd);
+				ASSERT_EQ(0, munmap(map, m->size));
+			}
+		}
 	}
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
-	for_each_failure(nth, "a page fault of a stopped device") {
-		ASSERT_EQ(0, mig_region_map(&m->dev, BAR2, 0, m->size, &map));
-		nth_begin(nth);
-		__atomic_store_n((__u8 *)map, 0x55, __ATOMIC_SEQ_CST);
-		nth_end(nth, 0);
-		EXPECT_NE(0x55U, get(_metadata, m, BAR2, 0, 1))
-			PROMISE("what is stored is dropped");
-		ASSERT_EQ(0, munmap(map, m->size));
-		if (nth->n == 1 && !nth->injected)
-			break;
+	mig_stream_free(&first);
+	free(dirty);
+}
+
+/* How many threads do DMA, and how the last of them is made to fail. */
+static int worker_injector(struct injector *in)
+{
+	char name[16], path[64];
+	glob_t found = {};
+	FILE *file;
+	int n = 0;
+	size_t i;
+
+	glob("/proc/[0-9]*", 0, NULL, &found);
+	for (i = 0; i < found.gl_pathc; i++) {
+		snprintf(path, sizeof(path), "%s/comm", found.gl_pathv[i]);
+		file = fopen(path, "r");
+		/* It may be gone by now. */
+		if (!file)
+			continue;
+		if (fgets(name, sizeof(name), file) && !strcmp(name, "vfio_mock\n") &&
+		    !injector_open(in, found.gl_pathv[i]))
+			n++;
+		fclose(file);
+	}
+	globfree(&found);
+	return n;
+}
+
+/* What a descriptor that ended makes of what an operation says. */
+static int dma_result(const struct dma_desc *d)
+{
+	if (d->status == VFIO_MOCK_DMA_COMPLETE)
+		return 0;
+	if (d->status != VFIO_MOCK_DMA_FAILED)
+		return -EIO;
+	switch (d->error) {
+	case VFIO_MOCK_DMA_ERROR_FAULT:
+		return -EFAULT;
+	case VFIO_MOCK_DMA_ERROR_NO_MEMORY:
+		return -ENOMEM;
+	default:
+		return -EIO;
+	}
+}
+
+/* DMA that fails has moved what it says, and not a byte behind that page. */
+TEST_F_TIMEOUT(fail, dma, 120)
+{
+	static const __u32 ops[] = { READ, WRITE, FILL, CHURN };
+	static const char *const names[] = { "READ", "WRITE", "FILL", "CHURN" };
+	struct mock *m = &self->src;
+	struct nth *nth = &self->nth;
+	struct dma_desc d, ended;
+	struct ram ram;
+	unsigned int i;
+	__u64 torn;
+	int ret;
+
+	mock_close(&self->dst);
+	injector_close(&self->in);
+	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
+	ram_make(_metadata, &ram, 1ULL << 32, 16 * PAGE);
+	ram_map(_metadata, &ram, m);
+	for (i = 0; i < ARRAY_SIZE(ops); i++) {
+		for_each_failure(nth, names[i]) {
+			d = (struct dma_desc){
+				.op = ops[i], .iova = ram.iova + 1000, .addr = 2 * PAGE + 7,
+				.len = 3 * PAGE, .seed = nth->n,
+				.irq_vector = VFIO_MOCK_IRQ_NONE,
+			};
+			fill(_metadata, m, 0, m->size, 2 * nth->n);
+			vfio_mock_pattern(ram.want, 2 * nth->n + 1, 0, ram.size);
+			memcpy(ram.mem, ram.want, ram.size);
+			dma_set(_metadata, m, 0, &d);
+			nth_begin(nth);
+			dma_ring(_metadata, m, 0);
+			ended = dma_wait(_metadata, m, 0);
+			ret = dma_result(&ended);
+			nth_end(nth, ret);
+			ASSERT_LE(ended.pos, d.len);
+			dma_apply(&d, m->want, ram_want(&ram, d.iova), ended.pos);
+			expect_memory(_metadata, m, m->want, names[i]);
+			if (ret && (ops[i] == WRITE || ops[i] == FILL)) {
+				torn = d.iova - ram.iova + ended.pos;
+				memcpy(ram.want + torn, ram.mem + torn, PAGE - torn % PAGE);
+			}
+			expect_ram(_metadata, &ram, names[i]);
+			if (!ret)
+				continue;
+			ended = dma_run(_metadata, m, 0, &d);
+			expect_complete(_metadata, &ended, "after a failure");
+			dma_apply(&d, m->want, ram_want(&ram, d.iova), d.len);
+			expect_memory(_metadata, m, m->want, "after a failure");
+			expect_ram(_metadata, &ram, "after a failure");
+		}
 	}
 }
 
@@ -538,22 +602,6 @@ TEST_F_TIMEOUT(fail, dma_logging, 120)
 	}
 }
 
-static int write_text(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY);
-	int ret;
-
-	if (fd < 0)
-		return -errno;
-	ret = write(fd, text, strlen(text)) < 0 ? -errno : 0;
-	close(fd);
-	return ret;
-}
-
-/*
- * Its creation is not among the tests: vfio core (7.3) warns of itself, in
- * vfio_group_release(), when it has no memory for a new group.
- */
 TEST_F_TIMEOUT(fail, removal, 300)
 {
 	static const char uuid[] = "5eed0000-fa11-4000-8000-000000000001";

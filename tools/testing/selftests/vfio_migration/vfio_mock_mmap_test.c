@@ -9,7 +9,6 @@
  * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
  * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
  */
-#include <setjmp.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -38,13 +37,6 @@ FIXTURE_VARIANT(map)
 FIXTURE_VARIANT_ADD(map, group) { .backend = MIG_GROUP };
 FIXTURE_VARIANT_ADD(map, iommufd) { .backend = MIG_IOMMUFD };
 
-static sigjmp_buf fault_env;
-
-static void on_fault(int sig)
-{
-	siglongjmp(fault_env, sig);
-}
-
 FIXTURE_SETUP(map)
 {
 	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
@@ -52,8 +44,7 @@ FIXTURE_SETUP(map)
 	self->map = bar2_map(_metadata, &self->m, 0, self->m.size);
 	self->dirty = calloc(1, self->m.size / PAGE);
 	ASSERT_NE(NULL, self->dirty);
-	signal(SIGSEGV, on_fault);
-	signal(SIGBUS, on_fault);
+	mig_touch_begin();
 }
 
 FIXTURE_TEARDOWN(map)
@@ -65,20 +56,6 @@ FIXTURE_TEARDOWN(map)
 static __u64 pick(map_data *self, __u64 limit)
 {
 	return vfio_mock_mix(++self->random) % limit;
-}
-
-/* The signal that a load or a store of one byte leads to, or 0. */
-static int touch(__u8 *at, bool write)
-{
-	int sig = sigsetjmp(fault_env, 1);
-
-	if (sig)
-		return sig;
-	if (write)
-		__atomic_store_n(at, 0x5a, __ATOMIC_RELAXED);
-	else
-		__atomic_load_n(at, __ATOMIC_RELAXED);
-	return 0;
 }
 
 /* Stores to the memory of the device at @at, which is mapped at @map. */
@@ -312,7 +289,7 @@ TEST_F(map, mapping_can_be_cut_and_moved)
 
 	/* A hole in the middle. */
 	ASSERT_EQ(0, munmap(map + 4 * PAGE, 3 * PAGE));
-	EXPECT_EQ(SIGSEGV, touch(map + 5 * PAGE, false));
+	EXPECT_EQ(SIGSEGV, mig_touch(map + 5 * PAGE, false));
 	store_at(self, map + 3 * PAGE + 1, 3 * PAGE + 1, PAGE - 1);
 	store_at(self, map + 7 * PAGE, 7 * PAGE, 9);
 
@@ -324,12 +301,12 @@ TEST_F(map, mapping_can_be_cut_and_moved)
 	EXPECT_EQ(0, memcmp(m->want + 30 * PAGE, moved, 2 * PAGE))
 		PROMISE("a mapping that is moved shows the same memory");
 	store_at(self, moved + PAGE + 7, 31 * PAGE + 7, 5);
-	EXPECT_EQ(SIGSEGV, touch(map + 30 * PAGE, true));
+	EXPECT_EQ(SIGSEGV, mig_touch(map + 30 * PAGE, true));
 
 	/* It shrinks, and does not grow. */
 	moved = mremap(map + 40 * PAGE, 4 * PAGE, 2 * PAGE, 0);
 	EXPECT_EQ(map + 40 * PAGE, moved);
-	EXPECT_EQ(SIGSEGV, touch(map + 42 * PAGE, true));
+	EXPECT_EQ(SIGSEGV, mig_touch(map + 42 * PAGE, true));
 	EXPECT_EQ(MAP_FAILED, mremap(map + 41 * PAGE, PAGE, 2 * PAGE, MREMAP_MAYMOVE))
 		PROMISE("a mapping of a device does not grow");
 	store_at(self, map + 41 * PAGE, 41 * PAGE, 1);
@@ -352,9 +329,9 @@ TEST_F(map, protection_can_change)
 	for (i = 0; i < 2; i++) {
 		store_at(self, map + PAGE, PAGE, 100);
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_READ));
-		EXPECT_EQ(SIGSEGV, touch(map + PAGE, true))
+		EXPECT_EQ(SIGSEGV, mig_touch(map + PAGE, true))
 			PROMISE("what may only be read cannot be written");
-		EXPECT_EQ(0, touch(map, false));
+		EXPECT_EQ(0, mig_touch(map, false));
 		if (i && fd >= 0)
 			expect_dirty_round(_metadata, self, fd, "a page that was written and then protected");
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_READ | PROT_WRITE));
@@ -363,7 +340,7 @@ TEST_F(map, protection_can_change)
 		store_at(self, map + PAGE + 5, PAGE + 5, 100);
 		store_at(self, map + 2 * PAGE, 2 * PAGE, 1);
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_NONE));
-		EXPECT_EQ(SIGSEGV, touch(map, false));
+		EXPECT_EQ(SIGSEGV, mig_touch(map, false));
 		if (i && fd >= 0)
 			expect_dirty_round(_metadata, self, fd, "stores after a change of protection");
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_READ | PROT_WRITE));
@@ -373,7 +350,7 @@ TEST_F(map, protection_can_change)
 			  m->offset[BAR2] + 9 * PAGE);
 		ASSERT_NE(MAP_FAILED, ro);
 		EXPECT_EQ(0, memcmp(ro, m->want + 9 * PAGE, PAGE));
-		EXPECT_EQ(SIGSEGV, touch(ro, true));
+		EXPECT_EQ(SIGSEGV, mig_touch(ro, true));
 		ASSERT_EQ(0, mprotect(ro, PAGE, PROT_READ | PROT_WRITE));
 		store_at(self, ro, 9 * PAGE, 10);
 		expect_both(_metadata, self, "after changes of protection");
@@ -608,20 +585,20 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		EXPECT_EQ(0, memcmp(m->want + 8 * PAGE, self->map + 8 * PAGE, 40 * PAGE))
 			PROMISE("in %s loads see the memory", name);
 		for (j = 0; j < 20; j++) {
-			EXPECT_EQ(0, touch(self->map + 3 * j * PAGE + j, true))
+			EXPECT_EQ(0, mig_touch(self->map + 3 * j * PAGE + j, true))
 				PROMISE("in %s a store is dropped and no fault", name);
 			EXPECT_EQ(dropped + j + 1, reg64(m, DROPPED))
 				PROMISE("in %s a store to a page is counted", name);
 		}
-		EXPECT_EQ(0, touch(other, true));
-		EXPECT_EQ(0, touch(other + 5 * PAGE, true));
+		EXPECT_EQ(0, mig_touch(other, true));
+		EXPECT_EQ(0, mig_touch(other + 5 * PAGE, true));
 		expect_memory(_metadata, m, m->want, name);
 		EXPECT_EQ(0, memcmp(m->want + 61 * PAGE, self->map + 61 * PAGE, 30 * PAGE))
 			PROMISE("in %s pages that were not stored to are shown", name);
 		if (state == STOP_COPY) {
 			image.len = 0;
 			ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
-			ASSERT_EQ(0, touch(self->map + 99 * PAGE, true));
+			ASSERT_EQ(0, mig_touch(self->map + 99 * PAGE, true));
 			ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 				PROMISE("the stream follows its format: %s", parsed.why);
 			expect_bytes(_metadata, m->want, parsed.memory, m->size,
@@ -657,8 +634,8 @@ TEST_F(map, tracking_works_after_a_stop)
 	NEED_PRE_COPY(&m->dev);
 	store_at(self, self->map, 0, m->size);
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
-	touch(self->map, true);
-	touch(self->map + 8 * PAGE, true);
+	mig_touch(self->map, true);
+	mig_touch(self->map + 8 * PAGE, true);
 	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
 	fd = start_tracking(_metadata, self);
 	store_at(self, self->map + 8 * PAGE, 8 * PAGE, 4);
@@ -684,14 +661,14 @@ TEST_F(map, target_is_mapped_while_it_loads)
 	close(fd);
 	fd = go(_metadata, &dst->dev, RESUMING);
 	for (at = 0; at < image.len; at += 100000) {
-		ASSERT_EQ(0, touch(map + at % dst->size, at % 3 == 0));
+		ASSERT_EQ(0, mig_touch(map + at % dst->size, at % 3 == 0));
 		ASSERT_EQ(0, mig_load(fd, image.data + at,
 				      image.len - at < 100000 ? image.len - at : 100000,
 				      0, NULL));
 	}
 	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
 	expect_memory(_metadata, dst, m->want, "in STOP on the target");
-	touch(map, true);
+	mig_touch(map, true);
 	move_on(_metadata, &dst->dev, RUNNING);
 	expect_memory(_metadata, dst, m->want, "running on the target");
 	expect_bytes(_metadata, m->want, map, dst->size, "what is mapped on the target");

@@ -1,0 +1,266 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Failures that the kernel injects into one thing after the other that can fail in
+ * a thread, by /proc/thread-self/fail-nth; and after that into all that follow, by
+ * /proc/thread-self/make-it-fail, as there are second attempts: an allocation that
+ * fails in a slab is tried with whole pages.
+ */
+#ifndef MOCK_FAIL_H
+#define MOCK_FAIL_H
+
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "mig_test.h"
+
+/* More than any operation here has to fail. */
+#define MOST_FAILURES	5000U
+
+/* Turns a knob of debugfs, if there is one. */
+static inline int knob(const char *attribute, const char *name, const char *value)
+{
+	char path[128];
+	int fd, ret;
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/%s", attribute, name);
+	fd = open(path, O_WRONLY);
+	if (fd < 0)
+		return -errno;
+	ret = write(fd, value, strlen(value)) < 0 ? -errno : 0;
+	close(fd);
+	return ret;
+}
+
+/* The files of a thread by which it is made to fail. */
+struct injector {
+	int nth;
+	int all;
+};
+
+static inline void injector_close(const struct injector *in)
+{
+	close(in->nth);
+	close(in->all);
+}
+
+/* Opens those in a folder of /proc; -errno if there are none. */
+static inline int injector_open(struct injector *in, const char *folder)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "%s/fail-nth", folder);
+	in->nth = open(path, O_RDWR | O_CLOEXEC);
+	if (in->nth < 0)
+		return -errno;
+	snprintf(path, sizeof(path), "%s/make-it-fail", folder);
+	in->all = open(path, O_RDWR | O_CLOEXEC);
+	return in->all < 0 ? -errno : 0;
+}
+
+struct nth {
+	struct __test_metadata *_metadata;
+	const char *what;
+	const struct injector *in;
+	unsigned int n;
+	bool all;		/* not the Nth alone, but all from there on */
+	bool single;		/* never so */
+	bool injected;
+	int ret;
+	int also;		/* an errno that the operation may say, too */
+};
+
+static inline void nth_write(const struct nth *nth, int fd, unsigned int number)
+{
+	struct __test_metadata *_metadata = nth->_metadata;
+	char text[16];
+	int len = snprintf(text, sizeof(text), "%u", number);
+	ssize_t ret = pwrite(fd, text, len, 0);
+
+	/* It may have been this write that failed. */
+	if (ret < 0 && errno == EFAULT)
+		ret = pwrite(fd, text, len, 0);
+	ASSERT_EQ(len, ret)
+		STEP("make the thread fail: %s", strerror(errno));
+}
+
+static inline void nth_start(struct nth *nth, struct __test_metadata *_metadata,
+			     const char *what, const struct injector *in, bool single)
+{
+	*nth = (struct nth){
+		._metadata = _metadata, .what = what, .in = in, .single = single,
+	};
+}
+
+/* Begins the next round; false when the last one met no failure. */
+static inline bool nth_next(struct nth *nth)
+{
+	struct __test_metadata *_metadata = nth->_metadata;
+
+	if (nth->n && !nth->injected) {
+		EXPECT_EQ(0, nth->ret)
+			PROMISE("%s works when nothing fails: %s", nth->what,
+				strerror(-nth->ret));
+		EXPECT_LT(1U, nth->n)
+			TH_LOG("  %s met no failure at all", nth->what);
+		TH_LOG("  %s: %u %s", nth->what, nth->n - 1,
+		       nth->all ? "beginnings of failures" : "failures");
+		if (nth->all || nth->single)
+			return false;
+		nth->all = true;
+		nth->n = 0;
+	}
+	ASSERT_GT(MOST_FAILURES, ++nth->n)
+		TH_LOG("  %s fails for ever", nth->what);
+	return true;
+}
+
+/* From here on the Nth thing that can fail in this thread fails. */
+static inline void nth_begin(struct nth *nth)
+{
+	/* Nothing but the Nth fails before the Nth. */
+	if (nth->all)
+		nth_write(nth, nth->in->all, 1);
+	nth_write(nth, nth->in->nth, nth->n);
+}
+
+/* And from here on nothing. @ret is what the operation said. */
+static inline void nth_end(struct nth *nth, int ret)
+{
+	struct __test_metadata *_metadata = nth->_metadata;
+	char text[16] = {};
+
+	/* The number is counted down to 0 by what fails, which may be this read. */
+	if (pread(nth->in->nth, text, sizeof(text) - 1, 0) < 0) {
+		ASSERT_EQ(EFAULT, errno);
+		nth->injected = false;
+	} else {
+		nth->injected = atoi(text) == 0;
+	}
+	if (nth->all)
+		nth_write(nth, nth->in->all, 0);
+	nth_write(nth, nth->in->nth, 0);
+	nth->ret = ret;
+	if (ret) {
+		EXPECT_TRUE(ret == -ENOMEM || ret == -EFAULT || ret == nth->also)
+			PROMISE("%s, failure %u: ENOMEM or EFAULT, not %s", nth->what,
+				nth->n, strerror(-ret));
+		EXPECT_TRUE(nth->injected)
+			PROMISE("%s, failure %u: nothing failed, but it did", nth->what,
+				nth->n);
+	}
+}
+
+#define for_each_failure(nth, text) \
+	for (nth_start(nth, _metadata, text, &self->in, false); nth_next(nth);)
+
+/* For what is tried again and again until it succeeds. */
+#define for_each_single_failure(nth, text) \
+	for (nth_start(nth, _metadata, text, &self->in, true); nth_next(nth);)
+
+/* What can be made to fail, each a folder of debugfs. */
+static const char *const fail_attributes[] = {
+	"failslab", "fail_page_alloc", "fail_usercopy",
+};
+
+static inline void fail_set_all(const char *name, const char *value)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(fail_attributes); i++)
+		knob(fail_attributes[i], name, value);
+}
+
+/* Where a function is, and where the next one begins. */
+static inline bool find_function(const char *name, unsigned long long *start,
+				 unsigned long long *end)
+{
+	char line[512], symbol[256], kind;
+	unsigned long long at;
+	FILE *file = fopen("/proc/kallsyms", "r");
+
+	*start = 0;
+	*end = ~0ULL;
+	while (file && fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "%llx %c %255s", &at, &kind, symbol) == 3 &&
+		    !strcmp(symbol, name))
+			*start = at;
+	}
+	if (file)
+		rewind(file);
+	while (file && fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "%llx %c %255s", &at, &kind, symbol) == 3 &&
+		    at > *start && at < *end)
+			*end = at;
+	}
+	if (file)
+		fclose(file);
+	return *start && *end != ~0ULL;
+}
+
+/* Lets nothing of a kind fail below a function; or why this cannot be done. */
+static inline const char *fail_spare(const char *attribute, const char *function)
+{
+	unsigned long long start, end;
+	char path[64], text[32];
+	FILE *file;
+
+	/* As the last test has left it: it takes long to find a function. */
+	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/reject-start", attribute);
+	file = fopen(path, "r");
+	start = 0;
+	if (file && fscanf(file, "%llx", &start) != 1)
+		start = 0;
+	if (file)
+		fclose(file);
+	if (start)
+		return NULL;
+	if (knob(attribute, "stacktrace-depth", "32"))
+		return "the kernel has no CONFIG_FAULT_INJECTION_STACKTRACE_FILTER";
+	if (!find_function(function, &start, &end))
+		return "what is to be spared is not in /proc/kallsyms";
+	snprintf(text, sizeof(text), "%llu", start);
+	knob(attribute, "reject-start", text);
+	snprintf(text, sizeof(text), "%llu", end);
+	knob(attribute, "reject-end", text);
+	return NULL;
+}
+
+/* Lets all fail that can in this thread; returns 0, or -1 and why not. */
+static inline int fail_open(struct injector *in, const char **why)
+{
+	if (injector_open(in, "/proc/thread-self")) {
+		*why = "the kernel has no CONFIG_FAULT_INJECTION, or this is not root";
+		return -1;
+	}
+	if (knob("failslab", "ignore-gfp-wait", "N")) {
+		*why = "the kernel has no CONFIG_FAILSLAB, or debugfs is not mounted";
+		return -1;
+	}
+	knob("fail_page_alloc", "ignore-gfp-wait", "N");
+	knob("fail_page_alloc", "min-order", "0");
+	/* When a slab needs pages has nothing to do with who happens to ask it. */
+	fail_spare("fail_page_alloc", "new_slab");
+	fail_set_all("verbose", "0");
+	fail_set_all("task-filter", "Y");
+	fail_set_all("times", "-1");
+	/* User memory is always there or not: that is no matter of a second attempt. */
+	knob("failslab", "probability", "100");
+	knob("fail_page_alloc", "probability", "100");
+	return 0;
+}
+
+static inline int write_text(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+	int ret;
+
+	if (fd < 0)
+		return -errno;
+	ret = write(fd, text, strlen(text)) < 0 ? -errno : 0;
+	close(fd);
+	return ret;
+}
+
+#endif /* MOCK_FAIL_H */

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Every failure that the kernel can inject into how vfio_mock comes and goes: into
+ * the loading and unloading of the module, and the creation of a device. As
+ * vfio_mock_fail_test; but the module must not be in use:
+ *
+ *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_module_test
+ */
+#include <dirent.h>
+#include <sys/syscall.h>
+
+#include "mock_fail.h"
+
+/* Where the core does without a link in /sys/class/mdev_bus, this is as well. */
+#define TYPE	"/sys/class/vfio_mock/vfio_mock/mdev_supported_types/vfio_mock-64K/"
+#define UUID	"5eed0000-fa11-4000-8000-000000000002"
+#define DEVICE	"/sys/bus/mdev/devices/" UUID
+
+FIXTURE(module)
+{
+	int file;
+	struct injector in;
+	struct nth nth;
+	bool was_loaded;
+};
+
+static int load(int file)
+{
+	return syscall(SYS_finit_module, file, "", 0) ? -errno : 0;
+}
+
+static int unload(void)
+{
+	return syscall(SYS_delete_module, "vfio_mock", O_NONBLOCK) ? -errno : 0;
+}
+
+FIXTURE_SETUP(module)
+{
+	const char *path = getenv("VFIO_MOCK_MODULE");
+	const char *why = NULL;
+
+	self->file = -1;
+	if (!path)
+		SKIP(return, "VFIO_MOCK_MODULE does not name the module");
+	if (fail_open(&self->in, &why))
+		SKIP(return, "%s", why);
+	self->was_loaded = !access("/sys/module/vfio_mock", F_OK);
+	if (self->was_loaded && unload())
+		SKIP(return, "the module is in use");
+	self->file = open(path, O_RDONLY | O_CLOEXEC);
+	ASSERT_LE(0, self->file)
+		STEP("open %s: %s", path, strerror(errno));
+}
+
+FIXTURE_TEARDOWN(module)
+{
+	if (self->file < 0)
+		return;
+	knob("failslab", "reject-start", "0");
+	knob("failslab", "reject-end", "0");
+	unload();
+	if (self->was_loaded)
+		load(self->file);
+	close(self->file);
+	injector_close(&self->in);
+}
+
+static void expect_gone(struct __test_metadata *_metadata)
+{
+	static const char *const places[] = {
+		"/sys/module/vfio_mock", "/sys/class/vfio_mock",
+		"/sys/class/mdev_bus/vfio_mock", "/sys/bus/mdev/drivers/vfio_mock",
+	};
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(places); i++) {
+		EXPECT_NE(0, access(places[i], F_OK))
+			PROMISE("a module that is not loaded leaves nothing at %s", places[i]);
+	}
+}
+
+/* A module that could not be loaded has left nothing, and can be loaded. */
+TEST_F_TIMEOUT(module, load, 1200)
+{
+	struct nth *nth = &self->nth;
+	int ret;
+
+	for_each_failure(nth, "loading the module") {
+		/* What the driver core says without a folder for the module's drivers. */
+		nth->also = -EINVAL;
+		nth_begin(nth);
+		ret = load(self->file);
+		nth_end(nth, ret);
+		if (!ret) {
+			EXPECT_EQ(0, access(TYPE "create", F_OK))
+				PROMISE("devices can be created when the module is loaded");
+			ASSERT_EQ(0, unload());
+		}
+		expect_gone(_metadata);
+	}
+}
+
+TEST_F_TIMEOUT(module, unload, 600)
+{
+	struct nth *nth = &self->nth;
+	int ret;
+
+	for_each_failure(nth, "unloading the module") {
+		ASSERT_EQ(0, load(self->file));
+		nth_begin(nth);
+		ret = unload();
+		nth_end(nth, ret);
+		if (ret) {
+			ASSERT_EQ(0, unload())
+				PROMISE("a module whose unloading failed can be unloaded: %s",
+					strerror(errno));
+		}
+		expect_gone(_metadata);
+	}
+}
+
+/*
+ * Creates a device and removes it, and returns which number vfio core had for it:
+ * the first that is free, so that a device that it still has makes a difference.
+ */
+static int next_number(struct __test_metadata *_metadata)
+{
+	struct dirent *entry;
+	int number = -1;
+	DIR *dir;
+
+	ASSERT_EQ(0, write_text(TYPE "create", UUID))
+		STEP("create a device");
+	dir = opendir(DEVICE "/vfio-dev");
+	ASSERT_NE(NULL, dir);
+	while (number < 0 && (entry = readdir(dir)))
+		sscanf(entry->d_name, "vfio%d", &number);
+	closedir(dir);
+	ASSERT_LE(0, number)
+		STEP("find the name of the device in its vfio-dev");
+	ASSERT_EQ(0, write_text(DEVICE "/remove", "1"));
+	return number;
+}
+
+/*
+ * vfio core (7.3) warns of itself, in vfio_group_release(), when something fails in
+ * vfio_create_group(). So no allocation fails there, and all do elsewhere.
+ */
+TEST_F_TIMEOUT(module, create, 1200)
+{
+	struct nth *nth = &self->nth;
+	const char *why;
+	int ret, number;
+
+	ASSERT_EQ(0, load(self->file));
+	number = next_number(_metadata);
+	why = fail_spare("failslab", "vfio_create_group");
+	if (why)
+		SKIP(return, "%s", why);
+	for_each_failure(nth, "the creation of a device") {
+		nth_begin(nth);
+		ret = write_text(TYPE "create", UUID);
+		nth_end(nth, ret);
+		if (ret) {
+			EXPECT_NE(0, access(DEVICE, F_OK))
+				PROMISE("a device that could not be created is not there");
+			continue;
+		}
+		EXPECT_EQ(0, access(DEVICE, F_OK));
+		ASSERT_EQ(0, write_text(DEVICE "/remove", "1"));
+	}
+	EXPECT_EQ(number, next_number(_metadata))
+		PROMISE("of devices that could not be created the core has let go");
+}
+
+MIG_HARNESS_MAIN
