@@ -59,6 +59,8 @@ while IFS=$'\t' read -r name module rest; do
 	IFS=$'\t' read -ra commands <<<"$rest"
 	for command in "${commands[@]}"; do
 		read -ra words <<<"$command"
+		# What unloads the module takes the devices away.
+		[ -e "$VFIO_DEVICE" ] || create >>"$log" 2>&1
 		run "${words[@]}" >>"$log" 2>&1
 	done
 	# What cannot be removed is left behind, with the machine.
