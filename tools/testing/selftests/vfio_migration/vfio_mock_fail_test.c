@@ -568,6 +568,51 @@ TEST_F_TIMEOUT(fail, dma, 120)
 	}
 }
 
+/* What the device has written is in the log, also when there was no room for it there. */
+TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
+{
+	struct vfio_device_feature_dma_logging_range range;
+	const __u64 cut = 2 * PAGE, base = 1ULL << 32;
+	struct mock *m = &self->src;
+	struct nth *nth = &self->nth;
+	__u64 page_size, low, high, page;
+	struct dma_desc d, ended;
+	struct ram ram;
+
+	mock_close(&self->dst);
+	injector_close(&self->in);
+	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
+	ram_make(_metadata, &ram, base, 16 * PAGE);
+	ram_map(_metadata, &ram, m);
+	range.iova = base;
+	range.length = ram.size;
+	for_each_failure(nth, "FILL that is logged") {
+		page_size = PAGE;
+		ASSERT_EQ(0, mig_log_start(&m->dev, &page_size, &range, 1));
+		d = (struct dma_desc){
+			.op = FILL, .iova = base + 1000, .len = 3 * PAGE,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		dma_set(_metadata, m, 0, &d);
+		nth_begin(nth);
+		dma_ring(_metadata, m, 0);
+		ended = dma_wait(_metadata, m, 0);
+		nth_end(nth, dma_result(&ended));
+		/* The log is asked twice: what the one does not ask for is for the other. */
+		low = 0;
+		high = 0;
+		ASSERT_EQ(0, mig_log_report(&m->dev, base, cut, PAGE, &low));
+		ASSERT_EQ(0, mig_log_report(&m->dev, base + cut, ram.size - cut, PAGE, &high));
+		low |= high << (cut / PAGE);
+		for (page = 0; page * PAGE < 1000 + ended.pos && ended.pos; page++) {
+			EXPECT_EQ(1ULL, low >> page & 1)
+				PROMISE("failure %u: page %llu of what was written is in the log",
+					nth->n, page);
+		}
+		ASSERT_EQ(0, mig_log_stop(&m->dev));
+	}
+}
+
 TEST_F_TIMEOUT(fail, dma_logging, 120)
 {
 	struct vfio_device_feature_dma_logging_range ranges[3] = {

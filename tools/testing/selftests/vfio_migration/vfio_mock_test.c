@@ -562,6 +562,7 @@ TEST_F(mock, stopped_device_does_not_change)
 			       VFIO_MOCK_CMD_REINIT, 4, name);
 		expect_dropped(_metadata, src, BAR2, 0, 0x0102030405060708ULL, 8, name);
 		expect_dropped(_metadata, src, BAR2, 5 * PAGE + 1, 0xff, 1, name);
+		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_MSIX_TABLE + 16, ~0ULL, 8, name);
 		dropped = reg64(src, DROPPED);
 		EXPECT_EQ((ssize_t)sizeof(page),
 			  mock_write(src, BAR2, 3 * PAGE, page, sizeof(page)));
@@ -1040,6 +1041,35 @@ TEST_F(pci, state_memory_takes_any_access)
 			PROMISE("what was written is read (%llu bytes at %#llx)", len, at);
 	}
 	expect_memory(_metadata, m, m->want, "after writes of any size");
+}
+
+/* A buffer ends where nothing is mapped: an access is whole, a block ends there. */
+TEST_F(pci, write_from_a_buffer_that_ends_early)
+{
+	struct mock *m = &self->m;
+	__u8 *room, *end;
+	__u64 len, had;
+
+	room = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, room);
+	end = room + PAGE;
+	ASSERT_EQ(0, munmap(end, PAGE));
+	memset(room, 0x33, PAGE);
+	store_noise(_metadata, m, 0, m->size, 1);
+	for (len = 2; len <= 8; len++) {
+		for (had = 0; had < len; had++) {
+			EXPECT_EQ(-EFAULT, mock_write(m, BAR2, 40, end - had, len))
+				PROMISE("an access of %llu bytes, of which %llu are there, is none",
+					len, had);
+		}
+	}
+	expect_memory(_metadata, m, m->want, "after accesses that were none");
+	EXPECT_EQ(100, mock_write(m, BAR2, 5000, end - 100, 300))
+		PROMISE("a block is written as far as it is there");
+	memset(m->want + 5000, 0x33, 100);
+	expect_memory(_metadata, m, m->want, "after a part of a block");
+	EXPECT_EQ(-EFAULT, mock_write(m, BAR2, 5000, end, 300));
+	expect_memory(_metadata, m, m->want, "after nothing of a block");
 }
 
 /* A command that is refused with @error and changes nothing. */
