@@ -317,7 +317,8 @@ impl StateMemory {
     }
 
     /// Returns to how many pages stores by mappings were dropped since the last reset, because the
-    /// device was stopped. A page counts once each time that the device stops. May sleep.
+    /// device was stopped. A page counts once each time that the device stops, and again when the
+    /// stores come by another mapping. May sleep.
     pub fn dropped(&self) -> u64 {
         self.0.mappings.lock().dropped()
     }

@@ -555,6 +555,30 @@ TEST_F_TIMEOUT(map, tracking_comes_and_goes, 60)
 
 /* ---- A device that stands still ---- */
 
+/* The page that takes dropped stores is new: nothing of what it was before is seen. */
+TEST_F(map, page_of_dropped_stores_is_empty)
+{
+	struct mock *m = &self->m;
+	const __u64 size = 512 * PAGE;
+	unsigned int i;
+	__u8 *used;
+
+	/* Pages for the kernel to take from, which are not empty. */
+	used = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, used);
+	memset(used, 0xa5, size);
+	store_at(self, self->map, 0, m->size);
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, munmap(used, size));
+	ASSERT_EQ(0, mig_touch(self->map + 100, true));
+	for (i = 0; i < PAGE; i++) {
+		if (self->map[i] && i != 100)
+			break;
+	}
+	EXPECT_EQ(PAGE, i)
+		PROMISE("a page to which a store was dropped shows nothing that is not the device's");
+}
+
 TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 {
 	static const __u32 states[] = { STOP, STOP_COPY, RESUMING };
