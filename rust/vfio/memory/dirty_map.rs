@@ -80,6 +80,14 @@ const fn word_mask(first: usize, count: usize) -> u64 {
     }
 }
 
+/// Sets the first `count` bits of `words`, which has no more words than these need.
+fn fill(words: &mut [u64], count: usize) {
+    words.fill(u64::MAX);
+    if let Some(last) = words.last_mut() {
+        *last >>= count.wrapping_neg() % PAGES_PER_WORD;
+    }
+}
+
 /// Returns the number of bits set in `word`.
 const fn word_dirty(word: u64) -> usize {
     word.count_ones() as usize
@@ -159,7 +167,15 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
 
     /// Marks all pages and returns how many of them became dirty.
     pub fn mark_all(&mut self) -> usize {
-        self.mark_range(0, self.pages)
+        let fresh = self.pages - self.dirty;
+
+        fill(&mut self.summary, self.leaf.len());
+        fill(&mut self.leaf, self.pages);
+
+        // INVARIANT: All bits within the map are set on both levels. A run ends with its word.
+        self.dirty = self.pages;
+        self.runs = self.leaf.len();
+        fresh
     }
 
     /// Makes all pages clean.

@@ -53,6 +53,9 @@ pub struct Pending {
 
 /// What there is to stream, page by page.
 ///
+/// It lives as long as the memory, so that a migration does not begin with allocations, and is of
+/// interest while there is a `notifier`.
+///
 /// All pages from `initial` on were never streamed. They count as dirty in the map too, so that
 /// nothing needs to be done when they are written to.
 struct Tracker {
@@ -66,10 +69,34 @@ struct Tracker {
     /// How many bits of `held` are set.
     held_count: u64,
     reinits: u32,
-    notifier: Arc<Notifier>,
+    notifier: Option<Arc<Notifier>>,
 }
 
 impl Tracker {
+    fn new(pages: usize) -> Result<Self> {
+        let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?;
+        let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_KERNEL_ACCOUNT)?;
+        Ok(Self {
+            map: DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?,
+            initial: 0,
+            cursor: 0,
+            held: KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?,
+            held_count: 0,
+            reinits: 0,
+            notifier: None,
+        })
+    }
+
+    /// Begins to track, with all pages initial.
+    fn begin(&mut self, notifier: Arc<Notifier>) {
+        self.release();
+        self.map.mark_all();
+        self.initial = 0;
+        self.cursor = 0;
+        self.reinits = 0;
+        self.notifier = Some(notifier);
+    }
+
     /// Holds those of 64 pages whose bits are set, and the others no more, as far as they are in
     /// `run`.
     fn hold(&mut self, run: &dirty_map::Run, busy: u64) {
@@ -159,13 +186,13 @@ pub(super) struct Inner {
     #[pin]
     pub(super) mappings: Mutex<Mappings>,
     #[pin]
-    tracker: SpinLock<Option<Tracker>>,
+    tracker: SpinLock<Tracker>,
 }
 
 impl Inner {
     /// Tells whether it is of interest which pages change.
     pub(super) fn is_tracked(&self) -> bool {
-        self.tracker.lock().is_some()
+        self.tracker.lock().notifier.is_some()
     }
 
     /// Marks the pages of a range, in bytes.
@@ -175,11 +202,12 @@ impl Inner {
         }
         let first = range.start / PAGE_SIZE;
         let last = (range.end - 1) / PAGE_SIZE;
-        if let Some(tracker) = &mut *self.tracker.lock() {
+        let tracker = &mut *self.tracker.lock();
+        if let Some(notifier) = &tracker.notifier {
             let fresh = tracker.map.mark_range(first, last - first + 1);
             // Only who waits at an empty stream needs to be told.
             if fresh > 0 && fresh == tracker.map.dirty() {
-                tracker.notifier.notify();
+                notifier.notify();
             }
         }
     }
@@ -223,11 +251,12 @@ impl StateMemory {
     /// their bytes.
     pub fn new(pages: usize) -> Result<Self> {
         let memory = Arc::new(Memory::new(pages)?, GFP_KERNEL_ACCOUNT)?;
+        let tracker = Tracker::new(pages)?;
         Ok(Self(Arc::pin_init(
             pin_init!(Inner {
                 memory,
                 mappings <- new_mutex!(Mappings::NONE, "vfio::memory::StateMemory::mappings"),
-                tracker <- new_spinlock!(None, "vfio::memory::StateMemory"),
+                tracker <- new_spinlock!(tracker, "vfio::memory::StateMemory"),
             }),
             GFP_KERNEL_ACCOUNT,
         )?))
@@ -290,11 +319,12 @@ impl StateMemory {
     ///
     /// The user learns of it by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep.
     pub fn reinit(&self) {
-        if let Some(tracker) = &mut *self.0.tracker.lock() {
+        let tracker = &mut *self.0.tracker.lock();
+        if let Some(notifier) = &tracker.notifier {
             tracker.map.mark_all();
             tracker.initial = 0;
             tracker.reinits = tracker.reinits.wrapping_add(1);
-            tracker.notifier.notify();
+            notifier.notify();
         }
     }
 
@@ -335,33 +365,15 @@ impl StateMemory {
 
     /// Begins to track, with all pages still to be streamed, until the result is dropped.
     ///
-    /// `notifier` is told when there is something to stream again after there was nothing. May
-    /// sleep. Fails with `EBUSY` if the memory is tracked already, and with `ENOMEM`.
+    /// `notifier` is told when there is something to stream again after there was nothing. Fails
+    /// with `EBUSY` if the memory is tracked already. Does not sleep.
     pub fn track(&self, notifier: Arc<Notifier>) -> Result<Tracking> {
-        let pages = self.pages();
-        let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?;
-        let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_KERNEL_ACCOUNT)?;
-        let mut map = DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?;
-        map.mark_all();
-        let held = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?;
-        let mut tracker = Some(Tracker {
-            map,
-            initial: 0,
-            cursor: 0,
-            held,
-            held_count: 0,
-            reinits: 0,
-            notifier,
-        });
-        let mut slot = self.0.tracker.lock();
-        if slot.is_none() {
-            core::mem::swap(&mut *slot, &mut tracker);
+        let mut tracker = self.0.tracker.lock();
+        if tracker.notifier.is_some() {
+            return Err(EBUSY);
         }
-        drop(slot);
-        match tracker {
-            None => Ok(Tracking(self.clone())),
-            Some(_) => Err(EBUSY),
-        }
+        tracker.begin(notifier);
+        Ok(Tracking(self.clone()))
     }
 }
 
@@ -407,19 +419,16 @@ impl Tracking {
         // Held until the pages are out of all address spaces, so that a store sets its page's mark
         // after that mark was cleared.
         let mappings = inner.mappings.lock();
-        let mut guard = inner.tracker.lock();
-        let tracker = (*guard).as_mut()?;
+        let mut tracker = inner.tracker.lock();
         if phase == Phase::StopCopy {
             tracker.release();
         }
         let (run, initial) = tracker.take(max.clamp(1, PAGES_PER_WORD))?;
-        drop(guard);
+        drop(tracker);
         let pages = run.first..run.first + run.count;
         let busy = mappings.unmap(&inner.memory, pages.clone());
         if phase == Phase::PreCopy {
-            if let Some(tracker) = &mut *inner.tracker.lock() {
-                tracker.hold(&run, busy);
-            }
+            inner.tracker.lock().hold(&run, busy);
         }
         drop(mappings);
         Some(PageRun {
@@ -432,16 +441,14 @@ impl Tracking {
     /// Returns what there is to stream. The number of runs is exact as long as whole runs are
     /// taken. Does not sleep.
     pub fn pending(&self) -> Pending {
-        (*self.0 .0.tracker.lock())
-            .as_ref()
-            .map_or(Pending::default(), Tracker::pending)
+        self.0 .0.tracker.lock().pending()
     }
 }
 
 impl Drop for Tracking {
     fn drop(&mut self) {
-        let tracker = self.0 .0.tracker.lock().take();
-        // Outside of the lock, because memory is given back and the notifier may go.
-        drop(tracker);
+        let notifier = self.0 .0.tracker.lock().notifier.take();
+        // Outside of the lock, because the notifier may go.
+        drop(notifier);
     }
 }
