@@ -53,7 +53,7 @@ pub const TRAILER_LEN: usize = 32;
 pub const OFFSET_LEN: usize = 8;
 
 /// The most bytes of device registers that a [`Decoder`] can take.
-pub const MAX_REGISTERS: usize = 2048;
+pub const MAX_REGISTERS: usize = 1536;
 
 /// The most bytes of the payload of an optional record.
 pub const OPTIONAL_MAX: u64 = 1 << 20;
@@ -370,10 +370,9 @@ pub struct Digests<S: DerefMut<Target = [u64]>> {
 }
 
 impl<S: DerefMut<Target = [u64]>> Digests<S> {
-    /// Creates the digests of as many pages as `table` has words, none of them sent.
-    pub fn new(mut table: S) -> Self {
-        table.fill(0);
-
+    /// Creates the digests of as many pages as `table` has words, none of them sent. The words must
+    /// be 0.
+    pub fn new(table: S) -> Self {
         // INVARIANT: All words of the table are 0.
         Self {
             table,
@@ -666,7 +665,7 @@ pub struct Decoder<S: DerefMut<Target = [u64]>> {
 
 impl<S: DerefMut<Target = [u64]>> Decoder<S> {
     /// Creates a decoder for a device with `state_size` bytes of memory and `registers_len` bytes
-    /// of registers.
+    /// of registers. The words of `table` must be 0.
     ///
     /// Returns [`None`] if `state_size` is not as many pages as `table` has words, or if
     /// `registers_len` is more than [`MAX_REGISTERS`].

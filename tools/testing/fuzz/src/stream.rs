@@ -202,7 +202,7 @@ fn write(records: &[Record<'_>], device: &Device) -> Vec<u8> {
     let identity = Identity {
         state_size: device.memory.len() as u64,
     };
-    let mut digests = Digests::new(vec![7; device.memory.len() / PAGE_SIZE]);
+    let mut digests = Digests::new(vec![0; device.memory.len() / PAGE_SIZE]);
     let mut tally = Tally::default();
     let mut out = Vec::new();
 
@@ -285,7 +285,7 @@ impl Sink for Device {
 /// Feeds a stream in pieces of these lengths, again and again.
 fn decode(stream: &[u8], device: &mut Device, cuts: &[usize]) -> Result<(), Error> {
     let (pages, registers) = (device.memory.len() / PAGE_SIZE, device.registers.len());
-    let table = vec![0xdead; pages];
+    let table = vec![0; pages];
     let mut decoder = Decoder::new((pages * PAGE_SIZE) as u64, registers, table).expect("it fits");
     let mut rest = stream;
     let mut cuts = cuts.iter().cycle();

@@ -174,11 +174,9 @@ impl Sink for Loader {
     }
 }
 
-/// Returns a decoder for `pages` pages, whose table holds rubbish before.
+/// Returns a decoder for `pages` pages.
 fn decoder(pages: usize, registers_len: usize) -> OwnDecoder {
-    let table = vec![0xdead; pages];
-
-    Decoder::new((pages * PAGE_SIZE) as u64, registers_len, table).unwrap()
+    Decoder::new((pages * PAGE_SIZE) as u64, registers_len, vec![0; pages]).unwrap()
 }
 
 /// Loads a whole stream in one piece and returns the result of the first call that fails.
@@ -359,7 +357,7 @@ fn page_digest_is_never_zero() {
 /// The sum of the digests follows the table.
 #[test]
 fn digests_follow_the_table() {
-    let mut digests = Digests::new(vec![0xffff; 3]);
+    let mut digests = Digests::new(vec![0; 3]);
 
     assert_eq!((digests.total(), digests.complete()), (0, false));
     digests.set(0, u64::MAX);
