@@ -64,6 +64,12 @@ pub struct Id {
     pub class: u32,
 }
 
+/// Returns the words of a configuration space, or of what is as large.
+fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
+    let words = bytes.chunks_exact(size_of::<u64>());
+    words.filter_map(|word| Some(u64::from_ne_bytes(*word.first_chunk()?)))
+}
+
 /// The configuration space of a PCI device without INTx.
 ///
 /// Users find the size of a base address register by writing ones to it, and what the device can
@@ -213,8 +219,9 @@ impl ConfigSpace {
     /// Tells whether what is in a stream is of such a device: whether it differs in nothing that
     /// cannot be written.
     pub(crate) fn accepts(&self, bytes: &[u8; SIZE]) -> bool {
-        let all = self.bytes.iter().zip(&self.writable).zip(bytes);
-        all.fold(0, |fixed, ((old, mask), new)| fixed | (old ^ new) & !mask) == 0
+        let old = words(&self.bytes).zip(words(&self.writable));
+        old.zip(words(bytes))
+            .all(|((old, mask), new)| (old ^ new) & !mask == 0)
     }
 
     /// Replaces all of it by what is in a stream.

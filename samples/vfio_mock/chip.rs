@@ -23,7 +23,10 @@ use crate::{
         PAGE_SIZE, //
     },
 };
-use core::ops::Range;
+use core::{
+    mem,
+    ops::Range, //
+};
 use kernel::{
     new_mutex,
     prelude::*,
@@ -250,15 +253,15 @@ impl Chip {
         })
     }
 
-    /// Brings the device into a state.
-    pub(crate) fn restore(&self, state: State) -> Result {
+    /// Brings the device into a state. What `state` holds then means nothing.
+    pub(crate) fn restore(&self, state: &mut State) -> Result {
         let mut front = self.front.lock();
         self.endpoint.load_config(&state.config)?;
         let save_delay = front.registers.save_delay;
-        front.registers = state.registers;
+        front.registers = state.registers.clone();
         front.registers.save_delay = save_delay;
         self.endpoint.load_msix(&state.msix)?;
-        self.dma.with(|queue| *queue = state.queue);
+        self.dma.with(|queue| mem::swap(queue, &mut state.queue));
         Ok(())
     }
 }

@@ -79,8 +79,8 @@ impl MockLoader {
     /// Puts the registers into effect, if the stream is complete.
     pub(crate) fn finish(&mut self) -> Result {
         self.0.decoder.finish().map_err(refused)?;
-        let registers = self.0.target.registers.take().ok_or(EINVAL)?;
-        self.0.target.chip.restore(registers)
+        let Target { chip, registers } = &mut self.0.target;
+        chip.restore(registers.as_mut().ok_or(EINVAL)?)
     }
 }
 

@@ -167,15 +167,11 @@ where
         if !self.running {
             return;
         }
-        self.load_table(offset, from);
-        self.settle(0..self.vectors.len());
-    }
-
-    fn load_table(&mut self, offset: usize, from: &[u8]) {
         let table = self.vectors.iter_mut().flat_map(|vector| &mut vector.entry);
         for (to, from) in table.skip(offset).zip(from) {
             *to = *from;
         }
+        self.settle(0..self.vectors.len());
     }
 
     /// Copies from the pending bit array what is at `offset`. What is behind the end is left as it
@@ -204,8 +200,9 @@ where
     /// Replaces table and pending bits by what is in a stream, of which
     /// [`accepts_pending`](Self::accepts_pending) says that it is of such a device.
     pub fn load(&mut self, table: &[u8], pending: &[u8]) {
-        self.load_table(0, table);
-        for (index, vector) in self.vectors.iter_mut().enumerate() {
+        let entries = table.chunks_exact(ENTRY_SIZE);
+        for (index, (vector, entry)) in self.vectors.iter_mut().zip(entries).enumerate() {
+            vector.entry.copy_from_slice(entry);
             let bits = pending.get(index / 8).copied().unwrap_or(0);
             vector.pending = bits >> (index % 8) & 1 != 0;
         }
