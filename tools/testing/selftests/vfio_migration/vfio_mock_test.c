@@ -717,6 +717,32 @@ TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
+/* A device that gets slow in the midst of a read(): what there is does not wait. */
+TEST_F(mock, read_returns_what_is_ready)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	__u64 size;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	populate(_metadata, src, 73);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	ASSERT_EQ(3, mig_read(fd, &image, 3));
+	set32(src, SAVE_DELAY, NEVER);
+	ASSERT_LT(0, mig_read(fd, &image, size))
+		PROMISE("the rest of a record that has begun is ready");
+	EXPECT_GT(size, image.len)
+		PROMISE("read() returns what is ready and does not wait for more");
+	/* What is not ready any more is waited for, so this takes a new session. */
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	close(fd);
+	set32(src, SAVE_DELAY, 0);
+	image.len = 0;
+	migrate(_metadata, src, &self->dst, -1, &image);
+}
+
 /* A thread that waits in read() for what does not come. */
 struct reader {
 	struct poller poller;
