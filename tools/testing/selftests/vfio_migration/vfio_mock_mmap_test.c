@@ -921,9 +921,20 @@ static void *direct_read_main(void *arg)
 }
 
 /*
- * A read() without page cache has the first buffer in hand and waits for the
- * second, which is not there yet: it will store to the first without asking.
+ * A read() without page cache has the first buffer in hand, page 7 of BAR2, and
+ * waits for the second, which is not there yet: it will store to the first without
+ * asking.
  */
+static void take_page_in_hand(struct __test_metadata *_metadata, map_data *self,
+			      struct direct_read *direct, struct mig_stall *stall)
+{
+	direct->iov[0] = (struct iovec){ .iov_base = self->map + 7 * PAGE, .iov_len = PAGE };
+	direct->iov[1] = (struct iovec){ .iov_base = stall->page, .iov_len = PAGE };
+	ASSERT_EQ(0, pthread_create(&direct->thread, NULL, direct_read_main, direct));
+	ASSERT_EQ(0, mig_stall_wait(stall))
+		STEP("make a read() wait that has a page of BAR2 in hand");
+}
+
 TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 {
 	struct mock *m = &self->m;
@@ -950,11 +961,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 	fd = go(_metadata, &m->dev, PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mig_data_size(&m->dev, &quiet));
-	direct.iov[0] = (struct iovec){ .iov_base = self->map + 7 * PAGE, .iov_len = PAGE };
-	direct.iov[1] = (struct iovec){ .iov_base = stall.page, .iov_len = PAGE };
-	ASSERT_EQ(0, pthread_create(&direct.thread, NULL, direct_read_main, &direct));
-	ASSERT_EQ(0, mig_stall_wait(&stall))
-		STEP("make a read() wait that has a page of BAR2 in hand");
+	take_page_in_hand(_metadata, self, &direct, &stall);
 
 	/* The page counts as written, and is streamed as it is. */
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
@@ -984,6 +991,50 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 		PROMISE("the stream follows its format: %s", parsed.why);
 	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
 	mock_image_free(&parsed);
+	mig_stall_free(&stall);
+}
+
+/* That is nothing to a session that begins when the page is not in use any more. */
+TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
+{
+	struct mock *m = &self->m;
+	struct direct_read direct = {};
+	struct mig_stream image = {};
+	struct mig_stall stall;
+	__u64 whole, quiet, size;
+	__u8 file[PAGE];
+	int fd;
+
+	NEED_PRE_COPY(&m->dev);
+	direct.fd = open("/proc/self/exe", O_RDONLY | O_DIRECT | O_CLOEXEC);
+	if (direct.fd < 0)
+		SKIP(return, "no O_DIRECT where this program is: %s", strerror(errno));
+	if (mig_stall_start(&stall))
+		SKIP(return, "no userfaultfd");
+	fd = go(_metadata, &m->dev, PRE_COPY);
+	ASSERT_EQ(0, mig_data_size(&m->dev, &whole));
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+	ASSERT_EQ(0, mig_data_size(&m->dev, &quiet));
+	take_page_in_hand(_metadata, self, &direct, &stall);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
+	EXPECT_LT(quiet, size);
+	memset(file, 0, sizeof(file));
+	ASSERT_EQ(0, mig_stall_end(&stall, file));
+	ASSERT_TRUE(joined(direct.thread));
+	move_on(_metadata, &m->dev, RUNNING);
+	close(fd);
+
+	fd = go(_metadata, &m->dev, PRE_COPY);
+	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
+	EXPECT_EQ(whole, size)
+		PROMISE("a new session streams each page once");
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
+	EXPECT_EQ(quiet, size)
+		PROMISE("a page that a read() had in hand for the last session is no other");
+	close(fd);
+	mig_stream_free(&image);
 	mig_stall_free(&stall);
 }
 

@@ -364,6 +364,41 @@ TEST_F(mock, reinit_announces_new_initial_data)
 	migrate(_metadata, src, &self->dst, fd, &image);
 }
 
+/* A session that is given up leaves nothing to the next one. */
+TEST_F(mock, next_session_knows_nothing_of_the_last)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u64 whole;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
+	populate(_metadata, src, 9);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &whole));
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	command(_metadata, src, VFIO_MOCK_CMD_REINIT, 0, 0, 4711);
+	vfio_mock_pattern(src->want, 4711, 0, src->size);
+	ASSERT_LT(0, mig_read(fd, &image, 10));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ((__u32)VFIO_PRECOPY_INFO_REINIT, info.flags);
+	move_on(_metadata, &src->dev, RUNNING);
+	close(fd);
+
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.flags)
+		PROMISE("nothing is new that was never streamed by this session");
+	EXPECT_EQ(whole, info.initial_bytes)
+		PROMISE("a new session begins with all of the device");
+	EXPECT_EQ(0U, info.dirty_bytes);
+	image.len = 0;
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
 TEST_F(mock, reinit_is_silent_without_the_opt_in)
 {
 	struct vfio_precopy_info info = { .argsz = sizeof(info), .flags = 0x50 };
