@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -33,6 +34,18 @@
 #define PROMISE(fmt, ...) TH_LOG("  promise broken: " fmt, ##__VA_ARGS__)
 /* The same for a step that is not itself what the test is about. */
 #define STEP(fmt, ...) TH_LOG("  could not " fmt, ##__VA_ARGS__)
+
+/* Writes one word to a file of the kernel; 0 or -errno. */
+static inline int write_word(const char *path, const char *word)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC), ret;
+
+	if (fd < 0)
+		return -errno;
+	ret = write(fd, word, strlen(word)) < 0 ? -errno : 0;
+	close(fd);
+	return ret;
+}
 
 /* How often to do what is repeated: VFIO_MIGRATION_ROUNDS times as often as usual. */
 static inline unsigned int mig_times(unsigned int usual)

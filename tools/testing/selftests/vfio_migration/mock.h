@@ -405,18 +405,6 @@ static inline void load_and_compare(struct __test_metadata *_metadata,
 	expect_memory(_metadata, dst, want, "running on the target");
 }
 
-/* Writes one word to a file of sysfs; 0 or -errno. */
-static inline int write_sysfs(const char *path, const char *word)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC), ret;
-
-	if (fd < 0)
-		return -errno;
-	ret = write(fd, word, strlen(word)) < 0 ? -errno : 0;
-	close(fd);
-	return ret;
-}
-
 /* A device that lives for one test. */
 struct guest {
 	struct mig_device dev;
@@ -440,7 +428,7 @@ static inline int mock_create(struct guest *g, const char *type)
 	snprintf(g->path, sizeof(g->path), "/sys/bus/mdev/devices/%s", uuid);
 	snprintf(g->remove, sizeof(g->remove), "%s/remove", g->path);
 	snprintf(create, sizeof(create), "%s/create", type);
-	return write_sysfs(create, uuid);
+	return write_word(create, uuid);
 }
 
 static inline void create_guest(struct __test_metadata *_metadata,
@@ -459,7 +447,7 @@ static inline void *remover_main(void *arg)
 {
 	struct guest *g = arg;
 
-	g->ret = write_sysfs(g->remove, "1");
+	g->ret = write_word(g->remove, "1");
 	return NULL;
 }
 

@@ -22,15 +22,9 @@
 static inline int knob(const char *attribute, const char *name, const char *value)
 {
 	char path[128];
-	int fd, ret;
 
 	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/%s", attribute, name);
-	fd = open(path, O_WRONLY);
-	if (fd < 0)
-		return -errno;
-	ret = write(fd, value, strlen(value)) < 0 ? -errno : 0;
-	close(fd);
-	return ret;
+	return write_word(path, value);
 }
 
 /* The files of a thread by which it is made to fail. */
@@ -249,18 +243,6 @@ static inline int fail_open(struct injector *in, const char **why)
 	knob("failslab", "probability", "100");
 	knob("fail_page_alloc", "probability", "100");
 	return 0;
-}
-
-static inline int write_text(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY);
-	int ret;
-
-	if (fd < 0)
-		return -errno;
-	ret = write(fd, text, strlen(text)) < 0 ? -errno : 0;
-	close(fd);
-	return ret;
 }
 
 #endif /* MOCK_FAIL_H */

@@ -1609,18 +1609,6 @@ struct guest {
 	char remove[PATH_MAX + 16];
 };
 
-static int write_sysfs(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC), ret = 0;
-
-	if (fd < 0)
-		return -errno;
-	if (write(fd, text, strlen(text)) < 0)
-		ret = -errno;
-	close(fd);
-	return ret;
-}
-
 /* -EOPNOTSUPP: the device is not a mediated one, or there cannot be one more. */
 static int create_guest(const struct mig_device *like, struct guest *g)
 {
@@ -1634,7 +1622,7 @@ static int create_guest(const struct mig_device *like, struct guest *g)
 	if (fd < 0 || read(fd, uuid, 36) != 36)
 		return -EIO;
 	close(fd);
-	ret = write_sysfs(create, uuid);
+	ret = write_word(create, uuid);
 	if (ret)
 		return ret == -ENOSPC ? -EOPNOTSUPP : ret;
 	snprintf(g->path, sizeof(g->path), "/sys/bus/mdev/devices/%s", uuid);
@@ -1665,7 +1653,7 @@ TEST_F(device, fd_after_removal_of_the_device)
 		GUEST_OR_SKIP(&self->dev, &guest);
 		fd = go(_metadata, &guest.dev, states[i]);
 		mig_close(&guest.dev);
-		ASSERT_EQ(0, write_sysfs(guest.remove, "1"));
+		ASSERT_EQ(0, write_word(guest.remove, "1"));
 		EXPECT_EQ(-1, access(guest.path, F_OK))
 			PROMISE("a data_fd does not keep its device");
 		EXPECT_TRUE(mig_fd_is_dead(fd))
@@ -1750,7 +1738,7 @@ static void *ender_main(void *arg)
 		break;
 	default:
 		mig_close(&e->guest->dev);
-		e->ret = write_sysfs(e->guest->remove, "1");
+		e->ret = write_word(e->guest->remove, "1");
 		break;
 	}
 	return NULL;

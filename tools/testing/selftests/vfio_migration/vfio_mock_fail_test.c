@@ -658,12 +658,12 @@ TEST_F_TIMEOUT(fail, removal, 300)
 	int ret;
 
 	for_each_failure(nth, "the removal of a device") {
-		ASSERT_EQ(0, write_text(create, uuid));
+		ASSERT_EQ(0, write_word(create, uuid));
 		nth_begin(nth);
-		ret = write_text(remove, "1");
+		ret = write_word(remove, "1");
 		nth_end(nth, ret);
 		if (ret) {
-			ASSERT_EQ(0, write_text(remove, "1"))
+			ASSERT_EQ(0, write_word(remove, "1"))
 				PROMISE("a removal that failed can be done again");
 		}
 		EXPECT_NE(0, access(remove, F_OK));

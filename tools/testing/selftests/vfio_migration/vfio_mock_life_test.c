@@ -120,7 +120,7 @@ static void *ending_main(void *arg)
 	struct ending *e = arg;
 
 	atomic_store(&e->poller.tid, gettid());
-	e->ret = e->file ? write_sysfs(e->file, e->word) : unload();
+	e->ret = e->file ? write_word(e->file, e->word) : unload();
 	e->early = !atomic_load(&e->let_go);
 	atomic_store(&e->poller.done, true);
 	return NULL;
@@ -280,7 +280,7 @@ FIXTURE_VARIANT_ADD(kept, debugfs) { .kind = DEBUGFS };
 static void remove_rest(const struct guest *g)
 {
 	if (g->path[0] && !access(g->path, F_OK))
-		write_sysfs(g->remove, "1");
+		write_word(g->remove, "1");
 }
 
 static int open_debugfs(const struct guest *g)
@@ -760,13 +760,13 @@ TEST_F_TIMEOUT(life, unbind_races_open, 120)
 		atomic_store(&stop, false);
 		openers_start(_metadata, openers, 2, g.path, variant->backend, &stop);
 		WAIT_FOR(opened(openers, 2) > i % 4, "a device that is there can be opened");
-		ret = write_sysfs(DRIVER "/unbind", basename(g.path));
+		ret = write_word(DRIVER "/unbind", basename(g.path));
 		EXPECT_EQ(0, ret)
 			PROMISE("a device can be unbound while it is opened: %s", strerror(-ret));
 		snprintf(node, sizeof(node), "%s/vfio-dev", g.path);
 		EXPECT_EQ(-1, access(node, F_OK))
 			PROMISE("what is unbound is no VFIO device");
-		ret = write_sysfs(DRIVER "/bind", basename(g.path));
+		ret = write_word(DRIVER "/bind", basename(g.path));
 		EXPECT_TRUE(!ret || ret == -ENODEV)
 			PROMISE("a device is bound again, if the bus knows how: %s",
 				strerror(-ret));
@@ -847,7 +847,7 @@ static void *maker_main(void *arg)
 		if (ret)
 			continue;
 		atomic_fetch_add(&w->made, 1);
-		ret = write_sysfs(g.remove, "1");
+		ret = write_word(g.remove, "1");
 		if (ret && !(w->may_fail && (ret == -ENOENT || ret == -ENODEV))) {
 			snprintf(w->why, sizeof(w->why), "remove: %s", strerror(-ret));
 			break;

@@ -129,7 +129,7 @@ static int next_number(struct __test_metadata *_metadata)
 	int number = -1;
 	DIR *dir;
 
-	ASSERT_EQ(0, write_text(TYPE "create", UUID))
+	ASSERT_EQ(0, write_word(TYPE "create", UUID))
 		STEP("create a device");
 	dir = opendir(DEVICE "/vfio-dev");
 	ASSERT_NE(NULL, dir);
@@ -138,7 +138,7 @@ static int next_number(struct __test_metadata *_metadata)
 	closedir(dir);
 	ASSERT_LE(0, number)
 		STEP("find the name of the device in its vfio-dev");
-	ASSERT_EQ(0, write_text(DEVICE "/remove", "1"));
+	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
 	return number;
 }
 
@@ -159,7 +159,7 @@ TEST_F_TIMEOUT(module, create, 1200)
 		SKIP(return, "%s", why);
 	for_each_failure(nth, "the creation of a device") {
 		nth_begin(nth);
-		ret = write_text(TYPE "create", UUID);
+		ret = write_word(TYPE "create", UUID);
 		nth_end(nth, ret);
 		if (ret) {
 			EXPECT_NE(0, access(DEVICE, F_OK))
@@ -167,7 +167,7 @@ TEST_F_TIMEOUT(module, create, 1200)
 			continue;
 		}
 		EXPECT_EQ(0, access(DEVICE, F_OK));
-		ASSERT_EQ(0, write_text(DEVICE "/remove", "1"));
+		ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
 	}
 	EXPECT_EQ(number, next_number(_metadata))
 		PROMISE("of devices that could not be created the core has let go");

@@ -1381,7 +1381,7 @@ TEST_F(pci, data_fd_outlives_the_mediated_device)
 		create_guest(_metadata, &guest, &self->m);
 		fd = go(_metadata, &guest.dev, states[i]);
 		mig_close(&guest.dev);
-		ASSERT_EQ(0, write_sysfs(guest.remove, "1"));
+		ASSERT_EQ(0, write_word(guest.remove, "1"));
 		EXPECT_EQ(-1, access(guest.path, F_OK))
 			PROMISE("a data_fd does not keep its device");
 		EXPECT_TRUE(mig_fd_is_dead(fd))
