@@ -935,6 +935,15 @@ static void take_page_in_hand(struct __test_metadata *_metadata, map_data *self,
 		STEP("make a read() wait that has a page of BAR2 in hand");
 }
 
+/* Opens what take_page_in_hand() reads past the page cache, and what stalls it. */
+#define DIRECT_OR_SKIP(direct, stall) do { \
+	(direct)->fd = open("/proc/self/exe", O_RDONLY | O_DIRECT | O_CLOEXEC); \
+	if ((direct)->fd < 0) \
+		SKIP(return, "no O_DIRECT where this program is: %s", strerror(errno)); \
+	if (mig_stall_start(stall)) \
+		SKIP(return, "no userfaultfd"); \
+} while (0)
+
 TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 {
 	struct mock *m = &self->m;
@@ -948,11 +957,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 	int fd;
 
 	NEED_PRE_COPY(&m->dev);
-	direct.fd = open("/proc/self/exe", O_RDONLY | O_DIRECT | O_CLOEXEC);
-	if (direct.fd < 0)
-		SKIP(return, "no O_DIRECT where this program is: %s", strerror(errno));
-	if (mig_stall_start(&stall))
-		SKIP(return, "no userfaultfd");
+	DIRECT_OR_SKIP(&direct, &stall);
 	fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
 	ASSERT_EQ((ssize_t)sizeof(file), read(fd, file, sizeof(file)));
 	close(fd);
@@ -1006,11 +1011,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 	int fd;
 
 	NEED_PRE_COPY(&m->dev);
-	direct.fd = open("/proc/self/exe", O_RDONLY | O_DIRECT | O_CLOEXEC);
-	if (direct.fd < 0)
-		SKIP(return, "no O_DIRECT where this program is: %s", strerror(errno));
-	if (mig_stall_start(&stall))
-		SKIP(return, "no userfaultfd");
+	DIRECT_OR_SKIP(&direct, &stall);
 	fd = go(_metadata, &m->dev, PRE_COPY);
 	ASSERT_EQ(0, mig_data_size(&m->dev, &whole));
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
