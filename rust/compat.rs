@@ -19,9 +19,3 @@ impl<Ctx: device::DeviceContext> AsRaw for device::Device<Ctx> {
         core::ptr::from_ref(self).cast_mut().cast()
     }
 }
-
-/// The namespace of `iova_bitmap_set()`, which the kernel crate need not import.
-#[cfg(CONFIG_IOMMUFD_DRIVER)]
-#[used]
-#[link_section = ".modinfo"]
-static IMPORT_NS: [u8; 18] = *b"import_ns=IOMMUFD\0";

@@ -37,5 +37,10 @@ mod generated {
     include!(env!("VFIO_BINDINGS"));
 }
 
-pub(crate) use generated::*;
+pub(crate) use generated::{
+    rust_helper_allow_kernel_signal as allow_kernel_signal,
+    rust_helper_cond_resched_tasks_rcu_qs as cond_resched_tasks_rcu_qs,
+    rust_helper_iova_bitmap_set as iova_bitmap_set,
+    *, //
+};
 pub(crate) use kernel::bindings::*;

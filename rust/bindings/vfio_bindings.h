@@ -8,3 +8,5 @@
 #include <linux/anon_inodes.h>
 #include <linux/mdev.h>
 #include <linux/vfio.h>
+
+#include "../helpers/vfio.h"

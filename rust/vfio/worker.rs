@@ -193,13 +193,14 @@ impl<J: Job> Worker<J> {
     unsafe extern "C" fn main(data: *mut c_void) -> c_int {
         // SAFETY: By the safety requirements.
         let shared = unsafe { ArcBorrow::<Shared<J>>::from_raw(data.cast()) };
-        // SAFETY: This is what `allow_kernel_signal()` does; the handler is not a function but the
-        // number `SIG_KTHREAD_KERNEL`, as the kernel knows.
-        unsafe {
-            let handler = core::mem::transmute::<usize, bindings::__sighandler_t>(3);
-            bindings::kernel_sigaction(bindings::SIGKILL as c_int, handler);
-        }
+        // SAFETY: It changes the signal handling of the current task, which is a kthread.
+        unsafe { bindings::allow_kernel_signal(bindings::SIGKILL as c_int) };
         loop {
+            // A worker that always has work never sleeps, and a kthread never returns to user
+            // space: without this no grace period of RCU Tasks would end.
+            //
+            // SAFETY: The thread may sleep here.
+            unsafe { bindings::cond_resched_tasks_rcu_qs() };
             // Before it is asked whether to stop: who wants that says so first and signals then.
             if current!().signal_pending() {
                 // SAFETY: It is the current thread.

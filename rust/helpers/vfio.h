@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Prototypes of the helpers for bindgen. Out-of-tree scaffolding: upstream the
+ * bindings come from the definitions.
+ */
+
+#ifndef RUST_HELPERS_VFIO_H
+#define RUST_HELPERS_VFIO_H
+
+struct iova_bitmap;
+
+void rust_helper_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
+				 size_t length);
+void rust_helper_cond_resched_tasks_rcu_qs(void);
+void rust_helper_allow_kernel_signal(int sig);
+
+#endif
