@@ -846,7 +846,7 @@ impl<T: Operations> VTable<T> {
         };
         let file = this
             .opened()
-            .and_then(|opened| this.private.engine.set_state(&opened, device, new_state));
+            .and_then(|opened| this.private.engine.set_state(&opened, device, new_state.0));
         match file {
             // The core takes over the reference.
             Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
@@ -866,7 +866,7 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call.
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         // SAFETY: `state` is valid.
-        unsafe { *state = this.private.engine.state().as_raw() };
+        unsafe { (*state).0 = this.private.engine.state().as_raw() };
         0
     }
 
