@@ -33,6 +33,9 @@ kernel:			## get, configure and build the test kernel
 kernel-debug:		## the same with what finds faults; takes much longer
 	VFIO_KERNEL=debug $(vm)/kernel
 
+kernel-strict:		## the same with CFI and without iommufd
+	VFIO_KERNEL=strict $(vm)/kernel
+
 kdir:			## print the build folder of the kernel
 	$(vm)/kernel kdir
 
@@ -58,6 +61,9 @@ test-host:		## run the tests that need no kernel
 test-debug:		## run the tests that boot a machine on the debug kernel
 	$(testing)/debug
 
+test-strict:		## the same on the kernel with CFI and without iommufd
+	$(testing)/strict
+
 selftest:		## build the kselftests and run them in the test machine
 	$(testing)/run build selftest
 
@@ -70,6 +76,7 @@ selftest-mutations:	## break the mock device in many ways: the tests notice each
 soak:			## all of the kselftests, longer and on everything
 	$(testing)/run build soak host_fuzz_long miri mtty mutations
 	$(testing)/debug build fuzz
+	$(testing)/strict
 
 bench: modules		## measure, print a table, write bench.json
 	$(testing)/bench $(BENCHFLAGS)
@@ -104,8 +111,8 @@ help:			## print this
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'V=1               show all output'
 
-.PHONY: all modules modules_install setup kernel kernel-debug kdir vm shell demo
-.PHONY: test test-debug test-host selftest selftest-mtty selftest-mutations soak
+.PHONY: all modules modules_install setup kernel kernel-debug kernel-strict kdir vm shell demo
+.PHONY: test test-debug test-strict test-host selftest selftest-mtty selftest-mutations soak
 .PHONY: bench lint doc
 .PHONY: htmldocs series
 .PHONY: rust-analyzer clean help

@@ -19,8 +19,9 @@ vm_logs=$vm_cache/logs
 # What is built from this copy of the repository, other than the modules.
 vm_own=$vm_cache/trees/$(cksum <<<"$vm_top" | cut -d' ' -f1)
 vm_src=$vm_cache/src/linux-source-7.3
-# Which test kernel: the one of .config.fragment, or with VFIO_KERNEL=debug the
-# one that looks for faults itself, on which everything takes longer.
+# Which test kernel: the one of .config.fragment, with VFIO_KERNEL=debug the one
+# that looks for faults itself, on which everything takes longer, or with
+# VFIO_KERNEL=strict the one with control-flow integrity and without iommufd.
 vm_build=$vm_cache/build
 vm_fragments=$vm_top/.config.fragment
 vm_patience=1
@@ -36,11 +37,11 @@ die()
 
 case ${VFIO_KERNEL:-} in
 '') ;;
-debug)
-	vm_suffix=-debug
+debug | strict)
+	vm_suffix=-$VFIO_KERNEL
 	vm_build+=$vm_suffix
-	vm_fragments+=" $vm_top/.config.debug.fragment"
-	vm_patience=8
+	vm_fragments+=" $vm_top/.config.$VFIO_KERNEL.fragment"
+	[ "$VFIO_KERNEL" = strict ] || vm_patience=8
 	;;
 *) die "VFIO_KERNEL=$VFIO_KERNEL: there is no such kernel" ;;
 esac
