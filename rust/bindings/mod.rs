@@ -39,7 +39,9 @@ mod generated {
 
 pub(crate) use generated::{
     rust_helper_allow_kernel_signal as allow_kernel_signal,
+    rust_helper_cond_resched as cond_resched,
     rust_helper_cond_resched_tasks_rcu_qs as cond_resched_tasks_rcu_qs,
+    rust_helper_fatal_signal_pending as fatal_signal_pending,
     rust_helper_iova_bitmap_set as iova_bitmap_set,
     *, //
 };

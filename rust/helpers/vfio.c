@@ -6,6 +6,7 @@
 #include <linux/iova_bitmap.h>
 #include <linux/module.h>
 #include <linux/rcupdate.h>
+#include <linux/sched/signal.h>
 #include <linux/signal.h>
 
 #include "vfio.h"
@@ -20,6 +21,16 @@ void rust_helper_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
 void rust_helper_cond_resched_tasks_rcu_qs(void)
 {
 	cond_resched_tasks_rcu_qs();
+}
+
+void rust_helper_cond_resched(void)
+{
+	cond_resched();
+}
+
+int rust_helper_fatal_signal_pending(struct task_struct *task)
+{
+	return fatal_signal_pending(task);
 }
 
 void rust_helper_allow_kernel_signal(int sig)

@@ -8,10 +8,13 @@
 #define RUST_HELPERS_VFIO_H
 
 struct iova_bitmap;
+struct task_struct;
 
 void rust_helper_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
 				 size_t length);
 void rust_helper_cond_resched_tasks_rcu_qs(void);
+void rust_helper_cond_resched(void);
+int rust_helper_fatal_signal_pending(struct task_struct *task);
 void rust_helper_allow_kernel_signal(int sig);
 
 #endif

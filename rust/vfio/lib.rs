@@ -214,9 +214,12 @@ pub mod migration;
 pub mod prelude;
 pub mod region;
 
-pub use self::device::{
-    Device,
-    DeviceContext,
-    Normal,
-    Open, //
+pub use self::{
+    device::{
+        Device,
+        DeviceContext,
+        Normal,
+        Open, //
+    },
+    user::cond_resched_killable, //
 };

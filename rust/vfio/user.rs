@@ -3,12 +3,15 @@
 //! The user's side of a read() or write(): a buffer that may fault at any byte.
 
 use kernel::{
-    bindings,
     prelude::*,
+    task::Task,
     uaccess::UserPtr, //
 };
 
-use crate::memory::Memory;
+use crate::{
+    bindings,
+    memory::Memory, //
+};
 use core::{
     mem::MaybeUninit,
     ops::Range,
@@ -17,6 +20,21 @@ use core::{
 
 /// How much a [`Block`] takes from the user at once.
 const BLOCK: usize = 64 << 10;
+
+/// Lets other tasks run, and tells whether the calling task is being killed.
+///
+/// For each round of a loop whose length is up to the user, in a method that a system call of the
+/// user leads to: a client that is killed must not be kept until the end of the loop. Returns
+/// `EINTR` if the task has a fatal signal. May sleep.
+pub fn cond_resched_killable() -> Result {
+    // SAFETY: The caller may sleep.
+    unsafe { bindings::cond_resched() };
+    // SAFETY: It is the current task.
+    match unsafe { bindings::fatal_signal_pending(Task::current_raw()) } {
+        0 => Ok(()),
+        _ => Err(EINTR),
+    }
+}
 
 /// The part of a user's buffer that a call has not reached yet.
 ///
