@@ -6,7 +6,10 @@
 
 use crate::{
     bindings,
-    user::UserBuf, //
+    user::{
+        cond_resched_killable,
+        UserBuf, //
+    },
 };
 use core::ops::Range;
 use kernel::prelude::*;
@@ -114,10 +117,11 @@ fn inside(pos: i64, count: usize, size_of: impl Fn(u32) -> u64) -> Result<(Posit
     Ok((pos, count.min(usize::try_from(left).unwrap_or(usize::MAX))))
 }
 
-/// Room for one block of an access, on the stack if it is a single bus access.
+/// Room for one block of an access, on the stack if it is a single bus access. A large one does not
+/// need contiguous memory.
 enum Block {
     Access([u8; ACCESS]),
-    Large(KVec<u8>),
+    Large(KVVec<u8>),
 }
 
 impl Block {
@@ -125,7 +129,7 @@ impl Block {
         Ok(if count <= ACCESS {
             Self::Access([0; ACCESS])
         } else {
-            Self::Large(KVec::zeroed(count.min(BLOCK), GFP_KERNEL_ACCOUNT)?)
+            Self::Large(KVVec::zeroed(count.min(BLOCK), GFP_KERNEL_ACCOUNT)?)
         })
     }
 
@@ -139,10 +143,19 @@ impl Block {
     }
 }
 
+/// Returns how much of an access was served, or why nothing was.
+fn served(done: usize, error: Error) -> Result<usize> {
+    if done > 0 {
+        Ok(done)
+    } else {
+        Err(error)
+    }
+}
+
 /// Serves a read() of a device file.
 ///
 /// `size_of` gives the size of a region and `read` its bytes. No lock is held and no driver code
-/// runs while the user's memory is written.
+/// runs while the user's memory is written. A task that is killed stops behind the block under way.
 pub(crate) fn read(
     user: &mut UserBuf,
     file_pos: i64,
@@ -154,14 +167,14 @@ pub(crate) fn read(
     let mut done = 0;
     while done < count {
         let bytes = block.get(count - done);
-        if let Err(e) = read(pos, bytes) {
-            return if done > 0 { Ok(done) } else { Err(e) };
+        if let Err(e) = cond_resched_killable().and_then(|()| read(pos, bytes)) {
+            return served(done, e);
         }
         let copied = user.write(bytes);
         done += copied;
         pos.region_offset += copied as u64;
         if copied < bytes.len() {
-            return if done > 0 { Ok(done) } else { Err(EFAULT) };
+            return served(done, EFAULT);
         }
     }
     Ok(done)
@@ -178,15 +191,18 @@ pub(crate) fn write(
     let mut block = Block::new(count)?;
     let mut done = 0;
     while done < count {
+        if let Err(e) = cond_resched_killable() {
+            return served(done, e);
+        }
         let bytes = block.get(count - done);
         let wanted = bytes.len();
         let copied = user.read(bytes);
         // A bus access is whole or does not happen; a block ends where the fault was.
         if copied == 0 || (copied < wanted && count <= ACCESS) {
-            return if done > 0 { Ok(done) } else { Err(EFAULT) };
+            return served(done, EFAULT);
         }
         if let Err(e) = write(pos, &bytes[..copied]) {
-            return if done > 0 { Ok(done) } else { Err(e) };
+            return served(done, e);
         }
         done += copied;
         pos.region_offset += copied as u64;
