@@ -79,18 +79,18 @@ pub use self::{
 };
 
 use crate::{
-    memory::{
-        Memory,
-        PageRun, //
-    },
-    user::UserBuf,
+    memory::PageRun,
+    user::UserBuf, //
 };
-use core::ops::Range;
 use kernel::{
     new_spinlock_irq,
     prelude::*,
     static_lock_class,
     sync::{
+        atomic::{
+            AtomicFlag,
+            Relaxed, //
+        },
         poll::PollCondVarBox,
         Arc,
         SpinLockIrq, //
@@ -314,8 +314,8 @@ pub struct Remaining {
 /// }
 ///
 /// impl Saver for PageSaver {
-///     fn next(&mut self, phase: Phase) -> Result<Next> {
-///         let Some(page) = self.tracking.take(phase, 1) else {
+///     fn next(&mut self, _phase: Phase) -> Result<Next> {
+///         let Some(page) = self.tracking.take(1) else {
 ///             return Ok(Next::End);
 ///         };
 ///         let number = page.pages().start as u64;
@@ -416,8 +416,8 @@ const HEAD: usize = 64;
 enum Body {
     /// Bytes that were made for the purpose.
     Bytes(KVVec<u8>),
-    /// A range of the device's memory, in bytes.
-    Memory(Arc<Memory>, Range<usize>),
+    /// Pages of the device's memory.
+    Pages(PageRun),
 }
 
 /// A piece of the stream: a few bytes of header, and a body that is not copied on its way.
@@ -427,8 +427,8 @@ enum Body {
 /// A record of up to 16 pages that changed, with the number of the first in front, and how many.
 ///
 /// ```
-/// fn record(tracking: &Tracking, phase: Phase) -> Result<Option<Chunk>> {
-///     let Some(run) = tracking.take(phase, 16) else {
+/// fn record(tracking: &Tracking) -> Result<Option<Chunk>> {
+///     let Some(run) = tracking.take(16) else {
 ///         return Ok(None);
 ///     };
 ///     let mut head = [0; 16];
@@ -473,11 +473,9 @@ impl Chunk {
     ///
     /// The chunk counts as initial or not, as the pages do.
     pub fn pages(self, run: PageRun) -> Self {
-        let initial = run.is_initial();
-        let (memory, range) = run.into_bytes();
         Self {
-            body: Body::Memory(memory, range),
-            initial,
+            initial: run.is_initial(),
+            body: Body::Pages(run),
             ..self
         }
     }
@@ -490,12 +488,19 @@ impl Chunk {
         }
     }
 
+    /// Notes that a reader gets the chunk, so that its pages count as streamed.
+    fn hand_out(&mut self) {
+        if let Body::Pages(run) = &mut self.body {
+            run.hand_out();
+        }
+    }
+
     /// Returns the size in bytes.
     fn len(&self) -> usize {
         self.head_len
             + match &self.body {
                 Body::Bytes(bytes) => bytes.len(),
-                Body::Memory(memory, range) => memory.bytes(range.clone()).len(),
+                Body::Pages(run) => run.bytes().len(),
             }
     }
 
@@ -510,9 +515,9 @@ impl Chunk {
         copied
             + match &self.body {
                 Body::Bytes(bytes) => user.write(bytes.get(pos..).unwrap_or(&[])),
-                Body::Memory(memory, range) => {
-                    let start = range.start.saturating_add(pos);
-                    user.write_memory(memory, start..range.end)
+                Body::Pages(run) => {
+                    let range = run.bytes();
+                    user.write_memory(run.memory(), range.start.saturating_add(pos)..range.end)
                 }
             }
     }
@@ -651,12 +656,15 @@ pub struct Notifier {
     /// being told before falling asleep counts too.
     #[pin]
     events: SpinLockIrq<u32>,
+    /// The device of the session is stopped. Set under the session's lock.
+    stopped: AtomicFlag,
 }
 
 impl Notifier {
-    fn new() -> Result<Arc<Self>> {
+    fn new(phase: Phase) -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
+                stopped: AtomicFlag::new(phase == Phase::StopCopy),
                 wait: PollCondVarBox::new(c"vfio::migration::Notifier", static_lock_class!())?,
                 events <- new_spinlock_irq!(0, "vfio::migration::Notifier::events"),
             }? Error),
@@ -672,6 +680,19 @@ impl Notifier {
         *events = events.wrapping_add(1);
         drop(events);
         self.wait.notify_all();
+    }
+
+    /// Returns the phase of the session.
+    pub(crate) fn phase(&self) -> Phase {
+        match self.stopped.load(Relaxed) {
+            true => Phase::StopCopy,
+            false => Phase::PreCopy,
+        }
+    }
+
+    /// Sets the phase of the session, whose lock is held.
+    fn set_phase(&self, phase: Phase) {
+        self.stopped.store(phase == Phase::StopCopy, Relaxed);
     }
 
     /// Returns how often somebody was told.

@@ -196,7 +196,7 @@ struct MinimalSaver {
 
 impl Saver for MinimalSaver {
     fn next(&mut self, phase: Phase) -> Result<Next> {
-        if let Some(page) = self.tracking.take(phase, 1) {
+        if let Some(page) = self.tracking.take(1) {
             let chunk = Chunk::new(&(MAGIC + page.pages().start as u64).to_le_bytes())?;
             return Ok(Next::Chunk(chunk.pages(page)));
         }

@@ -116,8 +116,9 @@ impl MockSaver {
             self.digests.set(page as u64, self.chip.page_digest(page));
         }
         let (start, count) = ((pages.start * PAGE_SIZE) as u64, pages.len() as u64);
+        let chunk = Chunk::new(&run_header(start, count))?.pages(run);
         self.tally.run(count);
-        Ok(Chunk::new(&run_header(start, count))?.pages(run))
+        Ok(chunk)
     }
 
     /// Makes the next record.
@@ -129,7 +130,7 @@ impl MockSaver {
                 self.step = Step::Pages;
                 chunk
             }
-            Step::Pages => match self.tracking.take(phase, PAGES_PER_WORD) {
+            Step::Pages => match self.tracking.take(PAGES_PER_WORD) {
                 Some(run) => self.pages(run)?,
                 None if phase == Phase::PreCopy => return Ok(Next::End),
                 None => {

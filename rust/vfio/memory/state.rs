@@ -149,6 +149,19 @@ impl Tracker {
         Some((run, initial))
     }
 
+    /// Undoes [`take()`](Self::take).
+    fn put_back(&mut self, pages: Range<usize>, initial: bool) {
+        let Some(notifier) = &self.notifier else {
+            return;
+        };
+        self.map.mark_range(pages.start, pages.len());
+        // There is one boundary of what was never streamed. What is below it counts as changed.
+        if initial && self.initial == pages.end {
+            self.initial = pages.start;
+        }
+        notifier.notify();
+    }
+
     fn pending(&self) -> Pending {
         let words = self.map.pages().div_ceil(PAGES_PER_WORD);
         let initial = Pages {
@@ -380,11 +393,15 @@ impl StateMemory {
 /// Pages to stream: neighbours in a [`StateMemory`], whose marks have been cleared.
 ///
 /// Goes into a [`Chunk`](crate::migration::Chunk), which takes the bytes from the memory when the
-/// user reads them. What changes the memory before that marks it again.
+/// user reads them. A change of the memory before that marks it again. If the run, or its chunk, is
+/// dropped before [`Saver::next`](crate::migration::Saver::next) has returned it, the pages are
+/// marked again as well.
 pub struct PageRun {
-    memory: Arc<Memory>,
+    inner: Arc<Inner>,
     pages: Range<usize>,
     initial: bool,
+    /// A reader gets the pages, so that they count as streamed.
+    handed_out: bool,
 }
 
 impl PageRun {
@@ -398,10 +415,28 @@ impl PageRun {
         self.initial
     }
 
-    /// Returns what a chunk is made of: the memory and a range in it, in bytes.
-    pub(crate) fn into_bytes(self) -> (Arc<Memory>, Range<usize>) {
-        let Range { start, end } = self.pages;
-        (self.memory, start * PAGE_SIZE..end * PAGE_SIZE)
+    /// Returns the memory that the pages are part of.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.inner.memory
+    }
+
+    /// Returns where in the memory the pages are, in bytes.
+    pub(crate) fn bytes(&self) -> Range<usize> {
+        self.pages.start * PAGE_SIZE..self.pages.end * PAGE_SIZE
+    }
+
+    /// Notes that a reader gets the pages.
+    pub(crate) fn hand_out(&mut self) {
+        self.handed_out = true;
+    }
+}
+
+impl Drop for PageRun {
+    fn drop(&mut self) {
+        if !self.handed_out {
+            let mut tracker = self.inner.tracker.lock();
+            tracker.put_back(self.pages(), self.initial);
+        }
     }
 }
 
@@ -411,15 +446,17 @@ pub struct Tracking(StateMemory);
 impl Tracking {
     /// Takes the next run to stream, of at most `max` pages. What was never streamed comes first.
     ///
-    /// The pages' marks are cleared: they count as streamed from here on. A page that somebody may
-    /// write to unnoticed, because the kernel is just doing that on behalf of a user, comes again
-    /// in [`Phase::StopCopy`]. Returns nothing if there is nothing to stream. May sleep.
-    pub fn take(&self, phase: Phase, max: usize) -> Option<PageRun> {
+    /// The pages' marks are cleared: they count as streamed, unless the result is dropped before a
+    /// reader got it. A page that somebody may write to unnoticed, because the kernel is just doing
+    /// that on behalf of a user, comes again in [`Phase::StopCopy`]. Returns nothing if there is
+    /// nothing to stream. May sleep.
+    pub fn take(&self, max: usize) -> Option<PageRun> {
         let inner = &self.0 .0;
         // Held until the pages are out of all address spaces, so that a store sets its page's mark
         // after that mark was cleared.
         let mappings = inner.mappings.lock();
         let mut tracker = inner.tracker.lock();
+        let phase = tracker.notifier.as_ref()?.phase();
         if phase == Phase::StopCopy {
             tracker.release();
         }
@@ -432,9 +469,10 @@ impl Tracking {
         }
         drop(mappings);
         Some(PageRun {
-            memory: inner.memory.clone(),
+            inner: inner.clone(),
             pages,
             initial,
+            handed_out: false,
         })
     }
 

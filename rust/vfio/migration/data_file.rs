@@ -69,7 +69,6 @@ struct Saving<M: Migratable> {
     /// Held for the opt-in to v2 of the pre-copy info; gone before close_device() returns.
     device: ARef<Device>,
     saver: M::Saver,
-    phase: Phase,
     /// What the reader has begun; it is with the reader while that copies.
     chunk: Option<Chunk>,
     /// How much of `chunk` was read, out of how much, and what it counts as.
@@ -115,7 +114,7 @@ impl<M: Migratable> SaveSession<M> {
         device: &Device<Open>,
         phase: Phase,
     ) -> Result<(Arc<Self>, ARef<File>)> {
-        let notifier = Notifier::new()?;
+        let notifier = Notifier::new(phase)?;
         let mut saver = match phase {
             Phase::PreCopy => M::pre_copy(driver, notifier.clone()),
             Phase::StopCopy => M::save(driver, notifier.clone()),
@@ -127,7 +126,6 @@ impl<M: Migratable> SaveSession<M> {
         let saving = Saving {
             device: device.into(),
             saver,
-            phase,
             chunk: None,
             pos: 0,
             len: 0,
@@ -157,7 +155,8 @@ impl<M: Migratable> SaveSession<M> {
         let mut guard = self.saving.lock();
         let saving = (*guard).as_mut().ok_or(ENODEV)?;
         saving.saver.seal()?;
-        saving.phase = Phase::StopCopy;
+        // Under the lock, so that the saver is asked in one phase or the other.
+        self.notifier.set_phase(Phase::StopCopy);
         drop(guard);
         self.notifier.notify();
         Ok(())
@@ -225,16 +224,18 @@ impl<M: Migratable> SaveSession<M> {
             if let Some(chunk) = saving.chunk.take() {
                 return Ok(Some((chunk, saving.pos)));
             }
-            match saving.saver.next(saving.phase)? {
-                Next::Chunk(chunk) => {
+            let phase = self.notifier.phase();
+            match saving.saver.next(phase)? {
+                Next::Chunk(mut chunk) => {
                     // A chunk without bytes would never be read entirely.
                     let len = Some(chunk.len()).filter(|len| *len > 0).ok_or(EIO)?;
                     saving.pos = 0;
                     saving.len = len;
                     saving.initial = chunk.initial;
+                    chunk.hand_out();
                     return Ok(Some((chunk, 0)));
                 }
-                Next::End if saving.phase == Phase::PreCopy && first => return Err(ENOMSG),
+                Next::End if phase == Phase::PreCopy && first => return Err(ENOMSG),
                 Next::End => return Ok(None),
                 Next::NotReady if !first => return Ok(None),
                 Next::NotReady if nonblock => return Err(EAGAIN),
@@ -295,7 +296,7 @@ impl<M: Migratable> SaveSession<M> {
                 let Remaining { initial, dirty, .. } = saving.remaining();
                 let begun = saving.pos < saving.len;
                 let readable = (initial > 0 || dirty > 0) && (begun || saving.saver.is_ready());
-                if saving.phase == Phase::StopCopy || readable {
+                if self.notifier.phase() == Phase::StopCopy || readable {
                     bindings::POLLIN | bindings::POLLRDNORM
                 } else {
                     0
@@ -319,7 +320,7 @@ impl<M: Migratable> SaveSession<M> {
 
         let mut guard = self.saving.lock();
         let saving = (*guard).as_mut().ok_or(ENODEV)?;
-        if saving.phase != Phase::PreCopy {
+        if self.notifier.phase() != Phase::PreCopy {
             return Err(EINVAL);
         }
         let Remaining {
@@ -407,7 +408,7 @@ pub(super) struct LoadSession<M: Migratable> {
 impl<M: Migratable> LoadSession<M> {
     /// Begins a session.
     pub(super) fn begin(driver: &Arc<M>) -> Result<(Arc<Self>, ARef<File>)> {
-        let notifier = Notifier::new()?;
+        let notifier = Notifier::new(Phase::StopCopy)?;
         let loading = Loading {
             block: Some(Block::default()),
             loader: M::load(driver, notifier.clone())?,

@@ -15,12 +15,19 @@ use crate::fake::{
     DATA_SIZE,
     FAILURE, //
 };
-use kernel::prelude::*;
-use vfio::migration::{
-    fsm,
-    Flags,
-    Phase,
-    State, //
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+use vfio::{
+    memory::StateMemory,
+    migration::{
+        fsm,
+        Chunk,
+        Flags,
+        Phase,
+        State, //
+    },
 };
 
 /// Ends a test that fails and says why. Unlike with `assert!`, destructors run.
@@ -760,6 +767,57 @@ mod tests {
         ensure_eq!(user.get::<8>()?, *b"moretail", "what is read last");
         ensure_eq!(fd.read(user.addr, 64), Ok(0), "the permanent end");
         ensure_eq!(size(), 0, "size at the permanent end");
+        Ok(())
+    }
+
+    #[test]
+    fn pages_that_reach_no_reader_are_marked_again() -> Result {
+        const RECORD: usize = 4 + PAGE_SIZE;
+
+        let user = UserMemory::new(64 * RECORD)?;
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        let memory = StateMemory::new(130)?;
+        let tracking = memory.track(rig.fake.notifier()?)?;
+        let take = |max| tracking.take(max).ok_or(EINVAL);
+        let chunk = |max| -> Result<Chunk> { Ok(Chunk::new(b"head")?.pages(take(max)?)) };
+        let pages = || {
+            let pending = tracking.pending();
+            (pending.initial.pages, pending.dirty.pages)
+        };
+
+        drop(take(64)?);
+        ensure_eq!(pages(), (130, 0), "pages that were dropped");
+        drop(chunk(3)?);
+        ensure_eq!(pages(), (130, 0), "a chunk that was dropped");
+        drop(chunk(3)?.bytes(KVVec::new()));
+        ensure_eq!(pages(), (130, 0), "pages that were replaced");
+        let all = tracking.pending();
+
+        for page in 0..130 {
+            rig.fake.provide_chunk(chunk(1)?);
+            ensure_eq!(fd.read(user.addr, RECORD), Ok(RECORD), "page {page}");
+        }
+        ensure_eq!(pages(), (0, 0), "pages that were read");
+
+        memory.write(7 * PAGE_SIZE, &[1])?;
+        memory.write(129 * PAGE_SIZE, &[1])?;
+        drop(take(64)?);
+        drop(take(64)?);
+        ensure_eq!(pages(), (0, 2), "changes that were dropped");
+        drop(rig.set(State::StopCopy)?);
+        drop(take(64)?);
+        ensure_eq!(pages(), (0, 2), "a change that was dropped in STOP_COPY");
+
+        // Behind pages that somebody else has, they can only come again as changed.
+        memory.reinit();
+        ensure_eq!(tracking.pending().initial, all.initial, "after a reinit");
+        let first = take(64)?;
+        let second = take(64)?;
+        drop(first);
+        ensure_eq!(pages(), (2, 64), "the first of two that were dropped");
+        drop(second);
+        ensure_eq!(pages(), (66, 64), "both");
         Ok(())
     }
 

@@ -120,6 +120,8 @@ struct Script {
     held: bool,
     /// What the saver has, and whether it was never handed out before.
     chunks: KVec<(&'static [u8], bool)>,
+    /// What the saver has in front of that. [`Saver::remaining()`] does not count it.
+    ready: Option<Chunk>,
     /// What the saver has when the device is stopped, behind everything else.
     tail: Option<&'static [u8]>,
     not_ready: bool,
@@ -209,6 +211,16 @@ impl Fake {
             .lock()
             .chunks
             .push((chunk, initial), GFP_KERNEL)?)
+    }
+
+    /// Gives the saver a chunk to hand out first.
+    pub(crate) fn provide_chunk(&self, chunk: Chunk) {
+        self.script.lock().ready = Some(chunk);
+    }
+
+    /// Returns the notifier of the session.
+    pub(crate) fn notifier(&self) -> Result<Arc<Notifier>> {
+        self.script.lock().notifier.clone().ok_or(EINVAL)
     }
 
     /// Gives the saver something to hand out when the device is stopped.
@@ -316,6 +328,9 @@ impl Saver for FakeSaver {
             return Ok(Next::NotReady);
         }
         let mut script = self.0.script.lock();
+        if let Some(chunk) = script.ready.take() {
+            return Ok(Next::Chunk(chunk));
+        }
         let (bytes, initial) = if !script.chunks.is_empty() {
             script.chunks.remove(0)?
         } else if phase == Phase::PreCopy {
