@@ -26,6 +26,7 @@ use crate::{
         Device,
         Open, //
     },
+    gate::Gate,
     memory::StateMemory,
 };
 use core::ops::Range;
@@ -42,7 +43,8 @@ pub struct Fault {
     /// Of that page some may have been written, and of what is behind it nothing.
     pub done: usize,
     /// Why: `EPERM` or `EACCES` if the user does not allow it, `EINVAL` or `ENOENT` if there is no
-    /// memory at that address, `EFAULT` if the user has taken the memory away, `ENOMEM`.
+    /// memory at that address, `EFAULT` if the user has taken the memory away, `EINTR` if the
+    /// device is being reset, `ENOMEM`.
     pub error: Error,
 }
 
@@ -93,12 +95,13 @@ pub struct Fault {
 pub struct Bus<'a> {
     device: &'a Device<Open>,
     log: &'a Log,
+    gate: &'a Gate,
 }
 
 impl<'a> Bus<'a> {
     /// Makes the way of `device`, whose writes are logged in `log`.
-    pub(crate) fn new(device: &'a Device<Open>, log: &'a Log) -> Self {
-        Self { device, log }
+    pub(crate) fn new(device: &'a Device<Open>, log: &'a Log, gate: &'a Gate) -> Self {
+        Self { device, log, gate }
     }
 
     /// Reads user memory from `iova` on into a range of the device's memory, in bytes, and marks
@@ -176,6 +179,10 @@ impl<'a> Bus<'a> {
     /// `bytes` must be valid, for a copy to the user if `write` is true, else for a copy from the
     /// user.
     unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result {
+        // A reset waits for this transfer.
+        if self.gate.is_halted() {
+            return Err(EINTR);
+        }
         // SAFETY: The device is open, and `bytes` is valid by the safety requirements.
         to_result(unsafe {
             bindings::vfio_dma_rw(self.device.as_raw(), iova, bytes.cast(), bytes.len(), write)

@@ -22,6 +22,7 @@ use crate::{
         Bus, //
     },
     endpoint::Endpoint,
+    gate::Reason,
     irq::{
         self,
         Irqs, //
@@ -46,8 +47,6 @@ use crate::{
         Worker, //
     },
 };
-
-pub use crate::worker::Work;
 
 use core::{
     marker::PhantomData,
@@ -80,6 +79,7 @@ use kernel::{
         Mutex,
         SpinLock, //
     },
+    time::Delta,
     uaccess::{
         UserPtr,
         UserSlice, //
@@ -132,7 +132,7 @@ use kernel::{
 ///     }
 ///
 ///     fn write(chip: &Chip, pos: Position, _from: &[u8]) -> Result {
-///         if pos.region_offset == 0 && !chip.registers.lock().stopped {
+///         if pos.region_offset == 0 {
 ///             chip.endpoint.signal(1);
 ///         }
 ///         Ok(())
@@ -177,6 +177,10 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Writes to a BAR. The whole range is inside of it. What is written to the MSI-X table has
     /// reached the [`Endpoint`], and means nothing to the driver.
     ///
+    /// Not called while the device is stopped or being reset: such writes are dropped and counted,
+    /// see [`Endpoint::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are called
+    /// when the writes under way have returned.
+    ///
     /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
     /// bytes arrives in one piece, as it would on a bus. A failure is returned from the write(),
     /// unless a part of it was served before.
@@ -191,15 +195,41 @@ pub trait Operations: Sized + Send + Sync + 'static {
         None
     }
 
+    /// Whether [`work`](Self::work) may access other devices: peer-to-peer DMA. A driver whose work
+    /// never does says `false`, and the work goes on in `RUNNING_P2P` and `PRE_COPY_P2P`. A driver
+    /// cannot tell which memory is behind an IOVA, hence the default.
+    const PEER_TO_PEER: bool = true;
+
     /// Does a piece of what the device does by itself, such as DMA, and tells when there is more.
     ///
-    /// Called again and again from a thread that there is from the first open to the last close,
-    /// for drivers that have this method; [`Endpoint::wake()`] makes it be called again. Holds
-    /// nothing, and may sleep. It should not take long: reset and close wait for it, but they let
-    /// it fail where it waits for the user.
+    /// Called again and again by a worker that exists from the first open to the last close, for
+    /// drivers that have this method; [`Endpoint::wake()`] makes it be called again. Called without
+    /// locks held. May sleep.
+    ///
+    /// The crate quiesces the work. When [`Migratable::quiesce_p2p`], [`Migratable::stop`] or
+    /// [`Migratable::reset`] is called, no call is under way, and none begins before
+    /// [`Migratable::resume_p2p`], [`Migratable::start`] or the reset has returned; then the worker
+    /// is woken. Whatever the answer was, what is left to do waits, and the driver keeps it in the
+    /// device's state. Hence:
+    ///
+    /// * Raise the interrupts of a piece before returning: what is not raised then is not in the
+    ///   image.
+    /// * Keep a piece short. State changes wait for the call under way. A reset and the last close
+    ///   wait, too, but they let transfers of the [`Bus`] fail.
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
     }
+}
+
+/// What a device has to do next by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// There is more to do now.
+    Again,
+    /// There is something to do when this time has passed, or when the device is woken.
+    After(Delta),
+    /// There is nothing to do until the device is woken.
+    Wait,
 }
 
 /// What exists from the first open to the last close.
@@ -226,15 +256,27 @@ impl<T: Operations> Migratable for Opened<T> {
     const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
 
     fn quiesce_p2p(&self) -> Result {
-        self.data.quiesce_p2p()
+        let gate = &self.endpoint.gate;
+        if T::PEER_TO_PEER {
+            gate.close(Reason::P2p)?;
+        }
+        self.data
+            .quiesce_p2p()
+            .inspect_err(|_| gate.open(Reason::P2p))
     }
 
     fn resume_p2p(&self) -> Result {
-        self.data.resume_p2p()
+        self.data.resume_p2p()?;
+        self.endpoint.gate.open(Reason::P2p);
+        Ok(())
     }
 
     fn stop(&self) -> Result {
-        self.data.stop()?;
+        let gate = &self.endpoint.gate;
+        gate.close(Reason::Stopped)?;
+        self.data
+            .stop()
+            .inspect_err(|_| gate.open(Reason::Stopped))?;
         self.endpoint.run(false);
         self.mapped().for_each(StateMemory::freeze);
         Ok(())
@@ -244,6 +286,7 @@ impl<T: Operations> Migratable for Opened<T> {
         self.data.start()?;
         self.mapped().for_each(StateMemory::thaw);
         self.endpoint.run(true);
+        self.endpoint.gate.open(Reason::Stopped);
         Ok(())
     }
 
@@ -271,6 +314,7 @@ impl<T: Operations> Migratable for Opened<T> {
         self.data.reset();
         self.mapped().for_each(StateMemory::reset);
         self.endpoint.reset();
+        self.endpoint.gate.reset();
     }
 }
 
@@ -301,7 +345,12 @@ impl<T: Operations> worker::Job for ByItself<T> {
     fn work(&self) -> Work {
         // SAFETY: By the type invariants.
         let device = unsafe { Device::<Open>::from_raw(self.device.as_ptr()) };
-        T::work(&self.opened.data, &Bus::new(device, &self.opened.log))
+        let Opened {
+            data,
+            endpoint,
+            log,
+        } = &*self.opened;
+        T::work(data, &Bus::new(device, log, &endpoint.gate))
     }
 }
 
@@ -424,8 +473,8 @@ impl<T: Operations> Emulated<T> {
                 device: NonNull::from(&self.dev).cast(),
                 opened: opened.clone(),
             };
-            let bell = opened.endpoint.bell.clone();
-            *self.private.worker.lock() = Some(Worker::new(T::NAME, bell, job)?);
+            let gate = opened.endpoint.gate.clone();
+            *self.private.worker.lock() = Some(Worker::new(T::NAME, gate, job)?);
         }
         *self.private.opened.lock() = Some(opened);
         Ok(())
@@ -502,10 +551,10 @@ impl<T: Operations> Emulated<T> {
                         .write_config(pos.region_offset as usize, from);
                     Ok(())
                 }
-                _ => {
+                _ => opened.endpoint.gate.access(|| {
                     opened.endpoint.write_msix(pos, from);
                     T::write(&opened.data, pos, from)
-                }
+                }),
             },
         )
     }
@@ -517,8 +566,8 @@ impl<T: Operations> Emulated<T> {
             GET_IRQ_INFO => Self::get_irq_info(&opened.endpoint.irqs, arg),
             SET_IRQS => Self::set_irqs(&opened.endpoint.irqs, arg),
             RESET => {
-                // A state change that is under way may wait for what the device waits for.
-                opened.endpoint.interrupt_work();
+                // First: a state change under way may wait for the work.
+                let _halt = opened.endpoint.gate.halt()?;
                 self.private.engine.reset(&opened);
                 Ok(())
             }
@@ -826,6 +875,8 @@ impl<T: Operations> VTable<T> {
             )
         };
         if let Ok(opened) = this.opened() {
+            // A transfer may keep the memory of a dead process, and with it the device, alive.
+            opened.endpoint.gate.interrupt();
             opened.endpoint.irqs.request(parent, count);
         }
     }

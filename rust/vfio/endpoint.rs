@@ -8,12 +8,12 @@ use crate::{
         ConfigSpace,
         SIZE, //
     },
+    gate::Gate,
     irq::{
         msix,
         Irqs, //
     },
-    region::Position,
-    worker::Bell, //
+    region::Position, //
 };
 use core::ops::Range;
 use kernel::{
@@ -79,7 +79,7 @@ pub struct Endpoint {
     config: Mutex<ConfigSpace>,
     #[pin]
     pub(crate) irqs: Irqs,
-    pub(crate) bell: Arc<Bell>,
+    pub(crate) gate: Arc<Gate>,
 }
 
 impl Endpoint {
@@ -92,7 +92,7 @@ impl Endpoint {
                 power_on,
                 place,
                 irqs <- Irqs::new(place.vectors),
-                bell: Bell::new()?,
+                gate: Gate::new()?,
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -112,19 +112,29 @@ impl Endpoint {
         self.irqs.msix(|msix| msix.run(running));
     }
 
-    /// Lets [`Operations::work`](crate::emulated::Operations::work) be called again if it waits.
-    /// Does not sleep.
+    /// Lets [`Operations::work`](crate::emulated::Operations::work) be called again, as soon as the
+    /// device may work. Process context or softirq-safe locks are not needed: it does not sleep, but
+    /// must not be called in interrupts.
+    ///
+    /// Not needed when the device runs again after it was stopped, quiesced or reset: the crate
+    /// does it.
     pub fn wake(&self) {
-        self.bell.ring();
+        self.gate.kick();
     }
 
-    /// Lets [`Operations::work`](crate::emulated::Operations::work) fail where it waits for the
-    /// user to serve a page fault. Does not sleep.
+    /// Returns whether [`Operations::work`](crate::emulated::Operations::work) may be called now.
     ///
-    /// For [`reset`](crate::migration::Migratable::reset), which must not wait for the user: the
-    /// driver sees to it first that nothing more is begun, and waits for the work under way then.
-    pub fn interrupt_work(&self) {
-        self.bell.interrupt();
+    /// It may not in the P2P states, unless the driver says that
+    /// [it does no peer-to-peer DMA](crate::emulated::Operations::PEER_TO_PEER), nor in `STOP`,
+    /// `STOP_COPY` and `RESUMING`, nor during a reset. Does not sleep. Not for interrupts.
+    pub fn may_work(&self) -> bool {
+        self.gate.admits_work()
+    }
+
+    /// Returns the number of writes to BARs that were dropped since the last reset, because the
+    /// device was stopped. Does not sleep. Not for interrupts.
+    pub fn dropped_writes(&self) -> u64 {
+        self.gate.dropped()
     }
 
     /// Reads from the configuration space.

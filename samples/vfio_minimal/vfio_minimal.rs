@@ -64,9 +64,9 @@ impl mdev::Driver for Minimal {
 struct Chip {
     endpoint: Arc<Endpoint>,
     memory: StateMemory,
-    /// Held while something writes, so that who stops the device waits for the write under way.
+    /// Held while the registers change.
     #[pin]
-    running: Mutex<bool>,
+    registers: Mutex<()>,
 }
 
 impl Chip {
@@ -101,7 +101,7 @@ impl emulated::Operations for Minimal {
                 memory.write(MAGIC_REGISTER, &MAGIC.to_le_bytes())?;
                 memory
             },
-            running <- new_mutex!(true, "vfio_minimal::Chip::running"),
+            registers <- new_mutex!((), "vfio_minimal::Chip::registers"),
         }? Error)
     }
 
@@ -110,16 +110,12 @@ impl emulated::Operations for Minimal {
     }
 
     fn write(chip: &Chip, pos: Position, from: &[u8]) -> Result {
-        let running = chip.running.lock();
-        // A stopped device does not change.
-        if *running {
-            let offset = pos.region_offset as usize;
-            let writable = from.get(MEMORY.saturating_sub(offset)..).unwrap_or(&[]);
-            chip.memory.write(offset.max(MEMORY), writable)?;
-            let writes = chip.register(WRITES_REGISTER)?.wrapping_add(1);
-            chip.memory.write(WRITES_REGISTER, &writes.to_le_bytes())?;
-        }
-        Ok(())
+        let offset = pos.region_offset as usize;
+        let writable = from.get(MEMORY.saturating_sub(offset)..).unwrap_or(&[]);
+        chip.memory.write(offset.max(MEMORY), writable)?;
+        let _registers = chip.registers.lock();
+        let writes = chip.register(WRITES_REGISTER)?.wrapping_add(1);
+        chip.memory.write(WRITES_REGISTER, &writes.to_le_bytes())
     }
 }
 
@@ -138,13 +134,12 @@ impl Migratable for Chip {
         Ok(())
     }
 
+    // Nothing but a write changes the device, and the crate drops writes to a stopped device.
     fn stop(&self) -> Result {
-        *self.running.lock() = false;
         Ok(())
     }
 
     fn start(&self) -> Result {
-        *self.running.lock() = true;
         Ok(())
     }
 
@@ -178,11 +173,9 @@ impl Migratable for Chip {
     }
 
     fn reset(&self) {
-        let mut running = self.running.lock();
         self.memory.clear();
         // Inside the memory, hence no error.
         let _ = self.memory.write(MAGIC_REGISTER, &MAGIC.to_le_bytes());
-        *running = true;
     }
 }
 

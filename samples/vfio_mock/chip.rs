@@ -62,35 +62,14 @@ pub(crate) const SNAPSHOT_SIZE: usize =
 /// All of the device's state but its memory, as it is in the stream.
 pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
 
-/// What a bus access needs to have for itself.
-struct Front {
-    /// The device is not stopped. While it is, its state changes by loading and reset alone.
-    running: bool,
-    registers: Registers,
-    /// How many writes were dropped because the device was stopped. Says something about this
-    /// host's user, so it does not migrate.
-    dropped: u64,
-}
-
-impl Front {
-    fn power_on() -> Self {
-        Self {
-            running: true,
-            registers: Registers::default(),
-            dropped: 0,
-        }
-    }
-}
-
 /// The device behind its bus, made anew for each user who opens it.
 #[pin_data]
 pub(crate) struct Chip {
     endpoint: Arc<Endpoint>,
     pub(crate) memory: StateMemory,
-    /// Held across a whole bus access, commands included, so that who stops the device waits for
-    /// the access under way. Never held across a user copy.
+    /// Held across a whole bus access, commands included. Never held across a user copy.
     #[pin]
-    front: Mutex<Front>,
+    front: Mutex<Registers>,
     #[pin]
     dma: Engine,
 }
@@ -101,14 +80,9 @@ impl Chip {
         try_pin_init!(Self {
             endpoint,
             memory: StateMemory::new(pages)?,
-            front <- new_mutex!(Front::power_on(), "vfio_mock::Chip::front"),
+            front <- new_mutex!(Registers::default(), "vfio_mock::Chip::front"),
             dma <- Engine::new(),
         }? Error)
-    }
-
-    /// Lets the device run or stops it. What is under way is finished when this returns.
-    pub(crate) fn run(&self, running: bool) {
-        self.front.lock().running = running;
     }
 
     /// Does a piece of what the device does by itself.
@@ -116,59 +90,44 @@ impl Chip {
         self.dma.work(&self.memory, &self.endpoint, bus)
     }
 
-    /// Lets no DMA start any more, and waits for what is under way.
-    pub(crate) fn pause_dma(&self) -> Result {
-        self.dma.pause()
-    }
-
-    /// Lets DMA go on.
-    pub(crate) fn resume_dma(&self) {
-        if self.dma.resume() {
-            self.endpoint.wake();
-        }
-    }
-
     /// Brings the device into the state of power on.
     pub(crate) fn power_on(&self) {
-        self.dma.power_on(&self.endpoint);
-        let mut front = self.front.lock();
-        *front = Front::power_on();
+        let mut registers = self.front.lock();
+        *registers = Registers::default();
+        self.dma.power_on();
         self.memory.clear();
     }
 
     /// Reads from BAR0.
     pub(crate) fn read_registers(&self, offset: usize, to: &mut [u8]) {
         to.fill(0);
-        let front = self.front.lock();
-        let dropped = front.dropped + self.memory.dropped();
-        let image = front.registers.image(self.memory.size(), dropped);
+        let registers = self.front.lock();
+        let dropped = self.endpoint.dropped_writes() + self.memory.dropped();
+        let image = registers.image(self.memory.size(), dropped);
         overlay(offset, to, 0, &image);
+        let paused = !self.endpoint.may_work();
         self.dma.with(|queue| {
-            overlay(offset, to, registers::DMA, &registers::dma_image(queue));
+            let image = registers::dma_image(queue, paused);
+            overlay(offset, to, registers::DMA, &image);
             overlay(offset, to, registers::DMA_TABLE, &queue.table());
         });
     }
 
     /// Writes to BAR0, and executes the command if the write was one.
     pub(crate) fn write_registers(&self, offset: usize, from: &[u8]) {
-        let front = &mut *self.front.lock();
-        if !front.running {
-            front.dropped += 1;
-            return;
-        }
-        if self
-            .dma
-            .with(|queue| registers::write_dma(queue, offset, from))
-        {
+        let registers = &mut *self.front.lock();
+        if self.dma.change(&self.endpoint, |queue| {
+            registers::write_dma(queue, offset, from)
+        }) {
             self.endpoint.wake();
         }
-        let Some(command) = front.registers.write(offset, from) else {
+        let Some(command) = registers.write(offset, from) else {
             return;
         };
-        let range = front.registers.range(self.memory.size());
+        let range = registers.range(self.memory.size());
         let result = match (command, range) {
             (Command::Reinit, _) => {
-                let seed = front.registers.seed;
+                let seed = registers.seed;
                 write_pattern(&self.memory, seed, 0..self.memory.size());
                 self.memory.reinit();
                 Ok(())
@@ -176,33 +135,29 @@ impl Chip {
             (Command::Unknown, _) => Err(registers::ERROR_COMMAND),
             (_, None) => Err(registers::ERROR_RANGE),
             (Command::Fill, Some(range)) => {
-                write_pattern(&self.memory, front.registers.seed, range);
+                write_pattern(&self.memory, registers.seed, range);
                 Ok(())
             }
             (Command::Checksum, Some(range)) => {
-                front.registers.result = checksum(&self.memory, range);
+                registers.result = checksum(&self.memory, range);
                 Ok(())
             }
         };
-        front.registers.complete(result);
-        if let Some(vector) = front.registers.vector() {
+        registers.complete(result);
+        if let Some(vector) = registers.vector() {
             self.endpoint.signal(vector);
         }
     }
 
     /// Writes to BAR2.
     pub(crate) fn write_memory(&self, offset: usize, from: &[u8]) -> Result {
-        let mut front = self.front.lock();
-        if !front.running {
-            front.dropped += 1;
-            return Ok(());
-        }
+        let _front = self.front.lock();
         self.memory.write(offset, from)
     }
 
     /// Returns how many microseconds the device takes to get a record of its state ready.
     pub(crate) fn save_delay(&self) -> u32 {
-        self.front.lock().registers.save_delay
+        self.front.lock().save_delay
     }
 
     /// Returns the digest of a page, as it is in the stream.
@@ -226,7 +181,7 @@ impl Chip {
         let front = self.front.lock();
         let mut snapshot = [0; SNAPSHOT_SIZE];
         let config = self.endpoint.save_config();
-        let registers = front.registers.save();
+        let registers = front.save();
         let mut msix = [0; MSIX_SIZE];
         self.endpoint.save_msix(&mut msix);
         let queue = self.dma.with(|queue| queue.save());
@@ -255,13 +210,14 @@ impl Chip {
 
     /// Brings the device into a state. What `state` holds then means nothing.
     pub(crate) fn restore(&self, state: &mut State) -> Result {
-        let mut front = self.front.lock();
+        let mut registers = self.front.lock();
         self.endpoint.load_config(&state.config)?;
-        let save_delay = front.registers.save_delay;
-        front.registers = state.registers.clone();
-        front.registers.save_delay = save_delay;
+        let save_delay = registers.save_delay;
+        *registers = state.registers.clone();
+        registers.save_delay = save_delay;
         self.endpoint.load_msix(&state.msix)?;
-        self.dma.with(|queue| mem::swap(queue, &mut state.queue));
+        self.dma
+            .change(&self.endpoint, |queue| mem::swap(queue, &mut state.queue));
         Ok(())
     }
 }

@@ -13,12 +13,9 @@ use crate::{
     stream::pattern_word, //
 };
 use kernel::{
-    new_condvar, new_mutex,
+    new_mutex,
     prelude::*,
-    sync::{
-        CondVar,
-        Mutex, //
-    },
+    sync::Mutex,
     time::{
         Delta,
         Instant,
@@ -44,9 +41,6 @@ pub(crate) struct Engine {
     /// Never held while user memory is accessed.
     #[pin]
     queue: Mutex<Queue>,
-    /// Somebody may wait for what is being served.
-    #[pin]
-    served: CondVar,
     /// From when on the queue's time counts.
     epoch: Instant<Monotonic>,
 }
@@ -56,14 +50,29 @@ impl Engine {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             queue <- new_mutex!(Queue::default(), "vfio_mock::dma::Engine::queue"),
-            served <- new_condvar!("vfio_mock::dma::Engine::served"),
             epoch: Instant::now(),
         })
     }
 
-    /// Looks at the queue, or changes it.
-    pub(crate) fn with<R>(&self, with: impl FnOnce(&mut Queue) -> R) -> R {
-        with(&mut self.queue.lock())
+    /// Looks at the queue.
+    pub(crate) fn with<R>(&self, with: impl FnOnce(&Queue) -> R) -> R {
+        with(&self.queue.lock())
+    }
+
+    /// Changes the queue, and raises the interrupts of descriptors that end by this. They are
+    /// raised before anybody else sees the queue.
+    pub(crate) fn change<R>(
+        &self,
+        endpoint: &Endpoint,
+        change: impl FnOnce(&mut Queue) -> R, //
+    ) -> R {
+        let queue = &mut *self.queue.lock();
+        let result = change(queue);
+        let vectors = queue.take_vectors();
+        (0..u32::BITS)
+            .filter(|vector| vectors & 1 << vector != 0)
+            .for_each(|vector| endpoint.signal(vector));
+        result
     }
 
     fn now(&self) -> u64 {
@@ -72,20 +81,18 @@ impl Engine {
 
     /// Moves the next piece.
     pub(crate) fn work(&self, memory: &StateMemory, endpoint: &Endpoint, bus: &Bus<'_>) -> Work {
-        let mut queue = self.queue.lock();
-        let next = queue.next(self.now(), memory.size() as u64);
-        let mut vectors = queue.take_vectors();
-        drop(queue);
-
-        let work = match next {
+        let next = self.change(endpoint, |queue| {
+            queue.next(self.now(), memory.size() as u64)
+        });
+        match next {
             Next::Piece(piece) => {
                 let (done, failure) = match execute(&piece, memory, bus) {
                     Ok(()) => (piece.len, None),
                     Err(Fault { done, error }) => (done as u64, Some(failure(error))),
                 };
-                let mut queue = self.queue.lock();
-                queue.moved(&piece, done, failure, self.now());
-                vectors |= queue.take_vectors();
+                self.change(endpoint, |queue| {
+                    queue.moved(&piece, done, failure, self.now())
+                });
                 Work::Again
             }
             Next::At(time) => {
@@ -93,47 +100,12 @@ impl Engine {
                 Work::After(Delta::from_nanos(left as i64))
             }
             Next::Nothing => Work::Wait,
-        };
-        (0..u32::BITS)
-            .filter(|vector| vectors & 1 << vector != 0)
-            .for_each(|vector| endpoint.signal(vector));
-        self.served.notify_all();
-        work
-    }
-
-    /// Lets nothing start any more, and waits for what is under way. May sleep.
-    ///
-    /// Fails with `ERESTARTSYS`, and without effect, if there is a signal while it waits.
-    pub(crate) fn pause(&self) -> Result {
-        let mut queue = self.queue.lock();
-        queue.pause(true);
-        while !queue.is_quiet() {
-            if self.served.wait_interruptible(&mut queue) {
-                queue.pause(false);
-                return Err(ERESTARTSYS);
-            }
         }
-        Ok(())
     }
 
-    /// Lets what is queued start, and tells whether there is any; then the caller wakes the device.
-    pub(crate) fn resume(&self) -> bool {
-        let mut queue = self.queue.lock();
-        queue.pause(false);
-        queue.is_busy()
-    }
-
-    /// Brings the engine into the state of power on. Waits for the piece under way, which fails if
-    /// it waits for the user. May sleep.
-    pub(crate) fn power_on(&self, endpoint: &Endpoint) {
-        let mut queue = self.queue.lock();
-        queue.pause(true);
-        queue.abort(crate::queue::ALL);
-        endpoint.interrupt_work();
-        while !queue.is_quiet() {
-            self.served.wait(&mut queue);
-        }
-        *queue = Queue::default();
+    /// Brings the engine into the state of power on. No work is under way.
+    pub(crate) fn power_on(&self) {
+        *self.queue.lock() = Queue::default();
     }
 }
 
@@ -149,7 +121,7 @@ fn execute(piece: &Piece, memory: &StateMemory, bus: &Bus<'_>) -> Result<(), Fau
 
 /// Returns the bytes of the pattern in a piece.
 fn pattern(piece: &Piece) -> Result<KVVec<u8>> {
-    let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_KERNEL)?;
+    let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_KERNEL_ACCOUNT)?;
     let end = piece.pos + piece.len;
     let mut pos = piece.pos;
     while pos < end {
@@ -157,7 +129,7 @@ fn pattern(piece: &Piece) -> Result<KVVec<u8>> {
         let next = end.min((pos / WORD + 1) * WORD);
         let (from, to) = (pos % WORD, pos % WORD + (next - pos));
         let part = word.get(from as usize..to as usize).unwrap_or(&[]);
-        bytes.extend_from_slice(part, GFP_KERNEL)?;
+        bytes.extend_from_slice(part, GFP_KERNEL_ACCOUNT)?;
         pos = next;
     }
     Ok(bytes)

@@ -41,8 +41,11 @@ const NO_VECTOR: u32 = u32::MAX;
 /// In [`Queue::status()`]: a descriptor is the device's.
 const STATUS_BUSY: u32 = 1;
 
-/// In [`Queue::status()`]: nothing starts.
+/// In [`Queue::status()`]: nothing is moved.
 const STATUS_PAUSED: u32 = 2;
+
+/// Most bytes that a descriptor has moved, in the stream: a device takes centuries for them.
+const POS_MAX: u64 = u64::MAX / 2;
 
 /// Nanoseconds in a microsecond.
 const NANOS: u64 = 1000;
@@ -224,6 +227,11 @@ impl Descriptor {
             u64::from(self.step).min(self.len)
         }
     }
+
+    /// Returns how many bytes the turn has moved. All turns before it moved as many as they do.
+    fn moved(&self) -> u64 {
+        self.pos.checked_rem(self.turn()).unwrap_or(0)
+    }
 }
 
 /// What the device does next.
@@ -263,12 +271,12 @@ impl Piece {
     }
 }
 
-/// What is being served.
+/// The descriptor whose turn it is.
 #[derive(Clone, Copy, Debug)]
 struct Current {
     index: usize,
-    /// Bytes left of its turn.
-    left: u64,
+    /// A piece of it is being moved.
+    moving: bool,
     aborted: bool,
 }
 
@@ -283,7 +291,6 @@ pub struct Queue {
     done: u64,
     bytes: u64,
     current: Option<Current>,
-    paused: bool,
     /// When those with a period have their next turns, in nanoseconds.
     due: [u64; DESCRIPTORS],
     /// Those with a period had the last turn.
@@ -302,7 +309,6 @@ impl Default for Queue {
             done: 0,
             bytes: 0,
             current: None,
-            paused: false,
             due: [0; DESCRIPTORS],
             periodic_last: false,
             vectors: 0,
@@ -345,10 +351,9 @@ impl Queue {
         }
     }
 
-    /// Returns bits that tell what the device is doing.
-    pub fn status(&self) -> u32 {
-        (if self.is_busy() { STATUS_BUSY } else { 0 })
-            | (if self.paused { STATUS_PAUSED } else { 0 })
+    /// Returns bits that tell what the device is doing. While it is `paused` nothing is moved.
+    pub fn status(&self, paused: bool) -> u32 {
+        (if self.is_busy() { STATUS_BUSY } else { 0 }) | (if paused { STATUS_PAUSED } else { 0 })
     }
 
     /// Returns whether a descriptor is the device's.
@@ -390,8 +395,8 @@ impl Queue {
         };
     }
 
-    /// Takes a descriptor back from the device, or all of them. Of one that is being served the
-    /// piece under way is finished first.
+    /// Takes a descriptor back from the device, or all of them. A piece that is being moved is
+    /// finished first.
     pub fn abort(&mut self, index: u32) {
         self.refused = 0;
         if index == ALL {
@@ -405,8 +410,9 @@ impl Queue {
 
     fn abort_one(&mut self, index: usize) {
         match &mut self.current {
-            Some(current) if current.index == index => current.aborted = true,
-            _ => {
+            Some(current) if current.index == index && current.moving => current.aborted = true,
+            current => {
+                current.take_if(|current| current.index == index);
                 let order = self.order;
                 let mut kept = 0;
                 for other in order.into_iter().take(self.queued) {
@@ -442,42 +448,29 @@ impl Queue {
         core::mem::take(&mut self.vectors)
     }
 
-    /// Lets nothing start any more, or lets it start again. What is being served goes on to the
-    /// end of its turn: see [`is_quiet()`](Self::is_quiet).
-    pub fn pause(&mut self, paused: bool) {
-        self.paused = paused;
-    }
-
-    /// Tells whether nothing is being served.
-    pub fn is_quiet(&self) -> bool {
-        self.current.is_none()
-    }
-
     /// Returns what the device does next. If it is a piece, [`moved()`](Self::moved) comes next.
     ///
     /// `now` is in nanoseconds, `memory_size` in bytes.
     pub fn next(&mut self, now: u64, memory_size: u64) -> Next {
         loop {
-            let current = match self.current {
-                Some(current) => current,
-                None if self.paused => return Next::Nothing,
+            let index = match self.current {
+                Some(current) => current.index,
                 None => match self.choose(now) {
-                    Ok(current) => current,
+                    Ok(index) => index,
                     Err(next) => return next,
                 },
             };
-            self.current = Some(current);
-            let index = current.index;
             let descriptor = self.descriptors[index];
-            let checked = descriptor.check(memory_size);
-            match checked {
-                Ok(_) if current.aborted => {
-                    self.current = None;
-                    self.end(index, Status::Aborted, 0);
-                }
+            match descriptor.check(memory_size) {
                 Ok(op) => {
+                    self.current = Some(Current {
+                        index,
+                        moving: true,
+                        aborted: false,
+                    });
                     let pos = descriptor.pos % descriptor.len;
-                    let len = current.left.min(descriptor.len - pos).min(PIECE);
+                    let left = descriptor.turn() - descriptor.moved();
+                    let len = left.min(descriptor.len - pos).min(PIECE);
                     return Next::Piece(Piece {
                         index,
                         op,
@@ -499,12 +492,12 @@ impl Queue {
     }
 
     /// Chooses what to serve: what is queued, and what is due, in turns.
-    fn choose(&mut self, now: u64) -> Result<Current, Next> {
+    fn choose(&mut self, now: u64) -> Result<usize, Next> {
         let periodic = (0..DESCRIPTORS)
             .filter(|index| self.descriptors[*index].status == Status::Active)
             .min_by_key(|index| self.due[*index]);
         let due = periodic.filter(|index| self.due[*index] <= now);
-        let index = match due {
+        Ok(match due {
             Some(index) if self.queued == 0 || !self.periodic_last => {
                 self.periodic_last = true;
                 index
@@ -524,27 +517,22 @@ impl Queue {
                     None => Next::Nothing,
                 })
             }
-        };
-        Ok(Current {
-            index,
-            left: self.descriptors[index].turn(),
-            aborted: false,
         })
     }
 
     /// Notes that `len` bytes of a piece were moved, and whether the rest failed.
     pub fn moved(&mut self, piece: &Piece, len: u64, failure: Option<Failure>, now: u64) {
-        let Some(mut current) = self.current.take() else {
+        let Some(current) = self.current.take() else {
             return;
         };
         let index = piece.index;
         let descriptor = &mut self.descriptors[index];
         descriptor.pos = descriptor.pos.wrapping_add(len);
         self.bytes = self.bytes.wrapping_add(len);
-        current.left = current.left.saturating_sub(len);
+        let over = descriptor.moved() == 0;
         let (status, error) = match failure {
             Some(failure) => (Status::Failed, failure as u32),
-            None if current.left == 0 && descriptor.period == 0 => (Status::Done, 0),
+            None if over && descriptor.period == 0 => (Status::Done, 0),
             None if current.aborted => (Status::Aborted, 0),
             None => {
                 let round = descriptor.pos % descriptor.len == 0;
@@ -552,12 +540,15 @@ impl Queue {
                 if period > 0 && round {
                     self.signal(index);
                 }
-                if current.left > 0 {
-                    self.current = Some(current);
-                } else {
+                if over {
                     // A device that is late catches up, but not for ever.
                     let due = &mut self.due[index];
                     *due = (*due + period).max(now.saturating_sub(16 * period));
+                } else {
+                    self.current = Some(Current {
+                        moving: false,
+                        ..current
+                    });
                 }
                 return;
             }
@@ -565,7 +556,7 @@ impl Queue {
         self.end(index, status, error);
     }
 
-    /// Returns the queue as it is in the stream. Nothing is being served.
+    /// Returns the queue as it is in the stream. No piece is being moved.
     pub fn save(&self) -> [u8; SNAPSHOT_SIZE] {
         let mut snapshot = [0; SNAPSHOT_SIZE];
         let table = self.table();
@@ -590,12 +581,9 @@ impl Queue {
         snapshot
     }
 
-    /// Returns the queue that is in the stream, paused, unless it cannot be so.
+    /// Returns the queue that is in the stream, unless it cannot be so.
     pub fn load(snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<Self> {
-        let mut this = Self {
-            paused: true,
-            ..Self::default()
-        };
+        let mut this = Self::default();
         let (table, rest) = snapshot.split_at_checked(TABLE_SIZE)?;
         for (to, from) in this
             .descriptors
@@ -618,14 +606,29 @@ impl Queue {
         let behind = this.order.get(this.queued..)?;
         for (index, descriptor) in this.descriptors.iter().enumerate() {
             let times = queue.iter().filter(|n| usize::from(**n) == index).count();
-            // Without a period nothing is left half-done by a device that has stopped.
+            let moved = descriptor.moved() > 0;
+            // Without a period it is the device's until its only turn is over.
             let good = match descriptor.status {
                 Status::Queued => times == 1 && descriptor.pos == 0,
-                Status::Active => times == 0 && descriptor.period > 0,
+                Status::Active if descriptor.period == 0 => {
+                    times == 0 && moved && descriptor.pos < descriptor.len
+                }
+                Status::Active => times == 0 && descriptor.pos <= POS_MAX,
                 _ => times == 0,
             };
             if !good {
                 return None;
+            }
+            if descriptor.status == Status::Active && moved {
+                let current = Current {
+                    index,
+                    moving: false,
+                    aborted: false,
+                };
+                // There is one descriptor at most whose turn it is.
+                if this.current.replace(current).is_some() {
+                    return None;
+                }
             }
         }
         let known = queue.iter().all(|n| usize::from(*n) < DESCRIPTORS);

@@ -173,12 +173,12 @@ fn rung(register: usize, offset: usize, from: &[u8]) -> Option<u32> {
 }
 
 /// Returns what a read of the registers of the DMA engine gives.
-pub(crate) fn dma_image(queue: &Queue) -> [u8; dma_offset::END] {
+pub(crate) fn dma_image(queue: &Queue, paused: bool) -> [u8; dma_offset::END] {
     let mut image = [0; dma_offset::END];
     put(
         &mut image,
         dma_offset::STATUS,
-        &queue.status().to_le_bytes(),
+        &queue.status(paused).to_le_bytes(),
     );
     put(
         &mut image,

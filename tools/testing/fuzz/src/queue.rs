@@ -68,6 +68,14 @@ impl Descriptor {
         }
     }
 
+    /// Returns how many bytes are left of the turn; none between two turns.
+    fn left(&self) -> u64 {
+        match self.turn() {
+            0 => 0,
+            turn => self.pos.next_multiple_of(turn) - self.pos,
+        }
+    }
+
     /// Returns the operation, or which failure it is that there is none.
     fn check(&self) -> Result<Op, u32> {
         let op = match self.half(0x20) {
@@ -90,15 +98,14 @@ impl Descriptor {
     }
 }
 
-/// What is being served: which one, how many bytes of its turn are left, and whether it is aborted.
-type Serving = Option<(usize, u64, bool)>;
+/// The descriptor whose turn it is, whether a piece of it is being moved, and whether it is aborted.
+type Serving = Option<(usize, bool, bool)>;
 
 struct Model {
     descriptors: [Descriptor; DESCRIPTORS],
     queued: VecDeque<usize>,
     serving: Serving,
     periodic_last: bool,
-    paused: bool,
     refused: u32,
     done: u64,
     bytes: u64,
@@ -106,14 +113,14 @@ struct Model {
 }
 
 impl Model {
-    /// Returns a queue that is paused, as it is in the stream.
+    /// Returns the queue that is in the stream.
     fn new(snapshot: &[u8; SNAPSHOT_SIZE]) -> Self {
         let half = |at: usize| u32::from_le_bytes(*snapshot[at..].first_chunk().expect("inside"));
         let word = |at: usize| u64::from_le_bytes(*snapshot[at..].first_chunk().expect("inside"));
         let order = &snapshot[TABLE_SIZE..TABLE_SIZE + DESCRIPTORS];
         let rest = TABLE_SIZE + DESCRIPTORS;
 
-        Self {
+        let mut this = Self {
             descriptors: core::array::from_fn(|index| {
                 let at = index * DESCRIPTOR_SIZE;
 
@@ -131,12 +138,17 @@ impl Model {
                 .collect(),
             serving: None,
             periodic_last: false,
-            paused: true,
             refused: half(rest + 4),
             done: word(rest + 8),
             bytes: word(rest + 16),
             vectors: 0,
-        }
+        };
+        this.serving = (0..DESCRIPTORS)
+            .find(|index| {
+                this.descriptors[*index].status == ACTIVE && this.descriptors[*index].left() > 0
+            })
+            .map(|index| (index, false, false));
+        this
     }
 
     fn is_devices(&self, index: usize) -> bool {
@@ -185,8 +197,9 @@ impl Model {
                 continue;
             }
             match &mut self.serving {
-                Some((serving, _, aborted)) if *serving == index => *aborted = true,
-                _ => {
+                Some((serving, true, aborted)) if *serving == index => *aborted = true,
+                serving => {
+                    serving.take_if(|(serving, ..)| *serving == index);
                     self.queued.retain(|queued| *queued != index);
                     if self.is_devices(index) {
                         self.end(index, ABORTED, 0);
@@ -200,9 +213,6 @@ impl Model {
     fn next(&mut self, now: u64) -> Option<Next> {
         loop {
             if self.serving.is_none() {
-                if self.paused {
-                    return Some(Next::Nothing);
-                }
                 let waiting = (0..DESCRIPTORS)
                     .filter(|index| self.descriptors[*index].status == ACTIVE)
                     .map(|index| (self.descriptors[index].due, index))
@@ -221,13 +231,19 @@ impl Model {
                 let Some(index) = index else {
                     return Some(waiting.map_or(Next::Nothing, |(due, _)| Next::At(due)));
                 };
-                self.serving = Some((index, self.descriptors[index].turn(), false));
+                self.serving = Some((index, false, false));
             }
-            let (index, _, aborted) = self.serving.expect("just chosen");
-            match self.descriptors[index].check() {
-                Ok(_) if !aborted => return None,
-                Ok(_) => self.end(index, ABORTED, 0),
-                Err(error) => self.end(index, FAILED, error),
+            let (index, moving, _) = self.serving.as_mut().expect("just chosen");
+            match self.descriptors[*index].check() {
+                Ok(_) => {
+                    *moving = true;
+                    return None;
+                }
+                Err(error) => {
+                    let index = *index;
+
+                    self.end(index, FAILED, error);
+                }
             }
             self.serving = None;
         }
@@ -235,8 +251,12 @@ impl Model {
 
     /// Checks that a piece is what has to be moved.
     fn check_piece(&self, piece: &Piece) {
-        let (index, left, _) = self.serving.expect("a piece is of what is served");
+        let (index, ..) = self.serving.expect("a piece is of what is served");
         let descriptor = &self.descriptors[index];
+        let left = match descriptor.left() {
+            0 => descriptor.turn(),
+            left => left,
+        };
         let (len, pos) = (descriptor.len(), descriptor.pos % descriptor.len());
 
         assert_eq!(Ok(piece.op), descriptor.check());
@@ -257,13 +277,13 @@ impl Model {
     }
 
     fn moved(&mut self, len: u64, failure: Option<Failure>, now: u64) {
-        let (index, left, aborted) = self.serving.take().expect("a piece was moved");
+        let (index, _, aborted) = self.serving.take().expect("a piece was moved");
         let descriptor = &mut self.descriptors[index];
-        let left = left - len;
 
         descriptor.pos = descriptor.pos.wrapping_add(len);
         self.bytes = self.bytes.wrapping_add(len);
         let round = descriptor.pos % descriptor.len() == 0;
+        let left = descriptor.left();
         if let Some(failure) = failure {
             self.end(index, FAILED, failure as u32);
         } else if descriptor.period() == 0 && left == 0 {
@@ -277,7 +297,7 @@ impl Model {
                 descriptor.due =
                     (descriptor.due + descriptor.period()).max(now.saturating_sub(late));
             } else {
-                self.serving = Some((index, left, false));
+                self.serving = Some((index, false, false));
             }
             if round && self.descriptors[index].period() > 0 {
                 self.signal(index);
@@ -340,7 +360,6 @@ pub(crate) fn target(data: &[u8]) {
     let mut now = 0;
     let mut piece = None;
 
-    model.paused = false;
     while !input.is_empty() {
         match input.below(10) {
             0 => {
@@ -383,17 +402,11 @@ pub(crate) fn target(data: &[u8]) {
                 queue.abort(index);
                 model.abort(index);
             }
-            5 => {
-                let paused = input.bool();
-
-                queue.pause(paused);
-                model.paused = paused;
-            }
-            6 => {
+            5 | 6 => {
                 let mut snapshot = queue.save();
 
-                // It is saved when nothing is being served.
-                if !queue.is_quiet() {
+                // It is saved when no piece is being moved.
+                if piece.is_some() {
                     continue;
                 }
                 for _ in 0..input.below(5) {
@@ -454,11 +467,9 @@ pub(crate) fn target(data: &[u8]) {
         assert!(queue.table()[..] == model.table(), "other descriptors");
         let busy = (0..DESCRIPTORS).any(|index| model.is_devices(index));
         assert_eq!(queue.is_busy(), busy);
-        let status = u32::from(busy) | u32::from(model.paused) << 1;
-        assert_eq!(queue.status(), status);
+        assert_eq!(queue.status(false), u32::from(busy));
         assert_eq!(queue.refused(), model.refused);
         assert_eq!((queue.done(), queue.bytes()), (model.done, model.bytes));
-        assert_eq!(queue.is_quiet(), model.serving.is_none());
         assert_eq!(queue.take_vectors(), core::mem::take(&mut model.vectors));
     }
 }

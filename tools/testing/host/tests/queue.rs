@@ -256,7 +256,7 @@ fn a_failure_ends_a_descriptor_where_it_is() {
     assert_eq!(error(&queue, 0), Failure::Denied as u32);
     assert_eq!(pos(&queue, 0), PIECE + 100);
     assert_eq!(queue.take_vectors(), 1 << 1);
-    assert!(queue.is_quiet());
+    assert_eq!(queue.next(0, MEMORY), Next::Nothing);
 }
 
 #[test]
@@ -314,8 +314,8 @@ fn a_step_is_never_more_than_the_range() {
     }
     .start(&mut queue, 0);
     serve_one(&mut queue, 0);
-    assert!(queue.is_quiet(), "who pauses the queue waits for the step");
     assert_eq!(pos(&queue, 0), 100);
+    assert_eq!(queue.next(0, MEMORY), Next::At(1000), "the turn is over");
 }
 
 #[test]
@@ -360,42 +360,82 @@ fn an_abort_waits_for_the_piece_under_way() {
         panic!("nothing to move");
     };
     queue.abort(ALL);
-    assert!(!queue.is_quiet());
     assert_eq!(status(&queue, 0), Status::Active as u32);
     assert_eq!(status(&queue, 1), Status::Aborted as u32);
     queue.moved(&piece, piece.len, None, 0);
     assert_eq!(status(&queue, 0), Status::Aborted as u32);
     assert_eq!(pos(&queue, 0), PIECE);
     assert_eq!(queue.done(), 3);
-    assert!(queue.is_quiet());
     assert_eq!(queue.next(0, MEMORY), Next::Nothing);
     queue.abort(1);
     assert_eq!(queue.done(), 3, "what is not the device's is not aborted");
 }
 
 #[test]
-fn a_pause_lets_a_transfer_end_and_nothing_start() {
+fn an_abort_between_pieces_takes_effect_at_once() {
     let mut queue = Queue::default();
     Descriptor {
-        len: 2 * PIECE,
+        len: 4 * PIECE,
+        vector: 2,
         ..WRITE
     }
     .start(&mut queue, 0);
     WRITE.start(&mut queue, 1);
-    let Next::Piece(piece) = queue.next(0, MEMORY) else {
-        panic!("nothing to move");
-    };
-    queue.pause(true);
-    queue.moved(&piece, piece.len, None, 0);
-    assert!(!queue.is_quiet(), "the transfer is not over");
-    assert_eq!(serve(&mut queue, 0).len(), 1);
-    assert!(queue.is_quiet());
-    assert_eq!(status(&queue, 0), Status::Done as u32);
-    assert_eq!(status(&queue, 1), Status::Queued as u32);
-    assert_eq!(queue.status(), 3);
-    queue.pause(false);
-    assert_eq!(serve(&mut queue, 0).len(), 1);
-    assert_eq!(queue.status(), 0);
+    serve_one(&mut queue, 0);
+    queue.abort(0);
+    assert_eq!(status(&queue, 0), Status::Aborted as u32);
+    assert_eq!(pos(&queue, 0), PIECE);
+    assert_eq!(queue.take_vectors(), 1 << 2);
+    assert_eq!(serve(&mut queue, 0).len(), 1, "the next one is served");
+    assert_eq!(queue.status(false), 0);
+}
+
+#[test]
+fn status_says_what_is_busy_and_paused() {
+    let mut queue = Queue::default();
+    assert_eq!((queue.status(false), queue.status(true)), (0, 2));
+    WRITE.start(&mut queue, 1);
+    assert_eq!((queue.status(false), queue.status(true)), (1, 3));
+}
+
+#[test]
+fn a_transfer_goes_on_between_pieces_after_migration() {
+    for (period, step) in [(0, 0), (7, 0), (7, 3 * PIECE as u32)] {
+        let mut queue = Queue::default();
+        Descriptor {
+            len: 4 * PIECE,
+            period,
+            step,
+            ..WRITE
+        }
+        .start(&mut queue, 3);
+        WRITE.start(&mut queue, 1);
+        serve_one(&mut queue, 0);
+
+        let mut target = Queue::load(&queue.save()).expect("a good queue");
+        assert_eq!(target.save(), queue.save());
+        assert_eq!(status(&target, 3), Status::Active as u32);
+        let pieces = if step == 0 { 3 } else { 2 };
+        for at in 1..=pieces {
+            let Next::Piece(piece) = target.next(0, MEMORY) else {
+                panic!("its turn is not over");
+            };
+            assert_eq!(piece.pos, at * PIECE);
+            target.moved(&piece, piece.len, None, 0);
+        }
+        let expected = if period == 0 {
+            Status::Done
+        } else {
+            Status::Active
+        };
+        assert_eq!(status(&target, 3), expected as u32);
+        serve_one(&mut target, 0);
+        assert_eq!(
+            status(&target, 1),
+            Status::Done as u32,
+            "it is the next one"
+        );
+    }
 }
 
 #[test]
@@ -415,12 +455,9 @@ fn a_queue_migrates() {
     for index in [7, 2, 9] {
         WRITE.start(&mut queue, index);
     }
-    queue.pause(true);
 
     let mut target = Queue::load(&queue.save()).expect("a good queue");
     assert_eq!(target.save(), queue.save());
-    assert_eq!(target.next(0, MEMORY), Next::Nothing, "it is paused");
-    target.pause(false);
     let first = serve(&mut target, 0);
     assert_eq!(
         first.iter().filter(|piece| piece.op == Op::Write).count(),
@@ -436,7 +473,15 @@ fn impossible_queues_are_refused() {
     let mut queue = Queue::default();
     WRITE.start(&mut queue, 1);
     WRITE.start(&mut queue, 5);
-    queue.pause(true);
+    for index in [8, 9] {
+        Descriptor {
+            len: 2,
+            period: 1,
+            ..WRITE
+        }
+        .start(&mut queue, index);
+        queue.abort(index as u32);
+    }
     let good = queue.save();
     assert!(Queue::load(&good).is_some());
     let order = DESCRIPTORS * DESCRIPTOR_SIZE;
@@ -453,6 +498,23 @@ fn impossible_queues_are_refused() {
     for (at, byte, what) in refused {
         let mut bad = good;
         bad[at] = byte;
+        assert!(Queue::load(&bad).is_none(), "{what}");
+    }
+
+    let active = |index: usize, pos: u64, queue: &[u8; SNAPSHOT_SIZE]| {
+        let mut queue = *queue;
+        let at = index * DESCRIPTOR_SIZE;
+        queue[at + 0x30] = Status::Active as u8;
+        queue[at + 0x38..at + 0x40].copy_from_slice(&pos.to_le_bytes());
+        queue
+    };
+    assert!(Queue::load(&active(8, 1, &active(9, 2, &good))).is_some());
+    let refused = [
+        (active(8, 1, &active(9, 1, &good)), "two in their turns"),
+        (active(8, u64::MAX / 2 + 1, &good), "moved for centuries"),
+        (active(0, 0, &good), "without a period and not begun"),
+    ];
+    for (bad, what) in refused {
         assert!(Queue::load(&bad).is_none(), "{what}");
     }
 }
@@ -477,18 +539,17 @@ proptest! {
         snapshot[order + DESCRIPTORS] = queued;
         if let Some(mut queue) = Queue::load(&snapshot) {
             prop_assert_eq!(queue.save(), snapshot);
-            queue.pause(false);
             for now in 0..64 {
                 serve_one(&mut queue, now);
             }
         }
     }
 
-    /// Each byte of each transfer is moved once, whatever happens to the queue meanwhile.
+    /// Each byte of each transfer is moved once, wherever the queue migrates.
     #[test]
     fn each_byte_is_moved_once(
         transfers in proptest::collection::vec((0u64..1000, 1u64..200_000), 1..DESCRIPTORS),
-        pauses in proptest::collection::vec(any::<bool>(), 0..64),
+        migrations in proptest::collection::vec(any::<bool>(), 0..64),
     ) {
         let mut queue = Queue::default();
         for (index, (addr, len)) in transfers.iter().enumerate() {
@@ -501,9 +562,11 @@ proptest! {
             .start(&mut queue, index);
         }
         let mut moved = vec![0; transfers.len()];
-        let mut pauses = pauses.into_iter();
-        while queue.status() & 1 != 0 {
-            queue.pause(pauses.next().unwrap_or(false));
+        let mut migrations = migrations.into_iter();
+        while queue.is_busy() {
+            if migrations.next().unwrap_or(false) {
+                queue = Queue::load(&queue.save()).expect("a good queue");
+            }
             if let Next::Piece(piece) = queue.next(0, MEMORY) {
                 let index = (piece.iova >> 32) as usize;
                 prop_assert_eq!(piece.iova & 0xffff_ffff, moved[index]);

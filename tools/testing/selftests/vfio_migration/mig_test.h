@@ -254,7 +254,8 @@ static inline void wait_until_asleep(struct poller *p)
 		fclose(file);
 		line[len] = 0;
 		paren = strrchr(line, ')');
-		if (paren && !strncmp(paren, ") S", 3))
+		/* In a killable wait, too. */
+		if (paren && (!strncmp(paren, ") S", 3) || !strncmp(paren, ") D", 3)))
 			break;
 	}
 }

@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The gate that a device's work and the accesses to its BARs go through.
+//!
+//! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
+
+use crate::{
+    bindings,
+    emulated::Work, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    sync::{
+        Arc,
+        LockClassKey,
+        SpinLock, //
+    },
+    time::msecs_to_jiffies,
+    types::Opaque, //
+};
+
+/// Sleeps until a fatal signal arrives.
+const KILLABLE: c_uint = bindings::TASK_UNINTERRUPTIBLE | bindings::TASK_WAKEKILL;
+/// Sleeps like an idle worker: adds no load, and the system may suspend meanwhile.
+const IDLE: c_uint =
+    bindings::TASK_UNINTERRUPTIBLE | bindings::TASK_NOLOAD | bindings::TASK_FREEZABLE;
+
+const FOREVER: c_long = c_long::MAX;
+
+/// Why a gate is closed for work. Several reasons may hold at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The device is in a P2P state, or on its way to a stopped one.
+    P2p = 1,
+    /// The device is stopped. The gate is closed for accesses, too.
+    Stopped = 2,
+}
+
+/// State of a gate, as its lock protects it.
+///
+/// # Invariants
+///
+/// `worker` is a task that is not released before [`Gate::end()`] has returned.
+struct Inner {
+    /// The reasons that hold, one bit each.
+    reasons: u32,
+    /// How many resets are under way.
+    halts: u32,
+    /// A call of `work()` is under way.
+    working: bool,
+    /// Number of accesses under way.
+    accesses: u32,
+    /// Number of writes dropped since the last reset.
+    dropped: u64,
+    /// The worker was kicked since the last call of `work()` began.
+    kicked: bool,
+    /// The worker shall exit.
+    ended: bool,
+    worker: Option<NonNull<bindings::task_struct>>,
+}
+
+// SAFETY: A task may be signalled from any other.
+unsafe impl Send for Inner {}
+
+impl Inner {
+    fn holds(&self, reason: Reason) -> bool {
+        self.reasons & reason as u32 != 0
+    }
+
+    fn admits_work(&self) -> bool {
+        self.reasons == 0 && self.halts == 0
+    }
+
+    fn admits_accesses(&self) -> bool {
+        !self.holds(Reason::Stopped) && self.halts == 0
+    }
+
+    /// Lets the call of `work()` under way fail where it waits for a page fault to be served.
+    ///
+    /// The signal stays pending until the call has returned, and [`Gate::leave()`] takes it away
+    /// under the same lock: it reaches each wait of this call and none of the next one.
+    fn interrupt(&self) {
+        if let Some(worker) = self.worker.filter(|_| self.working) {
+            // SAFETY: By the type invariants. The worker allows the kernel to send it this signal.
+            unsafe { bindings::send_sig(bindings::SIGKILL as c_int, worker.as_ptr(), 1) };
+        }
+    }
+}
+
+/// A gate that calls of [`Operations::work`](crate::emulated::Operations::work) and writes to BARs
+/// pass.
+///
+/// Whoever closes it waits until those that have passed have returned. An interrupt that they
+/// raise is raised before they return. No lock is held while it is waited for.
+#[pin_data]
+pub(crate) struct Gate {
+    #[pin]
+    inner: SpinLock<Inner>,
+    #[pin]
+    waiters: Opaque<bindings::wait_queue_head_t>,
+}
+
+// SAFETY: A `struct wait_queue_head` may be used on any thread, and the rest is a `SpinLock`.
+unsafe impl Send for Gate {}
+
+// SAFETY: As above; it has a lock of its own.
+unsafe impl Sync for Gate {}
+
+impl Gate {
+    /// Makes an open gate.
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        let inner = Inner {
+            reasons: 0,
+            halts: 0,
+            working: false,
+            accesses: 0,
+            dropped: 0,
+            kicked: false,
+            ended: false,
+            worker: None,
+        };
+        let key: Pin<&'static LockClassKey> = kernel::static_lock_class!();
+        Arc::pin_init(
+            pin_init!(Self {
+                inner <- new_spinlock!(inner, "vfio::gate::Gate::inner"),
+                // SAFETY: `head` is valid, and name and key live for ever.
+                waiters <- Opaque::ffi_init(|head| unsafe {
+                    bindings::__init_waitqueue_head(
+                        head,
+                        c"vfio::gate::Gate::waiters".as_char_ptr(),
+                        key.as_ptr(),
+                    )
+                }),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Sleeps in a task state until `done` returns true. It is told whether the time has passed.
+    ///
+    /// Fails with `ERESTARTSYS` if a signal that the state allows arrives before that.
+    fn wait(
+        &self,
+        state: c_uint,
+        mut timeout: c_long,
+        mut done: impl FnMut(&mut Inner, bool) -> bool,
+    ) -> Result {
+        let entry = Opaque::uninit();
+        let mut due = false;
+        // SAFETY: `entry` is valid memory.
+        unsafe { bindings::init_wait_entry(entry.get(), 0) };
+        let result = loop {
+            // SAFETY: Both are valid. `entry` stays here until `finish_wait()`.
+            let signalled = unsafe {
+                bindings::prepare_to_wait_event(self.waiters.get(), entry.get(), state as c_int)
+            };
+            // Looked at before the signal: what has happened cannot be interrupted.
+            due |= timeout == 0;
+            if done(&mut self.inner.lock(), due) {
+                break Ok(());
+            }
+            if signalled != 0 {
+                break Err(ERESTARTSYS);
+            }
+            let left = if due { FOREVER } else { timeout };
+            // SAFETY: The task may sleep. Any time may be asked for.
+            timeout = unsafe { bindings::schedule_timeout(left) };
+        };
+        // SAFETY: Both are valid.
+        unsafe { bindings::finish_wait(self.waiters.get(), entry.get()) };
+        result
+    }
+
+    fn wake(&self) {
+        // SAFETY: The wait queue is valid.
+        unsafe {
+            bindings::__wake_up(
+                self.waiters.get(),
+                bindings::TASK_NORMAL,
+                0,
+                core::ptr::null_mut(),
+            )
+        };
+    }
+
+    /// Changes the state, and wakes everybody who waits for a change.
+    fn change<R>(&self, change: impl FnOnce(&mut Inner) -> R) -> R {
+        let result = change(&mut self.inner.lock());
+        self.wake();
+        result
+    }
+
+    /// Closes the gate for a reason: no call of `work()` begins, and none is under way when this
+    /// returns. For [`Reason::Stopped`] the same holds for accesses. May sleep.
+    ///
+    /// Fails with `ERESTARTSYS` if the task is killed while it waits. The reason does not hold
+    /// then, and the work goes on.
+    pub(crate) fn close(&self, reason: Reason) -> Result {
+        self.inner.lock().reasons |= reason as u32;
+        self.wait(KILLABLE, FOREVER, |inner, _| {
+            !inner.working && (reason != Reason::Stopped || inner.accesses == 0)
+        })
+        .inspect_err(|_| self.open(reason))
+    }
+
+    /// Ends a reason to keep the gate closed, and kicks the worker. Does not sleep.
+    pub(crate) fn open(&self, reason: Reason) {
+        self.change(|inner| {
+            inner.reasons &= !(reason as u32);
+            inner.kicked = true;
+        });
+    }
+
+    /// Closes the gate for work and accesses until the result is dropped, and interrupts the work
+    /// under way. Nothing is under way when this returns. For a reset. May sleep.
+    ///
+    /// Fails with `ERESTARTSYS` if the task is killed while it waits.
+    pub(crate) fn halt(&self) -> Result<Halt<'_>> {
+        let mut inner = self.inner.lock();
+        inner.halts += 1;
+        inner.interrupt();
+        drop(inner);
+        let halt = Halt(self);
+        self.wait(KILLABLE, FOREVER, |inner, _| {
+            !inner.working && inner.accesses == 0
+        })?;
+        Ok(halt)
+    }
+
+    /// Ends the reasons of the migration states and clears the count of dropped writes: the device
+    /// is in the state of power on.
+    pub(crate) fn reset(&self) {
+        self.change(|inner| {
+            inner.reasons &= !(Reason::P2p as u32 | Reason::Stopped as u32);
+            inner.dropped = 0;
+            inner.kicked = true;
+        });
+    }
+
+    /// Returns whether a reset is under way. Does not sleep.
+    pub(crate) fn is_halted(&self) -> bool {
+        self.inner.lock().halts != 0
+    }
+
+    /// Returns whether work may begin. Does not sleep.
+    pub(crate) fn admits_work(&self) -> bool {
+        self.inner.lock().admits_work()
+    }
+
+    /// Returns the number of writes dropped since the last reset. Does not sleep.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.inner.lock().dropped
+    }
+
+    /// Lets the work under way fail where it waits for a page fault to be served. Does not sleep.
+    pub(crate) fn interrupt(&self) {
+        self.inner.lock().interrupt();
+    }
+
+    /// Lets the worker call `work()` once more, as soon as the gate is open. Does not sleep.
+    pub(crate) fn kick(&self) {
+        self.change(|inner| inner.kicked = true);
+    }
+
+    /// Does an access of the user that may change the device, unless the gate is closed: then the
+    /// access is dropped and counted. May sleep if `access` does.
+    pub(crate) fn access(&self, access: impl FnOnce() -> Result) -> Result {
+        let mut inner = self.inner.lock();
+        if !inner.admits_accesses() {
+            inner.dropped += 1;
+            return Ok(());
+        }
+        inner.accesses += 1;
+        drop(inner);
+        let result = access();
+        let mut inner = self.inner.lock();
+        inner.accesses -= 1;
+        // Else nobody can wait for it.
+        let last = inner.accesses == 0 && !inner.admits_accesses();
+        drop(inner);
+        if last {
+            self.wake();
+        }
+        result
+    }
+
+    /// Tells the gate which task calls `work()`.
+    ///
+    /// # Safety
+    ///
+    /// The task must be valid until [`Self::end()`] has returned.
+    pub(crate) unsafe fn begin(&self, worker: NonNull<bindings::task_struct>) {
+        // INVARIANT: By the safety requirements.
+        self.inner.lock().worker = Some(worker);
+    }
+
+    /// Lets the worker exit, and interrupts the work under way. Does not sleep.
+    pub(crate) fn end(&self) {
+        self.change(|inner| {
+            inner.ended = true;
+            inner.interrupt();
+            inner.worker = None;
+        });
+    }
+
+    /// Waits until `next` is to be done and the gate is open, and passes the gate. Called by the
+    /// worker, who calls [`leave()`](Self::leave) afterwards.
+    ///
+    /// Returns false, and does not pass, if the worker shall exit.
+    pub(crate) fn enter(&self, next: Work) -> bool {
+        let timeout = match next {
+            Work::Again => 0,
+            Work::After(time) => {
+                let millis = time.as_millis_ceil().clamp(1, i64::from(u32::MAX / 2));
+                msecs_to_jiffies(millis as u32) as c_long
+            }
+            Work::Wait => FOREVER,
+        };
+        let mut entered = false;
+        // No signal ends this wait, see `IDLE`.
+        let _ = self.wait(IDLE, timeout, |inner, due| {
+            entered = !inner.ended && inner.admits_work() && (due || inner.kicked);
+            if entered {
+                inner.working = true;
+                inner.kicked = false;
+            }
+            entered || inner.ended
+        });
+        entered
+    }
+
+    /// Says that the call of `work()` has returned, and takes the interrupt away that was meant for
+    /// it. Called by the worker.
+    pub(crate) fn leave(&self) {
+        let mut inner = self.inner.lock();
+        inner.working = false;
+        if kernel::current!().signal_pending() {
+            // SAFETY: It is the current task.
+            unsafe { bindings::flush_signals(kernel::task::Task::current_raw()) };
+        }
+        // Else nobody can wait for it.
+        let closed = !inner.admits_work();
+        drop(inner);
+        if closed {
+            self.wake();
+        }
+    }
+}
+
+/// Keeps a gate closed while the device is reset.
+pub(crate) struct Halt<'a>(&'a Gate);
+
+impl Drop for Halt<'_> {
+    fn drop(&mut self) {
+        self.0.change(|inner| {
+            inner.halts -= 1;
+            inner.kicked = true;
+        });
+    }
+}
