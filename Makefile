@@ -74,7 +74,7 @@ selftest-mutations:	## break the mock device in many ways: the tests notice each
 	$(testing)/run build mutations
 
 soak:			## all of the kselftests, longer and on everything
-	$(testing)/run build soak host_fuzz_long miri mtty mutations
+	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all
 	$(testing)/debug build fuzz
 	$(testing)/strict
 
