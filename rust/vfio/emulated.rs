@@ -434,7 +434,10 @@ impl<T: Operations> Emulated<T> {
         unsafe {
             (*raw).ops = &VTable::<T>::OPS;
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
-            (*raw).log_ops = &VTable::<T>::LOG_OPS;
+            // The core can report what is logged only with the bitmaps of iommufd.
+            if cfg!(CONFIG_IOMMUFD_DRIVER) {
+                (*raw).log_ops = &VTable::<T>::LOG_OPS;
+            }
         }
         Ok((dev, released))
     }

@@ -121,6 +121,12 @@ static inline int mock_open(struct mock *m, const char *name, int which,
 	return mock_open_path(m, path, backend);
 }
 
+/* The core has the bitmaps of a DMA log from iommufd: without it there is no log. */
+#define NEED_IOMMUFD_FOR_LOG() do {						\
+	if (access("/dev/iommu", F_OK))						\
+		SKIP(return, "a kernel without iommufd has no DMA log");	\
+} while (0)
+
 #define MOCK_OPEN_OR_SKIP(m, name, which, backend) do {				\
 	int __ret = mock_open(m, name, which, backend);				\
 										\

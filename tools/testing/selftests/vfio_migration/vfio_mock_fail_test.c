@@ -579,6 +579,7 @@ TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
 	struct dma_desc d, ended;
 	struct ram ram;
 
+	NEED_IOMMUFD_FOR_LOG();
 	mock_close(&self->dst);
 	injector_close(&self->in);
 	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
@@ -623,6 +624,7 @@ TEST_F_TIMEOUT(fail, dma_logging, 120)
 	__u64 page_size, bitmap[4];
 	int ret;
 
+	NEED_IOMMUFD_FOR_LOG();
 	for_each_failure(nth, "LOGGING_START") {
 		page_size = 4096;
 		nth_begin(nth);

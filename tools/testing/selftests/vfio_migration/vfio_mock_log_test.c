@@ -44,6 +44,7 @@ FIXTURE_SETUP(log)
 	unsigned int i;
 	int ret;
 
+	NEED_IOMMUFD_FOR_LOG();
 	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
 	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			 -1, 0);

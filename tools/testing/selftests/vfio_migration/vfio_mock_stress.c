@@ -449,6 +449,7 @@ TEST_F_TIMEOUT(stress, everything_at_once, 7200)
 	struct host *here = &self->hosts[0], *there = &self->hosts[1], *swap;
 	__u64 bytes;
 
+	NEED_IOMMUFD_FOR_LOG();
 	vfio_mock_pattern(self->ram.mem, 1, 0, RAM_SIZE);
 	memcpy(self->ram.want, self->ram.mem, RAM_SIZE);
 	map_all(_metadata, self, here, true);

@@ -1403,6 +1403,7 @@ TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 	struct mock *m = &self->m;
 	unsigned int i;
 
+	NEED_IOMMUFD_FOR_LOG();
 	EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &nothing, 1))
 		PROMISE("page_size 0 is refused");
 	for (i = 1; i < ARRAY_SIZE(sizes); i++) {
