@@ -3,6 +3,7 @@
 //! Which pages of the user's memory a device has written to.
 
 use super::written::Written;
+use crate::user::cond_resched_killable;
 use kernel::{
     new_mutex,
     page::PAGE_SIZE,
@@ -12,6 +13,12 @@ use kernel::{
 
 /// The largest page that is agreed on, in bytes.
 const MAX_PAGE_SIZE: u64 = 1 << 30;
+
+/// How many zones a log has at most: 5 MiB, for 128 GiB if pages have 4 KiB.
+///
+/// The client need not have memory for what is in them: it can map one page at one address after
+/// the other.
+const ZONES: usize = 8192;
 
 /// How many runs are taken out of the log at once.
 const BATCH: usize = 256;
@@ -39,7 +46,8 @@ impl Log {
     /// byte, in order and apart from each other. Returns the page size of the log, in bytes:
     /// `page_size`, or the nearest that is possible.
     ///
-    /// Fails with `EINVAL` if logging is on or `page_size` is not a power of two. May sleep.
+    /// Fails with `EINVAL` if logging is on or `page_size` is not a power of two, and with `ENOMEM`.
+    /// May sleep.
     pub(crate) fn start(&self, ranges: KVVec<(u64, u64)>, page_size: u64) -> Result<u64> {
         if !page_size.is_power_of_two() {
             return Err(EINVAL);
@@ -49,7 +57,7 @@ impl Log {
         if active.is_some() {
             return Err(EINVAL);
         }
-        *active = Some(Written::new(page_size, ranges));
+        *active = Some(Written::new(page_size, ranges, ZONES)?);
         Ok(page_size)
     }
 
@@ -65,24 +73,24 @@ impl Log {
     /// last, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`: calls `report` with the first byte and
     /// the length of each run of them.
     ///
-    /// Fails with `EINVAL` if logging is off. May sleep. No lock is held while `report` runs.
+    /// Fails with `EINVAL` if logging is off, and with `EINTR` if the task is killed: then what was
+    /// not reported stays in the log. May sleep. No lock is held while `report` runs.
     pub(crate) fn report(&self, first: u64, last: u64, mut report: impl FnMut(u64, u64)) -> Result {
-        let mut runs = KVec::from_elem((0, 0), BATCH, GFP_KERNEL)?;
-        let rest = (*self.active.lock())
-            .as_mut()
-            .ok_or(EINVAL)?
-            .take_rest(first, last);
-        if let Some((first, last)) = rest {
-            report(first, last - first + 1);
-        }
+        let mut runs = KVec::from_elem((0, 0), BATCH, GFP_KERNEL_ACCOUNT)?;
         let mut from = Some(first);
         while let Some(first) = from {
-            let mut active = self.active.lock();
-            let (count, next) = (*active)
-                .as_mut()
-                .ok_or(EINVAL)?
-                .take(first, last, &mut runs);
-            drop(active);
+            cond_resched_killable()?;
+            from = self
+                .with(|written| written.take_rest(first, last))?
+                .and_then(|(first, last)| {
+                    report(first, last - first + 1);
+                    last.checked_add(1)
+                });
+        }
+        from = Some(first);
+        while let Some(first) = from {
+            cond_resched_killable()?;
+            let (count, next) = self.with(|written| written.take(first, last, &mut runs))?;
             for (first, last) in runs.iter().take(count) {
                 report(*first, last - first + 1);
             }
@@ -91,13 +99,20 @@ impl Log {
         Ok(())
     }
 
+    /// Does something with the log. Fails with `EINVAL` if logging is off.
+    fn with<R>(&self, with: impl FnOnce(&mut Written) -> R) -> Result<R> {
+        let mut active = self.active.lock();
+        Ok(with((*active).as_mut().ok_or(EINVAL)?))
+    }
+
     /// Marks the pages of what was written. May sleep.
     pub(super) fn mark(&self, iova: u64, len: usize) {
         let last = (len as u64)
             .checked_sub(1)
             .and_then(|more| iova.checked_add(more));
-        if let (Some(last), Some(active)) = (last, &mut *self.active.lock()) {
-            active.mark(iova, last);
+        if let Some(last) = last {
+            // Nothing is to be done if logging is off.
+            let _ = self.with(|written| written.mark(iova, last));
         }
     }
 }

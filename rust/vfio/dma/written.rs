@@ -1,23 +1,104 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pages that were written to: what a log that is on holds.
+//! The pages that were written to: the content of a log that is on.
 //!
-//! This file uses the containers of the kernel and nothing else of it, so that the same text runs
-//! on the host, under the fuzzer, where they are stood in for.
+//! This file uses the containers of the kernel and nothing else of it. So the same text runs on the
+//! host, in tests and under the fuzzer, with stand-ins for them.
 
+use core::ops::Range;
 use kernel::{
     prelude::*,
     rbtree::RBTree, //
 };
 
+/// How many ranges of pages a log has at most that are in no zone.
+pub(super) const REST: usize = 64;
+
 /// Pages in a [`Zone`].
 const ZONE_PAGES: u64 = 4096;
+
+/// How many zones are looked at before a lock is let go.
+const ZONES_AT_ONCE: usize = 16;
 
 /// Pages in a word.
 const WORD_PAGES: u64 = u64::BITS as u64;
 
 /// The pages of an aligned part of the address space that was written to, one bit each.
 type Zone = KBox<[u64; (ZONE_PAGES / WORD_PAGES) as usize]>;
+
+/// Returns the index of the first of two ranges that are nearest to each other.
+fn nearest(ranges: &[(u64, u64)]) -> usize {
+    let gaps = ranges.windows(2).map(|pair| pair[1].0 - pair[0].1);
+    let nearest = gaps.enumerate().min_by_key(|(_, gap)| *gap);
+    nearest.map_or(0, |(index, _)| index)
+}
+
+/// Ranges of bytes for which there was no zone: first and last byte each, in order and apart from
+/// each other.
+///
+/// When there are too many of them, the two that are nearest to each other become one. So this can
+/// have more than what was added, but never less, and what is taken out of it is out.
+struct Rest {
+    ranges: KBox<[(u64, u64); REST + 1]>,
+    count: usize,
+}
+
+impl Rest {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            ranges: KBox::new([(0, 0); REST + 1], GFP_KERNEL_ACCOUNT)?,
+            count: 0,
+        })
+    }
+
+    /// Returns the indexes of the ranges that meet `first..=last`.
+    fn meet(&self, first: u64, last: u64) -> Range<usize> {
+        let ranges = &self.ranges[..self.count];
+        let start = ranges.partition_point(|range| range.1 < first);
+        let end = ranges.partition_point(|range| range.0 <= last);
+        start..end.max(start)
+    }
+
+    /// Puts `new` in the place of the ranges `old`.
+    fn replace(&mut self, old: Range<usize>, new: &[(u64, u64)]) {
+        let end = old.start + new.len();
+        self.ranges.copy_within(old.end..self.count, end);
+        self.ranges[old.start..end].copy_from_slice(new);
+        self.count = self.count - old.len() + new.len();
+        if self.count > REST {
+            let index = nearest(&self.ranges[..self.count]);
+            let joined = (self.ranges[index].0, self.ranges[index + 1].1);
+            self.replace(index..index + 2, &[joined]);
+        }
+    }
+
+    /// Adds `first..=last`.
+    fn add(&mut self, first: u64, last: u64) {
+        // Those that it touches, too.
+        let old = self.meet(first.saturating_sub(1), last.saturating_add(1));
+        let mut new = (first, last);
+        for range in &self.ranges[old.clone()] {
+            new = (new.0.min(range.0), new.1.max(range.1));
+        }
+        self.replace(old, &[new]);
+    }
+
+    /// Takes out the first part of `first..=last` that is in a range.
+    fn take(&mut self, first: u64, last: u64) -> Option<(u64, u64)> {
+        let index = self.meet(first, last).next()?;
+        let (start, end) = self.ranges[index];
+        let part = (start.max(first), end.min(last));
+        let before = (start, part.0.wrapping_sub(1));
+        let behind = (part.1.wrapping_add(1), end);
+        match (start < part.0, part.1 < end) {
+            (false, false) => self.replace(index..index + 1, &[]),
+            (true, false) => self.replace(index..index + 1, &[before]),
+            (false, true) => self.replace(index..index + 1, &[behind]),
+            (true, true) => self.replace(index..index + 1, &[before, behind]),
+        }
+        Some(part)
+    }
+}
 
 /// What was written to since logging began.
 pub(super) struct Written {
@@ -26,56 +107,69 @@ pub(super) struct Written {
     /// What is logged: first and last byte, in order and apart from each other.
     ranges: KVVec<(u64, u64)>,
     /// What was written to, by number. So the cost follows what is written, however large the
-    /// ranges are.
+    /// ranges are. A zone has a page that was written to.
     zones: RBTree<u64, Zone>,
-    /// First and last byte of what there was no memory to tell apart in. Reported as a whole.
-    rest: Option<(u64, u64)>,
+    /// How many zones there are.
+    count: usize,
+    /// How many there may be.
+    most: usize,
+    /// What was written to and has no zone, for want of memory or because there are too many.
+    rest: Rest,
 }
 
 impl Written {
-    /// Nothing yet. `page_size` is a power of two, `ranges` are what is logged: first and last
-    /// byte, in order and apart from each other.
-    pub(super) fn new(page_size: u64, ranges: KVVec<(u64, u64)>) -> Self {
-        Self {
+    /// Makes an empty log. `page_size` is a power of two, `ranges` are what is logged: first and
+    /// last byte, in order and apart from each other. `most` is how many zones it may have.
+    ///
+    /// Fails with `ENOMEM`.
+    pub(super) fn new(page_size: u64, ranges: KVVec<(u64, u64)>, most: usize) -> Result<Self> {
+        Ok(Self {
             shift: page_size.trailing_zeros(),
             ranges,
             zones: RBTree::new(),
-            rest: None,
-        }
+            count: 0,
+            most,
+            rest: Rest::new()?,
+        })
     }
 
     /// Marks the pages of `first..=last`, in bytes, that are in a range.
     pub(super) fn mark(&mut self, first: u64, last: u64) {
         let start = self.ranges.partition_point(|range| range.1 < first);
-        for range in self.ranges.iter().skip(start) {
-            if range.0 > last {
-                break;
-            }
+        // Not an iterator: it would borrow the ranges.
+        let mut index = start;
+        while let Some(range) = self.ranges.get(index).filter(|range| range.0 <= last) {
             for page in first.max(range.0) >> self.shift..=last.min(range.1) >> self.shift {
-                if Self::mark_page(&mut self.zones, page).is_err() {
+                if self.mark_page(page).is_err() {
                     let (start, end) = (page << self.shift, (page << self.shift) | self.offset());
-                    let (first, last) = self.rest.unwrap_or((start, end));
-                    self.rest = Some((first.min(start), last.max(end)));
+                    self.rest.add(start, end);
                 }
             }
+            index += 1;
         }
     }
 
-    /// Marks a page. Fails with `ENOMEM`.
-    fn mark_page(zones: &mut RBTree<u64, Zone>, page: u64) -> Result {
+    /// Marks a page in its zone. Fails with `ENOMEM`, also if there are too many zones.
+    fn mark_page(&mut self, page: u64) -> Result {
         let number = page / ZONE_PAGES;
         let index = page % ZONE_PAGES;
         let word = (index / WORD_PAGES) as usize;
         let bit = 1 << (index % WORD_PAGES);
-        if let Some(word) = zones.get_mut(&number).and_then(|zone| zone.get_mut(word)) {
+        let zone = self.zones.get_mut(&number);
+        if let Some(word) = zone.and_then(|zone| zone.get_mut(word)) {
             *word |= bit;
             return Ok(());
         }
-        let mut zone = KBox::new([0; (ZONE_PAGES / WORD_PAGES) as usize], GFP_KERNEL)?;
+        if self.count >= self.most {
+            return Err(ENOMEM);
+        }
+        let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
+        let mut zone = KBox::new([0; (ZONE_PAGES / WORD_PAGES) as usize], flags)?;
         if let Some(word) = zone.get_mut(word) {
             *word |= bit;
         }
-        zones.try_create_and_insert(number, zone, GFP_KERNEL)?;
+        self.zones.try_create_and_insert(number, zone, flags)?;
+        self.count += 1;
         Ok(())
     }
 
@@ -84,18 +178,14 @@ impl Written {
         (1 << self.shift) - 1
     }
 
-    /// Takes what could not be told apart, as far as it is in `first..=last`, in bytes.
+    /// Takes the first part of `first..=last`, in bytes, that was written to and has no zone.
     pub(super) fn take_rest(&mut self, first: u64, last: u64) -> Option<(u64, u64)> {
-        let rest = self.rest?;
-        if first <= rest.0 && rest.1 <= last {
-            self.rest = None;
-        }
-        let part = (rest.0.max(first), rest.1.min(last));
-        (part.0 <= part.1).then_some(part)
+        self.rest.take(first, last)
     }
 
     /// Moves runs of pages that were written to out of the log into `runs`, as first and last
-    /// byte, from `first` up to `last`, as many as there is room for. Returns where to go on.
+    /// byte, from `first` up to `last`, as many as there is room for. Looks at a few zones only.
+    /// Returns how many runs there are and where to go on.
     ///
     /// A page that is only in part inside is reported but stays in the log.
     pub(super) fn take(
@@ -106,15 +196,22 @@ impl Written {
     ) -> (usize, Option<u64>) {
         let (shift, offset) = (self.shift, self.offset());
         let mut count = 0usize;
+        let mut zones = 0;
         let mut cursor = self
             .zones
             .cursor_lower_bound_mut(&((first >> shift) / ZONE_PAGES));
         while let Some(mut zone) = cursor {
             let (number, words) = zone.current_mut();
+            let number = *number;
             let base = number * ZONE_PAGES;
             if base > last >> shift {
                 break;
             }
+            if zones == ZONES_AT_ONCE {
+                return (count, Some(base << shift));
+            }
+            zones += 1;
+            let mut empty = true;
             for (index, word) in words.iter_mut().enumerate() {
                 let mut left = *word;
                 while left != 0 {
@@ -139,8 +236,16 @@ impl Written {
                         *word &= !(1 << bit);
                     }
                 }
+                empty &= *word == 0;
             }
-            cursor = zone.move_next();
+            cursor = if empty {
+                self.count -= 1;
+                // Behind the last zone this goes back to the one before.
+                let (other, _zone) = zone.remove_current();
+                other.filter(|other| *other.current().0 > number)
+            } else {
+                zone.move_next()
+            };
         }
         (count, None)
     }

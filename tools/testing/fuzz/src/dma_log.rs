@@ -5,7 +5,10 @@
 #[path = "../../../../rust/vfio/dma/written.rs"]
 mod written;
 
-use self::written::Written;
+use self::written::{
+    Written,
+    REST, //
+};
 use crate::{
     prelude::fail_allocations,
     Input, //
@@ -15,14 +18,16 @@ use std::collections::BTreeSet;
 /// Pages for which memory is allocated at once, in two allocations.
 const ZONE_PAGES: u64 = 4096;
 
-/// The pages that were written to, by number, and what could not be told apart, in bytes.
+/// The pages that were written to, by number, and those that are in no zone, in bytes.
 struct Model {
     page_size: u64,
     ranges: Vec<(u64, u64)>,
     pages: BTreeSet<u64>,
-    rest: Option<(u64, u64)>,
-    /// For which pages there is memory, in units of [`ZONE_PAGES`].
-    zones: BTreeSet<u64>,
+    rest: Vec<(u64, u64)>,
+    /// How many zones there may be.
+    most: usize,
+    /// What was written to and not reported, in bytes.
+    truth: Vec<(u64, u64)>,
 }
 
 impl Model {
@@ -44,9 +49,13 @@ impl Model {
                 continue;
             }
             for page in first / self.page_size..=last / self.page_size {
-                let mut allocated = self.zones.contains(&(page / ZONE_PAGES));
+                let zones: BTreeSet<u64> =
+                    self.pages.iter().map(|page| page / ZONE_PAGES).collect();
+                let mut allocated = zones.contains(&(page / ZONE_PAGES));
 
-                if !allocated {
+                self.truth
+                    .push((self.first_byte(page), self.last_byte(page)));
+                if !allocated && zones.len() < self.most {
                     allocated = true;
                     for _ in 0..2 {
                         allocated &= failures & 1 == 0;
@@ -57,15 +66,40 @@ impl Model {
                     }
                 }
                 if allocated {
-                    self.zones.insert(page / ZONE_PAGES);
                     self.pages.insert(page);
                 } else {
-                    let (start, end) = (self.first_byte(page), self.last_byte(page));
-                    let (low, high) = self.rest.unwrap_or((start, end));
-
-                    self.rest = Some((low.min(start), high.max(end)));
+                    self.rest
+                        .push((self.first_byte(page), self.last_byte(page)));
+                    self.join_rest();
                 }
             }
+        }
+    }
+
+    /// Joins what meets or touches, and what is nearest as long as there are too many.
+    fn join_rest(&mut self) {
+        let mut within = Some(1);
+
+        self.rest.sort_unstable();
+        while let Some(distance) = within {
+            let mut joined: Vec<(u64, u64)> = Vec::new();
+            let mut more = self.rest.iter().copied();
+
+            while let Some((first, last)) = more.next() {
+                match joined.last_mut() {
+                    Some(before) if first <= before.1.saturating_add(distance) => {
+                        before.1 = before.1.max(last);
+                        if distance > 1 {
+                            joined.extend(more);
+                            break;
+                        }
+                    }
+                    _ => joined.push((first, last)),
+                }
+            }
+            self.rest = joined;
+            let gaps = self.rest.windows(2).map(|pair| pair[1].0 - pair[0].1);
+            within = gaps.min().filter(|_| self.rest.len() > REST);
         }
     }
 
@@ -86,13 +120,42 @@ impl Model {
             .collect()
     }
 
-    fn take_rest(&mut self, first: u64, last: u64) -> Option<(u64, u64)> {
-        let (start, end) = self.rest?;
-        if first <= start && end <= last {
-            self.rest = None;
-        }
-        (start <= last && first <= end).then_some((start.max(first), end.min(last)))
+    /// Takes the rest between these bytes.
+    fn take_rest(&mut self, first: u64, last: u64) -> Vec<(u64, u64)> {
+        let taken = cut(&mut self.rest, first, last);
+
+        self.join_rest();
+        taken
     }
+
+    /// Checks that all that was written to between these bytes is among what was reported.
+    fn check(&mut self, first: u64, last: u64, reported: &[(u64, u64)]) {
+        for part in cut(&mut self.truth, first, last) {
+            let told = |run: &(u64, u64)| run.0 <= part.0 && part.1 <= run.1;
+
+            assert!(reported.iter().any(told), "{part:x?} is not reported");
+        }
+    }
+}
+
+/// Takes what is between these bytes out of ranges.
+fn cut(ranges: &mut Vec<(u64, u64)>, first: u64, last: u64) -> Vec<(u64, u64)> {
+    let mut taken = Vec::new();
+
+    for (start, end) in std::mem::take(ranges) {
+        if end < first || start > last {
+            ranges.push((start, end));
+            continue;
+        }
+        taken.push((start.max(first), end.min(last)));
+        if start < first {
+            ranges.push((start, first - 1));
+        }
+        if end > last {
+            ranges.push((last + 1, end));
+        }
+    }
+    taken
 }
 
 /// Joins what follows each other.
@@ -131,16 +194,18 @@ pub(crate) fn target(data: &[u8]) {
         from = last.checked_add(1);
     }
 
-    let mut log = Written::new(page_size, ranges.clone());
+    let most = input.one_of(&[0, 1, 2, 40]);
+    let mut log = Written::new(page_size, ranges.clone(), most).expect("nothing fails here");
     let mut model = Model {
         page_size,
         ranges,
         pages: BTreeSet::new(),
-        rest: None,
-        zones: BTreeSet::new(),
+        rest: Vec::new(),
+        most,
+        truth: Vec::new(),
     };
     while !input.is_empty() {
-        let op = input.below(4);
+        let op = input.below(5);
         let mut first = input.number();
         // Near where something is.
         if input.bool() && !model.ranges.is_empty() {
@@ -162,6 +227,18 @@ pub(crate) fn target(data: &[u8]) {
                 fail_allocations(0);
                 model.mark(first, last, failures);
             }
+            2 => {
+                // Many pages that are far from each other, for which there is no memory.
+                let stride = input.number();
+
+                for _ in 0..input.below(2 * REST) {
+                    fail_allocations(u32::MAX);
+                    log.mark(first, first);
+                    fail_allocations(0);
+                    model.mark(first, first, u32::MAX);
+                    first = first.wrapping_add(stride);
+                }
+            }
             _ => {
                 // No more than the core lets through.
                 let length = input.number().max(1);
@@ -170,18 +247,29 @@ pub(crate) fn target(data: &[u8]) {
                 };
                 let room = 1 + input.below(4);
                 let mut runs = vec![(0, 0); room];
+                let mut rest = Vec::new();
                 let mut got = Vec::new();
                 let mut from = Some(first);
 
-                assert_eq!(log.take_rest(first, last), model.take_rest(first, last));
+                while let Some(part) = from.and_then(|from| log.take_rest(from, last)) {
+                    rest.push(part);
+                    from = part.1.checked_add(1).filter(|from| *from <= last);
+                }
+                assert_eq!(rest, model.take_rest(first, last));
+                from = Some(first);
                 while let Some(first) = from {
                     let (count, next) = log.take(first, last, &mut runs);
 
-                    assert!(next.is_none() || count == room, "room was left");
+                    assert!(
+                        next.is_none_or(|next| next > first || count > 0),
+                        "no progress"
+                    );
                     got.extend_from_slice(&runs[..count]);
                     from = next;
                 }
-                assert_eq!(joined(got), joined(model.take(first, last)));
+                assert_eq!(joined(got.iter().copied()), joined(model.take(first, last)));
+                got.extend(rest);
+                model.check(first, last, &got);
             }
         }
     }

@@ -14,6 +14,7 @@ pub mod prelude {
     use std::{
         cell::Cell,
         ops::{
+            BitOr,
             Deref,
             DerefMut, //
         },
@@ -57,7 +58,17 @@ pub mod prelude {
     pub struct Flags;
 
     /// As the kernel's.
-    pub const GFP_KERNEL: Flags = Flags;
+    pub const GFP_KERNEL_ACCOUNT: Flags = Flags;
+    /// As the kernel's.
+    pub const __GFP_NOWARN: Flags = Flags;
+
+    impl BitOr for Flags {
+        type Output = Self;
+
+        fn bitor(self, _other: Self) -> Self {
+            self
+        }
+    }
 
     /// As the kernel's.
     pub type KVVec<T> = Vec<T>;
@@ -151,6 +162,25 @@ pub mod rbtree {
             let value = self.tree.0.get_mut(&self.key);
 
             (&self.key, value.expect("a cursor is on a node"))
+        }
+
+        /// As the kernel's.
+        pub fn current(&self) -> (&K, &V) {
+            (&self.key, &self.tree.0[&self.key])
+        }
+
+        /// As the kernel's: goes on with the next one, or else with the one before.
+        pub fn remove_current(self) -> (Option<Self>, V) {
+            let value = self.tree.0.remove(&self.key);
+            let next = self.tree.0.range(self.key..).next();
+            let other = next.or(self.tree.0.range(..self.key).next_back());
+            let key = other.map(|(key, _)| *key);
+            let tree = self.tree;
+
+            (
+                key.map(|key| Self { tree, key }),
+                value.expect("a cursor is on a node"),
+            )
         }
 
         /// As the kernel's.
