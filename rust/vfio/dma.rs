@@ -31,6 +31,7 @@ use crate::{
 };
 use core::ops::Range;
 use kernel::{
+    alloc::AllocError,
     error::to_result,
     page::PAGE_SIZE,
     prelude::*, //
@@ -42,10 +43,56 @@ pub struct Fault {
     /// How many bytes were transferred before: all up to the page of user memory where it failed.
     /// Of that page some may have been written, and of what is behind it nothing.
     pub done: usize,
-    /// Why: `EPERM` or `EACCES` if the user does not allow it, `EINVAL` or `ENOENT` if there is no
-    /// memory at that address, `EFAULT` if the user has taken the memory away, `EINTR` if the
-    /// device is being reset, `ENOMEM`.
-    pub error: Error,
+    /// Why it failed.
+    pub cause: Cause,
+}
+
+/// Why a transfer failed: the same for a container and for an iommufd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The range is empty, not inside the memory, or beyond the end of the address space.
+    Range,
+    /// There is no user memory at that address.
+    Unmapped,
+    /// The user does not allow the access.
+    Denied,
+    /// The mapped memory cannot be accessed: the user has unmapped or protected it, or a page fault
+    /// was not served before the device was reset.
+    Fault,
+    /// There was no memory.
+    NoMemory,
+    /// The device is being reset.
+    Interrupted,
+    /// Another failure of the core.
+    Other(Error),
+}
+
+impl Cause {
+    /// Returns what an error of `vfio_dma_rw()` means.
+    fn of_core(error: Error) -> Self {
+        match error {
+            EINVAL | ENOENT => Self::Unmapped,
+            EPERM | EACCES => Self::Denied,
+            EFAULT => Self::Fault,
+            other => other.into(),
+        }
+    }
+
+    /// Tells whether a part of the page may have been written: the core had begun to copy.
+    fn is_torn(self) -> bool {
+        matches!(self, Self::Fault | Self::NoMemory | Self::Other(_))
+    }
+}
+
+impl From<Error> for Cause {
+    fn from(error: Error) -> Self {
+        match error {
+            EINVAL => Self::Range,
+            ENOMEM => Self::NoMemory,
+            EINTR => Self::Interrupted,
+            other => Self::Other(other),
+        }
+    }
 }
 
 /// The way of an open device to the user's memory.
@@ -86,7 +133,7 @@ pub struct Fault {
 ///         };
 ///         match bus.write(iova, &self.memory, 0..self.memory.size()) {
 ///             Ok(()) => self.endpoint.signal(0),
-///             Err(fault) => pr_debug!("{} bytes, {:?}\n", fault.done, fault.error),
+///             Err(fault) => pr_debug!("{} bytes, {:?}\n", fault.done, fault.cause),
 ///         }
 ///         Work::Again
 ///     }
@@ -107,24 +154,61 @@ impl<'a> Bus<'a> {
     /// Reads user memory from `iova` on into a range of the device's memory, in bytes, and marks
     /// its pages.
     ///
-    /// May sleep, for as long as the user does not serve a page fault. Fails with `EINVAL`, and
-    /// transfers nothing, if the range is empty or not inside the memory, or if it reaches beyond
-    /// the end of the address space.
+    /// May sleep, for as long as the user does not serve a page fault. Fails with
+    /// [`Cause::Range`], and transfers nothing, if the range is empty or not inside the memory, or
+    /// if it reaches beyond the end of the address space.
     pub fn read(&self, iova: u64, to: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
         checked(to, range.clone())?;
         let pieces = pieces(iova, range.len())?;
         // A copy from the user that fails leaves zeroes, which must not get into the memory.
         let len = PAGE_SIZE.min(range.len());
-        let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL).map_err(Error::from)?;
+        let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL_ACCOUNT)?;
         for piece in pieces {
-            let fault = |error| Fault {
+            let fault = |cause| Fault {
                 done: piece.start,
-                error,
+                cause,
             };
-            let page = bytes.get_mut(..piece.len()).ok_or(fault(EINVAL))?;
+            let page = bytes.get_mut(..piece.len()).ok_or(fault(Cause::Range))?;
+            self.read_bytes(iova + piece.start as u64, page)
+                .map_err(|page| fault(page.cause))?;
+            to.write(range.start + piece.start, page)
+                .map_err(|error| fault(error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes of user memory from `iova` on.
+    ///
+    /// May sleep and fails as [`read()`](Self::read) does. Then what is in `to` behind
+    /// [`Fault::done`] means nothing.
+    ///
+    /// # Examples
+    ///
+    /// A device that reads its descriptors from user memory.
+    ///
+    /// ```
+    /// use vfio::dma::{
+    ///     Bus,
+    ///     Fault, //
+    /// };
+    ///
+    /// fn descriptor(bus: &Bus<'_>, ring: u64, index: u64) -> Result<(u64, u64), Fault> {
+    ///     let mut words = [[0; 8]; 2];
+    ///     bus.read_bytes(ring + index * 16, words.as_flattened_mut())?;
+    ///     let [addr, len] = words.map(u64::from_le_bytes);
+    ///     Ok((addr, len))
+    /// }
+    /// ```
+    pub fn read_bytes(&self, iova: u64, to: &mut [u8]) -> Result<(), Fault> {
+        if to.is_empty() {
+            return Err(Cause::Range.into());
+        }
+        for piece in pieces(iova, to.len())? {
+            let done = piece.start;
+            let page = to.get_mut(piece).ok_or(Cause::Range)?;
             // SAFETY: `page` is borrowed for writing.
-            unsafe { self.copy(iova + piece.start as u64, page, false) }.map_err(fault)?;
-            to.write(range.start + piece.start, page).map_err(fault)?;
+            unsafe { self.copy(iova + done as u64, page, false) }
+                .map_err(|cause| Fault { done, cause })?;
         }
         Ok(())
     }
@@ -144,7 +228,7 @@ impl<'a> Bus<'a> {
     /// May sleep and fails as [`read()`](Self::read) does.
     pub fn write_bytes(&self, iova: u64, from: &[u8]) -> Result<(), Fault> {
         if from.is_empty() {
-            return Err(EINVAL.into());
+            return Err(Cause::Range.into());
         }
         // SAFETY: The bytes are borrowed and only read.
         unsafe { self.write_pages(iova, from) }
@@ -162,12 +246,16 @@ impl<'a> Bus<'a> {
             let page = core::ptr::slice_from_raw_parts(start, piece.len());
             let at = iova + piece.start as u64;
             // SAFETY: It is a part of `bytes`, and the core only reads it.
-            unsafe { self.copy(at, page.cast_mut(), true) }.map_err(|error| Fault {
+            let result = unsafe { self.copy(at, page.cast_mut(), true) };
+            // After the copy: whoever takes the log and then looks must find what was logged. If
+            // the copy failed, a part of the page may have been written.
+            if result.map_or_else(Cause::is_torn, |()| true) {
+                self.log.mark(at, piece.len());
+            }
+            result.map_err(|cause| Fault {
                 done: piece.start,
-                error,
+                cause,
             })?;
-            // Not before: who takes the log and then looks must find what was logged.
-            self.log.mark(at, piece.len());
         }
         Ok(())
     }
@@ -178,33 +266,48 @@ impl<'a> Bus<'a> {
     ///
     /// `bytes` must be valid, for a copy to the user if `write` is true, else for a copy from the
     /// user.
-    unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result {
+    unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result<(), Cause> {
         // A reset waits for this transfer.
         if self.gate.is_halted() {
-            return Err(EINTR);
+            return Err(Cause::Interrupted);
         }
         // SAFETY: The device is open, and `bytes` is valid by the safety requirements.
         to_result(unsafe {
             bindings::vfio_dma_rw(self.device.as_raw(), iova, bytes.cast(), bytes.len(), write)
         })
+        .map_err(Cause::of_core)
     }
 }
 
 /// Returns the bytes in a range of a memory.
 ///
-/// Fails with `EINVAL` if the range is empty or not inside.
-fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Fault> {
+/// Fails with [`Cause::Range`] if the range is empty or not inside.
+fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Cause> {
     let bytes = memory.bytes(range.clone());
     if bytes.len() == range.len() && !range.is_empty() {
         Ok(bytes)
     } else {
-        Err(EINVAL.into())
+        Err(Cause::Range)
+    }
+}
+
+impl From<Cause> for Fault {
+    /// A failure before anything was transferred.
+    fn from(cause: Cause) -> Self {
+        Self { done: 0, cause }
     }
 }
 
 impl From<Error> for Fault {
     /// A failure before anything was transferred.
     fn from(error: Error) -> Self {
-        Self { done: 0, error }
+        Cause::from(error).into()
+    }
+}
+
+impl From<AllocError> for Fault {
+    /// No memory before anything was transferred.
+    fn from(_: AllocError) -> Self {
+        Cause::NoMemory.into()
     }
 }

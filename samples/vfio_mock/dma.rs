@@ -13,6 +13,7 @@ use crate::{
     stream::pattern_word, //
 };
 use kernel::{
+    alloc::AllocError,
     new_mutex,
     prelude::*,
     sync::Mutex,
@@ -25,6 +26,7 @@ use kernel::{
 use vfio::{
     dma::{
         Bus,
+        Cause,
         Fault, //
     },
     emulated::Work,
@@ -88,7 +90,7 @@ impl Engine {
             Next::Piece(piece) => {
                 let (done, failure) = match execute(&piece, memory, bus) {
                     Ok(()) => (piece.len, None),
-                    Err(Fault { done, error }) => (done as u64, Some(failure(error))),
+                    Err(Fault { done, cause }) => (done as u64, Some(failure(cause))),
                 };
                 self.change(endpoint, |queue| {
                     queue.moved(&piece, done, failure, self.now())
@@ -120,7 +122,7 @@ fn execute(piece: &Piece, memory: &StateMemory, bus: &Bus<'_>) -> Result<(), Fau
 }
 
 /// Returns the bytes of the pattern in a piece.
-fn pattern(piece: &Piece) -> Result<KVVec<u8>> {
+fn pattern(piece: &Piece) -> Result<KVVec<u8>, AllocError> {
     let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_KERNEL_ACCOUNT)?;
     let end = piece.pos + piece.len;
     let mut pos = piece.pos;
@@ -135,13 +137,14 @@ fn pattern(piece: &Piece) -> Result<KVVec<u8>> {
     Ok(bytes)
 }
 
-/// Returns what the user is told of a failure, which is the same for each backend.
-fn failure(error: Error) -> Failure {
-    match error {
-        EINVAL | ENOENT => Failure::Unmapped,
-        EPERM | EACCES => Failure::Denied,
-        EFAULT => Failure::Fault,
-        ENOMEM => Failure::NoMemory,
-        _ => Failure::Other,
+/// Returns what the user is told of a failure.
+fn failure(cause: Cause) -> Failure {
+    match cause {
+        Cause::Range => Failure::Range,
+        Cause::Unmapped => Failure::Unmapped,
+        Cause::Denied => Failure::Denied,
+        Cause::Fault => Failure::Fault,
+        Cause::NoMemory => Failure::NoMemory,
+        Cause::Interrupted | Cause::Other(_) => Failure::Other,
     }
 }
