@@ -1000,34 +1000,16 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call.
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         from_result(|| {
-            // SAFETY: The bitmap is valid, and no lock is held.
-            unsafe { report(&this.opened()?.log, iova, length, dirty)? };
+            let last = length
+                .checked_sub(1)
+                .and_then(|more| iova.checked_add(more))
+                .ok_or(EINVAL)?;
+            let opened = this.opened()?;
+            opened.log.report(iova as u64, last as u64, |first, len| {
+                // SAFETY: The bitmap is valid, and no lock is held.
+                unsafe { bindings::iova_bitmap_set(dirty, first as c_ulong, len as usize) };
+            })?;
             Ok(0)
         })
     }
-}
-
-/// Reports what of `length` bytes from `iova` was written, and forgets it.
-///
-/// Not a part of the generic code, which becomes a part of each driver: a driver would have to
-/// import the namespace of `iova_bitmap_set()`.
-///
-/// # Safety
-///
-/// `dirty` must be valid, and no lock held.
-#[inline(never)]
-unsafe fn report(
-    log: &dma::Log,
-    iova: c_ulong,
-    length: c_ulong,
-    dirty: *mut bindings::iova_bitmap,
-) -> Result {
-    let last = length
-        .checked_sub(1)
-        .and_then(|more| iova.checked_add(more))
-        .ok_or(EINVAL)?;
-    log.report(iova as u64, last as u64, |first, len| {
-        // SAFETY: The caller promises that the bitmap is valid and no lock held.
-        unsafe { bindings::iova_bitmap_set(dirty, first as c_ulong, len as usize) };
-    })
 }
