@@ -8,6 +8,8 @@
 #define RUST_HELPERS_VFIO_H
 
 struct iova_bitmap;
+struct mem_cgroup;
+struct mm_struct;
 struct task_struct;
 
 void rust_helper_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
@@ -16,5 +18,11 @@ void rust_helper_cond_resched_tasks_rcu_qs(void);
 void rust_helper_cond_resched(void);
 int rust_helper_fatal_signal_pending(struct task_struct *task);
 void rust_helper_allow_kernel_signal(int sig);
+bool rust_helper_set_freezable(void);
+bool rust_helper_try_to_freeze(void);
+int rust_helper_cgroup_attach_task_all(struct task_struct *from, struct task_struct *task);
+struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm);
+void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg);
+struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg);
 
 #endif

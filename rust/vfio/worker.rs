@@ -11,15 +11,27 @@ use crate::{
 };
 use core::{
     ffi::c_void,
-    ptr::NonNull, //
+    ptr::{
+        null_mut,
+        NonNull, //
+    },
 };
 use kernel::{
-    error::from_err_ptr,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
     prelude::*,
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
-        ArcBorrow, //
+        ArcBorrow,
+        Completion, //
     },
+    task::Task,
 };
 
 /// What a thread calls again and again.
@@ -28,13 +40,73 @@ pub(crate) trait Job: Send + Sync + 'static {
     fn work(&self) -> Work;
 }
 
+/// The memory cgroup that pays for what is allocated for a device.
+///
+/// # Invariants
+///
+/// The pointer is valid, and a reference is owned; or it is null, and nobody pays.
+struct Memcg(*mut bindings::mem_cgroup);
+
+// SAFETY: A memory cgroup may be charged by any thread.
+unsafe impl Send for Memcg {}
+
+// SAFETY: As above; the pointer does not change.
+unsafe impl Sync for Memcg {}
+
+impl Memcg {
+    /// Returns the cgroup of the current task.
+    fn current() -> Self {
+        // INVARIANT: `get_mem_cgroup_from_mm()` takes a reference, or returns null.
+        // SAFETY: Null stands for the memory of the current task.
+        Self(unsafe { bindings::get_mem_cgroup_from_mm(null_mut()) })
+    }
+
+    /// Charges the cgroup for what `allocate` allocates with `__GFP_ACCOUNT`.
+    fn charge<R>(&self, allocate: impl FnOnce() -> R) -> R {
+        // SAFETY: By the type invariants it is valid as long as `self`.
+        let old = unsafe { bindings::set_active_memcg(self.0) };
+        let result = allocate();
+        // SAFETY: It was the active one before, whose owner keeps it valid.
+        unsafe { bindings::set_active_memcg(old) };
+        result
+    }
+}
+
+impl Drop for Memcg {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants a reference is owned, or it is null.
+        unsafe { bindings::mem_cgroup_put(self.0) };
+    }
+}
+
+#[pin_data]
 struct Shared<J> {
     gate: Arc<Gate>,
     job: J,
+    /// The task that opened the device. Valid until `started` is completed.
+    opener: NonNull<bindings::task_struct>,
+    memcg: Memcg,
+    /// 0, or a negative errno if the thread could not join the cgroups of `opener`.
+    attached: Atomic<i32>,
+    #[pin]
+    started: Completion,
 }
+
+// SAFETY: `opener` is only used as it says, and the rest may be sent.
+unsafe impl<J: Send> Send for Shared<J> {}
+
+// SAFETY: As above.
+unsafe impl<J: Sync> Sync for Shared<J> {}
 
 /// A thread of the kernel that does a [`Job`] when its [`Gate`] is open. Dropping it interrupts the
 /// call under way, and waits until the thread is gone.
+///
+/// The task that makes it pays for it: the thread is in the cgroups of that task, and what it
+/// allocates with `__GFP_ACCOUNT` is charged there. It is no thread of that process, such as
+/// `vhost_task_create()` makes: those are killed with the process and by its `execve()`, but a
+/// device file may be passed on to another process.
+///
+/// The thread freezes with the system: no job is done while user space is frozen.
 ///
 /// # Invariants
 ///
@@ -49,11 +121,23 @@ pub(crate) struct Worker<J: Job> {
 unsafe impl<J: Job> Send for Worker<J> {}
 
 impl<J: Job> Worker<J> {
-    /// Starts a thread. May sleep.
+    /// Starts a thread in the cgroups of the current task. May sleep.
     ///
-    /// Fails with `ENOMEM`, and with `EINTR` if the caller is being killed.
+    /// Fails with `ENOMEM`, with `EINTR` if the caller is being killed, and with the error of a
+    /// cgroup that does not take the thread, such as `EAGAIN`.
     pub(crate) fn new(name: &CStr, gate: Arc<Gate>, job: J) -> Result<Self> {
-        let shared = Arc::new(Shared { gate, job }, GFP_KERNEL_ACCOUNT)?;
+        let shared = Arc::pin_init(
+            pin_init!(Shared {
+                gate,
+                job,
+                // SAFETY: The current task is not null.
+                opener: unsafe { NonNull::new_unchecked(Task::current_raw()) },
+                memcg: Memcg::current(),
+                attached: Atomic::new(0),
+                started <- Completion::new(),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?;
         let data = Arc::as_ptr(&shared);
         // SAFETY: `shared` outlives the thread, which `drop()` waits for, and the format takes one
         // string.
@@ -77,7 +161,11 @@ impl<J: Job> Worker<J> {
         // SAFETY: As above, the task is valid.
         unsafe { bindings::wake_up_process(task.as_ptr()) };
         // INVARIANT: That is the thread.
-        Ok(Self { task, shared })
+        let this = Self { task, shared };
+        // Completed in any case, because nobody but `drop()` stops the thread.
+        this.shared.started.wait_for_completion();
+        to_result(this.shared.attached.load(Relaxed))?;
+        Ok(this)
     }
 
     /// # Safety
@@ -88,6 +176,20 @@ impl<J: Job> Worker<J> {
         let shared = unsafe { ArcBorrow::<Shared<J>>::from_raw(data.cast()) };
         // SAFETY: It changes the signal handling of the current task, which is a kthread.
         unsafe { bindings::allow_kernel_signal(bindings::SIGKILL as c_int) };
+        // By the thread itself: before, it would have been given the CPUs of all kthreads after
+        // those of the cgroup.
+        //
+        // SAFETY: The opener waits for `started`, and the current task is valid.
+        let attached = unsafe {
+            bindings::cgroup_attach_task_all(shared.opener.as_ptr(), Task::current_raw())
+        };
+        shared.attached.store(attached, Relaxed);
+        shared.started.complete_all();
+        if attached != 0 {
+            return attached;
+        }
+        // SAFETY: The current task is a kthread, which holds no locks.
+        unsafe { bindings::set_freezable() };
         let mut next = Work::Again;
         loop {
             // A worker that always has work never sleeps, and a kthread never returns to user
@@ -95,10 +197,12 @@ impl<J: Job> Worker<J> {
             //
             // SAFETY: The thread may sleep here.
             unsafe { bindings::cond_resched_tasks_rcu_qs() };
+            // SAFETY: The thread may sleep here, and holds no locks.
+            unsafe { bindings::try_to_freeze() };
             if !shared.gate.enter(next) {
                 break;
             }
-            next = shared.job.work();
+            next = shared.memcg.charge(|| shared.job.work());
             shared.gate.leave();
         }
         0
