@@ -33,7 +33,7 @@ extent=brief
 # What runs on vfio_mock: with each of the migration_flags, or with all of them set.
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
-once=(vfio_mock_log_test vfio_mock_stress vfio_mock_fuzz_test)
+once=(vfio_mock_log_test vfio_mock_work_test vfio_mock_stress vfio_mock_fuzz_test)
 # And what unloads it, when there are no other devices.
 last=(vfio_mock_life_test vfio_mock_module_test)
 # How many results there are from the other devices.
@@ -133,7 +133,7 @@ run_once()
 	local program
 
 	for program in "${once[@]}"; do
-		run "$program" "$@"
+		VFIO_MOCK_MODULE=$module run "$program" "$@"
 	done
 }
 

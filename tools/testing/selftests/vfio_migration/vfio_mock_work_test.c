@@ -1,0 +1,518 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The worker of the mock migratable device vfio_mock: when it stands still, what its
+ * interrupts do, who pays for it, and that it holds up nothing else of the kernel.
+ *
+ *	VFIO_MOCK_1M="DEVICE" VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_work_test
+ *
+ * with the sysfs path of a mediated device; vfio_minimal.ko is beside the module.
+ * run_mock.sh makes it and runs this. VFIO_MIGRATION_ROUNDS=N repeats what races N
+ * times as often.
+ */
+#include <dirent.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+#include "mock_dma.h"
+
+#define work_data	FIXTURE_DATA(work)
+
+#define IOVA	0x40000000ULL
+
+/* The IOVAs of two pages of the same zone of the log are closer than this. */
+#define ZONE	(4096ULL * PAGE)
+#define ZONES	1024U
+
+/* Always due: the worker never has nothing to do. */
+static const struct dma_desc busy = {
+	.op = CHURN, .len = 64 << 10, .period = 1, .irq_vector = VFIO_MOCK_IRQ_NONE,
+};
+
+FIXTURE(work)
+{
+	struct mock m;
+	struct ram ram;
+};
+
+FIXTURE_VARIANT(work)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(work, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(work, iommufd) { .backend = MIG_IOMMUFD };
+
+FIXTURE_SETUP(work)
+{
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
+	ram_make(_metadata, &self->ram, IOVA, self->m.size);
+	ram_map(_metadata, &self->ram, &self->m);
+}
+
+FIXTURE_TEARDOWN(work)
+{
+	mock_close(&self->m);
+}
+
+/* Reads a file of the kernel as a string. */
+static bool slurp(const char *path, char *text, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t len;
+
+	if (fd < 0)
+		return false;
+	len = read(fd, text, size - 1);
+	close(fd);
+	text[len > 0 ? len : 0] = 0;
+	return len >= 0;
+}
+
+/* The worker of the device that is open; 0 if there is none. */
+static pid_t worker(void)
+{
+	char path[300], comm[32];
+	struct dirent *entry;
+	pid_t pid = 0;
+	DIR *dir = opendir("/proc");
+
+	while (dir && (entry = readdir(dir))) {
+		snprintf(path, sizeof(path), "/proc/%s/comm", entry->d_name);
+		if (atoi(entry->d_name) && slurp(path, comm, sizeof(comm)) &&
+		    !strcmp(comm, "vfio_mock\n"))
+			pid = atoi(entry->d_name);
+	}
+	if (dir)
+		closedir(dir);
+	return pid;
+}
+
+/* Starts a descriptor. */
+static void start(struct __test_metadata *_metadata, const struct mock *m, unsigned int n,
+		  const struct dma_desc *d)
+{
+	dma_set(_metadata, m, n, d);
+	dma_ring(_metadata, m, n);
+}
+
+static void expect_moving(struct __test_metadata *_metadata, const struct mock *m,
+			  unsigned int n)
+{
+	__u64 pos = dma_get(_metadata, m, n).pos;
+
+	dma_wait_moved(_metadata, m, n, pos + (1 << 20));
+}
+
+/* ---- Interrupts and states ---- */
+
+/* Lets the worker run on this CPU, when this thread sleeps, and at no other time. */
+static void share_cpu(struct __test_metadata *_metadata, pid_t pid)
+{
+	const struct sched_param fifo = { .sched_priority = 1 };
+	cpu_set_t one;
+
+	CPU_ZERO(&one);
+	CPU_SET(0, &one);
+	ASSERT_EQ(0, sched_setaffinity(0, sizeof(one), &one));
+	ASSERT_EQ(0, sched_setaffinity(pid, sizeof(one), &one))
+		STEP("keep the worker (%d) on the CPU of the test: %s", pid, strerror(errno));
+	ASSERT_EQ(0, sched_setscheduler(0, SCHED_FIFO, &fifo))
+		STEP("become a thread of real time: %s", strerror(errno));
+}
+
+/*
+ * A descriptor that has ended in the image has raised its interrupt: it was delivered,
+ * or is pending in the image.
+ */
+TEST_F_TIMEOUT(work, image_has_the_interrupt_of_an_ended_descriptor, 600)
+{
+	unsigned int count = mig_times(1000), i, lost = 0, ended[3] = {};
+	struct mock *m = &self->m;
+	int fds[VFIO_MOCK_MSIX_VECTORS], fd;
+	struct dma_desc d;
+	bool p2p = m->dev.flags & VFIO_MIGRATION_P2P;
+
+	open_vectors(_metadata, m, fds);
+	ASSERT_NE(0, worker());
+	share_cpu(_metadata, worker());
+	for (i = 0; i < count; i++) {
+		d = (struct dma_desc){
+			.op = CHURN, .len = 1 + 48 * (i % 1000), .irq_vector = 0,
+		};
+		if (i % 2 && p2p) {
+			/* Aborted while the worker must not run. */
+			ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING_P2P, NULL));
+			start(_metadata, m, 0, &d);
+			set32(m, DMA_ABORT, 0);
+		} else {
+			/* Stopped at any time. */
+			start(_metadata, m, 0, &d);
+			usleep(i % 97);
+		}
+		fd = -1;
+		ASSERT_EQ(0, mig_set_state(&m->dev, STOP_COPY, &fd));
+		d = dma_get(_metadata, m, 0);
+		if (!dma_owned(&d)) {
+			ended[d.status == VFIO_MOCK_DMA_ABORTED]++;
+			lost += !taken(fds[0]) &&
+				!(get(_metadata, m, BAR0, VFIO_MOCK_MSIX_PBA, 8) & 1);
+		} else {
+			ended[2]++;
+			EXPECT_EQ(0U, taken(fds[0]))
+				PROMISE("a descriptor that has not ended raises no interrupt");
+		}
+		close(fd);
+		ASSERT_EQ(0, mig_reset(&m->dev));
+		/* What was pending is gone now. */
+		taken(fds[0]);
+	}
+	EXPECT_EQ(0U, lost)
+		PROMISE("a descriptor that has ended has raised its interrupt (%u of %u)", lost,
+			count);
+	TH_LOG("%u complete, %u aborted, %u not ended", ended[0], ended[1], ended[2]);
+}
+
+static void on_signal(int sig)
+{
+	(void)sig;
+}
+
+/* A thread that changes the state and back, and is sent signals. */
+struct changer {
+	pthread_t thread;
+	struct mig_device *dev;
+	unsigned int count;
+	int ret;
+	atomic_bool done;
+};
+
+static void *changer_main(void *arg)
+{
+	struct changer *c = arg;
+	unsigned int i;
+
+	for (i = 0; i < c->count && !c->ret; i++)
+		c->ret = mig_set_state(c->dev, i % 2 ? RUNNING : RUNNING_P2P, NULL);
+	atomic_store(&c->done, true);
+	return NULL;
+}
+
+/* A signal that is not fatal has no effect on a state change, nor on the DMA after it. */
+TEST_F_TIMEOUT(work, signals_do_not_fail_state_changes, 120)
+{
+	struct mock *m = &self->m;
+	struct changer c = { .dev = &m->dev, .count = 2 * mig_times(2000) };
+	struct sigaction action = { .sa_handler = on_signal };
+	struct dma_desc d = busy;
+	unsigned int n;
+
+	NEED_P2P(&m->dev);
+	ASSERT_EQ(0, sigaction(SIGUSR1, &action, NULL));
+	for (n = 0; n < 4; n++) {
+		d.addr = n * d.len;
+		start(_metadata, m, n, &d);
+	}
+	ASSERT_EQ(0, pthread_create(&c.thread, NULL, changer_main, &c));
+	while (!atomic_load(&c.done)) {
+		pthread_kill(c.thread, SIGUSR1);
+		usleep(20);
+	}
+	ASSERT_TRUE(joined(c.thread));
+	EXPECT_EQ(0, c.ret)
+		PROMISE("SET_STATE fails with an errno of the uAPI, not %d", c.ret);
+	for (n = 0; n < 4; n++)
+		expect_moving(_metadata, m, n);
+}
+
+/* A thread that stops the device, which takes as long as its DMA. */
+static void *stop_main(void *arg)
+{
+	struct changer *c = arg;
+
+	c->ret = mig_set_state(c->dev, STOP, NULL);
+	return NULL;
+}
+
+static void *reset_main(void *arg)
+{
+	struct changer *c = arg;
+
+	c->ret = mig_reset(c->dev);
+	return NULL;
+}
+
+/*
+ * RESET ends a transfer that waits for a page fault, also in a piece that begins
+ * after the RESET, beside a state change that waits for the transfer.
+ */
+TEST_F_TIMEOUT(work, reset_beside_a_state_change_ends, 240)
+{
+	unsigned int count = mig_times(100), i;
+	struct mock *m = &self->m;
+	const __u64 before = 64 << 10;
+	struct changer stop, reset;
+	struct mig_stall stall;
+	struct dma_desc d = {
+		.op = FILL, .iova = 0, .len = before + PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+
+	if (mig_stall_start(&stall))
+		SKIP(return, "no userfaultfd");
+	ASSERT_EQ(0, mig_dma_map(&m->dev, 0, self->ram.mem, before, RW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, before, stall.page, PAGE, RW));
+	for (i = 0; i < count; i++) {
+		stop = (struct changer){ .dev = &m->dev };
+		reset = (struct changer){ .dev = &m->dev };
+		start(_metadata, m, 0, &d);
+		usleep(7 * (i % 16));
+		ASSERT_EQ(0, pthread_create(&stop.thread, NULL, stop_main, &stop));
+		usleep(3 * (i % 32));
+		ASSERT_EQ(0, pthread_create(&reset.thread, NULL, reset_main, &reset));
+		ASSERT_TRUE(joined(reset.thread))
+			PROMISE("RESET does not wait for a page fault that is not served");
+		ASSERT_TRUE(joined(stop.thread))
+			PROMISE("a state change does not outlast the RESET of what it waits for");
+		EXPECT_EQ(0, reset.ret)
+			PROMISE("RESET works in every state");
+		EXPECT_EQ(0, stop.ret);
+		ASSERT_EQ(0, mig_reset(&m->dev));
+		/* It was interrupted, not its successor. */
+		d.len = before;
+		d = dma_run(_metadata, m, 0, &d);
+		expect_complete(_metadata, &d, "a transfer after RESET");
+		d.len = before + PAGE;
+	}
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, before, PAGE));
+	mig_stall_free(&stall);
+}
+
+/* ---- The rest of the kernel ---- */
+
+/* A worker that always has work keeps no grace period of RCU Tasks from its end. */
+TEST_F_TIMEOUT(work, busy_worker_holds_up_no_grace_period, 120)
+{
+	static const char *const dirs[] = { "/sys/kernel/tracing", "/sys/kernel/debug/tracing" };
+	const char *module = getenv("VFIO_MOCK_MODULE");
+	char path[PATH_MAX], events[100], enable[100];
+	unsigned int i;
+	int fd;
+
+	if (mount("tracefs", dirs[0], "tracefs", 0, NULL) && errno != EBUSY)
+		SKIP(return, "no tracefs: %s", strerror(errno));
+	snprintf(events, sizeof(events), "%s/kprobe_events", dirs[0]);
+	if (!module || access(events, W_OK))
+		SKIP(return, "no kprobes, or no VFIO_MOCK_MODULE");
+	snprintf(path, sizeof(path), "%.*s/vfio_minimal.ko",
+		 (int)(strrchr(module, '/') - module), module);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	ASSERT_LE(0, fd)
+		STEP("open %s: %s", path, strerror(errno));
+	start(_metadata, &self->m, 0, &busy);
+	for (i = 0; i < 3; i++) {
+		ASSERT_EQ(0, write_word(events, "p:vfio_work_test/probe vfs_fsync_range"));
+		snprintf(enable, sizeof(enable), "%s/events/vfio_work_test/probe/enable", dirs[0]);
+		ASSERT_EQ(0, write_word(enable, "1"));
+		expect_moving(_metadata, &self->m, 0);
+		ASSERT_EQ(0, write_word(enable, "0"));
+		ASSERT_EQ(0, write_word(events, "-:vfio_work_test/probe"))
+			STEP("unregister a kprobe");
+		if (syscall(SYS_finit_module, fd, "", 0) && errno == EEXIST)
+			break;
+		ASSERT_EQ(0, syscall(SYS_delete_module, "vfio_minimal", 0))
+			PROMISE("a module can be unloaded beside a worker that is busy: %s",
+				strerror(errno));
+	}
+	close(fd);
+	expect_moving(_metadata, &self->m, 0);
+}
+
+/* Nanoseconds that a task has run. */
+static __u64 run_time(pid_t pid)
+{
+	char path[64], text[128];
+
+	snprintf(path, sizeof(path), "/proc/%d/schedstat", pid);
+	return slurp(path, text, sizeof(text)) ? strtoull(text, NULL, 10) : 0;
+}
+
+static __u64 now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
+}
+
+/* While the system is frozen no work runs, and afterwards it goes on. */
+TEST_F_TIMEOUT(work, worker_freezes_with_the_system, 120)
+{
+	__u64 ran, elapsed;
+	pid_t pid;
+
+	if (access("/sys/power/pm_test", W_OK))
+		SKIP(return, "no CONFIG_PM_DEBUG");
+	start(_metadata, &self->m, 0, &busy);
+	expect_moving(_metadata, &self->m, 0);
+	pid = worker();
+	ran = run_time(pid);
+	if (!ran)
+		SKIP(return, "no CONFIG_SCHED_INFO");
+	ASSERT_EQ(0, write_word("/sys/power/pm_test", "freezer"));
+	elapsed = now();
+	/* Freezes, waits for some seconds, and thaws. */
+	EXPECT_EQ(0, write_word("/sys/power/state", "mem"))
+		PROMISE("a busy worker freezes");
+	elapsed = now() - elapsed;
+	ran = run_time(pid) - ran;
+	ASSERT_EQ(0, write_word("/sys/power/pm_test", "none"));
+	EXPECT_LT(2 * ran, elapsed)
+		PROMISE("no work runs while the system is frozen (%llu of %llu ns)", ran, elapsed);
+	expect_moving(_metadata, &self->m, 0);
+}
+
+/* ---- Who pays ---- */
+
+FIXTURE(payer)
+{
+	char top[64];
+	char group[96];
+	bool mounted;
+};
+
+FIXTURE_SETUP(payer)
+{
+	char path[128];
+
+	strcpy(self->top, "/tmp/vfio_work_test.XXXXXX");
+	ASSERT_NE(NULL, mkdtemp(self->top));
+	if (mount("cgroup2", self->top, "cgroup2", 0, NULL))
+		SKIP(return, "no cgroup2: %s", strerror(errno));
+	self->mounted = true;
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", self->top);
+	if (write_word(path, "+cpu +memory"))
+		SKIP(return, "no controllers of CPU and memory");
+	snprintf(self->group, sizeof(self->group), "%s/opener", self->top);
+	ASSERT_EQ(0, mkdir(self->group, 0755));
+}
+
+FIXTURE_TEARDOWN(payer)
+{
+	if (self->group[0] && rmdir(self->group))
+		EXPECT_EQ(0, errno)
+			PROMISE("nothing is left in the cgroup of the opener after the close");
+	if (self->mounted)
+		umount2(self->top, MNT_DETACH);
+	rmdir(self->top);
+}
+
+/* A value in a file of the cgroup. */
+static __u64 value(struct __test_metadata *_metadata, const char *group, const char *file,
+		   const char *key)
+{
+	char path[128], text[8192], *at;
+
+	snprintf(path, sizeof(path), "%s/%s", group, file);
+	ASSERT_TRUE(slurp(path, text, sizeof(text)))
+		STEP("read %s", path);
+	at = strstr(text, key);
+	ASSERT_NE(NULL, at)
+		STEP("find %s in %s", key, path);
+	return strtoull(at + strlen(key), NULL, 10);
+}
+
+/* Makes this process a member of the cgroup, as one that opens a device. */
+static void join(struct __test_metadata *_metadata, const char *group)
+{
+	char path[128], self[16];
+
+	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
+	snprintf(self, sizeof(self), "%d", getpid());
+	ASSERT_EQ(0, write_word(path, self))
+		STEP("join a cgroup");
+}
+
+/* The worker uses CPU time of the opener's cgroup, whoever else does nothing there. */
+TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
+{
+	struct mock m;
+	int pipes[2], status;
+	__u64 used;
+	pid_t pid;
+	char c;
+
+	if (!getenv("VFIO_MOCK_1M"))
+		SKIP(return, "no VFIO_MOCK_1M");
+	ASSERT_EQ(0, pipe(pipes));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		join(_metadata, self->group);
+		if (mock_open(&m, "VFIO_MOCK_1M", 0, MIG_GROUP))
+			_exit(1);
+		start(_metadata, &m, 0, &busy);
+		write(pipes[1], "", 1);
+		/* Does nothing from now on. */
+		for (;;)
+			pause();
+	}
+	close(pipes[1]);
+	ASSERT_EQ(1, read(pipes[0], &c, 1))
+		STEP("open a device in a cgroup");
+	used = value(_metadata, self->group, "cpu.stat", "usage_usec ");
+	WAIT_FOR(value(_metadata, self->group, "cpu.stat", "usage_usec ") > used + 100000,
+		 "CPU time of the worker is used by the cgroup of the opener");
+	kill(pid, SIGKILL);
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+}
+
+/* What the worker allocates is charged to the cgroup of the opener. */
+TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
+{
+	struct dma_desc d = {
+		.op = FILL, .len = 1, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	struct vfio_device_feature_dma_logging_range range = {
+		.length = ZONES * ZONE,
+	};
+	__u64 granule = PAGE, before, charged;
+	char *mem, slab[] = "slab_unreclaimable ";
+	unsigned int i;
+	struct mock m;
+	int status;
+	pid_t pid;
+
+	if (!getenv("VFIO_MOCK_1M"))
+		SKIP(return, "no VFIO_MOCK_1M");
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		join(_metadata, self->group);
+		if (mock_open(&m, "VFIO_MOCK_1M", 0, MIG_GROUP))
+			_exit(1);
+		mem = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			   -1, 0);
+		for (i = 0; i < ZONES; i++)
+			if (mem == MAP_FAILED || mig_dma_map(&m.dev, i * ZONE, mem, PAGE, RW))
+				_exit(2);
+		if (mig_log_start(&m.dev, &granule, &range, 1))
+			_exit(3);
+		before = value(_metadata, self->group, "memory.stat", slab);
+		for (i = 0; i < ZONES; i++) {
+			d.iova = i * ZONE;
+			dma_run(_metadata, &m, 0, &d);
+		}
+		charged = value(_metadata, self->group, "memory.stat", slab) - before;
+		/* A bit for each page of a zone, at least. */
+		EXPECT_LE(ZONES * ZONE / PAGE / 8, charged)
+			PROMISE("a log of %u zones charges the cgroup of the opener", ZONES);
+		mock_close(&m);
+		_exit(_metadata->exit_code == KSFT_PASS ? 0 : 4);
+	}
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	EXPECT_EQ(0, status)
+		PROMISE("what the worker allocates is charged to the opener");
+}
+
+MIG_HARNESS_MAIN
