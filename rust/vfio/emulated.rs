@@ -274,11 +274,14 @@ impl<T: Operations> Migratable for Opened<T> {
     fn stop(&self) -> Result {
         let gate = &self.endpoint.gate;
         gate.close(Reason::Stopped)?;
-        self.data
-            .stop()
-            .inspect_err(|_| gate.open(Reason::Stopped))?;
+        self.mapped()
+            .try_for_each(StateMemory::freeze)
+            .and_then(|()| self.data.stop())
+            .inspect_err(|_| {
+                self.mapped().for_each(StateMemory::thaw);
+                gate.open(Reason::Stopped);
+            })?;
         self.endpoint.run(false);
-        self.mapped().for_each(StateMemory::freeze);
         Ok(())
     }
 

@@ -6,11 +6,20 @@
 //! when its mark is set already, or when nobody asks for marks. Who streams a page takes it out of
 //! all address spaces first, so that the next store is noticed again.
 //!
+//! The kernel pins a page by a writable mapping, for `O_DIRECT` and the like, and the pin outlives
+//! the mapping. So the reference count of each page that was mapped writable is looked at until it
+//! shows that there is no pin.
+//!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/fs.h`](srctree/include/linux/fs.h)
 
 use super::{
+    dirty_map::{
+        leaf_words,
+        PAGES_PER_WORD, //
+    },
     state::Inner,
+    Memory,
     StateMemory, //
 };
 use crate::{
@@ -19,6 +28,7 @@ use crate::{
         Device,
         Open, //
     },
+    user::cond_resched_killable,
 };
 use core::ops::Range;
 use kernel::{
@@ -69,8 +79,15 @@ impl Place {
 ///
 /// The lock in front of this is taken in page faults, so it must never be held while user memory
 /// is accessed.
+///
+/// # Invariants
+///
+/// A page is mapped writable or pinned for writing only if its bit of `writable` is set. None is set
+/// while `frozen` is.
 pub(super) struct Mappings {
     place: Option<Place>,
+    /// One bit for each page.
+    writable: KVVec<u64>,
     /// Stores are dropped.
     frozen: bool,
     /// What is mapped instead of a page to which a store was dropped.
@@ -81,14 +98,37 @@ pub(super) struct Mappings {
     dropped: u64,
 }
 
+/// Returns those of 64 pages with their bits set in `pages` that somebody else has a reference to.
+/// Bit 0 is page `first` of `memory`. None of them may be mapped.
+fn pinned(memory: &Memory, first: usize, pages: u64) -> u64 {
+    let mut pinned = 0;
+    let mut left = pages;
+    while left != 0 {
+        let bit = left.trailing_zeros() as usize;
+        left &= left - 1;
+        // SAFETY: It is a page of the memory. The count is an atomic that others change.
+        let count = unsafe {
+            (&raw const (*memory.page_struct(first + bit))._refcount.counter).read_volatile()
+        };
+        // One reference is the memory's own.
+        pinned |= u64::from(count > 1) << bit;
+    }
+    pinned
+}
+
 impl Mappings {
-    pub(super) const NONE: Self = Self {
-        place: None,
-        frozen: false,
-        aside: None,
-        aside_used: false,
-        dropped: 0,
-    };
+    /// Makes the mappings of a memory of `pages` pages: none. May sleep. Fails with `ENOMEM`.
+    pub(super) fn new(pages: usize) -> Result<Self> {
+        // INVARIANT: Nothing is mapped.
+        Ok(Self {
+            place: None,
+            writable: KVVec::zeroed(leaf_words(pages), GFP_KERNEL_ACCOUNT)?,
+            frozen: false,
+            aside: None,
+            aside_used: false,
+            dropped: 0,
+        })
+    }
 
     /// Returns how many pages stores were dropped to.
     pub(super) fn dropped(&self) -> u64 {
@@ -97,40 +137,61 @@ impl Mappings {
 
     /// Lets stores through again, and forgets that there were others.
     pub(super) fn reset(&mut self, pages: usize) {
-        self.freeze(false, pages);
+        self.thaw(pages);
         self.dropped = 0;
     }
 
-    /// Takes pages of `memory` out of all address spaces, and returns for which of them, at most
-    /// 64, somebody keeps a reference, by which they may be written to unnoticed: bit 0 for the
-    /// first. May sleep.
-    pub(super) fn unmap(&self, memory: &super::Memory, pages: Range<usize>) -> u64 {
-        let Some(place) = &self.place else {
+    /// Makes sure that stores to pages of `memory` are noticed, and returns which of the pages are
+    /// pinned, so that they may still change unnoticed: bit 0 for the first. May sleep.
+    ///
+    /// `pages` must not cross a multiple of 64.
+    pub(super) fn write_protect(&mut self, memory: &Memory, pages: Range<usize>) -> u64 {
+        let shift = pages.start % PAGES_PER_WORD;
+        let Some(word) = self.writable.get_mut(pages.start / PAGES_PER_WORD) else {
             return 0;
         };
-        place.unmap(pages.clone());
-        let mut busy = 0;
-        for (bit, page) in pages.take(u64::BITS as usize).enumerate() {
-            // SAFETY: It is a page of the memory. The count is an atomic that others change.
-            let count = unsafe {
-                (&raw const (*memory.page_struct(page))._refcount.counter).read_volatile()
-            };
-            // One reference is the memory's own.
-            busy |= u64::from(count > 1) << bit;
+        let mask = (u64::MAX >> (PAGES_PER_WORD - pages.len())) << shift;
+        if *word & mask == 0 {
+            return 0;
         }
-        busy
+        if let Some(place) = &self.place {
+            place.unmap(pages.clone());
+        }
+        let pinned = pinned(memory, pages.start - shift, *word & mask);
+        // INVARIANT: Those that are not pinned are not mapped either.
+        *word = *word & !mask | pinned;
+        pinned >> shift
     }
 
-    /// Drops what is stored by mappings from here on, or lets it through again. May sleep.
-    pub(super) fn freeze(&mut self, frozen: bool, pages: usize) {
-        let was_frozen = core::mem::replace(&mut self.frozen, frozen);
-        if let Some(place) = &self.place {
-            if (frozen && !was_frozen) || (!frozen && self.aside_used) {
-                place.unmap(0..pages);
+    /// Drops what is stored by mappings from here on, unless a page is pinned. Returns whether that
+    /// is so. May sleep.
+    ///
+    /// Fails with `EINTR` if the task was killed.
+    pub(super) fn freeze(&mut self, memory: &Memory) -> Result<bool> {
+        if self.writable.iter().any(|word| *word != 0) {
+            if let Some(place) = &self.place {
+                place.unmap(0..memory.size() / PAGE_SIZE);
             }
         }
-        if !frozen {
-            self.aside_used = false;
+        let mut any = 0;
+        for (index, word) in self.writable.iter_mut().enumerate() {
+            // INVARIANT: Nothing is mapped.
+            *word = pinned(memory, index * PAGES_PER_WORD, *word);
+            any |= *word;
+            cond_resched_killable()?;
+        }
+        // INVARIANT: No bit is set. The lock in front of this keeps the faults away that set one.
+        self.frozen |= any == 0;
+        Ok(self.frozen)
+    }
+
+    /// Lets through what is stored by mappings. May sleep.
+    pub(super) fn thaw(&mut self, pages: usize) {
+        self.frozen = false;
+        if core::mem::take(&mut self.aside_used) {
+            if let Some(place) = &self.place {
+                place.unmap(0..pages);
+            }
         }
     }
 
@@ -182,6 +243,11 @@ impl Inner {
             writable = true;
         } else if write {
             self.changed(page * PAGE_SIZE..(page + 1) * PAGE_SIZE);
+        }
+        if writable && !mappings.frozen {
+            if let Some(word) = mappings.writable.get_mut(page / PAGES_PER_WORD) {
+                *word |= 1 << (page % PAGES_PER_WORD);
+            }
         }
         // SAFETY: This is a page fault on an area that may have such pages, and the page is valid.
         let result = unsafe { bindings::vmf_insert_page_mkwrite(vmf, to_map, writable) };

@@ -26,6 +26,10 @@ use kernel::{
         Mutex,
         SpinLock, //
     },
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
 };
 
 /// How many pages there are to stream, and in how many runs of neighbours within 64 pages.
@@ -97,17 +101,16 @@ impl Tracker {
         self.notifier = Some(notifier);
     }
 
-    /// Holds those of 64 pages whose bits are set, and the others no more, as far as they are in
-    /// `run`.
-    fn hold(&mut self, run: &dirty_map::Run, busy: u64) {
-        if self.held_count == 0 && busy == 0 {
+    /// Holds those pages of `run` whose bits are set, and the others no more. Bit 0 is the first.
+    fn hold(&mut self, run: &dirty_map::Run, pinned: u64) {
+        if self.held_count == 0 && pinned == 0 {
             return;
         }
         // No run crosses a word.
         let shift = run.first % PAGES_PER_WORD;
         let mask = (u64::MAX >> (PAGES_PER_WORD - run.count)) << shift;
         if let Some(word) = self.held.get_mut(run.first / PAGES_PER_WORD) {
-            let new = (*word & !mask) | (busy << shift & mask);
+            let new = (*word & !mask) | (pinned << shift & mask);
             self.held_count += u64::from(new.count_ones());
             self.held_count -= u64::from(word.count_ones());
             *word = new;
@@ -264,11 +267,12 @@ impl StateMemory {
     /// their bytes.
     pub fn new(pages: usize) -> Result<Self> {
         let memory = Arc::new(Memory::new(pages)?, GFP_KERNEL_ACCOUNT)?;
+        let mappings = Mappings::new(pages)?;
         let tracker = Tracker::new(pages)?;
         Ok(Self(Arc::pin_init(
             pin_init!(Inner {
                 memory,
-                mappings <- new_mutex!(Mappings::NONE, "vfio::memory::StateMemory::mappings"),
+                mappings <- new_mutex!(mappings, "vfio::memory::StateMemory::mappings"),
                 tracker <- new_spinlock!(tracker, "vfio::memory::StateMemory"),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -345,13 +349,25 @@ impl StateMemory {
     ///
     /// A page to which a store was dropped reads as anything by that mapping until
     /// [`thaw()`](Self::thaw). What the driver itself writes is not affected.
-    pub(crate) fn freeze(&self) {
-        self.0.mappings.lock().freeze(true, self.pages());
+    ///
+    /// Waits at most 0.1 s for the kernel to unpin pages that it may write to on behalf of a user.
+    /// Fails with `EBUSY` if one is pinned then, and with `EINTR` if the task was killed; no store
+    /// was dropped then.
+    pub(crate) fn freeze(&self) -> Result {
+        let mut waits = 100;
+        while !self.0.mappings.lock().freeze(&self.0.memory)? {
+            if waits == 0 {
+                return Err(EBUSY);
+            }
+            waits -= 1;
+            fsleep(Delta::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Lets the stores of users through again. May sleep.
     pub(crate) fn thaw(&self) {
-        self.0.mappings.lock().freeze(false, self.pages());
+        self.0.mappings.lock().thaw(self.pages());
     }
 
     /// Lets the stores of users through again, because the device was reset. May sleep.
@@ -360,8 +376,10 @@ impl StateMemory {
     }
 
     /// Returns to how many pages stores by mappings were dropped since the last reset, because the
-    /// device was stopped. A page counts once each time that the device stops, and again when the
-    /// stores come by another mapping. May sleep.
+    /// device was stopped. May sleep.
+    ///
+    /// A page counts once each time that the device stops. If stores to it come by several
+    /// mappings, it counts whenever they come by another one than before.
     pub fn dropped(&self) -> u64 {
         self.0.mappings.lock().dropped()
     }
@@ -454,7 +472,7 @@ impl Tracking {
         let inner = &self.0 .0;
         // Held until the pages are out of all address spaces, so that a store sets its page's mark
         // after that mark was cleared.
-        let mappings = inner.mappings.lock();
+        let mut mappings = inner.mappings.lock();
         let mut tracker = inner.tracker.lock();
         let phase = tracker.notifier.as_ref()?.phase();
         if phase == Phase::StopCopy {
@@ -463,9 +481,9 @@ impl Tracking {
         let (run, initial) = tracker.take(max.clamp(1, PAGES_PER_WORD))?;
         drop(tracker);
         let pages = run.first..run.first + run.count;
-        let busy = mappings.unmap(&inner.memory, pages.clone());
+        let pinned = mappings.write_protect(&inner.memory, pages.clone());
         if phase == Phase::PreCopy {
-            inner.tracker.lock().hold(&run, busy);
+            inner.tracker.lock().hold(&run, pinned);
         }
         drop(mappings);
         Some(PageRun {

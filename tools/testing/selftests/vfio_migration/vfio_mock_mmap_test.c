@@ -908,6 +908,7 @@ struct direct_read {
 	int fd;
 	struct iovec iov[2];
 	ssize_t ret;
+	__u8 *file;		/* what it reads: two pages */
 };
 
 static void *direct_read_main(void *arg)
@@ -928,11 +929,33 @@ static void *direct_read_main(void *arg)
 static void take_page_in_hand(struct __test_metadata *_metadata, map_data *self,
 			      struct direct_read *direct, struct mig_stall *stall)
 {
+	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+
+	/* Now, as the inode is locked while the other read() waits. */
+	direct->file = malloc(2 * PAGE);
+	ASSERT_NE(NULL, direct->file);
+	ASSERT_EQ((ssize_t)(2 * PAGE), read(fd, direct->file, 2 * PAGE));
+	close(fd);
 	direct->iov[0] = (struct iovec){ .iov_base = self->map + 7 * PAGE, .iov_len = PAGE };
 	direct->iov[1] = (struct iovec){ .iov_base = stall->page, .iov_len = PAGE };
 	ASSERT_EQ(0, pthread_create(&direct->thread, NULL, direct_read_main, direct));
 	ASSERT_EQ(0, mig_stall_wait(stall))
 		STEP("make a read() wait that has a page of BAR2 in hand");
+}
+
+/* Ends what take_page_in_hand() began, and notes in @page what it did to the page. */
+static void let_page_go(struct __test_metadata *_metadata, struct direct_read *direct,
+			struct mig_stall *stall, __u8 *page)
+{
+	ASSERT_EQ(0, mig_stall_end(stall, direct->file));
+	ASSERT_TRUE(joined(direct->thread));
+	ASSERT_EQ((ssize_t)(2 * PAGE), direct->ret)
+		STEP("read a file past the page cache: %s", strerror(-direct->ret));
+	if (page)
+		memcpy(page, direct->file, PAGE);
+	mig_stall_free(stall);
+	free(direct->file);
+	close(direct->fd);
 }
 
 /* Opens what take_page_in_hand() reads past the page cache, and what stalls it. */
@@ -953,15 +976,10 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 	struct mig_stall stall;
 	struct mock_image parsed;
 	__u64 size, quiet;
-	__u8 file[2 * PAGE];
 	int fd;
 
 	NEED_PRE_COPY(&m->dev);
 	DIRECT_OR_SKIP(&direct, &stall);
-	fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
-	ASSERT_EQ((ssize_t)sizeof(file), read(fd, file, sizeof(file)));
-	close(fd);
-
 	store_at(self, self->map, 0, m->size);
 	fd = go(_metadata, &m->dev, PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
@@ -981,11 +999,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 		PROMISE("a page that is held back does not keep pre-copy from its end");
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0));
 
-	ASSERT_EQ(0, mig_stall_end(&stall, file));
-	ASSERT_TRUE(joined(direct.thread));
-	ASSERT_EQ((ssize_t)sizeof(file), direct.ret)
-		STEP("read a file past the page cache: %s", strerror(-direct.ret));
-	memcpy(m->want + 7 * PAGE, file, PAGE);
+	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
 	expect_both(_metadata, self, "after the read()");
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.dirty_bytes)
@@ -996,7 +1010,6 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 		PROMISE("the stream follows its format: %s", parsed.why);
 	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
 	mock_image_free(&parsed);
-	mig_stall_free(&stall);
 }
 
 /* That is nothing to a session that begins when the page is not in use any more. */
@@ -1007,7 +1020,6 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 	struct mig_stream image = {};
 	struct mig_stall stall;
 	__u64 whole, quiet, size;
-	__u8 file[PAGE];
 	int fd;
 
 	NEED_PRE_COPY(&m->dev);
@@ -1020,9 +1032,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
 	EXPECT_LT(quiet, size);
-	memset(file, 0, sizeof(file));
-	ASSERT_EQ(0, mig_stall_end(&stall, file));
-	ASSERT_TRUE(joined(direct.thread));
+	let_page_go(_metadata, &direct, &stall, NULL);
 	move_on(_metadata, &m->dev, RUNNING);
 	close(fd);
 
@@ -1036,7 +1046,130 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 		PROMISE("a page that a read() had in hand for the last session is no other");
 	close(fd);
 	mig_stream_free(&image);
-	mig_stall_free(&stall);
+}
+
+/* What the kernel has in hand, it has whether or not the memory is still mapped. */
+TEST_F_TIMEOUT(map, pinned_page_is_streamed_again_when_nothing_is_mapped, 60)
+{
+	struct mock *m = &self->m;
+	struct direct_read direct = {};
+	struct mig_stream image = {};
+	struct mig_stall stall;
+	struct mock_image parsed;
+	int fd;
+
+	NEED_PRE_COPY(&m->dev);
+	DIRECT_OR_SKIP(&direct, &stall);
+	store_at(self, self->map, 0, m->size);
+	take_page_in_hand(_metadata, self, &direct, &stall);
+	ASSERT_EQ(0, munmap(self->map, m->size));
+	fd = go(_metadata, &m->dev, PRE_COPY);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
+	expect_memory(_metadata, m, m->want, "after the read()");
+	stop_and_save(_metadata, m, &fd, &image);
+	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
+		PROMISE("the stream follows its format: %s", parsed.why);
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	mock_image_free(&parsed);
+	load_and_run(_metadata, &self->dst.dev, &image, 0);
+	expect_memory(_metadata, &self->dst, m->want, "on the target");
+	close(fd);
+	mig_stream_free(&image);
+}
+
+/* The state that the device stays in if it cannot stop on its way from @state. */
+static __u32 state_before_stop(const struct mock *m, __u32 state)
+{
+	if (!(m->dev.flags & VFIO_MIGRATION_P2P))
+		return state;
+	return state == PRE_COPY ? PRE_COPY_P2P : RUNNING_P2P;
+}
+
+static void expect_pin_refused(struct __test_metadata *_metadata, map_data *self,
+			       __u32 from, __u32 to)
+{
+	struct mock *m = &self->m;
+	__u32 state;
+
+	EXPECT_EQ(-EBUSY, mig_set_state(&m->dev, to, NULL))
+		PROMISE("the device does not stop while the kernel may write to it");
+	ASSERT_EQ(0, mig_get_state(&m->dev, &state));
+	EXPECT_EQ(state_before_stop(m, from), state);
+	ASSERT_EQ(0, mig_set_state(&m->dev, from, NULL))
+		STEP("go on in %s", mig_state_name(from));
+}
+
+TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
+{
+	struct mock *m = &self->m;
+	struct direct_read direct = {};
+	struct mig_stream image = {};
+	struct mig_stall stall;
+	struct mock_image parsed;
+	bool pre_copy = m->dev.flags & VFIO_MIGRATION_PRE_COPY;
+	int fd = -1;
+
+	DIRECT_OR_SKIP(&direct, &stall);
+	store_at(self, self->map, 0, m->size);
+	if (pre_copy) {
+		fd = go(_metadata, &m->dev, PRE_COPY);
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+	}
+	take_page_in_hand(_metadata, self, &direct, &stall);
+	if (pre_copy) {
+		expect_pin_refused(_metadata, self, PRE_COPY, STOP_COPY);
+		/* The session goes on. */
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+		expect_pin_refused(_metadata, self, PRE_COPY, STOP_COPY);
+		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		close(fd);
+	}
+	expect_pin_refused(_metadata, self, RUNNING, STOP);
+	expect_pin_refused(_metadata, self, RUNNING, STOP_COPY);
+	expect_pin_refused(_metadata, self, RUNNING, RESUMING);
+	store_at(self, self->map, 0, 5 * PAGE);
+	EXPECT_EQ(0U, reg64(m, DROPPED))
+		PROMISE("a device that does not stop drops no store");
+	expect_both(_metadata, self, "after the device did not stop");
+
+	image.len = 0;
+	if (pre_copy) {
+		fd = go(_metadata, &m->dev, PRE_COPY);
+		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
+	}
+	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
+	stop_and_save(_metadata, m, &fd, &image);
+	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
+		PROMISE("the stream follows its format: %s", parsed.why);
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	mock_image_free(&parsed);
+	load_and_run(_metadata, &self->dst.dev, &image, 0);
+	expect_memory(_metadata, &self->dst, m->want, "on the target");
+	close(fd);
+	mig_stream_free(&image);
+}
+
+/* Nor does it matter to a reset, and to the next user. */
+TEST_F_TIMEOUT(map, pinned_page_holds_up_no_reset_and_no_close, 60)
+{
+	struct mock *m = &self->m;
+	struct direct_read direct = {};
+	struct mig_stall stall;
+
+	DIRECT_OR_SKIP(&direct, &stall);
+	store_at(self, self->map, 0, m->size);
+	take_page_in_hand(_metadata, self, &direct, &stall);
+	ASSERT_EQ(0, mig_reset(&m->dev))
+		PROMISE("a reset needs no page unpinned");
+	expect_fresh(_metadata, m, "after RESET");
+	ASSERT_EQ(0, munmap(self->map, m->size));
+	mig_close_device(&m->dev);
+	ASSERT_EQ(0, mig_reopen_device(&m->dev))
+		STEP("open the device again: %s", m->dev.why);
+	expect_fresh(_metadata, m, "when it is opened again");
+	let_page_go(_metadata, &direct, &stall, NULL);
+	expect_fresh(_metadata, m, "after the read() of the last user");
 }
 
 /* ---- Storing while the device migrates ---- */
