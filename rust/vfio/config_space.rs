@@ -121,10 +121,20 @@ impl ConfigSpace {
 
     /// Adds a memory BAR of 64 bits, which takes two registers from `index` on.
     ///
-    /// Fails with `EINVAL` if `index` is not 0, 2 or 4, or if `size` in bytes is not a power of
-    /// two of at least 16.
+    /// Fails with `EINVAL`, and says why in the log, if `index` is not 0, 2 or 4, if the device has
+    /// this BAR already, or if `size` in bytes is not a power of two of at least 16.
     pub fn memory_bar(mut self, index: usize, size: u64, prefetchable: bool) -> Result<Self> {
-        if index > 4 || index % 2 != 0 || size < 16 || !size.is_power_of_two() {
+        let why = match self.bars.get(index) {
+            None => "there is no such BAR",
+            Some(_) if index % 2 != 0 => "the register is the upper half of another BAR",
+            Some(bar) if *bar != 0 => "the device has this BAR already",
+            _ if size < 16 || !size.is_power_of_two() => {
+                "the size is not a power of two of at least 16"
+            }
+            _ => "",
+        };
+        if !why.is_empty() {
+            pr_err!("BAR{} of {:#x} bytes: {}\n", index, size, why);
             return Err(EINVAL);
         }
         // The address bits below the size are fixed, by which a user finds the size.
@@ -146,12 +156,41 @@ impl ConfigSpace {
 
     /// Adds the capability MSI-X with `vectors` vectors, whose table and pending bits are in the
     /// BAR `bar`, at these offsets. Accesses to them are served by the
-    /// [`Endpoint`](crate::endpoint::Endpoint).
+    /// [`Endpoint`](crate::endpoint::Endpoint), so the BAR must not be one that users may
+    /// [map](crate::emulated::Operations::mmap): then the device cannot be opened.
     ///
-    /// Fails with `EINVAL` if there are not 1 to 2048 vectors, if there is no such BAR, or if an
-    /// offset is not a multiple of 8.
+    /// Fails with `EINVAL`, and says why in the log, if there are not 1 to 2048 vectors, if the
+    /// device has MSI-X already or does not have that BAR yet, if an offset is not a multiple of 8,
+    /// or if table and pending bits overlap or are not inside of the BAR.
     pub fn msix(mut self, vectors: u32, bar: u32, table: u32, pba: u32) -> Result<Self> {
-        if vectors == 0 || vectors > 2048 || bar > 5 || (table | pba) % 8 != 0 {
+        let size = self.bars.get(bar as usize).copied().unwrap_or(0);
+        let count = vectors as usize;
+        let (at, table_end) = (u64::from(table), u64::from(table) + msix::table_size(count) as u64);
+        let (pba_at, end) = (u64::from(pba), u64::from(pba) + msix::pending_size(count) as u64);
+        let why = if vectors == 0 || vectors > 2048 {
+            "there are not 1 to 2048 vectors"
+        } else if self.msix.vectors != 0 {
+            "the device has MSI-X already"
+        } else if size == 0 {
+            "the device does not have this BAR"
+        } else if (table | pba) % 8 != 0 {
+            "an offset is not a multiple of 8"
+        } else if table_end > size || end > size {
+            "the table or the pending bits are not inside of the BAR"
+        } else if at < end && pba_at < table_end {
+            "the table and the pending bits overlap"
+        } else {
+            ""
+        };
+        if !why.is_empty() {
+            pr_err!(
+                "MSI-X with {} vectors in BAR{}, table at {:#x}, pending bits at {:#x}: {}\n",
+                vectors,
+                bar,
+                table,
+                pba,
+                why
+            );
             return Err(EINVAL);
         }
         self.put(COMMAND, STATUS_CAP_LIST, COMMAND_WRITABLE);

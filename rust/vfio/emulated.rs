@@ -189,8 +189,11 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Returns the memory that is the content of a BAR and may be mapped by mmap(), if there is.
     ///
     /// Stores to a mapping are tracked as writes are, see [`StateMemory`]; the driver does not
-    /// learn of them otherwise. While the device is stopped they are dropped. Always the same for
-    /// the same BAR. Does not sleep. By default there is none.
+    /// learn of them otherwise. While the device is stopped they are dropped.
+    ///
+    /// Called once for each region when the device is opened. The open fails with `EINVAL`, and the
+    /// log says why, if the memory is not as large as the BAR, or if the BAR has the MSI-X table or
+    /// the pending bits, which a mapping would bypass. May sleep. By default there is none.
     fn mmap(_open: &Self::OpenData, _region_index: u32) -> Option<&StateMemory> {
         None
     }
@@ -237,6 +240,8 @@ pub enum Work {
 struct Opened<T: Operations> {
     data: Arc<T::OpenData>,
     endpoint: Arc<Endpoint>,
+    /// The memory of each region that the user may map.
+    mappable: [Option<StateMemory>; region::COUNT as usize],
     #[pin]
     log: dma::Log,
 }
@@ -324,7 +329,12 @@ impl<T: Operations> Migratable for Opened<T> {
 impl<T: Operations> Opened<T> {
     /// Returns the memory that the user may map.
     fn mapped(&self) -> impl Iterator<Item = &StateMemory> {
-        (0..region::COUNT).filter_map(|region_index| T::mmap(&self.data, region_index))
+        self.mappable.iter().flatten()
+    }
+
+    /// Returns the memory of a region, if the user may map it.
+    fn mappable(&self, region_index: u32) -> Option<&StateMemory> {
+        self.mappable.get(region_index as usize)?.as_ref()
     }
 }
 
@@ -352,6 +362,7 @@ impl<T: Operations> worker::Job for ByItself<T> {
             data,
             endpoint,
             log,
+            ..
         } = &*self.opened;
         T::work(data, &Bus::new(device, log, &endpoint.gate))
     }
@@ -465,10 +476,12 @@ impl<T: Operations> Emulated<T> {
         let endpoint = Endpoint::new(self.private.config.clone())?;
         let data = self.private.data.open(endpoint.clone());
         let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
+        let mappable = self.mappable(&data)?;
         let opened = Arc::pin_init(
             try_pin_init!(Opened {
                 data,
                 endpoint,
+                mappable,
                 log <- dma::Log::new(),
             }? Error),
             GFP_KERNEL_ACCOUNT,
@@ -484,6 +497,38 @@ impl<T: Operations> Emulated<T> {
         }
         *self.private.opened.lock() = Some(opened);
         Ok(())
+    }
+
+    /// Asks the driver which memory the user may map.
+    ///
+    /// Fails with `EINVAL`, and says why in the log, if it does not fit the configuration space.
+    fn mappable(
+        &self,
+        data: &T::OpenData,
+    ) -> Result<[Option<StateMemory>; region::COUNT as usize]> {
+        let config = &self.private.config;
+        let mut mappable = [const { None }; region::COUNT as usize];
+        for (index, to_map) in (0..).zip(&mut mappable) {
+            let Some(memory) = T::mmap(data, index) else {
+                continue;
+            };
+            if index == region::CONFIG || config.region_size(index) != memory.size() as u64 {
+                pr_err!(
+                    "{}: memory of {:#x} bytes is not the content of region {}\n",
+                    T::NAME,
+                    memory.size(),
+                    index
+                );
+                return Err(EINVAL);
+            }
+            let msix = config.msix_place();
+            if msix.vectors > 0 && msix.bar == index {
+                pr_err!("{}: BAR{} has MSI-X and cannot be mapped\n", T::NAME, index);
+                return Err(EINVAL);
+            }
+            *to_map = Some(memory.clone());
+        }
+        Ok(mappable)
     }
 
     fn close(&self) {
@@ -514,7 +559,7 @@ impl<T: Operations> Emulated<T> {
         // SAFETY: `vma` is valid.
         let pos = i64::try_from(unsafe { (*vma).vm_pgoff } << PAGE_SHIFT)?;
         let pos = Position::from_file(pos)?;
-        let memory = T::mmap(&opened.data, pos.region_index).ok_or(EINVAL)?;
+        let memory = opened.mappable(pos.region_index).ok_or(EINVAL)?;
         let base = (Position::start_of(pos.region_index) >> PAGE_SHIFT) as usize;
         // SAFETY: By the safety requirements.
         unsafe { mapping::map(memory, device, base, vma) }
@@ -583,16 +628,18 @@ impl<T: Operations> Emulated<T> {
 
     /// Serves `VFIO_DEVICE_GET_INFO`.
     fn get_info(arg: usize) -> Result {
+        let size = size_of::<bindings::vfio_device_info>();
         let (mut reader, mut writer) =
-            UserSlice::new(UserPtr::from_addr(arg), 4 * size_of::<u32>()).reader_writer();
+            UserSlice::new(UserPtr::from_addr(arg), size).reader_writer();
         let argsz = reader.read::<u32>()?;
         if (argsz as usize) < 4 * size_of::<u32>() {
             return Err(EINVAL);
         }
-        writer.write(&argsz)?;
-        writer.write(&(bindings::VFIO_DEVICE_FLAGS_PCI | bindings::VFIO_DEVICE_FLAGS_RESET))?;
-        writer.write(&region::COUNT)?;
-        writer.write(&irq::COUNT)
+        let flags = bindings::VFIO_DEVICE_FLAGS_PCI | bindings::VFIO_DEVICE_FLAGS_RESET;
+        // There are no capabilities, hence the zeroes for those who know of them.
+        let info = [argsz, flags, region::COUNT, irq::COUNT, 0, 0].map(u32::to_ne_bytes);
+        let info = info.as_flattened();
+        writer.write_slice(&info[..info.len().min(argsz as usize)])
     }
 
     /// Serves `VFIO_DEVICE_GET_IRQ_INFO`.
@@ -862,7 +909,7 @@ impl<T: Operations> VTable<T> {
             bindings::VFIO_REGION_INFO_FLAG_READ | bindings::VFIO_REGION_INFO_FLAG_WRITE
         };
         let opened = this.opened();
-        if opened.is_ok_and(|opened| T::mmap(&opened.data, info.index).is_some()) {
+        if opened.is_ok_and(|opened| opened.mappable(info.index).is_some()) {
             info.flags |= bindings::VFIO_REGION_INFO_FLAG_MMAP;
         }
         0

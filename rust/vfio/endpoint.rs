@@ -25,6 +25,9 @@ use kernel::{
     },
 };
 
+/// Most bytes of the MSI-X table that are copied at once, with interrupts disabled.
+const BLOCK: usize = 1 << 10;
+
 /// The PCI side of an open device: its configuration space and its interrupts.
 ///
 /// The front end serves the user's accesses to it; a driver signals interrupts, and saves and loads
@@ -173,7 +176,8 @@ impl Endpoint {
     pub(crate) fn read_msix(&self, pos: Position, to: &mut [u8]) {
         let vectors = self.place.vectors as usize;
         let (bytes, offset) = self.meet(pos, to.len(), self.place.table, msix::table_size(vectors));
-        if let Some(to) = to.get_mut(bytes).filter(|to| !to.is_empty()) {
+        let blocks = to.get_mut(bytes).unwrap_or(&mut []).chunks_mut(BLOCK);
+        for (offset, to) in (offset..).step_by(BLOCK).zip(blocks) {
             self.irqs.msix(|msix| msix.read_table(offset, to));
         }
         let (bytes, offset) = self.meet(
@@ -192,7 +196,8 @@ impl Endpoint {
     pub(crate) fn write_msix(&self, pos: Position, from: &[u8]) {
         let size = msix::table_size(self.place.vectors as usize);
         let (bytes, offset) = self.meet(pos, from.len(), self.place.table, size);
-        if let Some(from) = from.get(bytes).filter(|from| !from.is_empty()) {
+        let blocks = from.get(bytes).unwrap_or(&[]).chunks(BLOCK);
+        for (offset, from) in (offset..).step_by(BLOCK).zip(blocks) {
             self.irqs.msix(|msix| msix.write_table(offset, from));
         }
     }

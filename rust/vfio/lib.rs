@@ -187,6 +187,9 @@
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h),
 //! [`include/linux/mdev.h`](srctree/include/linux/mdev.h)
 
+/// What messages of the crate begin with that are about no device.
+const __LOG_PREFIX: &[u8] = b"vfio\0";
+
 #[path = "../bindings/mod.rs"]
 mod bindings;
 #[path = "../compat.rs"]

@@ -156,8 +156,9 @@ where
 
     /// Copies from the table what is at `offset`. What is behind the end is left as it is.
     pub fn read_table(&self, offset: usize, to: &mut [u8]) {
-        let table = self.vectors.iter().flat_map(|vector| &vector.entry);
-        for (to, from) in to.iter_mut().zip(table.skip(offset)) {
+        let vectors = self.vectors.iter().skip(offset / ENTRY_SIZE);
+        let table = vectors.flat_map(|vector| &vector.entry);
+        for (to, from) in to.iter_mut().zip(table.skip(offset % ENTRY_SIZE)) {
             *to = *from;
         }
     }
@@ -167,11 +168,14 @@ where
         if !self.running {
             return;
         }
-        let table = self.vectors.iter_mut().flat_map(|vector| &mut vector.entry);
-        for (to, from) in table.skip(offset).zip(from) {
+        let first = offset / ENTRY_SIZE;
+        let vectors = self.vectors.iter_mut().skip(first);
+        let table = vectors.flat_map(|vector| &mut vector.entry);
+        for (to, from) in table.skip(offset % ENTRY_SIZE).zip(from) {
             *to = *from;
         }
-        self.settle(0..self.vectors.len());
+        let end = (offset + from.len()).div_ceil(ENTRY_SIZE);
+        self.settle(first..end.min(self.vectors.len()));
     }
 
     /// Copies from the pending bit array what is at `offset`. What is behind the end is left as it

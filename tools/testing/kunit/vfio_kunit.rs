@@ -583,3 +583,78 @@ mod stream_tests {
         Ok(())
     }
 }
+
+#[kunit_tests(vfio_config_space)]
+mod config_space_tests {
+    use kernel::prelude::*;
+    use vfio::{
+        config_space::{
+            ConfigSpace,
+            Id, //
+        },
+        region::{
+            BAR0,
+            BAR2,
+            BAR4, //
+        },
+    };
+
+    fn space() -> ConfigSpace {
+        ConfigSpace::new(Id {
+            vendor: 0x1af4,
+            device: 0x10f0,
+            class: 0xff_0000,
+        })
+    }
+
+    /// A device with a BAR of 16 KiB and one of 1 MiB.
+    fn with_bars() -> Result<ConfigSpace> {
+        space()
+            .memory_bar(BAR0 as usize, 0x4000, false)?
+            .memory_bar(BAR2 as usize, 0x10_0000, true)
+    }
+
+    #[test]
+    fn bar_is_refused_where_it_cannot_be() -> Result {
+        for index in [1, 3, 5, 6, usize::MAX] {
+            assert!(space().memory_bar(index, 0x1000, false).is_err());
+        }
+        for size in [0, 8, 15, 17, 0x1800, u64::MAX] {
+            assert!(space().memory_bar(0, size, false).is_err());
+        }
+        assert!(with_bars()?.memory_bar(0, 0x4000, false).is_err());
+        assert!(with_bars()?.memory_bar(BAR4 as usize, 16, false).is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn msix_is_refused_where_it_cannot_be() -> Result {
+        let msix = |vectors, bar, table, pba| with_bars()?.msix(vectors, bar, table, pba);
+
+        // Its ends meet each other and that of the BAR.
+        assert!(msix(4, BAR0, 0x1000, 0x2000).is_ok());
+        assert!(msix(4, BAR0, 0x3fb8, 0x3ff8).is_ok());
+        assert!(msix(4, BAR0, 8, 0).is_ok());
+        assert!(msix(2048, BAR2, 0xf_8000, 0).is_ok());
+        for vectors in [0, 2049, u32::MAX] {
+            assert!(msix(vectors, BAR2, 0, 0x8_0000).is_err());
+        }
+        // Upper halves, a BAR that the device does not have, and none.
+        for bar in [1, 3, BAR4, 5, 6, u32::MAX] {
+            assert!(msix(4, bar, 0x1000, 0x2000).is_err());
+        }
+        assert!(msix(4, BAR0, 0x1004, 0x2000).is_err());
+        assert!(msix(4, BAR0, 0x1000, 0x2004).is_err());
+        // Outside of the BAR.
+        assert!(msix(4, BAR0, 0x3fc8, 0).is_err());
+        assert!(msix(4, BAR0, 0, 0x4000).is_err());
+        assert!(msix(65, BAR0, 0, 0x3ff8).is_err());
+        assert!(msix(4, BAR0, u32::MAX - 7, 0).is_err());
+        // Over each other.
+        assert!(msix(4, BAR0, 0x1000, 0x1000).is_err());
+        assert!(msix(4, BAR0, 0x1000, 0x1038).is_err());
+        assert!(msix(65, BAR0, 0x1000, 0xff8).is_err());
+        assert!(msix(4, BAR0, 0, 0x2000)?.msix(4, BAR2, 0, 0x1000).is_err());
+        Ok(())
+    }
+}

@@ -34,7 +34,10 @@ pub(crate) fn target(data: &[u8]) {
 
     for _ in 0..input.below(4) {
         let (index, size) = (input.below(7), input.number());
-        let good = [0, 2, 4].contains(&index) && size >= 16 && size.is_power_of_two();
+        let good = [0, 2, 4].contains(&index)
+            && sizes[index] == 0
+            && size >= 16
+            && size.is_power_of_two();
         let with = space.clone().memory_bar(index, size, input.bool());
 
         assert_eq!(with.is_ok(), good);
@@ -46,7 +49,17 @@ pub(crate) fn target(data: &[u8]) {
     if input.bool() {
         let (vectors, bar) = (input.number() as u32, input.below(8) as u32);
         let (table, pending) = (input.number() as u32, input.number() as u32);
-        let good = (1..=2048).contains(&vectors) && bar < 6 && table % 8 == 0 && pending % 8 == 0;
+        let size = sizes.get(bar as usize).copied().unwrap_or(0);
+        let (at, end) = (u64::from(table), u64::from(table) + u64::from(vectors) * 16);
+        let (pending_at, pending_end) = (
+            u64::from(pending),
+            u64::from(pending) + u64::from(vectors.div_ceil(64)) * 8,
+        );
+        let good = (1..=2048).contains(&vectors)
+            && table % 8 == 0
+            && pending % 8 == 0
+            && end.max(pending_end) <= size
+            && (end <= pending_at || pending_end <= at);
         let with = space.clone().msix(vectors, bar, table, pending);
 
         assert_eq!(with.is_ok(), good);

@@ -9,8 +9,16 @@ pub mod page {
     pub const PAGE_SIZE: usize = 4096;
 }
 
+/// As the kernel's, which nobody reads here.
+macro_rules! pr_err {
+    ($($args:tt)*) => {
+        let _ = format_args!($($args)*);
+    };
+}
+
 /// As the kernel's.
 pub mod prelude {
+    pub(crate) use pr_err;
     use std::{
         cell::Cell,
         ops::{
