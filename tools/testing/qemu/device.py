@@ -33,6 +33,18 @@ VFIO_DEVICE_FEATURE_SET = 1 << 17
 VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE = 2
 VFIO_DEVICE_STATE_STOP = 1
 
+# The names that VFIO_DEVICE_STATE_* have without their prefix.
+STATES = (
+    "ERROR",
+    "STOP",
+    "RUNNING",
+    "STOP_COPY",
+    "RESUMING",
+    "RUNNING_P2P",
+    "PRE_COPY",
+    "PRE_COPY_P2P",
+)
+
 DEVICE_FILE = re.compile(r"anon_inode:\[vfio-device\]|/dev/vfio/devices/.*")
 STREAM_FILE = re.compile(r"anon_inode:.*mig.*")
 

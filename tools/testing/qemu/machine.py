@@ -20,16 +20,17 @@ END_TIMEOUT = 5
 
 PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
 
-# What QEMU's trace tells of the DMA log that devices keep.
+# What QEMU's trace tells of the DMA log that devices keep; the name of the
+# second event depends on the version.
 LOG_START = re.compile(r"vfio_device_dirty_tracking_start ")
-LOG_PAGES = re.compile(r"vfio_get_dirty_bitmap .* dirty_pages=(\d+)")
+LOG_PAGES = re.compile(r"vfio_\w+_dirty_bitmap .* dirty_pages=(\d+)")
 TRACES = (
     "vfio_migration*",
     "vfio_save*",
     "vfio_load*",
     "vfio_state*",
     "vfio_device_dirty_tracking_start",
-    "vfio_get_dirty_bitmap",
+    "vfio_*_dirty_bitmap",
 )
 
 
@@ -216,10 +217,6 @@ class Machine:
             return f"{self.name} QEMU was killed by {name}"
         return f"{self.name} QEMU ended with status {status}"
 
-    def way(self, number):
-        """The states that one device reached, in order."""
-        return [state for n, state in self.states if n == number]
-
     def dma_log(self):
         """How often QEMU started the DMA logs, and the pages it found there."""
         trace = "\n".join(self.read("trace"))
@@ -268,6 +265,15 @@ class Machine:
         for event in self.qmp.events:
             what, data = event["event"], event.get("data", {})
             yield f"{self.name} event: {what} {data}"
+        if not self.qmp.closed:
+            # Where a guest hangs; one that reset itself has forgotten it.
+            line = {"command-line": "info registers"}
+            with contextlib.suppress(QmpError):
+                for row in self.qmp.command(
+                    "human-monitor-command", line
+                ).splitlines():
+                    if "IP=" in row or "SP=" in row:
+                        yield f"{self.name} CPU: {row}"
         for title in ("stderr", "console", "trace"):
             for line in ends(self.read(title)):
                 yield f"{self.name} {title}: {line}"
