@@ -69,6 +69,7 @@ MOCK = Kind(
 
 # The DMA descriptors of a vfio_mock in its registers, and how one is going.
 DMA_DESCRIPTORS = range(0x400, 0x800, 0x40)
+DMA_PERIOD = 0x28
 DMA_STATUS = 0x30
 DMA_QUEUED = 1
 DMA_ACTIVE = 2
@@ -176,12 +177,19 @@ def finish_loading(pid, mdev):
 
 
 def dma_under_way(registers):
-    """How many transfers have not begun, and how many go on without end."""
-    states = [
-        struct.unpack_from("<I", registers, descriptor + DMA_STATUS)[0]
-        for descriptor in DMA_DESCRIPTORS
-    ]
-    return states.count(DMA_QUEUED), states.count(DMA_ACTIVE)
+    """How many transfers are not at their end, and how many have none.
+
+    One that has an end may be half-way when the device stops.
+    """
+    ending = endless = 0
+    for descriptor in DMA_DESCRIPTORS:
+        (status,) = struct.unpack_from("<I", registers, descriptor + DMA_STATUS)
+        (period,) = struct.unpack_from("<I", registers, descriptor + DMA_PERIOD)
+        if status == DMA_ACTIVE and period:
+            endless += 1
+        elif status in (DMA_QUEUED, DMA_ACTIVE):
+            ending += 1
+    return ending, endless
 
 
 def read_region(pid, mdev, index):
