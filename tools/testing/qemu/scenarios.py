@@ -25,6 +25,7 @@ sys.dont_write_bytecode = True
 import device
 from machine import Failure, Guest, Machine, wait
 from qmp import QmpError
+from standstill import standstills
 from view import View, size
 
 BOOT_TIMEOUT = 240
@@ -638,6 +639,13 @@ def parse(argv):
         default=8,
         help="limit in MiB/s of a migration to be cancelled",
     )
+    add(
+        "--standstills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="stop the CPUs of an emulated machine N times per second",
+    )
     add("--tap", action="store_true", help="print TAP")
     add("--columns", type=int, default=0, help="width of the terminal, if any")
     options = parser.parse_args(argv)
@@ -652,6 +660,8 @@ def parse(argv):
 def main(argv):
     """Runs the scenarios; status 0 only if all of them pass."""
     options = parse(argv)
+    if options.standstills:
+        standstills(options.standstills)
     names = options.scenario
     if options.tap:
         view = View(prefix="# ")

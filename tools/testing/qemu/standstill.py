@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Stops all CPUs of a machine that QEMU emulates, many times per second.
+
+QEMU does a locked operation on an address that is not aligned with all other
+CPUs stopped. It is when they go on that guests of KVM in such a machine come to
+harm, see tools/testing/vm/leave-kvm-guest.
+"""
+
+import ctypes
+import mmap
+import threading
+import time
+
+# lock incq (%rdi); ret
+LOCKED_INC = bytes.fromhex("f048ff07c3")
+
+
+def _address(area):
+    return ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+
+def standstills(rate):
+    """Begins with `rate` of them per second, until the program ends."""
+    prot = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=prot)
+    code.write(LOCKED_INC)
+    words = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+
+    def run(code, words):
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address(code))
+        across = _address(words) + mmap.PAGESIZE - 4
+        while True:
+            call(across)
+            time.sleep(1 / rate)
+
+    threading.Thread(target=run, args=(code, words), daemon=True).start()
