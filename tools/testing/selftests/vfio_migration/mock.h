@@ -122,8 +122,13 @@ static inline int mock_open(struct mock *m, const char *name, int which,
 }
 
 /* The core has the bitmaps of a DMA log from iommufd: without it there is no log. */
+static inline bool mock_has_log(void)
+{
+	return !access("/dev/iommu", F_OK);
+}
+
 #define NEED_IOMMUFD_FOR_LOG() do {						\
-	if (access("/dev/iommu", F_OK))						\
+	if (!mock_has_log())							\
 		SKIP(return, "a kernel without iommufd has no DMA log");	\
 } while (0)
 
