@@ -44,11 +44,11 @@ pub(crate) use generated::{
     rust_helper_cond_resched_tasks_rcu_qs as cond_resched_tasks_rcu_qs,
     rust_helper_fatal_signal_pending as fatal_signal_pending,
     rust_helper_get_mem_cgroup_from_mm as get_mem_cgroup_from_mm,
-    rust_helper_iova_bitmap_set as iova_bitmap_set,
     rust_helper_mem_cgroup_put as mem_cgroup_put,
     rust_helper_set_active_memcg as set_active_memcg,
     rust_helper_set_freezable as set_freezable,
     rust_helper_try_to_freeze as try_to_freeze,
+    rust_helper_vfio_iova_bitmap_set as vfio_iova_bitmap_set,
     *, //
 };
 pub(crate) use kernel::bindings::*;

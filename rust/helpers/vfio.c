@@ -15,61 +15,69 @@
 
 #include "vfio.h"
 
-/* Without CONFIG_IOMMUFD_DRIVER it is an inline function that does nothing. */
-void rust_helper_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
-				 size_t length)
+/*
+ * Has a name of its own: generic code is compiled as a part of a driver, which would
+ * have to import the namespace of iova_bitmap_set().
+ */
+__rust_helper void rust_helper_vfio_iova_bitmap_set(struct iova_bitmap *bitmap,
+						    unsigned long iova,
+						    size_t length)
 {
 	iova_bitmap_set(bitmap, iova, length);
 }
 
-void rust_helper_cond_resched_tasks_rcu_qs(void)
+__rust_helper void rust_helper_cond_resched_tasks_rcu_qs(void)
 {
 	cond_resched_tasks_rcu_qs();
 }
 
-void rust_helper_cond_resched(void)
+__rust_helper void rust_helper_cond_resched(void)
 {
 	cond_resched();
 }
 
-int rust_helper_fatal_signal_pending(struct task_struct *task)
+__rust_helper int rust_helper_fatal_signal_pending(struct task_struct *task)
 {
 	return fatal_signal_pending(task);
 }
 
-void rust_helper_allow_kernel_signal(int sig)
+__rust_helper void rust_helper_allow_kernel_signal(int sig)
 {
 	allow_kernel_signal(sig);
 }
 
-bool rust_helper_set_freezable(void)
+__rust_helper bool rust_helper_set_freezable(void)
 {
 	return set_freezable();
 }
 
-bool rust_helper_try_to_freeze(void)
+__rust_helper bool rust_helper_try_to_freeze(void)
 {
 	return try_to_freeze();
 }
 
-int rust_helper_cgroup_attach_task_all(struct task_struct *from, struct task_struct *task)
+__rust_helper int rust_helper_cgroup_attach_task_all(struct task_struct *from,
+						     struct task_struct *task)
 {
 	return cgroup_attach_task_all(from, task);
 }
 
-struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm)
+__rust_helper struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm)
 {
 	return get_mem_cgroup_from_mm(mm);
 }
 
-void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg)
+__rust_helper void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg)
 {
 	mem_cgroup_put(memcg);
 }
 
-struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg)
+__rust_helper struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg)
 {
 	return set_active_memcg(memcg);
 }
 
+/* sparse cannot work out what it asserts. */
+#ifndef __CHECKER__
 MODULE_IMPORT_NS("IOMMUFD");
+#endif

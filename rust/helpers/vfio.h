@@ -1,19 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Prototypes of the helpers for bindgen. Out-of-tree scaffolding: upstream the
- * bindings come from the definitions.
+ * What the helpers have from helpers.c in the kernel, and their prototypes for
+ * bindgen. Out-of-tree scaffolding: upstream the bindings come from the definitions.
  */
 
 #ifndef RUST_HELPERS_VFIO_H
 #define RUST_HELPERS_VFIO_H
+
+#define __rust_helper
 
 struct iova_bitmap;
 struct mem_cgroup;
 struct mm_struct;
 struct task_struct;
 
-void rust_helper_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
-				 size_t length);
+void rust_helper_vfio_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
+				      size_t length);
 void rust_helper_cond_resched_tasks_rcu_qs(void);
 void rust_helper_cond_resched(void);
 int rust_helper_fatal_signal_pending(struct task_struct *task);

@@ -1057,7 +1057,7 @@ impl<T: Operations> VTable<T> {
             let opened = this.opened()?;
             opened.log.report(iova as u64, last as u64, |first, len| {
                 // SAFETY: The bitmap is valid, and no lock is held.
-                unsafe { bindings::iova_bitmap_set(dirty, first as c_ulong, len as usize) };
+                unsafe { bindings::vfio_iova_bitmap_set(dirty, first as c_ulong, len as usize) };
             })?;
             Ok(0)
         })

@@ -211,6 +211,10 @@ pub mod migration;
 pub mod prelude;
 pub mod region;
 
+// The offset of a region does not fit into a `vm_pgoff` of 32 bits, nor a size into an
+// `unsigned long`.
+const _: () = assert!(cfg!(CONFIG_64BIT), "VFIO drivers in Rust need CONFIG_64BIT");
+
 pub use self::{
     device::{
         Device,

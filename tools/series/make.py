@@ -178,7 +178,9 @@ def bindings(step):
 
     Abstractions for VFIO drivers need struct vfio_device and its operations,
     the bus of mediated devices, and anonymous inodes for the file that
-    carries a device's state in a migration.
+    carries a device's state in a migration; and helpers for what bindgen
+    cannot bind. With CONFIG_CFI an enum in the prototype of a callback is a
+    type of its own.
     """
     text = (TOP / "rust/bindings/vfio_bindings.h").read_text()
     for include in re.findall(r"^#include <linux/.*", text, re.MULTILINE):
@@ -187,6 +189,21 @@ def bindings(step):
             include,
             r"#include <linux/(?!hrtimer_types|acpi|gpu_buddy)",
         )
+    text = (TOP / "rust/helpers/vfio.c").read_text()
+    text = re.sub(r'#include (<linux/module.h>|"vfio.h")\n|\n/\* sparse (.*\n)*', "", text)
+    step.write("rust/helpers/vfio.c", re.sub(r"\n{3,}", "\n\n", text))
+    step.sort_in("rust/helpers/helpers.c", '#include "vfio.c"', r'#include "[e-z]')
+    kbuild = (TOP / "Kbuild").read_text()
+    enums = re.findall(r"--newtype-enum (\w+) .*\n.*-enum=\1='\\(.*)' ", kbuild)
+    for name, encoding in enums:
+        step.insert(
+            "rust/bindgen_parameters",
+            "--newtype-enum lru_status",
+            f"--newtype-enum {name}\n"
+            f"--with-attribute-custom-enum={name}='{encoding}'\n",
+            before=True,
+        )
+    step.maintain("rust/helpers/vfio.c")
 
 
 def engine(step):
@@ -222,7 +239,7 @@ KCONFIG = """\
 config RUST_VFIO_ABSTRACTIONS
 	bool "Rust VFIO abstractions"
 	depends on RUST && VFIO=y
-	depends on EVENTFD && SYSFS && !CFI
+	depends on EVENTFD && SYSFS && 64BIT
 	select IOMMUFD_DRIVER if IOMMUFD
 	select VFIO_MDEV
 	help
@@ -392,7 +409,9 @@ def base(source, tree):
         "Documentation/driver-api/index.rst",
         "MAINTAINERS",
         "drivers/vfio/Kconfig",
+        "rust/bindgen_parameters",
         "rust/bindings/bindings_helper.h",
+        "rust/helpers/helpers.c",
         "rust/kernel/lib.rs",
         "samples/rust/Kconfig",
         "samples/rust/Makefile",
