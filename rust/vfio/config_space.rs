@@ -27,6 +27,9 @@ const CAPABILITY: usize = 0x40;
 
 /// In the command register: memory space, bus master, parity, SERR#, INTx disable.
 const COMMAND_WRITABLE: u32 = 0x0546;
+/// In the command register: BARs are decoded; the device may do DMA and send messages.
+const COMMAND_MEMORY: u8 = 1 << 1;
+const COMMAND_MASTER: u8 = 1 << 2;
 /// In the status register, which shares a dword with the command register.
 const STATUS_CAP_LIST: u32 = 1 << 20;
 /// In a base address register: memory anywhere in 64 bits.
@@ -72,6 +75,10 @@ fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
 
 /// The configuration space of a PCI device without INTx.
 ///
+/// When the device is opened and after a reset it is that of power on, with the bit for memory
+/// space set in the command register and that for bus mastering clear, like that of a device that
+/// `vfio-pci` has just opened.
+///
 /// Users find the size of a base address register by writing ones to it, and what the device can
 /// do from the list of capabilities.
 ///
@@ -111,7 +118,7 @@ impl ConfigSpace {
         };
         let ids = u32::from(id.device) << 16 | u32::from(id.vendor);
         this.put(VENDOR_ID, ids, 0);
-        this.put(COMMAND, 0, COMMAND_WRITABLE);
+        this.put(COMMAND, u32::from(COMMAND_MEMORY), COMMAND_WRITABLE);
         this.put(CLASS_REVISION, id.class << 8 | 1, 0);
         this.put(CACHE_LINE_SIZE, 0, 0xff);
         this.put(SUBSYSTEM_VENDOR_ID, ids, 0);
@@ -193,7 +200,8 @@ impl ConfigSpace {
             );
             return Err(EINVAL);
         }
-        self.put(COMMAND, STATUS_CAP_LIST, COMMAND_WRITABLE);
+        let command = STATUS_CAP_LIST | u32::from(COMMAND_MEMORY);
+        self.put(COMMAND, command, COMMAND_WRITABLE);
         self.put(CAPABILITY_LIST, CAPABILITY as u32, 0);
         self.put(CAPABILITY, (vectors - 1) << 16 | CAP_ID_MSIX, MSIX_WRITABLE);
         self.put(CAPABILITY + 4, table | bar, 0);
@@ -223,6 +231,16 @@ impl ConfigSpace {
     /// Tells whether all vectors of MSI-X are masked.
     pub(crate) fn is_function_masked(&self) -> bool {
         self.bytes[MSIX_CONTROL] & self.writable[MSIX_CONTROL] & MSIX_FUNCTION_MASK != 0
+    }
+
+    /// Tells whether memory space is on: accesses to BARs reach the device.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.bytes[COMMAND] & COMMAND_MEMORY != 0
+    }
+
+    /// Tells whether bus mastering is on: the device may do DMA and send messages.
+    pub(crate) fn is_master(&self) -> bool {
+        self.bytes[COMMAND] & COMMAND_MASTER != 0
     }
 
     fn put(&mut self, offset: usize, value: u32, writable: u32) {
@@ -261,16 +279,4 @@ impl ConfigSpace {
         let old = words(&self.bytes).zip(words(&self.writable));
         old.zip(words(bytes))
             .all(|((old, mask), new)| (old ^ new) & !mask == 0)
-    }
-
-    /// Replaces all of it by what is in a stream.
-    ///
-    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device.
-    pub(crate) fn load(&mut self, bytes: &[u8; SIZE]) -> Result {
-        if !self.accepts(bytes) {
-            return Err(EINVAL);
-        }
-        self.bytes = *bytes;
-        Ok(())
-    }
-}
+    }}

@@ -321,7 +321,7 @@ impl<T: Operations> Migratable for Opened<T> {
     fn reset(&self) {
         self.data.reset();
         self.mapped().for_each(StateMemory::reset);
-        self.endpoint.reset();
+        self.endpoint.reset(|on| self.enable(on));
         self.endpoint.gate.reset();
     }
 }
@@ -330,6 +330,11 @@ impl<T: Operations> Opened<T> {
     /// Returns the memory that the user may map.
     fn mapped(&self) -> impl Iterator<Item = &StateMemory> {
         self.mappable.iter().flatten()
+    }
+
+    /// Lets the user's mappings be accessed, or not.
+    fn enable(&self, enabled: bool) {
+        self.mapped().for_each(|memory| memory.enable(enabled));
     }
 
     /// Returns the memory of a region, if the user may map it.
@@ -580,6 +585,7 @@ impl<T: Operations> Emulated<T> {
                     opened.endpoint.read_config(pos.region_offset as usize, to);
                     Ok(())
                 }
+                _ if !opened.endpoint.gate.decodes() => Err(EIO),
                 _ => {
                     T::read(&opened.data, pos, to)?;
                     opened.endpoint.read_msix(pos, to);
@@ -597,9 +603,9 @@ impl<T: Operations> Emulated<T> {
             |index| self.region_size(index),
             |pos, from| match pos.region_index {
                 region::CONFIG => {
-                    opened
-                        .endpoint
-                        .write_config(pos.region_offset as usize, from);
+                    let offset = pos.region_offset as usize;
+                    let enable = |on| opened.enable(on);
+                    opened.endpoint.write_config(offset, from, enable);
                     Ok(())
                 }
                 _ => opened.endpoint.gate.access(|| {

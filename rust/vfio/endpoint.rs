@@ -32,22 +32,32 @@ const BLOCK: usize = 1 << 10;
 ///
 /// The front end serves the user's accesses to it; a driver signals interrupts, and saves and loads
 /// what is in it. The configuration space works while the device is stopped: it belongs to the bus.
+/// The user restores it on the target of a migration, as with `vfio-pci`: what comes by the stream
+/// is compared with it, and never replaces what the user has written.
+///
+/// # The command register
+///
+/// When the device is opened, and after a reset, memory space is on and bus mastering off. Without
+/// memory space accesses to BARs fail with `EIO`, and those by mmap() with `SIGBUS`. Without bus
+/// mastering [`Operations::work`](crate::emulated::Operations::work) is not called, and interrupts
+/// wait. What is under way when one of them is switched off has ended when the write to the register
+/// returns; transfers that take longer than 100 ms fail.
 /// After the last close nothing of it has an effect any more.
 ///
 /// # Interrupts
 ///
 /// An interrupt that cannot be delivered at once waits, and is delivered as soon as it can be: if
-/// the device is stopped (in `STOP`, `STOP_COPY` and `RESUMING`), if the vector is masked, or if
-/// nobody listens to it yet. Several that wait in a vector are delivered as one. Which vectors
+/// the device is stopped (in `STOP`, `STOP_COPY` and `RESUMING`), if bus mastering is off, if the
+/// vector is masked, or if nobody listens to it yet. Several that wait in a vector are delivered as one. Which vectors
 /// have one that waits is in the pending bits, which the user can read in the device's BAR.
 ///
 /// A vector is masked by `VFIO_DEVICE_SET_IRQS`, by its bit in the MSI-X table or by the function
 /// mask in the configuration space. At power on none is: users of VFIO switch MSI-X on and off by
 /// `VFIO_DEVICE_SET_IRQS`, and many never write the table of the device.
 ///
-/// What migrates is what belongs to the device: configuration space, table and pending bits. The
-/// eventfds, and the masks of `VFIO_DEVICE_SET_IRQS`, are the user's, who sets them anew on the
-/// target.
+/// What migrates is what belongs to the device: table and pending bits. The eventfds, the masks of
+/// `VFIO_DEVICE_SET_IRQS`, and the function mask in the configuration space are the user's, who sets
+/// them anew on the target before the device runs.
 ///
 /// # Examples
 ///
@@ -89,7 +99,7 @@ impl Endpoint {
     /// Makes the PCI side of a running device at power on, with its interrupts silent.
     pub(crate) fn new(power_on: ConfigSpace) -> Result<Arc<Self>> {
         let place = power_on.msix_place();
-        Arc::pin_init(
+        let this = Arc::pin_init(
             try_pin_init!(Self {
                 config <- new_mutex!(power_on.clone(), "vfio::endpoint::Endpoint::config"),
                 power_on,
@@ -98,14 +108,17 @@ impl Endpoint {
                 gate: Gate::new()?,
             }? Error),
             GFP_KERNEL_ACCOUNT,
-        )
+        )?;
+        this.follow(&this.power_on);
+        Ok(this)
     }
 
     /// Raises the interrupt of an MSI-X vector. Nothing happens if there is no such vector.
     ///
     /// Does not sleep. May be called in any context but a non-maskable interrupt, in hard
     /// interrupts too, and with locks held: it takes a spinlock with interrupts disabled, and under
-    /// it those of the eventfd's waiters.
+    /// it those of the eventfd's waiters. With `PREEMPT_RT` these locks sleep, so that it must be
+    /// called from a thread, which handlers of interrupts are there.
     pub fn signal(&self, vector: u32) {
         self.irqs.signal(vector);
     }
@@ -116,11 +129,10 @@ impl Endpoint {
     }
 
     /// Lets [`Operations::work`](crate::emulated::Operations::work) be called again, as soon as the
-    /// device may work. Process context or softirq-safe locks are not needed: it does not sleep, but
-    /// must not be called in interrupts.
+    /// device may work. Does not sleep. Must not be called in interrupts.
     ///
-    /// Not needed when the device runs again after it was stopped, quiesced or reset: the crate
-    /// does it.
+    /// Not needed when the device runs again after it was stopped, quiesced or reset, or when bus
+    /// mastering is switched on: the crate does it.
     pub fn wake(&self) {
         self.gate.kick();
     }
@@ -129,7 +141,8 @@ impl Endpoint {
     ///
     /// It may not in the P2P states, unless the driver says that
     /// [it does no peer-to-peer DMA](crate::emulated::Operations::PEER_TO_PEER), nor in `STOP`,
-    /// `STOP_COPY` and `RESUMING`, nor during a reset. Does not sleep. Not for interrupts.
+    /// `STOP_COPY` and `RESUMING`, nor during a reset, nor while bus mastering is off. Does not
+    /// sleep. Not for interrupts.
     pub fn may_work(&self) -> bool {
         self.gate.admits_work()
     }
@@ -145,17 +158,25 @@ impl Endpoint {
         self.config.lock().read(offset, to);
     }
 
-    /// Writes to the configuration space.
-    pub(crate) fn write_config(&self, offset: usize, from: &[u8]) {
+    /// Writes to the configuration space, and tells `enable` whether BARs are decoded now. May
+    /// sleep.
+    ///
+    /// When this returns nothing is under way any more that the write forbids: no DMA, or no access
+    /// to a BAR.
+    pub(crate) fn write_config(&self, offset: usize, from: &[u8], enable: impl FnOnce(bool)) {
         let mut config = self.config.lock();
         config.write(offset, from);
         self.follow(&config);
+        enable(config.is_decoding());
+        drop(config);
+        self.gate.settle();
     }
 
-    /// Puts the function mask into effect. Called with `config` locked.
+    /// Puts what the configuration space says into effect. Called with `config` locked.
     fn follow(&self, config: &ConfigSpace) {
-        let masked = config.is_function_masked();
-        self.irqs.msix(|msix| msix.mask_function(masked));
+        let (masked, master) = (config.is_function_masked(), config.is_master());
+        self.irqs.msix(|msix| msix.configure(masked, master));
+        self.gate.command(config.is_decoding(), master);
     }
 
     /// Returns which bytes of an access of `len` bytes meet the `size` bytes at `base` in the BAR
@@ -203,11 +224,13 @@ impl Endpoint {
     }
 
     /// Brings configuration space, MSI-X table and pending bits into the state of power on, and
-    /// lets interrupts pass. What the user set up by `VFIO_DEVICE_SET_IRQS` stays.
-    pub(crate) fn reset(&self) {
+    /// tells `enable` that BARs are decoded. What the user set up by `VFIO_DEVICE_SET_IRQS` stays.
+    pub(crate) fn reset(&self, enable: impl FnOnce(bool)) {
         let mut config = self.config.lock();
         *config = self.power_on.clone();
         self.irqs.msix(|msix| msix.reset());
+        self.follow(&config);
+        enable(config.is_decoding());
     }
 
     /// Returns the content of the configuration space, for the stream. May sleep.
@@ -215,23 +238,13 @@ impl Endpoint {
         *self.config.lock().save()
     }
 
-    /// Tells whether a configuration space in a stream is of such a device: [`load_config`] would
-    /// succeed. May sleep.
+    /// Tells whether a configuration space in a stream is of such a device: whether it differs in
+    /// nothing that cannot be written. May sleep.
     ///
-    /// [`load_config`]: Self::load_config
+    /// For a driver that loads. There is nothing more to do with it: what can be written belongs to
+    /// the bus, and the user restores it.
     pub fn accepts_config(&self, bytes: &[u8; SIZE]) -> bool {
         self.config.lock().accepts(bytes)
-    }
-
-    /// Replaces the content of the configuration space by what is in a stream.
-    ///
-    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it differs in
-    /// what cannot be written. May sleep.
-    pub fn load_config(&self, bytes: &[u8; SIZE]) -> Result {
-        let mut config = self.config.lock();
-        config.load(bytes)?;
-        self.follow(&config);
-        Ok(())
     }
 
     /// Copies the MSI-X table, and behind it the pending bits, for the stream. Does not sleep.

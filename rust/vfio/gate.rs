@@ -29,6 +29,10 @@ const IDLE: c_uint =
 
 const FOREVER: c_long = c_long::MAX;
 
+/// How long a write to the command register waits for the work under way, in milliseconds, before
+/// it lets the transfers of that work fail.
+const COMMAND_WAIT: u32 = 100;
+
 /// Why a gate is closed for work. Several reasons may hold at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
@@ -36,6 +40,8 @@ pub(crate) enum Reason {
     P2p = 1,
     /// The device is stopped. The gate is closed for accesses, too.
     Stopped = 2,
+    /// Bus mastering is off in the command register.
+    NotMaster = 4,
 }
 
 /// State of a gate, as its lock protects it.
@@ -50,6 +56,8 @@ struct Inner {
     halts: u32,
     /// A call of `work()` is under way.
     working: bool,
+    /// Memory space is on in the command register.
+    decodes: bool,
     /// Number of accesses under way.
     accesses: u32,
     /// Number of writes dropped since the last reset.
@@ -109,12 +117,13 @@ unsafe impl Send for Gate {}
 unsafe impl Sync for Gate {}
 
 impl Gate {
-    /// Makes an open gate.
+    /// Makes a gate of a device that decodes nothing and is no bus master.
     pub(crate) fn new() -> Result<Arc<Self>> {
         let inner = Inner {
-            reasons: 0,
+            reasons: Reason::NotMaster as u32,
             halts: 0,
             working: false,
+            decodes: false,
             accesses: 0,
             dropped: 0,
             kicked: false,
@@ -213,6 +222,43 @@ impl Gate {
         });
     }
 
+    /// Puts the command register into effect: accesses fail unless memory space is on, and the
+    /// gate is closed for work unless bus mastering is on. Does not sleep.
+    ///
+    /// What is under way goes on; [`settle()`](Self::settle) waits for it.
+    pub(crate) fn command(&self, memory: bool, master: bool) {
+        self.change(|inner| {
+            inner.decodes = memory;
+            if master {
+                inner.kicked |= inner.holds(Reason::NotMaster);
+                inner.reasons &= !(Reason::NotMaster as u32);
+            } else {
+                inner.reasons |= Reason::NotMaster as u32;
+            }
+        });
+    }
+
+    /// Waits until nothing is under way that the command register forbids. May sleep.
+    ///
+    /// Work that does not return within [`COMMAND_WAIT`] is interrupted, so that the time does not
+    /// depend on who serves the page faults of the user's memory. Returns early if the task is
+    /// killed.
+    pub(crate) fn settle(&self) {
+        let timeout = msecs_to_jiffies(COMMAND_WAIT) as c_long;
+        let _ = self.wait(KILLABLE, timeout, |inner, due| {
+            let works = inner.working && inner.holds(Reason::NotMaster);
+            if works && due {
+                inner.interrupt();
+            }
+            !works && (inner.decodes || inner.accesses == 0)
+        });
+    }
+
+    /// Returns whether accesses to BARs reach the device. Does not sleep.
+    pub(crate) fn decodes(&self) -> bool {
+        self.inner.lock().decodes
+    }
+
     /// Closes the gate for work and accesses until the result is dropped, and interrupts the work
     /// under way. Nothing is under way when this returns. For a reset. May sleep.
     ///
@@ -239,9 +285,10 @@ impl Gate {
         });
     }
 
-    /// Returns whether a reset is under way. Does not sleep.
+    /// Returns whether the work under way is to return as soon as it can: during a reset, and when
+    /// it was interrupted. Called by the worker. Does not sleep.
     pub(crate) fn is_halted(&self) -> bool {
-        self.inner.lock().halts != 0
+        self.inner.lock().halts != 0 || kernel::current!().signal_pending()
     }
 
     /// Returns whether work may begin. Does not sleep.
@@ -266,8 +313,13 @@ impl Gate {
 
     /// Does an access of the user that may change the device, unless the gate is closed: then the
     /// access is dropped and counted. May sleep if `access` does.
+    ///
+    /// Fails with `EIO` if memory space is off.
     pub(crate) fn access(&self, access: impl FnOnce() -> Result) -> Result {
         let mut inner = self.inner.lock();
+        if !inner.decodes {
+            return Err(EIO);
+        }
         if !inner.admits_accesses() {
             inner.dropped += 1;
             return Ok(());
@@ -278,7 +330,7 @@ impl Gate {
         let mut inner = self.inner.lock();
         inner.accesses -= 1;
         // Else nobody can wait for it.
-        let last = inner.accesses == 0 && !inner.admits_accesses();
+        let last = inner.accesses == 0 && !(inner.decodes && inner.admits_accesses());
         drop(inner);
         if last {
             self.wake();

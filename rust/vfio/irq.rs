@@ -330,7 +330,7 @@ impl Irqs {
             return Ok(());
         }
         for index in (0..count).filter(|index| data.includes(*index)) {
-            inner.msix.signal((start + index) as usize);
+            inner.msix.trigger((start + index) as usize);
         }
         Ok(())
     }

@@ -168,7 +168,9 @@
 //!     fn loaded(&self, loader: &mut ImageLoader) -> Result {
 //!         let (config, bytes) = loader.image()?.split_first_chunk().ok_or(EINVAL)?;
 //!         let bytes = bytes.try_into().map_err(|_| EINVAL)?;
-//!         self.endpoint.load_config(config)?;
+//!         if !self.endpoint.accepts_config(config) {
+//!             return Err(EINVAL);
+//!         }
 //!         self.registers.lock().bytes = bytes;
 //!         Ok(())
 //!     }

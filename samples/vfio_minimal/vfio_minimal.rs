@@ -244,7 +244,9 @@ impl Loader for MinimalLoader {
                 return Err(EINVAL);
             }
             self.ended = true;
-            chip.endpoint.load_config(page.first_chunk().ok_or(EINVAL)?)
+            let config = page.first_chunk().ok_or(EINVAL)?;
+            let accepted = chip.endpoint.accepts_config(config);
+            accepted.then_some(()).ok_or(EINVAL)
         })?;
         // Nor may half a record.
         if self.ended && self.records.is_partial() {

@@ -201,7 +201,6 @@ impl Chip {
             return None;
         }
         Some(State {
-            config: *config,
             registers: Registers::load(registers)?,
             msix: *msix,
             queue: Queue::load(queue.first_chunk()?)?,
@@ -211,7 +210,6 @@ impl Chip {
     /// Brings the device into a state. What `state` holds then means nothing.
     pub(crate) fn restore(&self, state: &mut State) -> Result {
         let mut registers = self.front.lock();
-        self.endpoint.load_config(&state.config)?;
         let save_delay = registers.save_delay;
         *registers = state.registers.clone();
         registers.save_delay = save_delay;
@@ -224,7 +222,6 @@ impl Chip {
 
 /// All of the device's state but its memory, as a device can have it.
 pub(crate) struct State {
-    config: [u8; config_space::SIZE],
     registers: Registers,
     msix: [u8; MSIX_SIZE],
     queue: Queue,

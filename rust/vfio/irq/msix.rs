@@ -73,6 +73,8 @@ pub struct Msix<V> {
     running: bool,
     /// The function mask of the configuration space.
     function_masked: bool,
+    /// Bus mastering is on, so that the device may send messages.
+    master: bool,
 }
 
 impl<L, V> Msix<V>
@@ -80,17 +82,25 @@ where
     L: Listener,
     V: DerefMut<Target = [Vector<L>]>,
 {
-    /// Makes the MSI-X side of a running device.
+    /// Makes the MSI-X side of a running device that is no bus master.
     pub fn new(vectors: V) -> Self {
         Self {
             vectors,
             running: true,
             function_masked: false,
+            master: false,
         }
     }
 
     /// Delivers what waits in these vectors and can be delivered.
     fn settle(&mut self, vectors: Range<usize>) {
+        if self.master {
+            self.deliver(vectors);
+        }
+    }
+
+    /// As [`settle()`](Self::settle), whether the device is a bus master or not.
+    fn deliver(&mut self, vectors: Range<usize>) {
         if !self.running || self.function_masked {
             return;
         }
@@ -113,6 +123,15 @@ where
         self.settle(vector..vector.saturating_add(1));
     }
 
+    /// Raises an interrupt for the user, as `VFIO_DEVICE_SET_IRQS` does. No message is sent for it,
+    /// so that it does not matter whether the device is a bus master.
+    pub fn trigger(&mut self, vector: usize) {
+        if let Some(vector) = self.vectors.get_mut(vector) {
+            vector.pending = true;
+        }
+        self.deliver(vector..vector.saturating_add(1));
+    }
+
     /// Sets who listens to a vector, and returns who did before.
     pub fn listen(&mut self, vector: usize, listener: Option<L>) -> Option<L> {
         let old = match self.vectors.get_mut(vector) {
@@ -131,9 +150,11 @@ where
         self.settle(vector..vector.saturating_add(1));
     }
 
-    /// Masks or unmasks all vectors, as the configuration space does.
-    pub fn mask_function(&mut self, masked: bool) {
+    /// Follows the configuration space: masks or unmasks all vectors, and lets the device send
+    /// messages or not. Interrupts that it cannot send wait.
+    pub fn configure(&mut self, masked: bool, master: bool) {
         self.function_masked = masked;
+        self.master = master;
         self.settle(0..self.vectors.len());
     }
 
@@ -151,6 +172,7 @@ where
             vector.pending = false;
         }
         self.function_masked = false;
+        self.master = false;
         self.running = true;
     }
 

@@ -88,6 +88,8 @@ pub(super) struct Mappings {
     place: Option<Place>,
     /// One bit for each page.
     writable: KVVec<u64>,
+    /// Accesses raise `SIGBUS`.
+    disabled: bool,
     /// Stores are dropped.
     frozen: bool,
     /// What is mapped instead of a page to which a store was dropped.
@@ -123,6 +125,7 @@ impl Mappings {
         Ok(Self {
             place: None,
             writable: KVVec::zeroed(leaf_words(pages), GFP_KERNEL_ACCOUNT)?,
+            disabled: false,
             frozen: false,
             aside: None,
             aside_used: false,
@@ -133,6 +136,14 @@ impl Mappings {
     /// Returns how many pages stores were dropped to.
     pub(super) fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Lets accesses by mappings fail with `SIGBUS`, or lets them through. May sleep.
+    pub(super) fn enable(&mut self, enabled: bool, pages: usize) {
+        let was_disabled = core::mem::replace(&mut self.disabled, !enabled);
+        if let Some(place) = self.place.as_ref().filter(|_| !enabled && !was_disabled) {
+            place.unmap(0..pages);
+        }
     }
 
     /// Lets stores through again, and forgets that there were others.
@@ -226,7 +237,7 @@ impl Inner {
             .as_ref()
             .and_then(|place| pgoff.checked_sub(place.base))
             .filter(|page| *page < self.memory.size() / PAGE_SIZE);
-        let Some(page) = page else {
+        let Some(page) = page.filter(|_| !mappings.disabled) else {
             return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
         };
 

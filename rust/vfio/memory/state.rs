@@ -365,6 +365,11 @@ impl StateMemory {
         Ok(())
     }
 
+    /// Lets accesses of users by mappings through, or lets them fail with `SIGBUS`. May sleep.
+    pub(crate) fn enable(&self, enabled: bool) {
+        self.0.mappings.lock().enable(enabled, self.pages());
+    }
+
     /// Lets the stores of users through again. May sleep.
     pub(crate) fn thaw(&self) {
         self.0.mappings.lock().thaw(self.pages());

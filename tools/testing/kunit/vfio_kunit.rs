@@ -308,6 +308,7 @@ mod msix_tests {
             vectors.push(Vector::POWER_ON, GFP_KERNEL)?;
         }
         let mut device = Msix::new(vectors);
+        device.configure(false, true);
         assert!(device.listen(69, Some(counter)).is_none());
         Ok(device)
     }
@@ -337,10 +338,11 @@ mod msix_tests {
         let counter = Cell::new(0);
         let mut device = device(&counter)?;
         let mut pending = [0; 1];
-        let reasons: [Hold; 4] = [
+        let reasons: [Hold; 5] = [
             |device, hold| device.run(!hold),
             |device, hold| device.mask(69, hold),
-            |device, hold| device.mask_function(hold),
+            |device, hold| device.configure(hold, true),
+            |device, hold| device.configure(false, !hold),
             |device, hold| device.write_table(69 * 16 + 12, &[u8::from(hold)]),
         ];
 

@@ -48,7 +48,8 @@ enum Step {
     Signal(usize),
     Listen(usize, bool),
     Mask(usize, bool),
-    MaskFunction(bool),
+    Trigger(usize),
+    Configure(bool, bool),
     Run(bool),
     Write(usize, Vec<u8>),
     Reset,
@@ -61,9 +62,10 @@ fn step(vectors: usize) -> impl Strategy<Value = Step> {
 
     prop_oneof![
         8 => any_vector.clone().prop_map(Step::Signal),
+        2 => any_vector.clone().prop_map(Step::Trigger),
         3 => (any_vector.clone(), any::<bool>()).prop_map(|(v, on)| Step::Listen(v, on)),
         3 => (any_vector, any::<bool>()).prop_map(|(v, on)| Step::Mask(v, on)),
-        1 => any::<bool>().prop_map(Step::MaskFunction),
+        2 => (any::<bool>(), any::<bool>()).prop_map(|(m, on)| Step::Configure(m, on)),
         2 => any::<bool>().prop_map(Step::Run),
         3 => (0..table + 8, prop::collection::vec(any::<u8>(), 1..40))
             .prop_map(|(at, bytes)| Step::Write(at, bytes)),
@@ -76,11 +78,12 @@ fn step(vectors: usize) -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The vectors, whether the device runs, and its function mask.
+/// The vectors, whether the device runs, its function mask, and whether it is a bus master.
 struct Models {
     vectors: Vec<Model>,
     running: bool,
     function_masked: bool,
+    master: bool,
 }
 
 impl Models {
@@ -93,8 +96,10 @@ impl Models {
     }
 
     fn apply(&mut self, step: &Step) {
+        let mut triggered = None;
         match step {
-            Step::Signal(v) => {
+            Step::Signal(v) | Step::Trigger(v) => {
+                triggered = matches!(step, Step::Trigger(_)).then_some(*v);
                 if let Some(vector) = self.vectors.get_mut(*v) {
                     vector.pending = true;
                 }
@@ -109,7 +114,10 @@ impl Models {
                     vector.masked = *on;
                 }
             }
-            Step::MaskFunction(on) => self.function_masked = *on,
+            Step::Configure(masked, master) => {
+                self.function_masked = *masked;
+                self.master = *master;
+            }
             Step::Run(on) => self.running = *on,
             Step::Write(at, bytes) if self.running => self.store(*at, bytes),
             Step::Write(..) => (),
@@ -120,6 +128,7 @@ impl Models {
                 }
                 self.running = true;
                 self.function_masked = false;
+                self.master = false;
             }
             Step::Load(table, pending) => {
                 self.store(0, table);
@@ -128,11 +137,11 @@ impl Models {
                 }
             }
         }
-        for vector in &mut self.vectors {
-            let masked = vector.masked || vector.entry[12] & 1 != 0;
+        for (index, vector) in self.vectors.iter_mut().enumerate() {
+            let masked = vector.masked || vector.entry[12] & 1 != 0 || self.function_masked;
+            let sends = self.master || triggered == Some(index);
 
-            if vector.pending && vector.listens && !masked && self.running && !self.function_masked
-            {
+            if vector.pending && vector.listens && !masked && self.running && sends {
                 vector.pending = false;
                 vector.signals += 1;
             }
@@ -171,6 +180,7 @@ proptest! {
             vectors: vec![Model::default(); vectors],
             running: true,
             function_masked: false,
+            master: false,
         };
 
         for step in &steps {
@@ -183,7 +193,8 @@ proptest! {
                     prop_assert_eq!(device.listen(*v, counter).is_some(), listens);
                 }
                 Step::Mask(v, on) => device.mask(*v, *on),
-                Step::MaskFunction(on) => device.mask_function(*on),
+                Step::Trigger(v) => device.trigger(*v),
+                Step::Configure(masked, master) => device.configure(*masked, *master),
                 Step::Run(on) => device.run(*on),
                 Step::Write(at, bytes) => device.write_table(*at, bytes),
                 Step::Reset => device.reset(),

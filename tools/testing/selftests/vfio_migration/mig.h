@@ -76,6 +76,11 @@ int mig_set_state(const struct mig_device *dev, __u32 state, int *data_fd);
 int mig_data_size(const struct mig_device *dev, __u64 *size);
 int mig_opt_in_v2(const struct mig_device *dev);
 int mig_reset(const struct mig_device *dev);
+/*
+ * Switches memory space and bus mastering on in the command register, as a VMM does
+ * for its guest. mig_open(), mig_reopen_device() and mig_reset() do so.
+ */
+int mig_enable(const struct mig_device *dev);
 int mig_precopy_info(int data_fd, struct vfio_precopy_info *info);
 
 int mig_log_start(const struct mig_device *dev, __u64 *page_size,

@@ -17,6 +17,8 @@
 
 #include <linux/iommufd.h>
 
+#include <linux/pci_regs.h>
+
 #include "mig.h"
 
 int mig_patience(void)
@@ -194,6 +196,15 @@ static int ask_device(struct mig_device *dev)
 	return 0;
 }
 
+int mig_enable(const struct mig_device *dev)
+{
+	const __u16 on = PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER;
+	ssize_t ret = mig_region_write(dev, VFIO_PCI_CONFIG_REGION_INDEX, PCI_COMMAND,
+				       &on, sizeof(on));
+
+	return ret < 0 ? ret : 0;
+}
+
 int mig_reopen_device(struct mig_device *dev)
 {
 	int ret;
@@ -205,7 +216,11 @@ int mig_reopen_device(struct mig_device *dev)
 		if (!ret)
 			ret = bind_node(dev);
 	}
-	return ret ? ret : ask_device(dev);
+	if (!ret)
+		ret = ask_device(dev);
+	if (!ret && dev->info.flags & VFIO_DEVICE_FLAGS_PCI)
+		ret = mig_enable(dev);
+	return ret;
 }
 
 static int begin(struct mig_device *dev, const char *sysfs, enum mig_backend backend)
@@ -343,7 +358,11 @@ int mig_opt_in_v2(const struct mig_device *dev)
 
 int mig_reset(const struct mig_device *dev)
 {
-	return do_ioctl(dev->fd, VFIO_DEVICE_RESET, NULL);
+	int ret = do_ioctl(dev->fd, VFIO_DEVICE_RESET, NULL);
+
+	if (!ret && dev->info.flags & VFIO_DEVICE_FLAGS_PCI)
+		ret = mig_enable(dev);
+	return ret;
 }
 
 int mig_precopy_info(int data_fd, struct vfio_precopy_info *info)

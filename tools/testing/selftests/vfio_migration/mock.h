@@ -391,6 +391,15 @@ static inline void stop_and_save(struct __test_metadata *_metadata,
 		PROMISE("MIG_DATA_SIZE in STOP_COPY is exact");
 }
 
+/* Writes to the configuration space what a VMM restores: all of it. */
+static inline void restore_config(struct __test_metadata *_metadata,
+				  const struct mock *m, const struct mock_front *front)
+{
+	ASSERT_EQ((ssize_t)sizeof(front->config),
+		  mock_write(m, CONFIG, 0, front->config, sizeof(front->config)))
+		STEP("write the configuration space of the source to the target");
+}
+
 /* Loads @image into @dst, which then is what @src was, stopped and running. */
 static inline void load_and_compare(struct __test_metadata *_metadata,
 				    struct mock *dst, const struct mig_stream *image,
@@ -406,6 +415,7 @@ static inline void load_and_compare(struct __test_metadata *_metadata,
 	ASSERT_EQ(0, ret)
 		PROMISE("a good image loads in pieces of %zu bytes; write() said %s after %zu of %zu bytes",
 			chunk, strerror(-ret), done, image->len);
+	restore_config(_metadata, dst, front);
 	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL))
 		PROMISE("a good image is accepted at RESUMING -> STOP");
 	close(fd);

@@ -1445,6 +1445,84 @@ TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
 	}
 }
 
+/* Without bus mastering nothing is moved; what waited goes on when it is back. */
+TEST_F_TIMEOUT(dma, needs_bus_mastering, 120)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d, again;
+	int i;
+
+	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_RESET));
+	d = (struct dma_desc){
+		.op = FILL, .iova = IOVA, .len = 8 * PAGE, .step = PAGE, .period = 1,
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	dma_set(_metadata, m, 0, &d);
+	dma_ring(_metadata, m, 0);
+	usleep(20000);
+	d = dma_get(_metadata, m, 0);
+	EXPECT_EQ(0U, d.pos)
+		PROMISE("after a reset the device is no bus master");
+	for (i = 0; i < 20; i++) {
+		put(_metadata, m, CONFIG, 4, 6, 2);
+		d = dma_wait_moved(_metadata, m, 0, d.pos + 1);
+		put(_metadata, m, CONFIG, 4, 2, 2);
+		d = dma_get(_metadata, m, 0);
+		EXPECT_EQ(VFIO_MOCK_DMA_STATUS_PAUSED,
+			  (int)reg32(m, DMA_STATUS) & VFIO_MOCK_DMA_STATUS_PAUSED);
+		usleep(1000);
+		again = dma_get(_metadata, m, 0);
+		EXPECT_EQ(d.pos, again.pos)
+			PROMISE("DMA has ended when the write that switches bus mastering off returns");
+	}
+	/* As with hardware the states of migration are another matter. */
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	again = dma_get(_metadata, m, 0);
+	EXPECT_EQ(d.pos, again.pos)
+		PROMISE("a device that runs again is no bus master for that");
+	put(_metadata, m, CONFIG, 4, 6, 2);
+	dma_wait_moved(_metadata, m, 0, d.pos + 1);
+	ASSERT_EQ(0, mig_reset(&m->dev));
+}
+
+/* A guest that switches bus mastering off does not wait for who serves page faults. */
+TEST_F_TIMEOUT(dma, bus_mastering_off_ends_a_stalled_transfer, 120)
+{
+	struct dma_desc d = {
+		.op = FILL, .iova = 1, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	struct mock *m = &self->m;
+	struct mig_stall stall;
+	struct rescue rescue;
+
+	if (mig_stall_start(&stall))
+		SKIP(return, "no userfaultfd");
+	ASSERT_EQ(0, mig_dma_map(&m->dev, 0, stall.page, PAGE, RW));
+	rescue = (struct rescue){ .stall = &stall };
+	ASSERT_EQ(0, pipe(rescue.done));
+	dma_set(_metadata, m, 0, &d);
+	dma_ring(_metadata, m, 0);
+	ASSERT_EQ(0, mig_stall_wait(&stall))
+		STEP("make the device wait in a page fault");
+	ASSERT_EQ(0, pthread_create(&rescue.thread, NULL, rescue_main, &rescue));
+	put(_metadata, m, CONFIG, 4, 2, 2);
+	close(rescue.done[1]);
+	ASSERT_TRUE(joined(rescue.thread));
+	EXPECT_FALSE(rescue.came)
+		PROMISE("the write does not wait for a page fault that the user does not serve");
+	close(rescue.done[0]);
+	d = dma_get(_metadata, m, 0);
+	EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status)
+		PROMISE("a transfer that takes too long fails");
+	put(_metadata, m, CONFIG, 4, 6, 2);
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, 0, PAGE));
+	d = (struct dma_desc){ .op = CHURN, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE };
+	d = dma_run(_metadata, m, 0, &d);
+	expect_complete(_metadata, &d, "a transfer afterwards");
+	mig_stall_free(&stall);
+}
+
 /* A thread that stops the device, which takes as long as its DMA. */
 struct stopper {
 	pthread_t thread;

@@ -111,6 +111,32 @@ TEST_F(map, region_info_tells_what_can_be_mapped)
 	}
 }
 
+TEST_F(map, mappings_need_memory_space)
+{
+	struct mock *m = &self->m;
+	__u8 before = self->map[PAGE];
+
+	mig_touch_begin();
+	EXPECT_EQ(0, mig_touch(self->map, false));
+	EXPECT_EQ(0, mig_touch(self->map + PAGE, false));
+	put(_metadata, m, CONFIG, 4, 4, 2);
+	EXPECT_EQ(SIGBUS, mig_touch(self->map, false))
+		PROMISE("without memory space a load from a page that was mapped is SIGBUS");
+	EXPECT_EQ(SIGBUS, mig_touch(self->map + PAGE, true))
+		PROMISE("without memory space a store is SIGBUS");
+	EXPECT_EQ(SIGBUS, mig_touch(self->map + 2 * PAGE, false))
+		PROMISE("without memory space a page that was not mapped is SIGBUS");
+	put(_metadata, m, CONFIG, 4, 6, 2);
+	EXPECT_EQ(before, self->map[PAGE])
+		PROMISE("a store without memory space does not reach the device");
+	EXPECT_EQ(0, mig_touch(self->map + 2 * PAGE, true));
+
+	put(_metadata, m, CONFIG, 4, 4, 2);
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	EXPECT_EQ(0, mig_touch(self->map, true))
+		PROMISE("a reset switches memory space on");
+}
+
 /* The errno of mmap(), 0 if it works; what was mapped goes again. */
 static int map_errno(struct mock *m, __u64 offset, size_t len, int prot, int flags)
 {

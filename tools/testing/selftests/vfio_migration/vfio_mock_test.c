@@ -953,6 +953,16 @@ TEST_F(pci, device_info)
 		  m->dev.info.flags & ~VFIO_DEVICE_FLAGS_CAPS);
 	EXPECT_EQ((__u32)VFIO_PCI_NUM_REGIONS, m->dev.info.num_regions);
 	EXPECT_EQ((__u32)VFIO_PCI_NUM_IRQS, m->dev.info.num_irqs);
+	memset(&info, 0xff, sizeof(info));
+	info.argsz = sizeof(info);
+	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
+	EXPECT_EQ(0U, info.cap_offset)
+		PROMISE("cap_offset is written if argsz covers it");
+	memset(&info, 0xff, sizeof(info));
+	info.argsz = 16;
+	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
+	EXPECT_EQ(~0U, info.cap_offset)
+		PROMISE("nothing is written behind argsz");
 	info.argsz = 8;
 	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
 	EXPECT_EQ(EINVAL, errno)
@@ -1363,6 +1373,81 @@ TEST_F(pci, config_space_takes_any_access)
 	put(_metadata, m, CONFIG, 4, 0, 1);
 	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 4, 2) & 7)
 		PROMISE("a byte access to the command register works");
+}
+
+/* ---- The command register ---- */
+
+/* BARs without memory space: as vfio-pci. */
+TEST_F(pci, bars_need_memory_space)
+{
+	struct mock *m = &self->m;
+	__u64 value = 1;
+
+	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_RESET));
+	EXPECT_EQ(2U, get(_metadata, m, CONFIG, 4, 2))
+		PROMISE("a reset leaves memory space on and bus mastering off");
+	set64(m, SCRATCH, 0x1234);
+	put(_metadata, m, CONFIG, 4, 0, 2);
+	EXPECT_EQ(-EIO, mock_read(m, BAR0, 0, &value, 8))
+		PROMISE("without memory space a read of BAR0 fails");
+	EXPECT_EQ(-EIO, mock_read(m, BAR2, 0, m->seen, m->size));
+	EXPECT_EQ(-EIO, mock_write(m, BAR0, VFIO_MOCK_REG_SCRATCH, &value, 8))
+		PROMISE("without memory space a write to BAR0 fails");
+	EXPECT_EQ(-EIO, mock_write(m, BAR0, VFIO_MOCK_MSIX_TABLE, &value, 8));
+	EXPECT_EQ(-EIO, mock_write(m, BAR2, 0, &value, 8));
+	/* The bus does not ask in which state the device is. */
+	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	EXPECT_EQ(-EIO, mock_write(m, BAR2, 0, &value, 8));
+	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 4, 2))
+		PROMISE("states do not change the command register");
+	put(_metadata, m, CONFIG, 4, 2, 1);
+	EXPECT_EQ(0x1234U, reg64(m, SCRATCH))
+		PROMISE("a write without memory space does not reach the device");
+	EXPECT_EQ(0U, get(_metadata, m, BAR0, VFIO_MOCK_MSIX_TABLE, 8));
+	expect_zero_memory(_metadata, m, "after writes without memory space");
+	EXPECT_EQ(0U, reg64(m, DROPPED));
+
+	/* The state of a device is on the other side of its bus. */
+	put(_metadata, m, CONFIG, 4, 0, 2);
+	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_RESET));
+	EXPECT_EQ(0U, reg64(m, SCRATCH))
+		PROMISE("a reset switches memory space on");
+}
+
+/* The order of QEMU and of Cloud Hypervisor, and writes at any other time. */
+TEST_F(mock, config_space_is_what_the_vmm_writes)
+{
+	struct mock *src = &self->src, *dst = &self->dst;
+	struct mig_stream image = {};
+	unsigned int when;
+	int fd;
+
+	populate(_metadata, src, 90);
+	put(_metadata, src, CONFIG, 4, 0x400, 2);
+	take_image(_metadata, &src->dev, &image);
+	for (when = 0; when < 4; when++) {
+		ASSERT_EQ(0, mig_reset(&dst->dev));
+		if (when == 0)
+			put(_metadata, dst, CONFIG, 4, 0x106, 2);
+		fd = go(_metadata, &dst->dev, RESUMING);
+		if (when == 1)
+			put(_metadata, dst, CONFIG, 4, 0x106, 2);
+		load_all(_metadata, fd, &image);
+		/* Here QEMU and Cloud Hypervisor write it. */
+		if (when == 2)
+			put(_metadata, dst, CONFIG, 4, 0x106, 2);
+		ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
+		if (when == 3)
+			put(_metadata, dst, CONFIG, 4, 0x106, 2);
+		move_on(_metadata, &dst->dev, RUNNING);
+		close(fd);
+		EXPECT_EQ(0x106U, get(_metadata, dst, CONFIG, 4, 2))
+			PROMISE("what the VMM wrote to the command register (case %u) stays", when);
+		EXPECT_EQ(0U, get(_metadata, dst, CONFIG, 0x10, 8) >> 4)
+			PROMISE("what the VMM does not restore does not come by the stream");
+	}
+	mig_stream_free(&image);
 }
 
 /* ---- Removal of the mediated device ---- */
