@@ -319,6 +319,130 @@ TEST_F(log, page_that_fails_is_not_logged)
 		expect_report(_metadata, self, i, 0, WINDOW, PAGE);
 }
 
+/* A copy that faults may have written a part of the page. */
+TEST_F(log, page_that_faults_is_logged)
+{
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	ASSERT_EQ(0, mprotect(self->mem + 12 * PAGE, PAGE, PROT_NONE));
+	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 5 * PAGE));
+	EXPECT_TRUE(self->truth[1][11])
+		STEP("have a page in front of it written");
+	wrote(self, 1, 12 * PAGE, PAGE);
+	expect_report(_metadata, self, 1, 0, WINDOW, PAGE);
+}
+
+/* ---- What the log costs ---- */
+
+#define AREA		(4096 * PAGE)	/* what the log has one piece of memory for */
+#define AREAS		8192ULL		/* for how many it has */
+#define AREA_COST	640		/* at most, in bytes */
+#define FAR_APART	(1ULL << 40)	/* where no window is */
+#define WRITES		20000U
+
+static __u64 kernel_memory(struct __test_metadata *_metadata)
+{
+	unsigned long long kib = 0;
+	char line[128];
+	FILE *file = fopen("/proc/meminfo", "r");
+
+	ASSERT_NE(NULL, file);
+	while (fgets(line, sizeof(line), file) &&
+	       sscanf(line, "SUnreclaim: %llu kB", &kib) != 1)
+		;
+	fclose(file);
+	ASSERT_NE(0ULL, kib);
+	return kib << 10;
+}
+
+/* How many bits a REPORT of these areas has; the first of each area is told in @firsts. */
+static __u64 report_areas(struct __test_metadata *_metadata, log_data *self,
+			  __u64 first, __u64 nr, __u64 *firsts)
+{
+	static __u64 bitmap[DESCS * AREA / PAGE / 64];
+	__u64 i, bits = 0;
+
+	memset(bitmap, 0, sizeof(bitmap));
+	ASSERT_EQ(0, mig_log_report(&self->m.dev, FAR_APART + first * AREA, nr * AREA, PAGE,
+				    bitmap));
+	for (i = 0; i < ARRAY_SIZE(bitmap); i++)
+		bits += __builtin_popcountll(bitmap[i]);
+	for (i = 0; i < nr; i++)
+		*firsts += bitmap[i * AREA / PAGE / 64] & 1;
+	return bits;
+}
+
+/*
+ * The device writes a byte to each of @nr areas. The client has one page for all of
+ * them, which it maps at one address after the other. Returns how many were reported.
+ */
+static __u64 write_areas(struct __test_metadata *_metadata, log_data *self, __u64 nr,
+			 bool report)
+{
+	struct mock *m = &self->m;
+	struct dma_desc d = {
+		.op = FILL, .len = 1, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	__u64 at, iova, reported = 0;
+	unsigned int n;
+
+	for (at = 0; at < nr; at += DESCS) {
+		for (n = 0; n < DESCS; n++) {
+			iova = FAR_APART + (at + n) * AREA;
+			ASSERT_EQ(0, mig_dma_map(&m->dev, iova, self->mem, PAGE, RW));
+			d.iova = iova;
+			dma_set(_metadata, m, n, &d);
+			set32(m, DMA_DOORBELL, n);
+		}
+		for (n = 0; n < DESCS; n++) {
+			d = dma_wait(_metadata, m, n);
+			ASSERT_EQ(VFIO_MOCK_DMA_COMPLETE, (int)d.status);
+			iova = FAR_APART + (at + n) * AREA;
+			ASSERT_EQ(0, mig_dma_unmap(&m->dev, iova, PAGE));
+		}
+		if (report)
+			report_areas(_metadata, self, at, DESCS, &reported);
+	}
+	return reported;
+}
+
+TEST_F_TIMEOUT(log, what_was_reported_costs_nothing, 600)
+{
+	__u64 before, after;
+
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	write_areas(_metadata, self, DESCS, true);
+	before = kernel_memory(_metadata);
+	EXPECT_EQ((__u64)WRITES, write_areas(_metadata, self, WRITES, true));
+	after = kernel_memory(_metadata);
+	EXPECT_GT(before + WRITES * AREA_COST / 8, after)
+		PROMISE("%u writes that were reported cost the kernel nothing any more: %lld bytes",
+			WRITES, (long long)(after - before));
+}
+
+TEST_F_TIMEOUT(log, unreported_writes_are_bounded, 600)
+{
+	__u64 before, after, at, firsts = 0, again = 0, bits = 0;
+
+	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	write_areas(_metadata, self, DESCS, true);
+	before = kernel_memory(_metadata);
+	write_areas(_metadata, self, WRITES, false);
+	after = kernel_memory(_metadata);
+	EXPECT_GT(before + (AREAS + WRITES / 8) * AREA_COST, after)
+		PROMISE("%u writes cost the kernel as much as %llu at most: %lld bytes",
+			WRITES, AREAS, (long long)(after - before));
+	for (at = 0; at < WRITES; at += DESCS)
+		bits += report_areas(_metadata, self, at, DESCS, &firsts);
+	EXPECT_EQ((__u64)WRITES, firsts)
+		PROMISE("of %u writes all are in the log", WRITES);
+	EXPECT_LE((__u64)WRITES, bits);
+	bits = 0;
+	for (at = 0; at < WRITES; at += DESCS)
+		bits += report_areas(_metadata, self, at, DESCS, &again);
+	EXPECT_EQ(0ULL, bits)
+		PROMISE("a log that had no room for all converges: nothing is reported twice");
+}
+
 TEST_F(log, belongs_to_the_opening_of_the_device)
 {
 	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, STOP, STOP_COPY, RESUMING };
