@@ -156,6 +156,31 @@ TEST_F_TIMEOUT(fail, region_accesses, 120)
 	}
 }
 
+/* Only single pages are left, as on a host that has run for long. */
+TEST_F_TIMEOUT(fail, large_accesses_need_no_contiguous_memory, 60)
+{
+	struct mock *m = &self->src;
+	struct nth *nth = &self->nth;
+	__u8 *data = malloc(m->size);
+	ssize_t got, put;
+
+	ASSERT_NE(NULL, data);
+	store_noise(_metadata, m, 0, m->size, 5);
+	nth_start(nth, _metadata, "an access", &self->in, false);
+	knob("failslab", "probability", "0");
+	knob("fail_page_alloc", "min-order", "1");
+	nth_write(nth, self->in.all, 1);
+	got = mock_read(m, BAR2, 0, data, m->size);
+	put = mock_write(m, BAR2, 0, data, m->size);
+	nth_write(nth, self->in.all, 0);
+	EXPECT_EQ((ssize_t)m->size, got)
+		PROMISE("a large read() of a BAR needs no contiguous memory");
+	EXPECT_EQ((ssize_t)m->size, put)
+		PROMISE("a large write() of a BAR needs no contiguous memory");
+	expect_memory(_metadata, m, m->want, "without contiguous memory");
+	free(data);
+}
+
 TEST_F_TIMEOUT(fail, interrupts, 120)
 {
 	const __u32 set = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
@@ -611,6 +636,52 @@ TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
 					nth->n, page);
 		}
 		ASSERT_EQ(0, mig_log_stop(&m->dev));
+	}
+}
+
+/* A client reports its memory section by section, however far apart these are. */
+TEST_F_TIMEOUT(fail, log_without_memory_converges, 60)
+{
+	const __u64 bases[] = { 1ULL << 32, 1ULL << 33, 1ULL << 40 };
+	struct vfio_device_feature_dma_logging_range range = { 0, 1ULL << 41 };
+	struct nth *nth = &self->nth;
+	struct mock *m = &self->src;
+	__u64 page_size = PAGE, bitmap;
+	struct dma_desc d;
+	struct ram ram;
+	unsigned int i;
+
+	mock_close(&self->dst);
+	injector_close(&self->in);
+	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
+	nth_start(nth, _metadata, "WRITE", &self->in, false);
+	ram_make(_metadata, &ram, bases[0], 16 * PAGE);
+	memset(ram.mem, 1, ram.size);
+	for (i = 0; i < ARRAY_SIZE(bases); i++)
+		ASSERT_EQ(0, mig_dma_map(&m->dev, bases[i], ram.mem, ram.size, RW));
+	ASSERT_EQ(0, mig_log_start(&m->dev, &page_size, &range, 1));
+	/* A WRITE needs no memory but for the log. */
+	nth_write(nth, self->in.all, 1);
+	for (i = 0; i < ARRAY_SIZE(bases); i += 2) {
+		d = (struct dma_desc){
+			.op = WRITE, .iova = bases[i] + 5 * PAGE, .len = PAGE,
+			.irq_vector = VFIO_MOCK_IRQ_NONE,
+		};
+		d = dma_run(_metadata, m, 0, &d);
+		expect_complete(_metadata, &d, "a WRITE whose log has no memory");
+	}
+	nth_write(nth, self->in.all, 0);
+	for (i = 0; i < ARRAY_SIZE(bases); i++) {
+		ASSERT_EQ(0, mig_log_report(&m->dev, bases[i], ram.size, PAGE, &bitmap));
+		if (i != 1)
+			EXPECT_EQ(1ULL << 5, bitmap & 1ULL << 5)
+				PROMISE("what there was no memory for is in the log");
+	}
+	for (i = 0; i < ARRAY_SIZE(bases); i++) {
+		bitmap = 0;
+		ASSERT_EQ(0, mig_log_report(&m->dev, bases[i], ram.size, PAGE, &bitmap));
+		EXPECT_EQ(0ULL, bitmap)
+			PROMISE("section %u was reported, and is not again", i);
 	}
 }
 
