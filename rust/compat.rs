@@ -3,9 +3,16 @@
 //! Stand-ins for items that are `pub(crate)` in the kernel crate. Upstreaming deletes this file.
 
 use kernel::{
+    alloc::Flags,
     bindings,
     device, //
 };
+
+/// Stands in for a flag that `kernel::alloc::flags` does not have: fail instead of calling the OOM
+/// killer.
+// SAFETY: `Flags` is a struct of one `u32`, for which any value is valid.
+pub(crate) const __GFP_RETRY_MAYFAIL: Flags =
+    unsafe { core::mem::transmute::<u32, Flags>(1 << bindings::___GFP_RETRY_MAYFAIL_BIT) };
 
 /// Stands in for `device::Device::as_raw()`, which in the kernel crate wins over it.
 pub(crate) trait AsRaw {

@@ -3,7 +3,10 @@
 //! Which pages of the user's memory a device has written to.
 
 use super::written::Written;
-use crate::user::cond_resched_killable;
+use crate::{
+    compat::__GFP_RETRY_MAYFAIL,
+    user::cond_resched_killable, //
+};
 use kernel::{
     new_mutex,
     page::PAGE_SIZE,
@@ -57,7 +60,9 @@ impl Log {
         if active.is_some() {
             return Err(EINVAL);
         }
-        *active = Some(Written::new(page_size, ranges, ZONES)?);
+        // Without memory there is another way, and nobody is to be killed for it.
+        let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN | __GFP_RETRY_MAYFAIL;
+        *active = Some(Written::new(page_size, ranges, ZONES, flags)?);
         Ok(page_size)
     }
 

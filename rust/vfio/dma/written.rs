@@ -7,6 +7,7 @@
 
 use core::ops::Range;
 use kernel::{
+    alloc::Flags,
     prelude::*,
     rbtree::RBTree, //
 };
@@ -113,22 +114,31 @@ pub(super) struct Written {
     count: usize,
     /// How many there may be.
     most: usize,
+    /// How to allocate them.
+    flags: Flags,
     /// What was written to and has no zone, for want of memory or because there are too many.
     rest: Rest,
 }
 
 impl Written {
     /// Makes an empty log. `page_size` is a power of two, `ranges` are what is logged: first and
-    /// last byte, in order and apart from each other. `most` is how many zones it may have.
+    /// last byte, in order and apart from each other. `most` is how many zones it may have, `flags` how to
+    /// allocate them.
     ///
     /// Fails with `ENOMEM`.
-    pub(super) fn new(page_size: u64, ranges: KVVec<(u64, u64)>, most: usize) -> Result<Self> {
+    pub(super) fn new(
+        page_size: u64,
+        ranges: KVVec<(u64, u64)>,
+        most: usize,
+        flags: Flags,
+    ) -> Result<Self> {
         Ok(Self {
             shift: page_size.trailing_zeros(),
             ranges,
             zones: RBTree::new(),
             count: 0,
             most,
+            flags,
             rest: Rest::new()?,
         })
     }
@@ -163,12 +173,11 @@ impl Written {
         if self.count >= self.most {
             return Err(ENOMEM);
         }
-        let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
-        let mut zone = KBox::new([0; (ZONE_PAGES / WORD_PAGES) as usize], flags)?;
+        let mut zone = KBox::new([0; (ZONE_PAGES / WORD_PAGES) as usize], self.flags)?;
         if let Some(word) = zone.get_mut(word) {
             *word |= bit;
         }
-        self.zones.try_create_and_insert(number, zone, flags)?;
+        self.zones.try_create_and_insert(number, zone, self.flags)?;
         self.count += 1;
         Ok(())
     }

@@ -10,7 +10,10 @@ use self::written::{
     REST, //
 };
 use crate::{
-    prelude::fail_allocations,
+    prelude::{
+        fail_allocations,
+        GFP_KERNEL_ACCOUNT, //
+    },
     Input, //
 };
 use std::collections::BTreeSet;
@@ -195,7 +198,8 @@ pub(crate) fn target(data: &[u8]) {
     }
 
     let most = input.one_of(&[0, 1, 2, 40]);
-    let mut log = Written::new(page_size, ranges.clone(), most).expect("nothing fails here");
+    let mut log = Written::new(page_size, ranges.clone(), most, GFP_KERNEL_ACCOUNT)
+        .expect("nothing fails here");
     let mut model = Model {
         page_size,
         ranges,

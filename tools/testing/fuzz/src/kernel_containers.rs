@@ -4,6 +4,13 @@
 //! target says so.
 
 /// As the kernel's.
+pub mod alloc {
+    /// How to allocate.
+    #[derive(Clone, Copy)]
+    pub struct Flags;
+}
+
+/// As the kernel's.
 pub mod page {
     /// As the kernel's.
     pub const PAGE_SIZE: usize = 4096;
@@ -18,11 +25,11 @@ macro_rules! pr_err {
 
 /// As the kernel's.
 pub mod prelude {
+    use super::alloc::Flags;
     pub(crate) use pr_err;
     use std::{
         cell::Cell,
         ops::{
-            BitOr,
             Deref,
             DerefMut, //
         },
@@ -61,22 +68,8 @@ pub mod prelude {
     /// As the kernel's.
     pub const ENOMEM: Error = Error(12);
 
-    /// How to allocate.
-    #[derive(Clone, Copy)]
-    pub struct Flags;
-
     /// As the kernel's.
     pub const GFP_KERNEL_ACCOUNT: Flags = Flags;
-    /// As the kernel's.
-    pub const __GFP_NOWARN: Flags = Flags;
-
-    impl BitOr for Flags {
-        type Output = Self;
-
-        fn bitor(self, _other: Self) -> Self {
-            self
-        }
-    }
 
     /// As the kernel's.
     pub type KVVec<T> = Vec<T>;
@@ -113,7 +106,10 @@ pub mod prelude {
 
 /// As the kernel's.
 pub mod rbtree {
-    use super::prelude::*;
+    use super::{
+        alloc::Flags,
+        prelude::*, //
+    };
     use std::{
         collections::BTreeMap,
         ops::Bound, //

@@ -17,6 +17,7 @@ extern crate self as kernel;
 mod kernel_containers;
 #[doc(hidden)]
 pub use kernel_containers::{
+    alloc,
     page,
     prelude,
     rbtree, //
