@@ -36,6 +36,7 @@ use kernel::{
     },
 };
 use vfio::{
+    cond_resched_killable,
     config_space,
     dma::Bus,
     emulated::Work,
@@ -48,6 +49,9 @@ const WORD: usize = size_of::<u64>();
 
 /// Bytes on the stack that a command works with at once.
 const BLOCK: usize = 256;
+
+/// Bytes after which a command looks whether its client is being killed.
+const STRIDE: usize = 1 << 20;
 
 /// How many MSI-X vectors the device has.
 pub(crate) const VECTORS: u32 = 4;
@@ -128,19 +132,13 @@ impl Chip {
         let result = match (command, range) {
             (Command::Reinit, _) => {
                 let seed = registers.seed;
-                write_pattern(&self.memory, seed, 0..self.memory.size());
-                self.memory.reinit();
-                Ok(())
+                fill(&self.memory, seed, 0..self.memory.size()).map(|()| self.memory.reinit())
             }
             (Command::Unknown, _) => Err(registers::ERROR_COMMAND),
             (_, None) => Err(registers::ERROR_RANGE),
-            (Command::Fill, Some(range)) => {
-                write_pattern(&self.memory, registers.seed, range);
-                Ok(())
-            }
+            (Command::Fill, Some(range)) => fill(&self.memory, registers.seed, range),
             (Command::Checksum, Some(range)) => {
-                registers.result = checksum(&self.memory, range);
-                Ok(())
+                checksum(&self.memory, range).map(|sum| registers.result = sum)
             }
         };
         registers.complete(result);
@@ -236,6 +234,17 @@ fn overlay(offset: usize, to: &mut [u8], base: usize, from: &[u8]) {
     }
 }
 
+/// Writes the pattern of `seed` to a range.
+///
+/// Fails if the client is being killed: then a part of the range is written.
+fn fill(memory: &StateMemory, seed: u64, range: Range<usize>) -> Result<(), u32> {
+    for start in range.clone().step_by(STRIDE) {
+        cond_resched_killable().map_err(|_| registers::ERROR_KILLED)?;
+        write_pattern(memory, seed, start..range.end.min(start + STRIDE));
+    }
+    Ok(())
+}
+
 /// Writes the pattern of `seed` to a range, which need not begin or end with a word.
 fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
     let whole = range.start.div_ceil(WORD)..range.end / WORD;
@@ -255,11 +264,14 @@ fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
     }
 }
 
-/// Returns the checksum of a range.
-fn checksum(memory: &StateMemory, range: Range<usize>) -> u64 {
+/// Returns the checksum of a range. Fails if the client is being killed.
+fn checksum(memory: &StateMemory, range: Range<usize>) -> Result<u64, u32> {
     let mut digest = Digest::new(range.len() as u64);
     let mut block = [0; BLOCK];
     for start in range.clone().step_by(BLOCK) {
+        if (start - range.start) % STRIDE == 0 {
+            cond_resched_killable().map_err(|_| registers::ERROR_KILLED)?;
+        }
         let len = BLOCK.min(range.end - start);
         let Some(part) = block.get_mut(..len) else {
             break;
@@ -269,5 +281,5 @@ fn checksum(memory: &StateMemory, range: Range<usize>) -> u64 {
         }
         words(part).for_each(|word| digest.add(word));
     }
-    digest.value()
+    Ok(digest.value())
 }

@@ -92,6 +92,8 @@ const STATUS_ERROR: u32 = 1 << 2;
 pub(crate) const ERROR_COMMAND: u32 = 1;
 /// In `ERROR`: the range is empty or not inside the state memory.
 pub(crate) const ERROR_RANGE: u32 = 2;
+/// In `ERROR`: the client was killed. The command was executed in part.
+pub(crate) const ERROR_KILLED: u32 = 3;
 
 /// In `IRQ_VECTOR`: none.
 const NO_VECTOR: u32 = u32::MAX;
@@ -341,7 +343,7 @@ impl Registers {
         };
         let ended = match registers.status {
             0 | STATUS_DONE => registers.error == 0,
-            STATUS_ERROR => matches!(registers.error, ERROR_COMMAND | ERROR_RANGE),
+            STATUS_ERROR => matches!(registers.error, ERROR_COMMAND..=ERROR_KILLED),
             _ => false,
         };
         (ended && half(3)? == 0).then_some(registers)

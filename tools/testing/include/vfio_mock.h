@@ -109,6 +109,7 @@ struct vfio_mock_dma_desc {
 #define VFIO_MOCK_ERROR_NONE		0
 #define VFIO_MOCK_ERROR_COMMAND		1
 #define VFIO_MOCK_ERROR_RANGE		2
+#define VFIO_MOCK_ERROR_KILLED		3
 
 #define VFIO_MOCK_IRQ_NONE		0xffffffffU
 

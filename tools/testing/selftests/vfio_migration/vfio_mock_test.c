@@ -10,6 +10,9 @@
  * with the sysfs paths of two mediated devices of each size. run_mock.sh makes
  * them and runs this.
  */
+#include <signal.h>
+#include <sys/wait.h>
+
 #include "mock.h"
 #include "mock_image.h"
 
@@ -917,6 +920,117 @@ TEST_F(mock, data_fd_outlives_its_device)
 		PROMISE("after close every call on the data_fd gives ENODEV");
 	EXPECT_NE(0, mig_poll(save, POLLIN, 0))
 		PROMISE("nobody waits for a closed device");
+}
+
+/* ---- A client that is killed ---- */
+
+enum killed_call { KILLED_READ, KILLED_WRITE, KILLED_FILL };
+
+FIXTURE(killed)
+{
+	struct mock m;
+	__u8 *bar;
+	__u8 *mem;		/* shared with the child */
+	bool *returned;
+};
+
+FIXTURE_VARIANT(killed)
+{
+	enum killed_call call;
+	__u64 chunk;		/* what is finished when the client is killed */
+};
+
+FIXTURE_VARIANT_ADD(killed, read) { .call = KILLED_READ, .chunk = 64 << 10 };
+FIXTURE_VARIANT_ADD(killed, write) { .call = KILLED_WRITE, .chunk = 64 << 10 };
+FIXTURE_VARIANT_ADD(killed, command) { .call = KILLED_FILL, .chunk = 1 << 20 };
+
+FIXTURE_SETUP(killed)
+{
+	void *map = NULL;
+
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_16M", 0, MIG_GROUP);
+	ASSERT_EQ(0, mig_region_map(&self->m.dev, BAR2, 0, self->m.size, &map));
+	self->bar = map;
+	self->mem = mmap(NULL, self->m.size + PAGE, PROT_READ | PROT_WRITE,
+			 MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, self->mem);
+	self->returned = (bool *)(self->mem + self->m.size);
+}
+
+FIXTURE_TEARDOWN(killed)
+{
+	munmap(self->bar, self->m.size);
+	mock_close(&self->m);
+}
+
+/* How far a memory that was zero has been written, by the first words of chunks. */
+static __u64 written_up_to(const __u8 *mem, __u64 size, __u64 chunk)
+{
+	__u64 at;
+
+	for (at = 0; at < size && *(const volatile __u64 *)(mem + at); at += chunk)
+		;
+	return at;
+}
+
+TEST_F_TIMEOUT(killed, client_stops_within_a_chunk, 120)
+{
+	const __u64 chunk = variant->chunk, size = self->m.size;
+	const bool reads = variant->call == KILLED_READ;
+	const __u8 *to = reads ? self->mem : self->bar;
+	volatile bool *returned = self->returned;
+	unsigned int tries, stopped = 0;
+	struct mock *m = &self->m;
+	__u64 killed, ended;
+	int status;
+	pid_t pid;
+
+	set64(m, LEN, size);
+	set64(m, SEED, 1);
+	if (reads)
+		set32(m, DOORBELL, VFIO_MOCK_CMD_FILL);
+	/* It may have ended before it was killed: then that says nothing. */
+	for (tries = 0; tries < 50 && stopped < 3; tries++) {
+		*returned = false;
+		if (reads) {
+			memset(self->mem, 0, size);
+		} else {
+			memset(self->mem, 0x5a, size);
+			memset(self->bar, 0, size);
+		}
+		pid = fork();
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			if (reads)
+				mock_read(m, BAR2, 0, self->mem, size);
+			else if (variant->call == KILLED_WRITE)
+				mock_write(m, BAR2, 0, self->mem, size);
+			else
+				set32(m, DOORBELL, VFIO_MOCK_CMD_FILL);
+			*returned = true;
+			_exit(0);
+		}
+		while (!written_up_to(to, size, chunk) && !*returned)
+			;
+		ASSERT_EQ(0, kill(pid, SIGKILL));
+		killed = written_up_to(to, size, chunk);
+		ASSERT_EQ(pid, waitpid(pid, &status, 0));
+		ended = written_up_to(to, size, chunk);
+		EXPECT_LE(ended, killed + chunk)
+			PROMISE("a client that is killed stops within %llu bytes: it was killed after %llu and ended after %llu of %llu",
+				chunk, killed, ended, size);
+		if (*returned || ended == size)
+			continue;
+		stopped++;
+		if (variant->call == KILLED_FILL) {
+			EXPECT_EQ(VFIO_MOCK_STATUS_ERROR, (int)reg32(m, STATUS));
+			EXPECT_EQ(VFIO_MOCK_ERROR_KILLED, (int)reg32(m, ERROR))
+				PROMISE("a command of a killed client says so");
+		}
+	}
+	EXPECT_LT(0U, stopped)
+		PROMISE("a client that is killed stops: in %u tries all of them went on to the end",
+			tries);
 }
 
 /* ---- The PCI device ---- */
