@@ -476,7 +476,8 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 	struct vfio_device_feature_dma_logging_range range = {
 		.length = ZONES * ZONE,
 	};
-	__u64 granule = PAGE, before, charged;
+	__u64 granule = PAGE, before;
+	__s64 charged;
 	char *mem, slab[] = "slab_unreclaimable ";
 	unsigned int i;
 	struct mock m;
@@ -505,8 +506,9 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 		}
 		charged = value(_metadata, self->group, "memory.stat", slab) - before;
 		/* A bit for each page of a zone, at least. */
-		EXPECT_LE(ZONES * ZONE / PAGE / 8, charged)
-			PROMISE("a log of %u zones charges the cgroup of the opener", ZONES);
+		EXPECT_LE((__s64)(ZONES * ZONE / PAGE / 8), charged)
+			PROMISE("a log of %u zones charges the cgroup of the opener (%lld)",
+				ZONES, charged);
 		mock_close(&m);
 		_exit(_metadata->exit_code == KSFT_PASS ? 0 : 4);
 	}
