@@ -172,8 +172,14 @@ impl ConfigSpace {
     pub fn msix(mut self, vectors: u32, bar: u32, table: u32, pba: u32) -> Result<Self> {
         let size = self.bars.get(bar as usize).copied().unwrap_or(0);
         let count = vectors as usize;
-        let (at, table_end) = (u64::from(table), u64::from(table) + msix::table_size(count) as u64);
-        let (pba_at, end) = (u64::from(pba), u64::from(pba) + msix::pending_size(count) as u64);
+        let (at, table_end) = (
+            u64::from(table),
+            u64::from(table) + msix::table_size(count) as u64,
+        );
+        let (pba_at, end) = (
+            u64::from(pba),
+            u64::from(pba) + msix::pending_size(count) as u64,
+        );
         let why = if vectors == 0 || vectors > 2048 {
             "there are not 1 to 2048 vectors"
         } else if self.msix.vectors != 0 {
@@ -279,4 +285,5 @@ impl ConfigSpace {
         let old = words(&self.bytes).zip(words(&self.writable));
         old.zip(words(bytes))
             .all(|((old, mask), new)| (old ^ new) & !mask == 0)
-    }}
+    }
+}
