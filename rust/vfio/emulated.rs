@@ -705,6 +705,14 @@ pub(crate) struct Registration<T: Operations> {
 }
 
 impl<T: Operations> Registration<T> {
+    /// Returns the driver's data of the device.
+    pub(crate) fn data(&self) -> Option<&T> {
+        let dev = self.dev.as_ref()?;
+        // SAFETY: `new()` got it from `Emulated::allocate()`, and `dev` is a reference.
+        let this = unsafe { Emulated::<T>::from_raw(dev.as_raw()) };
+        Some(&this.private.data)
+    }
+
     /// Creates a device below `parent` and makes it known to user space.
     ///
     /// May sleep. The device is live before this returns.

@@ -41,6 +41,21 @@ pub struct Type {
     pub description: &'static CStr,
 }
 
+/// A setting of a device on its host: a file with a number in the device's directory in sysfs.
+///
+/// The administrator reads and writes it, and so does `mdevctl`, from before the first open to the
+/// removal of the device. The guest does not get there. A write that is no number of 64 bits fails
+/// with `EINVAL` and does not reach the driver.
+pub struct Attribute<T> {
+    /// The name of the file.
+    pub name: &'static CStr,
+    /// Returns the number. May sleep.
+    pub show: fn(&T) -> u64,
+    /// Takes a new number. A failure is returned from the write(); nothing may have changed then.
+    /// May sleep.
+    pub store: fn(&T, u64) -> Result,
+}
+
 /// A driver whose devices are created on the mediated device bus.
 ///
 /// # Examples
@@ -99,6 +114,9 @@ pub trait Driver: emulated::Operations {
     /// The types of device that can be created.
     const TYPES: &'static [Type];
 
+    /// The settings of each device.
+    const ATTRIBUTES: &'static [Attribute<Self>] = &[];
+
     /// How many devices can exist at the same time, of whatever type.
     const MAX_INSTANCES: u32;
 
@@ -117,6 +135,121 @@ unsafe impl Send for RawType {}
 
 // SAFETY: As above.
 unsafe impl Sync for RawType {}
+
+/// A file in sysfs as the core has it.
+#[repr(C)]
+struct File<T: 'static> {
+    raw: bindings::device_attribute,
+    attribute: &'static Attribute<T>,
+}
+
+/// The files of a driver's devices, as the core has them.
+struct Files<T: 'static> {
+    /// What the others point to.
+    _files: KVec<File<T>>,
+    /// Ends with a null.
+    _attributes: KVec<*mut bindings::attribute>,
+    _group: KBox<bindings::attribute_group>,
+    /// Ends with a null.
+    groups: KVec<*const bindings::attribute_group>,
+}
+
+impl<T: Driver> Files<T> {
+    fn new() -> Result<Self> {
+        let mut files = KVec::with_capacity(T::ATTRIBUTES.len(), GFP_KERNEL)?;
+        for attribute in T::ATTRIBUTES {
+            let mut raw: bindings::device_attribute = pin_init::zeroed();
+            raw.attr.name = attribute.name.as_char_ptr();
+            raw.attr.mode = 0o644;
+            #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+            {
+                raw.attr.key = kernel::static_lock_class!().as_ptr();
+            }
+            raw.__bindgen_anon_1.show = Some(Self::show);
+            raw.__bindgen_anon_2.store = Some(Self::store);
+            files.push(File { raw, attribute }, GFP_KERNEL)?;
+        }
+        let mut attributes = KVec::with_capacity(files.len() + 1, GFP_KERNEL)?;
+        for file in files.iter_mut() {
+            attributes.push(&raw mut file.raw.attr, GFP_KERNEL)?;
+        }
+        attributes.push(core::ptr::null_mut(), GFP_KERNEL)?;
+        let mut group: bindings::attribute_group = pin_init::zeroed();
+        group.__bindgen_anon_2.attrs = attributes.as_mut_ptr();
+        let group = KBox::new(group, GFP_KERNEL)?;
+        let mut groups = KVec::with_capacity(2, GFP_KERNEL)?;
+        groups.push(&raw const *group, GFP_KERNEL)?;
+        groups.push(core::ptr::null(), GFP_KERNEL)?;
+        Ok(Self {
+            _files: files,
+            _attributes: attributes,
+            _group: group,
+            groups,
+        })
+    }
+
+    /// Returns the attribute and the driver's data that a call is about.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be a device bound to a driver of this kind until `'a` ends, and `attr` one of its
+    /// files.
+    unsafe fn target<'a>(
+        dev: *mut bindings::device,
+        attr: *mut bindings::device_attribute,
+    ) -> Result<(&'static Attribute<T>, &'a T)> {
+        // SAFETY: `probe()` has set the driver data to what it got from `into_foreign()`, before
+        // the core made the files. `raw` is at the start of a `File`.
+        let (registration, attribute) = unsafe {
+            let registration = bindings::dev_get_drvdata(dev);
+            (
+                KBox::<emulated::Registration<T>>::borrow(registration.cast()),
+                (*attr.cast::<File<T>>()).attribute,
+            )
+        };
+        Ok((attribute, registration.data().ok_or(ENODEV)?))
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core for a file of a bound device, which it removes before it unbinds
+    /// the device. `buf` must be a page.
+    unsafe extern "C" fn show(
+        dev: *mut bindings::device,
+        attr: *mut bindings::device_attribute,
+        buf: *mut c_char,
+    ) -> isize {
+        from_result(|| {
+            // SAFETY: By the safety requirements.
+            let (attribute, data) = unsafe { Self::target(dev, attr) }?;
+            let value = (attribute.show)(data);
+            // SAFETY: `buf` is a page, and the format and its argument fit together.
+            Ok(unsafe { bindings::sysfs_emit(buf, c"%llu\n".as_char_ptr(), value) } as isize)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// As for [`show`](Self::show). `buf` must be a string of `count` bytes.
+    unsafe extern "C" fn store(
+        dev: *mut bindings::device,
+        attr: *mut bindings::device_attribute,
+        buf: *const c_char,
+        count: usize,
+    ) -> isize {
+        from_result(|| {
+            let mut value = 0;
+            // SAFETY: `buf` is a string that ends with a null, as kernfs makes it.
+            if unsafe { bindings::kstrtoull(buf, 0, &mut value) } != 0 {
+                return Err(EINVAL);
+            }
+            // SAFETY: By the safety requirements.
+            let (attribute, data) = unsafe { Self::target(dev, attr) }?;
+            (attribute.store)(data, value)?;
+            Ok(count as isize)
+        })
+    }
+}
 
 /// A driver of mediated devices, and the parent device on which they are created, both named
 /// [`emulated::Operations::NAME`].
@@ -150,6 +283,7 @@ pub struct Registration<T: Driver> {
     class: Class,
     types: KVec<RawType>,
     type_pointers: KVec<*mut bindings::mdev_type>,
+    files: Files<T>,
     #[pin]
     driver: Opaque<bindings::mdev_driver>,
     #[pin]
@@ -229,7 +363,11 @@ impl<T: Driver> Registration<T> {
                 }
                 pointers
             },
-            driver <- Opaque::try_ffi_init(|driver| Self::register_driver(driver)),
+            files: Files::new()?,
+            driver <- {
+                let groups = files.groups.as_mut_ptr();
+                Opaque::try_ffi_init(move |driver| Self::register_driver(driver, groups))
+            },
             parent <- {
                 let device = class.device;
                 let pointers: *mut *mut bindings::mdev_type = type_pointers.as_mut_ptr();
@@ -269,7 +407,12 @@ impl<T: Driver> Registration<T> {
     }
 
     /// Registers the driver in the memory that `driver` points to.
-    fn register_driver(driver: *mut bindings::mdev_driver) -> Result {
+    ///
+    /// `groups` has to live until it is unregistered.
+    fn register_driver(
+        driver: *mut bindings::mdev_driver,
+        groups: *mut *const bindings::attribute_group,
+    ) -> Result {
         let module = this_module::<T::OwnerModule>().as_ptr();
         // SAFETY: `driver` is valid for writes, and pinned until it is unregistered.
         unsafe {
@@ -282,6 +425,7 @@ impl<T: Driver> Registration<T> {
                 show_description: Some(Self::show_description),
                 ..pin_init::zeroed()
             });
+            (*driver).driver.dev_groups = groups;
             (*driver).driver.name = T::NAME.as_char_ptr();
             // Without an owner the module could be unloaded while a device is open.
             (*driver).driver.owner = module;

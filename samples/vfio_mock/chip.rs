@@ -3,6 +3,7 @@
 //! The device behind its bus.
 
 use crate::{
+    delay::SaveDelay,
     dma::Engine,
     queue::{
         self,
@@ -71,6 +72,7 @@ pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
 pub(crate) struct Chip {
     endpoint: Arc<Endpoint>,
     pub(crate) memory: StateMemory,
+    pub(crate) save_delay: Arc<SaveDelay>,
     /// Held across a whole bus access, commands included. Never held across a user copy.
     #[pin]
     front: Mutex<Registers>,
@@ -80,10 +82,15 @@ pub(crate) struct Chip {
 
 impl Chip {
     /// Makes a device in the state of power on, with `pages` pages of state memory.
-    pub(crate) fn new(endpoint: Arc<Endpoint>, pages: usize) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(
+        endpoint: Arc<Endpoint>,
+        pages: usize,
+        save_delay: Arc<SaveDelay>,
+    ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             endpoint,
             memory: StateMemory::new(pages)?,
+            save_delay,
             front <- new_mutex!(Registers::default(), "vfio_mock::Chip::front"),
             dma <- Engine::new(),
         }? Error)
@@ -153,11 +160,6 @@ impl Chip {
         self.memory.write(offset, from)
     }
 
-    /// Returns how many microseconds the device takes to get a record of its state ready.
-    pub(crate) fn save_delay(&self) -> u32 {
-        self.front.lock().save_delay
-    }
-
     /// Returns the digest of a page, as it is in the stream.
     pub(crate) fn page_digest(&self, page: usize) -> u64 {
         let words = self.memory.page(page);
@@ -208,9 +210,7 @@ impl Chip {
     /// Brings the device into a state. What `state` holds then means nothing.
     pub(crate) fn restore(&self, state: &mut State) -> Result {
         let mut registers = self.front.lock();
-        let save_delay = registers.save_delay;
         *registers = state.registers.clone();
-        registers.save_delay = save_delay;
         self.endpoint.load_msix(&state.msix)?;
         self.dma
             .change(&self.endpoint, |queue| mem::swap(queue, &mut state.queue));

@@ -5,6 +5,7 @@
 use crate::{
     chip::Chip,
     config_space,
+    delay::SaveDelay,
     load::MockLoader,
     migration_flags,
     save::{
@@ -46,6 +47,7 @@ pub(crate) struct Mock {
     flags: Flags,
     /// The size of the state memory in bytes.
     state_size: usize,
+    save_delay: Arc<SaveDelay>,
 }
 
 impl mdev::Driver for Mock {
@@ -77,13 +79,27 @@ impl mdev::Driver for Mock {
         },
     ];
 
+    const ATTRIBUTES: &'static [mdev::Attribute<Self>] = &[mdev::Attribute {
+        name: c"save_delay_us",
+        show: |mock| u64::from(mock.save_delay.get()),
+        store: |mock, micros| {
+            mock.save_delay.set(u32::try_from(micros)?);
+            Ok(())
+        },
+    }];
+
     const MAX_INSTANCES: u32 = 64;
 
     fn probe(type_index: usize) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
             let flags = migration_flags().ok_or(EINVAL)?;
             let state_size = *SIZES.get(type_index).ok_or(EINVAL)?;
-            Ok(try_init!(Self { flags, state_size }? Error))
+            let save_delay = SaveDelay::new()?;
+            Ok(try_init!(Self {
+                flags,
+                state_size,
+                save_delay,
+            }? Error))
         })
     }
 }
@@ -103,7 +119,11 @@ impl emulated::Operations for Mock {
     }
 
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
-        Chip::new(endpoint, self.state_size / PAGE_SIZE)
+        Chip::new(
+            endpoint,
+            self.state_size / PAGE_SIZE,
+            self.save_delay.clone(),
+        )
     }
 
     fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {

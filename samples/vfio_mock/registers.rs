@@ -74,9 +74,6 @@ mod offset {
     pub(super) const COMPLETIONS: usize = 0x48;
     /// Why the last command was refused, 32 bits, read-only.
     pub(super) const ERROR: usize = 0x50;
-    /// How long the device takes to get each record of its state ready to be streamed, in
-    /// microseconds, 32 bits. Does not migrate.
-    pub(super) const SAVE_DELAY: usize = 0x54;
     /// How many writes were dropped because the device was stopped, 64 bits, read-only.
     pub(super) const DROPPED: usize = 0x58;
     /// Where the registers end.
@@ -126,7 +123,6 @@ pub(crate) struct Registers {
     irq_vector: u32,
     status: u32,
     error: u32,
-    pub(crate) save_delay: u32,
 }
 
 impl Default for Registers {
@@ -141,7 +137,6 @@ impl Default for Registers {
             irq_vector: NO_VECTOR,
             status: 0,
             error: 0,
-            save_delay: 0,
         }
     }
 }
@@ -239,11 +234,6 @@ impl Registers {
             &self.completions.to_le_bytes(),
         );
         put(&mut image, offset::ERROR, &self.error.to_le_bytes());
-        put(
-            &mut image,
-            offset::SAVE_DELAY,
-            &self.save_delay.to_le_bytes(),
-        );
         put(&mut image, offset::DROPPED, &dropped.to_le_bytes());
         image
     }
@@ -260,12 +250,8 @@ impl Registers {
         ] {
             *value = u64::from_le_bytes(merge(value.to_le_bytes(), register, offset, from));
         }
-        for (register, value) in [
-            (offset::IRQ_VECTOR, &mut self.irq_vector),
-            (offset::SAVE_DELAY, &mut self.save_delay),
-        ] {
-            *value = u32::from_le_bytes(merge(value.to_le_bytes(), register, offset, from));
-        }
+        let vector = self.irq_vector.to_le_bytes();
+        self.irq_vector = u32::from_le_bytes(merge(vector, offset::IRQ_VECTOR, offset, from));
 
         Some(match rung(offset::DOORBELL, offset, from)? {
             1 => Command::Fill,
@@ -339,7 +325,6 @@ impl Registers {
             irq_vector: half(0)?,
             status: half(1)?,
             error: half(2)?,
-            save_delay: 0,
         };
         let ended = match registers.status {
             0 | STATUS_DONE => registers.error == 0,

@@ -84,9 +84,9 @@ impl MockSaver {
         };
         let tracking = chip.memory.track(notifier.clone())?;
         Ok(Self {
+            delay: Delay::new(chip.save_delay.clone(), notifier)?,
             chip,
             tracking,
-            delay: Delay::new(notifier),
             identity,
             step: Step::Identity,
             digests,
@@ -164,8 +164,11 @@ impl MockSaver {
 
 impl Saver for MockSaver {
     fn next(&mut self, phase: Phase) -> Result<Next> {
-        if self.is_pending(phase) && !self.delay.pass(self.chip.save_delay())? {
-            return Ok(Next::NotReady);
+        if self.is_pending(phase) {
+            if !self.delay.is_over() {
+                return Ok(Next::NotReady);
+            }
+            self.delay.begin()?;
         }
         self.record(phase)
     }

@@ -41,7 +41,6 @@
 #define VFIO_MOCK_REG_RESULT		0x40	/* u64, read-only */
 #define VFIO_MOCK_REG_COMPLETIONS	0x48	/* u64, read-only */
 #define VFIO_MOCK_REG_ERROR		0x50	/* u32, read-only */
-#define VFIO_MOCK_REG_SAVE_DELAY	0x54	/* u32, not migrated: us per record */
 #define VFIO_MOCK_REG_DROPPED		0x58	/* u64, read-only, not migrated */
 #define VFIO_MOCK_REG_DMA_DOORBELL	0x60	/* u32, write-only: a descriptor */
 #define VFIO_MOCK_REG_DMA_ABORT		0x64	/* u32, write-only */

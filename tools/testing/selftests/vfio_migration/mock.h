@@ -325,7 +325,6 @@ static const struct {
 	{ "RESULT", VFIO_MOCK_REG_RESULT, 8, 0 },
 	{ "COMPLETIONS", VFIO_MOCK_REG_COMPLETIONS, 8, 0 },
 	{ "ERROR", VFIO_MOCK_REG_ERROR, 4, 0 },
-	{ "SAVE_DELAY", VFIO_MOCK_REG_SAVE_DELAY, 4, 0 },
 	{ "DROPPED", VFIO_MOCK_REG_DROPPED, 8, 0 },
 };
 
@@ -462,6 +461,25 @@ static inline void create_guest(struct __test_metadata *_metadata,
 		STEP("create a device like %s", like->path);
 	ASSERT_EQ(0, mig_open(&g->dev, g->path, like->dev.backend))
 		STEP("open the new device: %s", g->dev.why);
+}
+
+/* Writes a setting of the device on its host; 0 or -errno. */
+static inline int mock_set(const struct mock *m, const char *name, const char *value)
+{
+	char path[PATH_MAX + 32];
+
+	snprintf(path, sizeof(path), "%s/%s", m->path, name);
+	return write_word(path, value);
+}
+
+static inline void set_save_delay(struct __test_metadata *_metadata,
+				  const struct mock *m, __u32 micros)
+{
+	char value[16];
+
+	snprintf(value, sizeof(value), "%u", micros);
+	ASSERT_EQ(0, mock_set(m, "save_delay_us", value))
+		STEP("set save_delay_us of %s", m->path);
 }
 
 static inline void *remover_main(void *arg)

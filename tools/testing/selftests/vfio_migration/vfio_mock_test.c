@@ -62,6 +62,8 @@ FIXTURE_SETUP(mock)
 
 FIXTURE_TEARDOWN(mock)
 {
+	/* A setting of the host stays when the device is closed. */
+	mock_set(&self->src, "save_delay_us", "0");
 	mock_close(&self->src);
 	mock_close(&self->dst);
 }
@@ -709,7 +711,7 @@ TEST_F_TIMEOUT(mock, slow_device_is_waited_for, 60)
 	populate(_metadata, src, 70);
 	for (delay = 1; delay < 400; delay += 1 + delay / 8) {
 		go_home(_metadata, &src->dev);
-		set32(src, SAVE_DELAY, delay);
+		set_save_delay(_metadata, src, delay);
 		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
 		image.len = 0;
 		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&src->dev)));
@@ -723,11 +725,48 @@ TEST_F_TIMEOUT(mock, slow_device_is_waited_for, 60)
 		fd = go(_metadata, &src->dev, PRE_COPY);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 		store_noise(_metadata, src, 0, 1, 71);
-		EXPECT_LT(0U, expect_exact_info(_metadata, src, fd));
+		EXPECT_LT(0U, expect_unready_info(_metadata, src, fd));
 	}
 	migrate(_metadata, src, &self->dst, fd, &image);
-	EXPECT_EQ(0U, reg32(&self->dst, SAVE_DELAY))
-		PROMISE("SAVE_DELAY does not migrate");
+	set_save_delay(_metadata, src, 0);
+}
+
+/* A client that sleeps in poll() is woken once for each record. */
+TEST_F_TIMEOUT(mock, one_wake_up_for_each_record, 60)
+{
+	unsigned int records, wakeups = 0, vain = 0;
+	struct mock *src = &self->src;
+	struct vfio_precopy_info info;
+	struct mig_stream image = {};
+	ssize_t ret;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	populate(_metadata, src, 74);
+	set_save_delay(_metadata, src, 5000);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
+	for (;;) {
+		ASSERT_EQ(0, mig_precopy_info(fd, &info));
+		if (!info.initial_bytes && !info.dirty_bytes)
+			break;
+		ASSERT_LT(0, mig_poll(fd, POLLIN, mig_hang_seconds() * 1000));
+		wakeups++;
+		ret = mig_read(fd, &image, 1 << 20);
+		if (ret == -EAGAIN)
+			vain++;
+		else
+			ASSERT_LT(0, ret);
+	}
+	/* Identity, and runs of 64 pages. */
+	records = 1 + (src->size / PAGE + 63) / 64;
+	EXPECT_EQ(0U, vain)
+		PROMISE("poll does not announce what read() does not have");
+	EXPECT_GE(records, wakeups)
+		PROMISE("a reader is woken once for each record");
+	set_save_delay(_metadata, src, 0);
+	close(fd);
+	mig_stream_free(&image);
 }
 
 TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
@@ -738,7 +777,7 @@ TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
 
 	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 72);
-	set32(src, SAVE_DELAY, NEVER);
+	set_save_delay(_metadata, src, NEVER);
 	fd = go(_metadata, &src->dev, PRE_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096))
@@ -751,7 +790,7 @@ TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
 	EXPECT_TRUE(mig_fd_is_dead(fd));
 	close(fd);
 
-	set32(src, SAVE_DELAY, 0);
+	set_save_delay(_metadata, src, 0);
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
@@ -768,7 +807,7 @@ TEST_F(mock, read_returns_what_is_ready)
 	fd = go(_metadata, &src->dev, PRE_COPY);
 	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
 	ASSERT_EQ(3, mig_read(fd, &image, 3));
-	set32(src, SAVE_DELAY, NEVER);
+	set_save_delay(_metadata, src, NEVER);
 	ASSERT_LT(0, mig_read(fd, &image, size))
 		PROMISE("the rest of a record that has begun is ready");
 	EXPECT_GT(size, image.len)
@@ -776,7 +815,7 @@ TEST_F(mock, read_returns_what_is_ready)
 	/* What is not ready any more is waited for, so this takes a new session. */
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	close(fd);
-	set32(src, SAVE_DELAY, 0);
+	set_save_delay(_metadata, src, 0);
 	image.len = 0;
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
@@ -801,6 +840,41 @@ static void *reader_main(void *arg)
 	return NULL;
 }
 
+/* The host can let go of a device that is slow. */
+TEST_F(mock, shorter_delay_ends_the_wait)
+{
+	static const char *const shorter[] = { "0", "1", "0x10" };
+	static const char *const bad[] = { "x", "-1", "4294967296", "1 2" };
+	struct mock *src = &self->src;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(shorter); i++) {
+		struct reader r = {};
+
+		set_save_delay(_metadata, src, NEVER);
+		r.fd = go(_metadata, &src->dev, STOP_COPY);
+		ASSERT_EQ(0, pthread_create(&r.poller.thread, NULL, reader_main, &r));
+		wait_until_asleep(&r.poller);
+		if (!i) {
+			unsigned int j;
+
+			for (j = 0; j < ARRAY_SIZE(bad); j++) {
+				EXPECT_GT(0, mock_set(src, "save_delay_us", bad[j]))
+					PROMISE("'%s' is refused", bad[j]);
+			}
+			EXPECT_FALSE(atomic_load(&r.poller.done))
+				PROMISE("what is refused changes nothing");
+		}
+		ASSERT_EQ(0, mock_set(src, "save_delay_us", shorter[i]));
+		ASSERT_TRUE(joined(r.poller.thread))
+			PROMISE("a shorter delay ends the wait under way");
+		EXPECT_EQ(1, r.ret);
+		go_home(_metadata, &src->dev);
+		close(r.fd);
+	}
+	set_save_delay(_metadata, src, 0);
+}
+
 /* However the session ends, it does not wait for the reader, who learns of it. */
 static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m,
 			       __u32 from, const char *how)
@@ -808,7 +882,7 @@ static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m
 	struct reader r = {};
 	int ret = 0;
 
-	set32(m, SAVE_DELAY, NEVER);
+	set_save_delay(_metadata, m, NEVER);
 	r.fd = go(_metadata, &m->dev, from);
 	ASSERT_EQ(0, pthread_create(&r.poller.thread, NULL, reader_main, &r));
 	wait_until_asleep(&r.poller);
@@ -832,6 +906,7 @@ static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m
 	if (m->dev.fd < 0)
 		ret = mig_reopen_device(&m->dev);
 	ASSERT_EQ(0, ret);
+	set_save_delay(_metadata, m, 0);
 }
 
 TEST_F_TIMEOUT(mock, waiting_reader_is_in_nobodys_way, 60)
@@ -1157,7 +1232,6 @@ TEST_F(pci, registers_identify_the_device)
 		case VFIO_MOCK_REG_LEN:
 		case VFIO_MOCK_REG_SEED:
 		case VFIO_MOCK_REG_IRQ_VECTOR:
-		case VFIO_MOCK_REG_SAVE_DELAY:
 			continue;
 		}
 		put(_metadata, m, BAR0, reset_values[i].at, 0x5555555555555555ULL,
