@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Try vfio-migrate with real devices: scenarios.py PROGRAM TOP [TEST...]
+"""Run vfio-migrate on devices: scenarios.py PROGRAM TOP [TEST...]
 
 Runs in the test machine as root, loads the modules in TOP, and prints TAP.
 """
@@ -25,7 +25,7 @@ folder = Path(tempfile.mkdtemp())
 
 
 class Failed(Exception):
-    """A test found something wrong."""
+    """Failure of a test."""
 
 
 def check(condition, what):
@@ -36,7 +36,7 @@ def check(condition, what):
 
 @contextlib.contextmanager
 def devices(*types, parent="vfio_mock"):
-    """UUIDs of new devices of these types, which are removed afterwards."""
+    """Yields the UUIDs of new devices of these types, and removes them."""
     made = []
     try:
         for size in types:
@@ -52,7 +52,7 @@ def devices(*types, parent="vfio_mock"):
 
 @contextlib.contextmanager
 def loaded(module, *parameters):
-    """The module, loaded as long as it takes."""
+    """Loads a module for the duration of a block."""
     subprocess.run(["insmod", top / f"{module}.ko", *parameters], check=True)
     try:
         yield
@@ -61,7 +61,7 @@ def loaded(module, *parameters):
 
 
 def run(*arguments):
-    """Runs the program to its end: exit code and what it said."""
+    """Runs the program and returns its exit code and output."""
     done = subprocess.run(
         [program, *arguments], capture_output=True, text=True, check=False, timeout=120
     )
@@ -70,7 +70,7 @@ def run(*arguments):
 
 @contextlib.contextmanager
 def in_precopy(*arguments):
-    """The program, which stays in pre-copy until it is told to end."""
+    """Runs the program, which stays in pre-copy until it is terminated."""
     command = [program, "--precopy-time", "600", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -93,17 +93,17 @@ def migrate(*arguments, code=0):
 
 
 def way(record, device):
-    """The states that a device went through."""
+    """Returns the states of a device in order."""
     return [s["state"] for s in record["states"] if s["device"] == device]
 
 
 def compared(record):
-    """How many bytes of each region were compared."""
+    """Returns the number of bytes compared of each equal region."""
     return {r["region"]: r["bytes"] for r in record["compared"] if not r["different"]}
 
 
 def refused(code, words, *arguments):
-    """The program ends with this code and says these words."""
+    """Checks that the program fails with this code and these words."""
     status, said = run(*arguments)
     check(status == code, f"{arguments}: exit code {status} instead of {code}: {said}")
     for word in words:
@@ -112,7 +112,7 @@ def refused(code, words, *arguments):
 
 
 def test_help():
-    """--help tells the options and the exit codes"""
+    """--help lists the options and the exit codes"""
     status, said = run("--help")
     check(status == 0, said)
     for word in ("--bandwidth", "--cancel-at-round", "Exit codes", "130"):
@@ -120,7 +120,7 @@ def test_help():
 
 
 def whole(backend):
-    """Migrates a busy device, with all that can be asked for."""
+    """Migrates a busy device, with all options."""
     picture = folder / "picture.svg"
     with devices("1M", "1M") as pair:
         record = migrate(
@@ -148,24 +148,24 @@ def whole(backend):
 
 
 def test_group():
-    """a busy device migrates, attached by its group"""
+    """busy device migrates with a group"""
     whole("group")
 
 
 def test_iommufd():
-    """a busy device migrates, attached by an iommufd"""
+    """busy device migrates with an iommufd"""
     whole("iommufd")
 
 
 def test_auto():
-    """the backend is an iommufd when nothing is asked for"""
+    """iommufd is the default backend"""
     with devices("64K", "64K") as pair:
         record = migrate(*pair)
     check(record["source"]["backend"] == "iommufd", record["source"])
 
 
 def test_bandwidth():
-    """the stream takes at least as long as the bandwidth wants"""
+    """stream does not exceed the bandwidth"""
     with devices("1M", "1M") as pair:
         record = migrate("--bandwidth", "2M", *pair)
     check(record["bytes"] > 1 << 20, record["bytes"])
@@ -173,7 +173,7 @@ def test_bandwidth():
 
 
 def test_cancel():
-    """a migration is cancelled at a round, and the source runs on"""
+    """cancelled migration leaves the source running"""
     with devices("1M", "1M") as pair:
         record = migrate("--cancel-at-round", "2", "--load", "bar2", *pair)
     check(record["outcome"] == "cancelled", record["outcome"])
@@ -184,7 +184,7 @@ def test_cancel():
 
 
 def test_idle_cancel():
-    """a migration of an idle device can be cancelled as well"""
+    """migration of an idle device can be cancelled"""
     with devices("64K", "64K") as pair:
         record = migrate("--cancel-at-round", "3", *pair)
     check(len(record["rounds"]) == 3, record["rounds"])
@@ -192,7 +192,7 @@ def test_idle_cancel():
 
 
 def test_signal():
-    """a signal cancels, and the source runs on"""
+    """signal cancels and leaves the source running"""
     path = folder / "signal.json"
     with devices("64K", "64K") as pair, in_precopy("--json", path, *pair) as process:
         process.send_signal(signal.SIGINT)
@@ -203,7 +203,7 @@ def test_signal():
 
 
 def test_slow():
-    """a device that takes its time is waited for"""
+    """migration waits for a slow device"""
     with devices("1M", "1M") as pair:
         (DEVICES / pair[0] / "save_delay_us").write_text("20000")
         record = migrate(*pair)
@@ -221,7 +221,7 @@ def test_ignore():
 
 
 def test_differ():
-    """devices that differ are told from equal ones"""
+    """different devices are reported"""
     with devices("64K", "64K") as pair:
         record = migrate("--set", f"{CACHE_LINE_SIZE}=1", *pair, code=4)
     check(record["outcome"] == "failed", record["outcome"])
@@ -230,14 +230,14 @@ def test_differ():
 
 
 def test_no_verify():
-    """nothing is compared when that is asked for"""
+    """--no-verify compares nothing"""
     with devices("64K", "64K") as pair:
         record = migrate("--no-verify", *pair)
     check(record["compared"] == [], record["compared"])
 
 
 def test_sizes():
-    """a target of another size refuses the stream, and is named"""
+    """error names the target of another size, which refuses the stream"""
     with devices("64K", "1M") as pair:
         record = migrate(*pair, code=1)
     check(record["error"].startswith("target: write()"), record["error"])
@@ -247,39 +247,39 @@ def test_sizes():
 
 
 def test_bad_input():
-    """bad input gets its exit code and a sentence"""
-    nobody = str(uuid.uuid4())
+    """invalid arguments fail with an exit code and a message"""
+    missing = str(uuid.uuid4())
     with devices("64K", "64K") as (source, target):
         refused(2, ["Usage"])
         refused(2, ["Usage"], source)
-        refused(2, ["0 never"], source, target, "--bandwidth", "0")
+        refused(2, ["must not be 0"], source, target, "--bandwidth", "0")
         refused(2, ["the same device"], source, source)
         refused(2, ["the same device"], source, str(DEVICES / source))
-        refused(2, ["no bar1, but bar0, bar2"], source, target, "--load", "bar1")
+        refused(2, ["no bar1, only bar0, bar2"], source, target, "--load", "bar1")
         refused(2, ["no register at"], source, target, "--set", "bar0:0x3ffe=1")
-        refused(3, ["there is no device", nobody], source, nobody)
-        refused(3, ["there is no device /nowhere/else"], "/nowhere/else", target)
-        refused(3, ["not a device that a VFIO driver has"], source, "/sys/class/net/lo")
+        refused(3, ["no device", missing], source, missing)
+        refused(3, ["no device /nowhere/else"], "/nowhere/else", target)
+        refused(3, ["not bound to a VFIO driver"], source, "/sys/class/net/lo")
         refused(5, ["/nowhere/else"], source, target, "--json", "/nowhere/else")
         refused(5, ["/nowhere/else"], source, target, "--svg", "/nowhere/else")
 
 
 def test_busy():
-    """a device that somebody else has is an error of its own"""
+    """device that is already open is reported"""
     with devices("64K", "64K", "64K") as (first, second, third), in_precopy(first, second):
         refused(3, [second, "busy"], "--backend", "group", third, second)
-        refused(3, [second, "somebody"], "--backend", "iommufd", third, second)
+        refused(3, [second, "already open"], "--backend", "iommufd", third, second)
 
 
 def test_minimal():
-    """vfio_minimal migrates too"""
+    """vfio_minimal migrates"""
     with loaded("vfio_minimal"), devices("64K", "64K", parent="vfio_minimal") as pair:
         record = migrate("--fill", "bar0", *pair)
     check(compared(record)["bar0"] == 1 << 16, record["compared"])
 
 
 def test_flags():
-    """devices without PRE_COPY or P2P take the way that they have"""
+    """devices without PRE_COPY or P2P migrate without these states"""
     for flags, states in (
         (1, ["STOP_COPY", "STOP"]),
         (3, ["RUNNING_P2P", "STOP_COPY", "STOP"]),
@@ -293,7 +293,7 @@ def test_flags():
 
 
 def main():
-    """Runs the tests that are named, or all."""
+    """Runs the given tests, or all."""
     global program, top
     if len(sys.argv) < 3:
         sys.exit(__doc__)

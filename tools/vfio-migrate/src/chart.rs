@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The record as a picture: what is left, how fast it changes, and the downtime.
+//! Drawing of the record: data left, rates and downtime.
 
 use std::ops::Range;
 
@@ -22,12 +22,12 @@ pub(crate) fn svg(record: &Record) -> Result<String, String> {
     Ok(text)
 }
 
-/// From the start to a little after the end.
+/// Returns the range of the time axis.
 fn times(record: &Record) -> Range<f64> {
     0.0..(record.seconds * 1.02).max(1e-3)
 }
 
-/// When the source was stopped and the target did not run yet.
+/// Returns the time in which neither device ran.
 fn down(record: &Record) -> Option<Range<f64>> {
     let length = record.downtime_ms? / 1e3;
     let end = record.states.iter().rev().find(|change| {
@@ -44,7 +44,7 @@ fn points<'a>(
     record.samples.iter().filter_map(point)
 }
 
-/// The unit in which the axis has short numbers, and its name.
+/// Returns a unit for the axis, and its name.
 fn unit(highest: f64) -> (f64, &'static str) {
     match highest {
         1073741824.0.. => (1073741824.0, "GiB"),
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_has_all_lines() {
+    fn picture_has_all_lines() {
         let text = svg(&record(10)).expect("it can be drawn");
         for word in [
             "initial + dirty",
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_that_failed_at_once_can_be_drawn() {
+    fn empty_record_can_be_drawn() {
         let empty = Record {
             outcome: Outcome::Failed,
             seconds: 0.0,
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn the_downtime_ends_when_the_target_runs() {
+    fn downtime_ends_when_the_target_runs() {
         let down = down(&record(0)).expect("it completed");
         assert!((down.start - 1.65).abs() < 1e-9);
         assert!((down.end - 1.9).abs() < 1e-9);

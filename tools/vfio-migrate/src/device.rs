@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device attached through `vfio-ioctls`, by its group and a container or by its character
-//! device and an iommufd.
+//! Devices attached with `vfio-ioctls`: with a group and a container, or with a character device
+//! and an iommufd.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,18 +22,18 @@ use crate::record::{DeviceRecord, State};
 use crate::region::{name, Bytes};
 use crate::uapi::{self, PrecopyInfo, RegionInfo};
 
-/// How a device is attached.
+/// Way to attach a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Backend {
-    /// iommufd when the device and the kernel have it, else group.
+    /// Use iommufd if the device and the kernel support it, group otherwise.
     Auto,
-    /// The group of the device and a container.
+    /// Use the group of the device and a container.
     Group,
-    /// The character device and an iommufd.
+    /// Use the character device and an iommufd.
     Iommufd,
 }
 
-/// Finds the folder of a device in sysfs, by its path, its UUID or its PCI address.
+/// Finds the folder of a device in sysfs by its path, UUID or PCI address.
 pub(crate) fn find(device: &str) -> Result<PathBuf, Error> {
     let candidates = if device.contains('/') {
         vec![PathBuf::from(device)]
@@ -46,20 +46,17 @@ pub(crate) fn find(device: &str) -> Result<PathBuf, Error> {
     match found {
         Some(path) if path.join("vfio-dev").is_dir() => Ok(path),
         Some(path) => Err(Error::Attach(format!(
-            "{}: it is not a device that a VFIO driver has",
+            "{}: not bound to a VFIO driver",
             path.display()
         ))),
         None => {
             let paths: Vec<_> = candidates.iter().map(|p| p.display().to_string()).collect();
-            Err(Error::Attach(format!(
-                "there is no device {}",
-                paths.join(" or ")
-            )))
+            Err(Error::Attach(format!("no device {}", paths.join(" or "))))
         }
     }
 }
 
-/// A device of this process.
+/// Device opened by this process.
 pub(crate) struct Device {
     path: PathBuf,
     backend: &'static str,
@@ -69,7 +66,7 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Attaches the device whose folder in sysfs is `path`.
+    /// Attaches the device with the sysfs folder `path`.
     pub(crate) fn open(path: &Path, backend: Backend) -> Result<Self, Error> {
         let fail =
             |what: &dyn std::fmt::Display| Error::Attach(format!("{}: {what}", path.display()));
@@ -80,37 +77,37 @@ impl Device {
         };
         let ops: Arc<dyn VfioOps> = if iommufd {
             let iommufd = IommuFd::new()
-                .map_err(|error| fail(&format_args!("/dev/iommu cannot be opened: {error}")))?;
+                .map_err(|error| fail(&format_args!("cannot open /dev/iommu: {error}")))?;
             let ops = VfioIommufd::new(Arc::new(iommufd), None, None);
             Arc::new(ops.map_err(|error| fail(&error))?)
         } else {
             if !path.join("iommu_group").exists() {
-                return Err(fail(&"it is in no IOMMU group"));
+                return Err(fail(&"not in an IOMMU group"));
             }
             Arc::new(VfioContainer::new(None).map_err(|error| fail(&error))?)
         };
         let device = VfioDevice::new(path, ops, true).map_err(|error| match error {
-            // The kernel has no better errno for it.
+            // The kernel has no errno of its own for this case.
             VfioError::VfioDeviceBindIommufd(error)
                 if error.errno() == Errno::INVAL.raw_os_error() =>
             {
-                fail(&"it cannot be bound to an iommufd: somebody else has it open")
+                fail(&"cannot be bound to an iommufd: the device is already open")
             }
             error => fail(&error),
         })?;
         let flags = device
             .query_migration_support()
             .map_err(|error| fail(&error))?
-            .ok_or_else(|| fail(&"it cannot migrate"))?;
+            .ok_or_else(|| fail(&"does not support migration"))?;
         let fd = uapi::device_fd(&device);
         let regions = uapi::regions(fd)
-            .map_err(|error| fail(&format_args!("its regions cannot be asked for: {error}")))?;
-        // QEMU gives up here as well on any other errno.
+            .map_err(|error| fail(&format_args!("cannot get its regions: {error}")))?;
+        // Like QEMU, fail on any other errno.
         if flags & uapi::MIGRATION_PRE_COPY != 0 {
             match uapi::set_precopy_info_v2(fd) {
                 Err(error) if Errno::from_io_error(&error) != Some(Errno::NOTTY) => {
                     return Err(fail(&format_args!(
-                        "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 fails: {error}"
+                        "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2 failed: {error}"
                     )));
                 }
                 _ => {}
@@ -125,7 +122,7 @@ impl Device {
         })
     }
 
-    /// What the record says of it.
+    /// Returns its description for the record.
     pub(crate) fn record(&self) -> DeviceRecord {
         let names = [
             (uapi::MIGRATION_STOP_COPY, "STOP_COPY"),
@@ -140,24 +137,24 @@ impl Device {
         }
     }
 
-    /// Its regions that have bytes.
+    /// Returns its regions with a size above 0.
     pub(crate) fn regions(&self) -> &[RegionInfo] {
         &self.regions
     }
 
-    /// The region with this number, for reads and writes.
+    /// Returns the region with this index.
     pub(crate) fn region(&self, index: u32) -> Option<Region<'_>> {
         let info = *self.regions.iter().find(|region| region.index == index)?;
         Some(Region { device: self, info })
     }
 
-    /// As [`Self::region`], when the region can be written.
+    /// Like [`Self::region`], but fails if the region cannot be written.
     pub(crate) fn writable_region(&self, index: u32) -> Result<Region<'_>, Error> {
         match self.region(index) {
             Some(region) if region.info.writable => Ok(region),
             Some(_) => Err(Error::Usage(format!("{} cannot be written", name(index)))),
             None => Err(Error::Usage(format!(
-                "the source has no {}, but {}",
+                "the source has no {}, only {}",
                 name(index),
                 self.regions
                     .iter()
@@ -178,10 +175,10 @@ fn has_cdev(path: &Path) -> bool {
         .is_ok_and(|mut entries| entries.any(|entry| cdev(entry).is_some_and(|f| f.exists())))
 }
 
-/// A region of a device.
+/// Region of a device.
 pub(crate) struct Region<'a> {
     device: &'a Device,
-    /// What is known of it.
+    /// Index, size and access.
     pub(crate) info: RegionInfo,
 }
 
@@ -229,8 +226,7 @@ impl migrate::Device for Device {
             .device
             .get_migration_state()
             .map_err(io::Error::other)?;
-        State::from_uapi(number)
-            .ok_or_else(|| io::Error::other(format!("there is no state {number}")))
+        State::from_uapi(number).ok_or_else(|| io::Error::other(format!("unknown state {number}")))
     }
 
     fn set_state(&self, state: State) -> io::Result<Option<Box<dyn migrate::Stream>>> {
@@ -239,7 +235,7 @@ impl migrate::Device for Device {
             return Ok(None);
         };
         if state != State::Resuming {
-            // A device that takes its time must not keep the user from cancelling.
+            // The user must be able to cancel while a device is slow.
             fcntl_setfl(&stream, fcntl_getfl(&stream)? | OFlags::NONBLOCK)?;
         }
         Ok(Some(Box::new(Stream(stream))))
@@ -254,7 +250,7 @@ impl migrate::Device for Device {
     }
 }
 
-/// The data_fd of a device.
+/// data_fd of a device.
 struct Stream(File);
 
 impl migrate::Stream for Stream {

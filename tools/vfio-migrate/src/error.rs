@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What can go wrong, as a sentence and an exit code.
+//! Errors, each with a message and an exit code.
 
 use std::fmt;
 
-/// Why there is no migrated device.
+/// Reason why a migration did not complete.
 #[derive(Debug)]
 pub(crate) enum Error {
-    /// The arguments make no sense.
+    /// Invalid arguments.
     Usage(String),
     /// A device cannot be attached, or cannot migrate.
     Attach(String),
-    /// A device refused a step of the migration.
+    /// A device failed a step of the migration.
     Migration(String),
-    /// The stream was read by nobody: the target's error says why.
+    /// The target stopped reading the stream; its own error has the reason.
     Unread,
-    /// The devices hold different bytes after the migration.
+    /// The devices have different content after the migration.
     Differ(String),
     /// The record or the picture could not be written.
     Output(String),
-    /// The user asked to stop, by a signal.
+    /// The user interrupted the program by a signal.
     Interrupted,
 }
 
 impl Error {
-    /// The exit code of the program, as `--help` tells them.
+    /// Returns the exit code of the program; `--help` lists them.
     pub(crate) fn code(&self) -> u8 {
         match self {
             Error::Migration(_) | Error::Unread => 1,
@@ -46,7 +46,7 @@ impl fmt::Display for Error {
             | Error::Differ(what)
             | Error::Output(what) => f.write_str(what),
             Error::Unread => f.write_str("target: it stopped reading the stream"),
-            Error::Interrupted => f.write_str("interrupted, the source runs on"),
+            Error::Interrupted => f.write_str("interrupted, the source continues to run"),
         }
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `vfio-migrate`: migrates one VFIO device to another, watches it and checks the result.
+//! `vfio-migrate`: migrates one VFIO device to another, shows the progress, and compares both.
 //!
-//! What a VMM does for a device in a live migration, without a VMM: the source goes through
-//! pre-copy while a load keeps it busy, its stream goes through a pipe of limited bandwidth into
-//! the target, and at switchover both must hold the same.
+//! It takes the steps of a VMM in a live migration, without a VMM. The source goes through
+//! pre-copy while a load keeps it busy. Its stream goes through a pipe of limited bandwidth into
+//! the target. At switchover, both devices must have the same content.
 
 mod chart;
 mod device;
@@ -36,63 +36,63 @@ use view::View;
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0    the target runs and holds what the source held; or the migration was
-       cancelled as --cancel-at-round says, and the source runs on
-  1    a device refused a step; the source runs on if its driver lets it
-  2    the arguments make no sense
+  0    the target runs with the content of the source; or the migration was
+       cancelled by --cancel-at-round, and the source continues to run
+  1    a device failed a step; the source continues to run if its driver allows it
+  2    invalid arguments
   3    a device cannot be attached, or cannot migrate
-  4    the devices hold different bytes
+  4    the devices have different content
   5    the record or the picture could not be written
-  130  interrupted by a signal; the source runs on
+  130  interrupted by a signal; the source continues to run
 
 SOURCE and TARGET are a UUID, a PCI address or a folder in /sys. SIZE and RATE
-are bytes, bytes per second, with K, M or G for binary units. REGION is bar0 to
-bar5, rom, config, vga, or regionN for the region with the number N.";
+are bytes and bytes per second, with K, M or G for binary units. REGION is bar0
+to bar5, rom, config, vga, or regionN for region N.";
 
-/// Migrate one VFIO device to another, watch it and check the result.
+/// Migrate one VFIO device to another, show the progress and compare both.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXIT_CODES)]
 struct Args {
-    /// The device that is saved
+    /// Device to save
     source: String,
-    /// The device that is loaded
+    /// Device to load
     target: String,
-    /// How the devices are attached
+    /// How to attach the devices
     #[arg(long, value_enum, default_value = "auto")]
     backend: Backend,
     /// Limit the stream to this many bytes per second
     #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
     bandwidth: Option<u64>,
-    /// Stop the source when the rest takes no longer than this
+    /// Stop the source when the remaining data takes no longer than this
     #[arg(long, value_name = "MS", default_value_t = 300)]
     downtime_limit: u64,
-    /// Stop the source after so many rounds in any case
+    /// Stop the source after at most N rounds
     #[arg(long, value_name = "N", default_value_t = 30,
           value_parser = clap::value_parser!(u32).range(1..))]
     max_rounds: u32,
-    /// Stay in pre-copy at least so long
+    /// Stay in pre-copy for at least this time
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     precopy_time: u64,
     /// Cancel when round N ends
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cancel_at_round: Option<u32>,
-    /// Write 32 bits to a register of the source before: REGION:OFFSET=VALUE
+    /// Set a 32-bit register of the source before the migration: REGION:OFFSET=VALUE
     #[arg(long, value_name = "REGISTER", value_parser = Setting::parse)]
     set: Vec<Setting>,
-    /// Fill a region of the source with a pattern before
+    /// Fill a region of the source with a pattern before the migration
     #[arg(long, value_name = "REGION", value_parser = region::parse)]
     fill: Option<u32>,
     /// Write to a region of the source until it is stopped
     #[arg(long, value_name = "REGION", value_parser = region::parse)]
     load: Option<u32>,
-    /// How many bytes per second the load writes
+    /// Rate of the load in bytes per second
     #[arg(long, value_name = "RATE", value_parser = units::parse_rate, default_value = "1M",
           requires = "load")]
     load_rate: u64,
-    /// Leave bytes out of the comparison: REGION or REGION:OFFSET+LENGTH
+    /// Exclude bytes from the comparison: REGION or REGION:OFFSET+LENGTH
     #[arg(long, value_name = "BYTES", value_parser = Ignored::parse)]
     ignore: Vec<Ignored>,
-    /// Do not compare the devices: the uAPI keeps users away from stopped ones
+    /// Do not compare the devices, since the uAPI forbids access to a stopped device
     #[arg(long)]
     no_verify: bool,
     /// Write the record of the migration to this file, - for standard output
@@ -106,7 +106,7 @@ struct Args {
     quiet: bool,
 }
 
-/// What takes part in the migration besides the devices.
+/// Everything but the devices that takes part in a migration.
 struct Session<'a, 'scope> {
     source: &'a Device,
     target: &'a Device,
@@ -147,7 +147,7 @@ impl Observer for Session<'_, '_> {
             None => Ok(()),
             Some(Ok(Ok(()))) => Ok(()),
             Some(Ok(Err(error))) => Err(Error::Migration(format!(
-                "source: the load cannot write: {error}"
+                "source: the load failed to write: {error}"
             ))),
             Some(Err(panic)) => std::panic::resume_unwind(panic),
         }
@@ -199,7 +199,7 @@ impl Observer for Session<'_, '_> {
     }
 }
 
-/// What to say of a migration that did not fail.
+/// Returns the message for a migration that did not fail.
 fn summary(end: End, record: &Record) -> String {
     let rounds = record.rounds.len();
     let stream = format!(
@@ -208,11 +208,11 @@ fn summary(end: End, record: &Record) -> String {
         record.seconds
     );
     match end {
-        End::Cancelled => format!("cancelled after {stream}, the source runs on"),
+        End::Cancelled => format!("cancelled after {stream}, the source continues to run"),
         End::Completed { downtime } => {
             let bytes: u64 = record.compared.iter().map(|region| region.bytes).sum();
             let compared = match bytes {
-                0 => "nothing compared".into(),
+                0 => "not compared".into(),
                 _ => format!("{} equal on both", size(bytes)),
             };
             format!(
@@ -229,10 +229,10 @@ fn write(path: &Path, text: &str) -> Result<(), Error> {
         return Ok(());
     }
     std::fs::write(path, text)
-        .map_err(|error| Error::Output(format!("{} cannot be written: {error}", path.display())))
+        .map_err(|error| Error::Output(format!("cannot write {}: {error}", path.display())))
 }
 
-/// Fills the source with what the arguments say.
+/// Fills and sets up the source as requested by the arguments.
 fn prepare(args: &Args, source: &Device) -> Result<(), Error> {
     let fail = |index, what: &str, error| {
         Error::Migration(format!(
@@ -261,7 +261,7 @@ fn prepare(args: &Args, source: &Device) -> Result<(), Error> {
     Ok(())
 }
 
-/// Migrates, and writes the record and the picture, also of a failure.
+/// Migrates, and writes the record and the picture, even after a failure.
 fn run(args: &Args) -> Result<String, Error> {
     let (from, to) = (find(&args.source)?, find(&args.target)?);
     if from == to {
@@ -270,7 +270,7 @@ fn run(args: &Args) -> Result<String, Error> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, interrupted.clone())
-            .map_err(|error| Error::Migration(format!("no handler for signals: {error}")))?;
+            .map_err(|error| Error::Migration(format!("cannot handle signals: {error}")))?;
     }
     let source = Device::open(&from, args.backend)?;
     let target = Device::open(&to, args.backend)?;
@@ -306,7 +306,7 @@ fn run(args: &Args) -> Result<String, Error> {
         };
         let (result, measured) = migrate(&source, &target, &plan, &mut session);
         let quiet = session.quiesce();
-        // What failed first counts more than a load that fails on a stopped device.
+        // The first failure matters more than a load that fails on a stopped device.
         let result = result.and_then(|end| quiet.map(|()| end));
         let record = Record {
             tool: concat!("vfio-migrate ", env!("CARGO_PKG_VERSION")),
@@ -349,7 +349,7 @@ fn run(args: &Args) -> Result<String, Error> {
     }
     if let Some(path) = &args.svg {
         let drawn = chart::svg(&record)
-            .map_err(|error| Error::Output(format!("the picture cannot be drawn: {error}")))
+            .map_err(|error| Error::Output(format!("cannot draw the picture: {error}")))
             .and_then(|text| write(path, &text));
         written = written.and(drawn);
     }
@@ -362,7 +362,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     match run(&args) {
         Ok(summary) => {
-            // Standard output may be the record's.
+            // Standard output may be used for the record.
             eprintln!("vfio-migrate: {summary}");
             ExitCode::SUCCESS
         }
@@ -380,12 +380,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_options_are_consistent() {
+    fn options_are_consistent() {
         Args::command().debug_assert();
     }
 
     #[test]
-    fn arguments_that_make_no_sense_are_refused() {
+    fn invalid_arguments_are_refused() {
         for bad in [
             "a",
             "a b --bandwidth 0",

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The way of a migration: states, rounds, the pipe, and the way back when something fails.
+//! Steps of a migration: states, rounds, the pipe, and recovery from failures.
 //!
-//! It knows devices and streams as traits only, so that its tests need no device.
+//! Devices and streams are traits here, so that the tests need no device.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -17,89 +17,91 @@ use crate::pace::Pace;
 use crate::record::{ms, Round, Sample, Side, State, StateChange};
 use crate::uapi::{PrecopyInfo, MIGRATION_P2P, MIGRATION_PRE_COPY};
 
-/// How long to wait for a device before asking whether the user wants to stop.
+/// Time to wait for a device before checking whether the user wants to stop.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// How often to look at the device while bytes flow.
+/// Time between two samples.
 const SAMPLING: Duration = Duration::from_millis(50);
 
 /// A device that can migrate.
 pub(crate) trait Device: Sync {
-    /// `VFIO_MIGRATION_*`.
+    /// Returns the `VFIO_MIGRATION_*` flags.
     fn flags(&self) -> u64;
-    /// The state it is in.
+    /// Returns the current state.
     fn state(&self) -> io::Result<State>;
-    /// Takes it to a state; there may be a new data_fd.
+    /// Changes the state and returns the new data_fd, if any.
     fn set_state(&self, state: State) -> io::Result<Option<Box<dyn Stream>>>;
-    /// How many bytes `STOP_COPY` would stream, if it knows.
+    /// Returns the number of bytes that `STOP_COPY` would stream, if known.
     fn data_size(&self) -> Option<u64>;
-    /// Takes it to `RUNNING`, with nothing in its memory.
+    /// Resets the device: it is in `RUNNING` and has no content.
     fn reset(&self) -> io::Result<()>;
 }
 
 /// A data_fd.
 pub(crate) trait Stream: Send {
-    /// read(), which fails with `EAGAIN` when nothing is ready.
+    /// Calls read(), which fails with `EAGAIN` if no data is ready.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
-    /// write(), until all is written; tells how much was in any case.
+    /// Calls write() until all data is written; returns the number of bytes even on failure.
     fn write(&mut self, data: &[u8]) -> (usize, io::Result<()>);
-    /// What is left in pre-copy.
+    /// Returns the pre-copy info.
     fn info(&self) -> io::Result<PrecopyInfo>;
-    /// Waits until read() has something to say, or for so long.
+    /// Waits until read() would not block, at most for `timeout`.
     fn wait(&self, timeout: Duration) -> io::Result<()>;
 }
 
-/// How to migrate.
+/// Parameters of a migration.
 pub(crate) struct Plan {
     /// Bytes per second through the pipe.
     pub(crate) bandwidth: Option<u64>,
-    /// Stop the source when the rest takes no longer.
+    /// Stop the source when the remaining data takes no longer than this.
     pub(crate) downtime_limit: Duration,
-    /// Stop the source after so many rounds in any case.
+    /// Stop the source after at most this many rounds.
     pub(crate) max_rounds: u32,
-    /// Stay in pre-copy for so long at least.
+    /// Stay in pre-copy for at least this time.
     pub(crate) precopy_time: Duration,
     /// Cancel at the end of this round.
     pub(crate) cancel_at_round: Option<u32>,
 }
 
-/// Who takes part in a migration besides the devices.
+/// Callbacks of a migration.
 pub(crate) trait Observer {
-    /// A device came into a state.
+    /// Called when the state of a device has changed.
     fn state(&mut self, change: StateChange);
-    /// Bytes flow.
+    /// Called many times a second while data is sent.
     fn sample(&mut self, sample: Sample);
-    /// A round ended.
+    /// Called at the end of each round.
     fn round(&mut self, round: Round);
-    /// Whether to stop.
+    /// Returns whether the user wants to stop.
     fn interrupted(&self) -> bool;
-    /// The source stops next: nothing may write to it any more.
+    /// Called before the source is stopped: stops all writes to it.
     fn quiesce(&mut self) -> Result<(), Error>;
-    /// Both devices are stopped and hold the same, or should.
+    /// Called when both devices are stopped: compares them.
     fn compare(&mut self) -> Result<(), Error>;
 }
 
-/// How a migration ended that did not fail.
+/// Outcome of a migration that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum End {
     /// The target runs.
     Completed {
-        /// How long neither device ran.
+        /// Time in which neither device ran.
         downtime: Duration,
     },
-    /// The source runs on, as the plan said.
+    /// The source continues to run, as planned.
     Cancelled,
 }
 
-/// What was measured, also of a migration that failed.
+/// Measurements, also of a migration that failed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Measured {
-    /// Bytes through the pipe.
+    /// Bytes sent through the pipe.
     pub(crate) bytes: u64,
-    /// How long it took, without the comparison.
+    /// Duration without the comparison.
     pub(crate) time: Duration,
 }
 
-/// Migrates `source` to `target`. After a failure the source runs on and the target is reset.
+/// Migrates `source` to `target`.
+///
+/// After a failure, the source continues to run and the target is reset.
 pub(crate) fn migrate(
     source: &dyn Device,
     target: &dyn Device,
@@ -124,7 +126,7 @@ pub(crate) fn migrate(
         bytes: walk.sent,
         time: walk.start.elapsed() - walk.apart,
     };
-    // What is stopped and what differs can still be looked at.
+    // Devices that differ stay stopped, so that the user can look at them.
     if !matches!(result, Ok(End::Completed { .. }) | Err(Error::Differ(_))) {
         let recovery = walk.recover();
         result = match (result, recovery) {
@@ -138,20 +140,20 @@ pub(crate) fn migrate(
     (result, measured)
 }
 
-/// How pre-copy ended.
+/// Reason for the end of pre-copy.
 enum Precopy {
     Enough,
     Cancelled,
 }
 
-/// What came of one look at the stream.
+/// Result of one read() of the stream.
 enum Piece {
     Bytes(usize),
-    /// The temporary end of the stream.
+    /// Temporary end of the stream.
     Nothing,
-    /// The permanent end.
+    /// Permanent end of the stream.
     End,
-    /// The device needs time.
+    /// No data is ready yet.
     NotReady,
 }
 
@@ -169,10 +171,10 @@ struct Walk<'a> {
     plan: &'a Plan,
     observer: &'a mut dyn Observer,
     start: Instant,
-    /// Time of the comparison, which is not a part of a migration.
+    /// Duration of the comparison, which is not part of a migration.
     apart: Duration,
     sent: u64,
-    /// Time in which bytes were on their way.
+    /// Time spent on sending data.
     busy: Duration,
     last: Last,
     pace: Pace,
@@ -183,7 +185,7 @@ impl Walk<'_> {
         (self.start.elapsed() - self.apart).as_secs_f64()
     }
 
-    /// Takes a device to a state, and says so.
+    /// Changes the state of a device and tells the observer.
     fn set(&mut self, side: Side, state: State) -> Result<Option<Box<dyn Stream>>, Error> {
         let device = match side {
             Side::Source => self.source,
@@ -201,11 +203,11 @@ impl Walk<'_> {
             }
             Err(error) => {
                 let now = match device.state() {
-                    Ok(state) => format!(", it is in {} now", state.name()),
+                    Ok(state) => format!("; its state is {}", state.name()),
                     Err(_) => String::new(),
                 };
                 Err(Error::Migration(format!(
-                    "{}: it does not go to {}: {error}{now}",
+                    "{}: cannot change to {}: {error}{now}",
                     side.name(),
                     state.name()
                 )))
@@ -213,11 +215,11 @@ impl Walk<'_> {
         }
     }
 
-    /// As [`Self::set`], for the ways on which a data_fd is due.
+    /// Like [`Self::set`], for state changes that must return a data_fd.
     fn set_for_stream(&mut self, side: Side, state: State) -> Result<Box<dyn Stream>, Error> {
         self.set(side, state)?.ok_or_else(|| {
             Error::Migration(format!(
-                "{}: it went to {} without a data_fd",
+                "{}: no data_fd in state {}",
                 side.name(),
                 state.name()
             ))
@@ -233,7 +235,7 @@ impl Walk<'_> {
         };
         let sink = self.set_for_stream(Side::Target, State::Resuming)?;
         let (output, input) = pipe_with(PipeFlags::CLOEXEC)
-            .map_err(|error| Error::Migration(format!("there is no pipe: {error}")))?;
+            .map_err(|error| Error::Migration(format!("cannot create a pipe: {error}")))?;
         let (sent, received) = thread::scope(|scope| {
             let receiver = scope.spawn(|| receive(File::from(output), sink));
             let sent = self.send(stream, File::from(input));
@@ -259,7 +261,9 @@ impl Walk<'_> {
         Ok(End::Completed { downtime })
     }
 
-    /// Reads the source's stream into the pipe. Tells when the source stopped; none when cancelled.
+    /// Sends the stream of the source through the pipe.
+    ///
+    /// Returns the time at which the source was stopped, or `None` if cancelled.
     fn send(
         &mut self,
         stream: Option<Box<dyn Stream>>,
@@ -290,7 +294,7 @@ impl Walk<'_> {
             }
             (None, None) => {
                 return Err(Error::Migration(
-                    "source: it went to STOP_COPY without a data_fd".into(),
+                    "source: no data_fd in state STOP_COPY".into(),
                 ))
             }
         };
@@ -301,7 +305,7 @@ impl Walk<'_> {
                 Piece::End => break,
                 Piece::Nothing => {
                     return Err(Error::Migration(
-                        "source: read() fails with ENOMSG in STOP_COPY".into(),
+                        "source: read() failed with ENOMSG in STOP_COPY".into(),
                     ))
                 }
             }
@@ -326,7 +330,7 @@ impl Walk<'_> {
                         }
                     }
                     Piece::NotReady => self.wait(stream)?,
-                    // The uAPI wants ENOMSG, some drivers say 0.
+                    // The uAPI requires ENOMSG, but some drivers return 0.
                     Piece::Nothing | Piece::End => {
                         self.wait(stream)?;
                         break;
@@ -365,7 +369,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Moves what one read() gives into the pipe.
+    /// Sends the data of one read() through the pipe.
     fn piece(&mut self, stream: &mut dyn Stream, pipe: &mut File) -> Result<Piece, Error> {
         if self.observer.interrupted() {
             return Err(Error::Interrupted);
@@ -381,7 +385,7 @@ impl Walk<'_> {
                 Some(Errno::INTR) => return Ok(Piece::NotReady),
                 _ => {
                     return Err(Error::Migration(format!(
-                        "source: read() of its stream fails after {} bytes: {error}",
+                        "source: read() of its stream failed after {} bytes: {error}",
                         self.sent
                     )))
                 }
@@ -391,7 +395,7 @@ impl Walk<'_> {
             if error.kind() == io::ErrorKind::BrokenPipe {
                 Error::Unread
             } else {
-                Error::Migration(format!("the pipe fails: {error}"))
+                Error::Migration(format!("cannot write to the pipe: {error}"))
             }
         })?;
         self.sent += bytes as u64;
@@ -406,10 +410,10 @@ impl Walk<'_> {
         }
         stream
             .wait(PATIENCE)
-            .map_err(|error| Error::Migration(format!("source: poll() fails: {error}")))
+            .map_err(|error| Error::Migration(format!("source: poll() failed: {error}")))
     }
 
-    /// How long `STOP_COPY` would take, as fast as bytes flowed so far.
+    /// Returns how long `STOP_COPY` would take at the rate so far.
     fn expected_downtime(&self, left: u64) -> Option<Duration> {
         let bytes = self.source.data_size().unwrap_or(left);
         (self.sent > 0 && !self.busy.is_zero()).then(|| {
@@ -444,22 +448,22 @@ impl Walk<'_> {
         };
     }
 
-    /// Makes the source run on, and the target forget what it was loaded with.
+    /// Takes the source back to `RUNNING`, and resets the target.
     fn recover(&mut self) -> Result<(), Error> {
         let source = self.source.state();
         if !matches!(source, Ok(State::Running)) && self.set(Side::Source, State::Running).is_err()
         {
-            self.source.reset().map_err(|error| {
-                Error::Migration(format!("source: it cannot be reset: {error}"))
-            })?;
+            self.source
+                .reset()
+                .map_err(|error| Error::Migration(format!("source: reset failed: {error}")))?;
             return Err(Error::Migration(
-                "source: only a reset brought it back to RUNNING, its state is lost".into(),
+                "source: had to be reset to return to RUNNING, its state is lost".into(),
             ));
         }
         if !matches!(self.target.state(), Ok(State::Running)) {
-            self.target.reset().map_err(|error| {
-                Error::Migration(format!("target: it cannot be reset: {error}"))
-            })?;
+            self.target
+                .reset()
+                .map_err(|error| Error::Migration(format!("target: reset failed: {error}")))?;
             let seconds = self.seconds();
             self.observer.state(StateChange {
                 seconds,
@@ -471,26 +475,26 @@ impl Walk<'_> {
     }
 }
 
-/// Whether the rest fits into the downtime limit.
+/// Returns whether the remaining data fits into the downtime limit.
 fn near_enough(left: PrecopyInfo, expected: Option<Duration>, limit: Duration) -> bool {
-    // The uAPI recommends to stay until all initial data has come.
+    // The uAPI recommends to stay in pre-copy until all initial data is read.
     left.initial == 0 && (left.dirty == 0 || expected.is_some_and(|time| time <= limit))
 }
 
 fn info(stream: &dyn Stream) -> Result<PrecopyInfo, Error> {
     stream.info().map_err(|error| {
-        Error::Migration(format!("source: VFIO_MIG_GET_PRECOPY_INFO fails: {error}"))
+        Error::Migration(format!("source: VFIO_MIG_GET_PRECOPY_INFO failed: {error}"))
     })
 }
 
-/// Writes what comes through the pipe to the target's stream.
+/// Writes all data from the pipe to the stream of the target.
 fn receive(mut pipe: File, mut sink: Box<dyn Stream>) -> Result<(), Error> {
     let mut buffer = vec![0; 1 << 20];
     let mut position = 0;
     loop {
         let bytes = pipe
             .read(&mut buffer)
-            .map_err(|error| Error::Migration(format!("the pipe fails: {error}")))?;
+            .map_err(|error| Error::Migration(format!("cannot read from the pipe: {error}")))?;
         if bytes == 0 {
             return Ok(());
         }
@@ -498,7 +502,7 @@ fn receive(mut pipe: File, mut sink: Box<dyn Stream>) -> Result<(), Error> {
         position += written;
         result.map_err(|error| {
             Error::Migration(format!(
-                "target: write() of the stream fails after {position} bytes: {error}"
+                "target: write() of the stream failed after {position} bytes: {error}"
             ))
         })?;
     }

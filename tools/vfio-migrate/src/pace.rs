@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Bytes at a limited rate.
+//! Rate limit.
 
 use std::time::{Duration, Instant};
 
-/// Tells how long to wait so that bytes go out at a rate, on average.
+/// Rate limiter, which computes how long to wait between transfers.
 ///
-/// What was not used in time is lost: a pause is not followed by a burst.
+/// Unused bandwidth is lost: a pause is not followed by a burst.
 pub(crate) struct Pace {
     rate: Option<u64>,
     due: Instant,
 }
 
 impl Pace {
-    /// `rate` is in bytes per second; none is no limit.
+    /// Creates a limiter for `rate` bytes per second; `None` means no limit.
     pub(crate) fn new(rate: Option<u64>, now: Instant) -> Self {
         Self { rate, due: now }
     }
 
-    /// How long to wait after `bytes` went out at `now` before the next may follow.
+    /// Returns how long to wait after `bytes` were sent at `now` before sending more.
     pub(crate) fn after(&mut self, bytes: usize, now: Instant) -> Duration {
         let Some(rate) = self.rate else {
             return Duration::ZERO;
@@ -27,7 +27,7 @@ impl Pace {
         self.due - now
     }
 
-    /// How many bytes to move at a time, so that a wait is short enough for a person.
+    /// Returns how many bytes to send at a time, so that each wait is about 50 ms.
     pub(crate) fn chunk(&self) -> usize {
         match self.rate {
             Some(rate) => (rate / 20).clamp(512, 1 << 20) as usize,
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_rate_no_wait() {
+    fn no_rate_means_no_wait() {
         let now = Instant::now();
         let mut pace = Pace::new(None, now);
         assert_eq!(pace.after(usize::MAX, now), Duration::ZERO);
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_is_not_made_up_for() {
+    fn pause_is_not_followed_by_a_burst() {
         let start = Instant::now();
         let mut pace = Pace::new(Some(1000), start);
         let later = start + Duration::from_secs(60);
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_are_short_in_time() {
+    fn chunk_size_follows_the_rate() {
         let now = Instant::now();
         assert_eq!(Pace::new(Some(1), now).chunk(), 512);
         assert_eq!(Pace::new(Some(1 << 20), now).chunk(), (1 << 20) / 20);

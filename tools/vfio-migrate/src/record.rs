@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is known of a migration afterwards: the JSON record.
+//! The JSON record of a migration.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
-/// Which of the two devices.
+/// One of the two devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Side {
-    /// The device that is saved.
+    /// The device to save.
     Source,
-    /// The device that is loaded.
+    /// The device to load.
     Target,
 }
 
 impl Side {
-    /// The word for it.
+    /// Returns its name in messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Side::Source => "source",
@@ -26,26 +26,26 @@ impl Side {
     }
 }
 
-/// A migration state, `enum vfio_device_mig_state`.
+/// Migration state, `enum vfio_device_mig_state`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub(crate) enum State {
-    /// Only a reset helps.
+    /// Failed; only a reset leaves this state.
     Error = 0,
-    /// The device is stopped.
+    /// Stopped.
     Stop,
-    /// The device works.
+    /// Running.
     Running,
-    /// The device is stopped and saved.
+    /// Stopped, its state is saved.
     StopCopy,
-    /// The device is stopped and loaded.
+    /// Stopped, its state is loaded.
     Resuming,
-    /// The device works, but starts no peer-to-peer DMA.
+    /// Running without peer-to-peer DMA.
     #[serde(rename = "RUNNING_P2P")]
     RunningP2p,
-    /// The device works and is saved.
+    /// Running, its state is saved.
     PreCopy,
-    /// The device works, starts no peer-to-peer DMA, and is saved.
+    /// Running without peer-to-peer DMA, its state is saved.
     #[serde(rename = "PRE_COPY_P2P")]
     PreCopyP2p,
 }
@@ -62,81 +62,81 @@ impl State {
         (State::PreCopyP2p, "PRE_COPY_P2P"),
     ];
 
-    /// The state that the uAPI gives this number.
+    /// Returns the state with this number in the uAPI.
     pub(crate) fn from_uapi(number: u32) -> Option<Self> {
         let known = Self::ALL.get(usize::try_from(number).ok()?)?;
         Some(known.0)
     }
 
-    /// The name that it has in the uAPI.
+    /// Returns its name in the uAPI.
     pub(crate) fn name(self) -> &'static str {
         Self::ALL[self as usize].1
     }
 }
 
-/// A device came into a state.
+/// Change of the state of a device.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct StateChange {
     /// Seconds since the start of the migration.
     pub(crate) seconds: f64,
-    /// Whose state it is.
+    /// The device.
     pub(crate) device: Side,
     /// The new state.
     pub(crate) state: State,
 }
 
-/// How far things were at one moment.
+/// Progress at one point in time.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Sample {
     /// Seconds since the start of the migration.
     pub(crate) seconds: f64,
-    /// The round it was in, from 1; 0 is the stream of `STOP_COPY`.
+    /// Current round, from 1; 0 in `STOP_COPY`.
     pub(crate) round: u32,
-    /// `initial_bytes` of the device, none outside of pre-copy.
+    /// `initial_bytes` of the device, `None` outside of pre-copy.
     pub(crate) initial_bytes: Option<u64>,
-    /// `dirty_bytes` of the device, none outside of pre-copy.
+    /// `dirty_bytes` of the device, `None` outside of pre-copy.
     pub(crate) dirty_bytes: Option<u64>,
-    /// Bytes that went through the pipe.
+    /// Bytes sent through the pipe so far.
     pub(crate) sent_bytes: u64,
-    /// Bytes per second through the pipe since the last sample.
+    /// Bytes per second sent since the last sample.
     pub(crate) send_rate: f64,
     /// Bytes per second that became dirty since the last sample.
     pub(crate) dirty_rate: Option<f64>,
-    /// Milliseconds that `STOP_COPY` would take from here.
+    /// Expected duration of `STOP_COPY` at this point, in milliseconds.
     pub(crate) expected_downtime_ms: Option<f64>,
 }
 
-/// One round: from the bytes that were left when it began until these were read.
+/// One round of pre-copy. It ends when the bytes that were left at its start have been read.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Round {
-    /// Its number, from 1.
+    /// Number of the round, from 1.
     pub(crate) round: u32,
-    /// When it ended, in seconds since the start of the migration.
+    /// End of the round, in seconds since the start of the migration.
     pub(crate) seconds: f64,
-    /// Bytes read in it.
+    /// Bytes read in this round.
     pub(crate) bytes: u64,
-    /// Bytes that were left at its end.
+    /// Bytes left at the end of the round.
     pub(crate) left_bytes: u64,
-    /// Bytes per second that became dirty in it.
+    /// Bytes per second that became dirty in this round.
     pub(crate) dirty_rate: f64,
-    /// The device said that its initial data began anew.
+    /// The device reported new initial data.
     pub(crate) reinit: bool,
-    /// Milliseconds that `STOP_COPY` would take after it.
+    /// Expected duration of `STOP_COPY` after this round, in milliseconds.
     pub(crate) expected_downtime_ms: Option<f64>,
 }
 
-/// What a device is.
+/// Description of a device.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct DeviceRecord {
-    /// Its folder in sysfs.
+    /// Folder in sysfs.
     pub(crate) path: String,
     /// How it was attached.
     pub(crate) backend: &'static str,
-    /// What it supports, by the names of `VFIO_MIGRATION_*`.
+    /// Supported `VFIO_MIGRATION_*` flags.
     pub(crate) flags: Vec<&'static str>,
 }
 
-/// What the user asked for.
+/// Options of the migration.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Asked {
     /// `--bandwidth`, in bytes per second.
@@ -149,71 +149,71 @@ pub(crate) struct Asked {
     pub(crate) precopy_seconds: f64,
     /// `--cancel-at-round`.
     pub(crate) cancel_at_round: Option<u32>,
-    /// `--load`, the region written to.
+    /// `--load`, the region that the load writes to.
     pub(crate) load: Option<String>,
     /// `--load-rate`, in bytes per second.
     pub(crate) load_rate: Option<u64>,
 }
 
-/// A region of both devices, after the migration.
+/// Result of the comparison of one region.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Compared {
-    /// Its name.
+    /// Name of the region.
     pub(crate) region: String,
-    /// Bytes compared.
+    /// Number of compared bytes.
     pub(crate) bytes: u64,
-    /// Bytes that are different.
+    /// Number of different bytes.
     pub(crate) different: u64,
-    /// Where the first of them is.
+    /// Offset of the first different byte.
     pub(crate) first_different: Option<u64>,
 }
 
-/// How it ended.
+/// Outcome of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Outcome {
     /// The target runs with the state of the source.
     Completed,
-    /// The source runs on, as was asked for.
+    /// The source continues to run, as requested.
     Cancelled,
-    /// Neither.
+    /// The migration failed.
     Failed,
 }
 
-/// All of it.
+/// Record of a migration.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Record {
     /// The program and its version.
     pub(crate) tool: &'static str,
-    /// The device that is saved.
+    /// The device to save.
     pub(crate) source: DeviceRecord,
-    /// The device that is loaded.
+    /// The device to load.
     pub(crate) target: DeviceRecord,
-    /// What the user asked for.
+    /// Options of the migration.
     pub(crate) asked: Asked,
-    /// How it ended.
+    /// Outcome.
     pub(crate) outcome: Outcome,
-    /// Why it failed.
+    /// Reason of a failure.
     pub(crate) error: Option<String>,
-    /// How long it took, without the comparison.
+    /// Duration without the comparison, in seconds.
     pub(crate) seconds: f64,
-    /// How long neither device ran, without the comparison.
+    /// Time in which neither device ran, without the comparison, in milliseconds.
     pub(crate) downtime_ms: Option<f64>,
-    /// Bytes of the stream.
+    /// Size of the stream in bytes.
     pub(crate) bytes: u64,
     /// Bytes that the load wrote to the source.
     pub(crate) load_bytes: u64,
-    /// The regions compared.
+    /// Compared regions.
     pub(crate) compared: Vec<Compared>,
-    /// The states, as they came.
+    /// State changes in the order in which they happened.
     pub(crate) states: Vec<StateChange>,
-    /// The rounds of pre-copy.
+    /// Rounds of pre-copy.
     pub(crate) rounds: Vec<Round>,
-    /// How far things were, moment by moment.
+    /// Progress over time.
     pub(crate) samples: Vec<Sample>,
 }
 
-/// A duration in milliseconds.
+/// Converts a duration to milliseconds.
 pub(crate) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
@@ -223,7 +223,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_have_the_numbers_and_names_of_the_uapi() {
+    fn state_numbers_and_names_match_the_uapi() {
         for (number, (state, name)) in State::ALL.into_iter().enumerate() {
             assert_eq!(state as usize, number);
             assert_eq!(State::from_uapi(number as u32), Some(state));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Regions of a device: their names, what is written to them, and whether two hold the same.
+//! Regions of a device: their names, the load, and the comparison.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,20 +13,20 @@ use crate::record::Compared;
 use crate::uapi::{RegionInfo, REGION_CONFIG, REGION_ROM, REGION_VGA};
 use crate::units::parse_size;
 
-/// How many bytes a write of the load has.
+/// Size of a write of the load.
 const PAGE: u64 = 4096;
-/// How many bytes to read or write at a time elsewhere.
+/// Size of all other reads and writes.
 const PIECE: u64 = 1 << 20;
 
-/// The bytes of a region.
+/// Access to the bytes of a region.
 pub(crate) trait Bytes: Sync {
-    /// Reads at `offset` until `buffer` is full.
+    /// Fills `buffer` from `offset`.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
-    /// Writes at `offset` until all of `data` is there.
+    /// Writes all of `data` at `offset`.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 }
 
-/// The name of a region of a PCI device.
+/// Returns the name of a region of a PCI device.
 pub(crate) fn name(index: u32) -> String {
     match index {
         REGION_CONFIG => "config".into(),
@@ -37,7 +37,7 @@ pub(crate) fn name(index: u32) -> String {
     }
 }
 
-/// The number of the region with this name.
+/// Returns the index of the region with this name.
 pub(crate) fn parse(text: &str) -> Result<u32, String> {
     let index = match text {
         "config" => Some(REGION_CONFIG),
@@ -49,10 +49,10 @@ pub(crate) fn parse(text: &str) -> Result<u32, String> {
             _ => None,
         },
     };
-    index.ok_or_else(|| format!("`{text}` is no region: bar0 to bar5, rom, config, vga or regionN"))
+    index.ok_or_else(|| format!("`{text}` is not bar0 to bar5, rom, config, vga or regionN"))
 }
 
-/// Bytes of a region that the comparison leaves out.
+/// Bytes of a region that are excluded from the comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ignored {
     index: u32,
@@ -61,7 +61,7 @@ pub(crate) struct Ignored {
 }
 
 impl Ignored {
-    /// Reads `REGION` or `REGION:OFFSET+LENGTH`.
+    /// Parses `REGION` or `REGION:OFFSET+LENGTH`.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let Some((region, range)) = text.split_once(':') else {
             return Ok(Self {
@@ -82,21 +82,21 @@ impl Ignored {
     }
 }
 
-/// A register and what to write to it.
+/// Register and its new value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
-    /// The number of its region.
+    /// Index of the region.
     pub(crate) index: u32,
-    /// Where it is in the region.
+    /// Offset in the region.
     pub(crate) offset: u64,
-    /// Its new value, 32 bits, little-endian.
+    /// New value, written in little-endian order.
     pub(crate) value: u32,
 }
 
 impl Setting {
-    /// Reads `REGION:OFFSET=VALUE`.
+    /// Parses `REGION:OFFSET=VALUE`.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is not REGION:OFFSET=VALUE with a value of 32 bits");
+        let wrong = || format!("`{text}` is not REGION:OFFSET=VALUE with a 32-bit value");
         let (region, rest) = text.split_once(':').ok_or_else(wrong)?;
         let (offset, value) = rest.split_once('=').ok_or_else(wrong)?;
         Ok(Self {
@@ -107,7 +107,7 @@ impl Setting {
     }
 }
 
-/// The 8 bytes at `offset` of the pattern `seed`.
+/// Returns the 8 bytes at `offset` of the pattern `seed`.
 fn word(seed: u64, offset: u64) -> [u8; 8] {
     // The finaliser of splitmix64.
     let mut z = seed ^ offset.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -116,7 +116,7 @@ fn word(seed: u64, offset: u64) -> [u8; 8] {
     (z ^ (z >> 31)).to_le_bytes()
 }
 
-/// Puts the pattern `seed` of the bytes from `offset` into `buffer`.
+/// Fills `buffer` with the pattern `seed` from `offset`.
 fn pattern(seed: u64, offset: u64, buffer: &mut [u8]) {
     for (at, part) in (offset..).step_by(8).zip(buffer.chunks_mut(8)) {
         part.copy_from_slice(&word(seed, at)[..part.len()]);
@@ -134,14 +134,14 @@ pub(crate) fn fill(bytes: &dyn Bytes, size: u64, seed: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A writer that keeps the source busy.
+/// Load that keeps the source busy.
 pub(crate) struct Load {
     stop: AtomicBool,
     written: AtomicU64,
 }
 
 impl Load {
-    /// One that has not begun.
+    /// Creates a load that has not started.
     pub(crate) fn new() -> Self {
         Self {
             stop: AtomicBool::new(false),
@@ -149,7 +149,7 @@ impl Load {
         }
     }
 
-    /// Writes pages to places all over a region until [`Self::stop`], each with bytes of its own.
+    /// Writes pages with different content at random offsets until [`Self::stop`] is called.
     pub(crate) fn run(&self, bytes: &dyn Bytes, size: u64, rate: u64) -> io::Result<()> {
         let mut pace = Pace::new(Some(rate), Instant::now());
         let mut page = vec![0; size.min(PAGE) as usize];
@@ -167,26 +167,26 @@ impl Load {
         Ok(())
     }
 
-    /// Ends [`Self::run`] after the write that it is in.
+    /// Ends [`Self::run`] after the current write.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
     }
 
-    /// How many bytes it has written.
+    /// Returns the number of bytes written.
     pub(crate) fn written(&self) -> u64 {
         self.written.load(Ordering::Relaxed)
     }
 }
 
-/// One region of both devices, with what reads it.
+/// The same region of both devices.
 pub(crate) struct Pair<'a> {
-    /// The region of the source, and its bytes.
+    /// Region of the source.
     pub(crate) source: (RegionInfo, &'a dyn Bytes),
-    /// The same of the target.
+    /// Region of the target.
     pub(crate) target: (RegionInfo, &'a dyn Bytes),
 }
 
-/// Compares a region of both devices; an error says which device cannot be read.
+/// Compares a region of both devices; an error names the device that cannot be read.
 pub(crate) fn compare(pair: &Pair<'_>, ignored: &[Ignored]) -> Result<Compared, Error> {
     let (info, source) = pair.source;
     let (_, target) = pair.target;
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_have_names() {
+    fn region_names_are_parsed() {
         for index in 0..12 {
             assert_eq!(parse(&name(index)), Ok(index));
         }
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn ignored_bytes_are_read() {
+    fn ignored_bytes_are_parsed() {
         let all = Ignored {
             index: 7,
             start: 0,
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_read() {
+    fn settings_are_parsed() {
         let setting = Setting {
             index: 0,
             offset: 0x54,
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_does_not_depend_on_pieces() {
+    fn pattern_does_not_depend_on_pieces() {
         let memory = Memory::new(3 * PIECE as usize / 2 + 3);
         let size = memory.0.lock().expect("no test panics with it").len();
         fill(&memory, size as u64, 9).expect("memory takes all");
@@ -354,8 +354,8 @@ mod tests {
     }
 
     #[test]
-    fn a_load_writes_until_it_is_stopped() {
-        // Smaller than a page, so that each write is the whole of it.
+    fn load_writes_until_it_is_stopped() {
+        // Smaller than a page, so that each write covers all of it.
         let memory = Memory::new(100);
         let load = Load::new();
         thread::scope(|scope| {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The calls of the migration uAPI that `vfio-ioctls` has not, or not with all of their answers.
+//! Calls of the VFIO uAPI that `vfio-ioctls` lacks, or whose result it does not return in full.
 //!
-//! The only module with `unsafe`, and the only one that names the generated bindings. What it
-//! replaces is listed in `Documentation/vfio-migrate.rst` as proposals for that crate.
+//! This is the only module with `unsafe` and the only one that uses the generated bindings.
+//! `Documentation/vfio-migrate.rst` lists its content as proposals for that crate.
 
 #![allow(unsafe_code)]
 
@@ -35,17 +35,17 @@ ioctl_io_nr!(
 pub(crate) const MIGRATION_PRE_COPY: u64 = sys::VFIO_MIGRATION_PRE_COPY as u64;
 /// The device supports `RUNNING_P2P`, and with `PRE_COPY` also `PRE_COPY_P2P`.
 pub(crate) const MIGRATION_P2P: u64 = sys::VFIO_MIGRATION_P2P as u64;
-/// The device supports `STOP_COPY`, as all that migrate must.
+/// The device supports `STOP_COPY`, which is mandatory.
 pub(crate) const MIGRATION_STOP_COPY: u64 = sys::VFIO_MIGRATION_STOP_COPY as u64;
 
-/// Index of the configuration space of a PCI device; the BARs come before it, from 0.
+/// Index of the configuration space of a PCI device; the BARs start at 0.
 pub(crate) const REGION_CONFIG: u32 = sys::VFIO_PCI_CONFIG_REGION_INDEX;
 /// Index of the expansion ROM of a PCI device.
 pub(crate) const REGION_ROM: u32 = sys::VFIO_PCI_ROM_REGION_INDEX;
 /// Index of the VGA region of a PCI device.
 pub(crate) const REGION_VGA: u32 = sys::VFIO_PCI_VGA_REGION_INDEX;
 
-/// What a struct is that the kernel may fill with any bytes.
+/// Types that the kernel may fill with any bytes.
 ///
 /// # Safety
 ///
@@ -57,7 +57,7 @@ unsafe impl Plain for sys::vfio_device_feature_mig_state {}
 // SAFETY: no bytes.
 unsafe impl Plain for () {}
 
-/// `struct vfio_device_feature` with what belongs behind it.
+/// `struct vfio_device_feature` followed by its data.
 #[repr(C)]
 #[derive(Default)]
 struct Feature<T> {
@@ -66,7 +66,9 @@ struct Feature<T> {
     data: T,
 }
 
-/// `VFIO_DEVICE_FEATURE`; `data` must be what the feature and the operation in `flags` call for.
+/// Calls `VFIO_DEVICE_FEATURE`.
+///
+/// `data` must have the type that the feature and the operation in `flags` require.
 fn feature<T: Plain>(fd: BorrowedFd<'_>, flags: u32, data: T) -> io::Result<T> {
     let mut feature = Feature {
         argsz: size_of::<Feature<T>>() as u32,
@@ -74,22 +76,22 @@ fn feature<T: Plain>(fd: BorrowedFd<'_>, flags: u32, data: T) -> io::Result<T> {
         data,
     };
     // SAFETY: the kernel reads and writes at most `argsz` bytes, which is the size of `feature`,
-    // and whatever it writes there is a `T`.
+    // and any bytes that it writes to `data` are a valid `T`.
     match unsafe { ioctl_with_mut_ref(&fd, DEVICE_FEATURE(), &mut feature) } {
         0.. => Ok(feature.data),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// The file of a device, which `vfio-ioctls` shows as a number only.
+/// Borrows the file of a device; `vfio-ioctls` only provides its number.
 pub(crate) fn device_fd(device: &VfioDevice) -> BorrowedFd<'_> {
     // SAFETY: `device` owns the file, and the lifetime keeps it open.
     unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) }
 }
 
-/// Sets the migration state and hands over the data_fd when there is a new one.
+/// Sets the migration state and returns the new data_fd, if any.
 ///
-/// `VfioDevice::set_migration_state` keeps it to itself.
+/// `VfioDevice::set_migration_state` does not return the data_fd.
 pub(crate) fn set_state(device: BorrowedFd<'_>, state: u32) -> io::Result<Option<File>> {
     let answer = feature(
         device,
@@ -100,12 +102,12 @@ pub(crate) fn set_state(device: BorrowedFd<'_>, state: u32) -> io::Result<Option
         },
     )?;
     Ok((answer.data_fd >= 0).then(|| {
-        // SAFETY: the kernel has just installed this file for us, and nobody else knows of it.
+        // SAFETY: the kernel has just installed this file for us, and no other code uses it.
         unsafe { File::from_raw_fd(answer.data_fd) }
     }))
 }
 
-/// Opts in to `VFIO_PRECOPY_INFO_REINIT`; `ENOTTY` when the device has no such flag.
+/// Opts in to `VFIO_PRECOPY_INFO_REINIT`; fails with `ENOTTY` if the kernel does not support it.
 pub(crate) fn set_precopy_info_v2(device: BorrowedFd<'_>) -> io::Result<()> {
     feature(
         device,
@@ -114,7 +116,7 @@ pub(crate) fn set_precopy_info_v2(device: BorrowedFd<'_>) -> io::Result<()> {
     )
 }
 
-/// Resets the device; `VfioDevice::reset` does not say whether that worked.
+/// Resets the device; `VfioDevice::reset` does not return whether that succeeded.
 pub(crate) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the ioctl takes no argument.
     match unsafe { ioctl(&device, DEVICE_RESET()) } {
@@ -123,25 +125,25 @@ pub(crate) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// What is left to stream in pre-copy.
+/// Amount of data that is left to stream in pre-copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PrecopyInfo {
-    /// Bytes that belong to the state as it was when pre-copy began.
+    /// Bytes of the initial device state that were not streamed yet.
     pub(crate) initial: u64,
     /// Bytes that changed since they were streamed.
     pub(crate) dirty: u64,
-    /// There is new initial data; only after [`set_precopy_info_v2`].
+    /// The device has new initial data; only reported after [`set_precopy_info_v2`].
     pub(crate) reinit: bool,
 }
 
 impl PrecopyInfo {
-    /// All bytes that are left.
+    /// Returns the sum of both.
     pub(crate) fn left(&self) -> u64 {
         self.initial.saturating_add(self.dirty)
     }
 }
 
-/// `VFIO_MIG_GET_PRECOPY_INFO` with its flags, on a data_fd.
+/// Calls `VFIO_MIG_GET_PRECOPY_INFO` on a data_fd.
 pub(crate) fn precopy_info(stream: &File) -> io::Result<PrecopyInfo> {
     let mut info = sys::vfio_precopy_info {
         argsz: size_of::<sys::vfio_precopy_info>() as u32,
@@ -159,24 +161,24 @@ pub(crate) fn precopy_info(stream: &File) -> io::Result<PrecopyInfo> {
     }
 }
 
-/// What `VFIO_DEVICE_GET_REGION_INFO` tells of a region.
+/// Region of a device, from `VFIO_DEVICE_GET_REGION_INFO`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RegionInfo {
-    /// Its number.
+    /// Index of the region.
     pub(crate) index: u32,
-    /// How many bytes it has.
+    /// Size in bytes.
     pub(crate) size: u64,
-    /// Where it begins in the device's file.
+    /// Offset in the file of the device.
     pub(crate) offset: u64,
-    /// It can be read.
+    /// Whether it can be read.
     pub(crate) readable: bool,
-    /// It can be written.
+    /// Whether it can be written.
     pub(crate) writable: bool,
 }
 
-/// The regions of the device that have bytes, by their true numbers.
+/// Returns the regions of the device with a size above 0, with their real indexes.
 ///
-/// In `vfio-ioctls`, a region that the kernel refuses to describe moves all later ones.
+/// In `vfio-ioctls`, a region without an info shifts the indexes of all later ones.
 pub(crate) fn regions(device: BorrowedFd<'_>) -> io::Result<Vec<RegionInfo>> {
     let mut info = sys::vfio_device_info {
         argsz: size_of::<sys::vfio_device_info>() as u32,
@@ -197,7 +199,7 @@ pub(crate) fn regions(device: BorrowedFd<'_>) -> io::Result<Vec<RegionInfo>> {
         // SAFETY: as above, with the size of `region`.
         let status =
             unsafe { ioctl_with_mut_ref(&device.as_fd(), DEVICE_GET_REGION_INFO(), &mut region) };
-        // A device without this region says EINVAL.
+        // A device without this region fails with EINVAL.
         if status == 0 && region.size > 0 {
             regions.push(RegionInfo {
                 index,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Numbers as people write and read them.
+//! Sizes with units, parsed and formatted.
 
-/// A number of bytes with an optional binary unit: `4096`, `0x1000`, `64K`, `1.5M`, `2G`.
+/// Parses a number of bytes with an optional binary unit: `4096`, `0x1000`, `64K`, `1.5M`, `2G`.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let number = |text: &str| match text.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16).ok(),
@@ -26,15 +26,15 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| format!("`{text}` is not a number of bytes such as 65536, 64K, 1.5M or 1G"))
 }
 
-/// As [`parse_size`], but not 0.
+/// Like [`parse_size`], but refuses 0.
 pub(crate) fn parse_rate(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
-        0 => Err("a rate of 0 never gets anywhere".into()),
+        0 => Err("the rate must not be 0".into()),
         rate => Ok(rate),
     }
 }
 
-/// Bytes in at most eight columns.
+/// Formats a number of bytes with a unit.
 pub(crate) fn size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read() {
+    fn sizes_are_parsed() {
         assert_eq!(parse_size("0"), Ok(0));
         assert_eq!(parse_size("4096"), Ok(4096));
         assert_eq!(parse_size("0x58"), Ok(0x58));
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn other_words_are_refused() {
+    fn invalid_sizes_are_refused() {
         for text in [
             "",
             "K",
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_written() {
+    fn sizes_are_formatted() {
         assert_eq!(size(0), "0 B");
         assert_eq!(size(1023), "1023 B");
         assert_eq!(size(1024), "1.0 KiB");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The progress as a table on the terminal, or as lines in a log.
+//! Progress as a table on a terminal, or as lines of a log.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use crate::record::{Round, Sample, Side, State, StateChange};
 use crate::units::size;
 
-/// How often a line of a log says how far things are.
+/// Time between two lines of a log.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
-/// Shows one migration on standard error.
+/// Shows the progress of a migration on standard error.
 pub(crate) struct View {
     quiet: bool,
     terminal: bool,
@@ -22,7 +22,7 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// One that shows nothing yet; with `quiet` it never does.
+    /// Creates a view; with `quiet` it never shows anything.
     pub(crate) fn new(quiet: bool) -> Self {
         Self {
             quiet,
@@ -34,7 +34,7 @@ impl View {
         }
     }
 
-    /// A device came into a state.
+    /// Shows a new state.
     pub(crate) fn state(&mut self, change: StateChange) {
         match change.device {
             Side::Source => self.source = change.state,
@@ -49,7 +49,7 @@ impl View {
         self.line(true);
     }
 
-    /// Bytes flow.
+    /// Shows the progress within a round.
     pub(crate) fn sample(&mut self, sample: Sample) {
         self.last = sample;
         let due = match self.shown {
@@ -61,11 +61,11 @@ impl View {
         }
     }
 
-    /// A round ended.
+    /// Shows the end of a round.
     pub(crate) fn round(&mut self, round: Round) {
         self.last.seconds = round.seconds;
         self.last.dirty_rate = Some(round.dirty_rate);
-        // A device that idles in pre-copy has ten rounds in a second.
+        // An idle device in pre-copy has ten rounds a second.
         if round.bytes > 0 {
             self.line(true);
         }
@@ -88,7 +88,7 @@ impl View {
             text += "\n";
         }
         self.shown = Some(Instant::now());
-        // Nobody looks at a terminal that is gone.
+        // An error means that the terminal is gone.
         let _ = io::stderr().write_all(text.as_bytes());
     }
 }
@@ -121,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_stand_below_their_heads() {
+    fn rows_are_aligned_with_the_head() {
         let full = Sample {
             seconds: 12.34,
             round: 3,

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The walk between two devices that are made up.
+//! Migrations between two fake devices.
 
 use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::uapi::MIGRATION_STOP_COPY;
 
-/// What a made-up device says to the reads of its stream, in this order.
+/// Results of the reads of a fake device's stream.
 #[derive(Clone)]
 enum Say {
     Bytes(usize),
-    /// The temporary end.
+    /// Temporary end.
     Enomsg,
-    /// The device needs time.
+    /// No data is ready yet.
     Eagain,
     Fail(Errno),
 }
@@ -21,12 +21,12 @@ enum Say {
 #[derive(Default)]
 struct Inner {
     state: Option<State>,
-    /// The states it was asked for.
+    /// Requested states.
     asked: Vec<State>,
-    /// The state that it refuses, with this errno.
+    /// State that it refuses with an errno.
     refuses: Option<(State, Errno)>,
     says: Vec<Say>,
-    /// What PRECOPY_INFO tells once so many bytes were read.
+    /// Pre-copy infos, each valid once this many bytes have been read.
     infos: Vec<(usize, PrecopyInfo)>,
     read: usize,
     /// Bytes after which write() fails.
@@ -186,7 +186,7 @@ impl Observer for Notes {
 fn plan() -> Plan {
     Plan {
         bandwidth: None,
-        // Only rounds and empty streams end pre-copy, whatever the clock of this machine says.
+        // Only rounds and empty streams end pre-copy, so that no test depends on the clock.
         downtime_limit: Duration::ZERO,
         max_rounds: 10,
         precopy_time: Duration::ZERO,
@@ -213,7 +213,7 @@ use Say::{Bytes, Eagain, Enomsg};
 use Side::{Source, Target};
 
 #[test]
-fn the_whole_way_with_all_states() {
+fn migration_uses_all_states() {
     let source = Fake::new(
         ALL,
         &[Bytes(10), Eagain, Bytes(20), Bytes(5), Enomsg, Bytes(7)],
@@ -244,7 +244,7 @@ fn the_whole_way_with_all_states() {
         .collect();
     assert_eq!(rounds, [(1, 30, 6), (2, 5, 0)]);
     assert!(notes.quiesced && notes.compared);
-    // What the source said is what the target got.
+    // The target has received what the source has sent.
     let mut next = 0u8;
     let expected: Vec<u8> = std::iter::repeat_with(|| {
         next = next.wrapping_mul(5).wrapping_add(1);
@@ -257,7 +257,7 @@ fn the_whole_way_with_all_states() {
 }
 
 #[test]
-fn devices_without_the_optional_states() {
+fn optional_states_are_left_out() {
     for (flags, asked) in [
         (MIGRATION_STOP_COPY, vec![State::StopCopy, State::Stop]),
         (
@@ -279,7 +279,7 @@ fn devices_without_the_optional_states() {
 }
 
 #[test]
-fn an_idle_device_switches_over_after_one_round() {
+fn idle_device_switches_over_after_one_round() {
     let source = Fake::new(
         ALL,
         &[Bytes(4), Bytes(1)],
@@ -293,7 +293,7 @@ fn an_idle_device_switches_over_after_one_round() {
 }
 
 #[test]
-fn a_device_that_never_calms_down_is_stopped_after_the_last_round() {
+fn busy_device_is_stopped_after_the_last_round() {
     let source = Fake::new(ALL, &vec![Bytes(8); 10], &[(0, left(0, 8))]);
     let target = Fake::new(ALL, &[], &[]);
     let mut notes = Notes::default();
@@ -304,7 +304,7 @@ fn a_device_that_never_calms_down_is_stopped_after_the_last_round() {
 }
 
 #[test]
-fn a_cancelled_migration_leaves_the_source_running() {
+fn cancelled_migration_leaves_the_source_running() {
     let source = Fake::new(ALL, &vec![Bytes(8); 10], &[(0, left(0, 8))]);
     let target = Fake::new(ALL, &[], &[]);
     let mut notes = Notes::default();
@@ -323,7 +323,7 @@ fn a_cancelled_migration_leaves_the_source_running() {
 }
 
 #[test]
-fn a_signal_leaves_the_source_running() {
+fn signal_leaves_the_source_running() {
     let source = Fake::new(ALL, &[Bytes(8)], &[(0, left(8, 0))]);
     let target = Fake::new(ALL, &[], &[]);
     let mut notes = Notes {
@@ -337,7 +337,7 @@ fn a_signal_leaves_the_source_running() {
 }
 
 #[test]
-fn a_target_that_refuses_the_stream_is_named() {
+fn error_names_the_target_that_refuses_the_stream() {
     let source = Fake::new(ALL, &vec![Bytes(1 << 19); 8], &[(0, left(1 << 22, 0))]);
     let target = Fake::new(ALL, &[], &[]);
     target.get().takes = Some(100);
@@ -350,22 +350,22 @@ fn a_target_that_refuses_the_stream_is_named() {
 }
 
 #[test]
-fn a_refused_state_is_named() {
+fn error_names_the_refused_state() {
     let source = Fake::new(ALL, &[], &[(0, left(0, 0))]);
     source.get().refuses = Some((State::StopCopy, Errno::BUSY));
     let target = Fake::new(ALL, &[], &[]);
     let (result, _) = migrate(&source, &target, &plan(), &mut Notes::default());
     let what = message(result);
     assert!(
-        what.starts_with("source: it does not go to STOP_COPY: ")
-            && what.ends_with("it is in PRE_COPY_P2P now"),
+        what.starts_with("source: cannot change to STOP_COPY: ")
+            && what.ends_with("its state is PRE_COPY_P2P"),
         "{what}"
     );
     assert_eq!(source.get().state, Some(State::Running));
 }
 
 #[test]
-fn a_source_that_fails_to_read_is_named() {
+fn error_names_the_source_that_fails_to_read() {
     let source = Fake::new(ALL, &[Bytes(3), Say::Fail(Errno::IO)], &[(0, left(8, 0))]);
     let target = Fake::new(ALL, &[], &[]);
     let (result, _) = migrate(&source, &target, &plan(), &mut Notes::default());
@@ -384,18 +384,18 @@ fn enomsg_in_stop_copy_is_an_error() {
 }
 
 #[test]
-fn a_way_back_that_fails_is_told_too() {
+fn failed_recovery_is_reported_as_well() {
     let source = Fake::new(MIGRATION_STOP_COPY, &[Say::Fail(Errno::IO)], &[]);
     let target = Fake::new(MIGRATION_STOP_COPY, &[], &[]);
     target.get().reset_fails = true;
     let (result, _) = migrate(&source, &target, &plan(), &mut Notes::default());
     let what = message(result);
     assert!(what.contains("read()"), "{what}");
-    assert!(what.contains("; then target: it cannot be reset"), "{what}");
+    assert!(what.contains("; then target: reset failed"), "{what}");
 }
 
 #[test]
-fn a_source_that_does_not_run_again_is_reset() {
+fn source_that_refuses_running_is_reset() {
     let source = Fake::new(MIGRATION_STOP_COPY, &[Say::Fail(Errno::IO)], &[]);
     source.get().refuses = Some((State::Running, Errno::IO));
     let target = Fake::new(MIGRATION_STOP_COPY, &[], &[]);
@@ -406,7 +406,7 @@ fn a_source_that_does_not_run_again_is_reset() {
 }
 
 #[test]
-fn different_devices_stay_as_they_are() {
+fn different_devices_stay_stopped() {
     let source = Fake::new(ALL, &[Bytes(1)], &[(0, left(0, 0))]);
     let target = Fake::new(ALL, &[], &[]);
     let mut notes = Notes {
@@ -420,7 +420,7 @@ fn different_devices_stay_as_they_are() {
 }
 
 #[test]
-fn when_to_stop_the_source() {
+fn source_is_stopped_within_the_downtime_limit() {
     let limit = Duration::from_millis(300);
     let at = |ms| Some(Duration::from_millis(ms));
     assert!(near_enough(left(0, 0), None, Duration::ZERO));
