@@ -178,8 +178,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// reached the [`Endpoint`], and means nothing to the driver.
     ///
     /// Not called while the device is stopped or being reset: such writes are dropped and counted,
-    /// see [`Endpoint::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are called
-    /// when the writes under way have returned.
+    /// see [`Endpoint::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are
+    /// called when the writes under way have returned.
     ///
     /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
     /// bytes arrives in one piece, as it would on a bus. A failure is returned from the write(),

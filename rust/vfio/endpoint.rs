@@ -40,24 +40,25 @@ const BLOCK: usize = 1 << 10;
 /// When the device is opened, and after a reset, memory space is on and bus mastering off. Without
 /// memory space accesses to BARs fail with `EIO`, and those by mmap() with `SIGBUS`. Without bus
 /// mastering [`Operations::work`](crate::emulated::Operations::work) is not called, and interrupts
-/// wait. What is under way when one of them is switched off has ended when the write to the register
-/// returns; transfers that take longer than 100 ms fail.
-/// After the last close nothing of it has an effect any more.
+/// wait. What is under way when one of them is switched off has ended when the write to the
+/// register returns; transfers that take longer than 100 ms fail. After the last close nothing of
+/// it has an effect any more.
 ///
 /// # Interrupts
 ///
 /// An interrupt that cannot be delivered at once waits, and is delivered as soon as it can be: if
 /// the device is stopped (in `STOP`, `STOP_COPY` and `RESUMING`), if bus mastering is off, if the
-/// vector is masked, or if nobody listens to it yet. Several that wait in a vector are delivered as one. Which vectors
-/// have one that waits is in the pending bits, which the user can read in the device's BAR.
+/// vector is masked, or if no eventfd is set for it yet. Several that wait in a vector are
+/// delivered as one. The pending bits, which the user can read in the device's BAR, tell which
+/// vectors have one that waits.
 ///
 /// A vector is masked by `VFIO_DEVICE_SET_IRQS`, by its bit in the MSI-X table or by the function
 /// mask in the configuration space. At power on none is: users of VFIO switch MSI-X on and off by
 /// `VFIO_DEVICE_SET_IRQS`, and many never write the table of the device.
 ///
 /// What migrates is what belongs to the device: table and pending bits. The eventfds, the masks of
-/// `VFIO_DEVICE_SET_IRQS`, and the function mask in the configuration space are the user's, who sets
-/// them anew on the target before the device runs.
+/// `VFIO_DEVICE_SET_IRQS` and the function mask in the configuration space belong to the user, which
+/// sets them again on the target before the device runs.
 ///
 /// # Examples
 ///

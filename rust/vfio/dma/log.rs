@@ -49,7 +49,7 @@ impl Log {
     /// byte, in order and apart from each other. Returns the page size of the log, in bytes:
     /// `page_size`, or the nearest that is possible.
     ///
-    /// Fails with `EINVAL` if logging is on or `page_size` is not a power of two, and with `ENOMEM`.
+    /// Fails with `EINVAL` if logging is on or `page_size` is no power of two, and with `ENOMEM`.
     /// May sleep.
     pub(crate) fn start(&self, ranges: KVVec<(u64, u64)>, page_size: u64) -> Result<u64> {
         if !page_size.is_power_of_two() {

@@ -82,8 +82,8 @@ impl Place {
 ///
 /// # Invariants
 ///
-/// A page is mapped writable or pinned for writing only if its bit of `writable` is set. None is set
-/// while `frozen` is.
+/// A page is mapped writable or pinned for writing only if its bit of `writable` is set. No bit is
+/// set while `frozen` is.
 pub(super) struct Mappings {
     place: Option<Place>,
     /// One bit for each page.

@@ -98,7 +98,7 @@ impl Descriptor {
     }
 }
 
-/// The descriptor whose turn it is, whether a piece of it is being moved, and whether it is aborted.
+/// The current descriptor, whether a piece of it is being moved, and whether it is aborted.
 type Serving = Option<(usize, bool, bool)>;
 
 struct Model {

@@ -385,7 +385,7 @@ FIXTURE_SETUP(payer)
 {
 	char path[128];
 
-	strcpy(self->top, "/tmp/vfio_work_test.XXXXXX");
+	snprintf(self->top, sizeof(self->top), "/tmp/vfio_work_test.XXXXXX");
 	ASSERT_NE(NULL, mkdtemp(self->top));
 	if (mount("cgroup2", self->top, "cgroup2", 0, NULL))
 		SKIP(return, "no cgroup2: %s", strerror(errno));
@@ -430,7 +430,7 @@ static void join(struct __test_metadata *_metadata, const char *group)
 	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
 	snprintf(self, sizeof(self), "%d", getpid());
 	ASSERT_EQ(0, write_word(path, self))
-		STEP("join a cgroup");
+		STEP("move the process to a cgroup");
 }
 
 /* The worker uses CPU time of the opener's cgroup, whoever else does nothing there. */
