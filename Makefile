@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
-# The verbs of this repository. What is built is in Kbuild, which kbuild reads
-# instead of this file: make -C $KDIR M=$PWD LLVM=1 works as well.
+# Targets of this repository. kbuild reads Kbuild instead of this file:
+# make -C $KDIR M=$PWD LLVM=1 works as well.
 
 ifneq ($(KDIR),)
 override KDIR := $(abspath $(KDIR))
@@ -24,13 +24,13 @@ modules:		## build the modules (the default)
 modules_install: modules ## install the modules below INSTALL_MOD_PATH
 	$(vm)/modules modules_install
 
-setup:			## install the tools that are missing, check the versions of all
+setup:			## install missing tools and check the versions of all tools
 	$(vm)/setup
 
 kernel:			## get, configure and build the test kernel
 	$(vm)/kernel
 
-kernel-debug:		## the same with what finds faults; takes much longer
+kernel-debug:		## the same with KASAN, lockdep and others; takes much longer
 	VFIO_KERNEL=debug $(vm)/kernel
 
 kernel-strict:		## the same with CFI and without iommufd
@@ -39,7 +39,7 @@ kernel-strict:		## the same with CFI and without iommufd
 kdir:			## print the build folder of the kernel
 	$(vm)/kernel kdir
 
-# The command goes through the environment, where nothing expands its dollars.
+# The command is passed in the environment, so that make does not expand its dollars.
 vm: export VFIO_VM_COMMAND := $(value CMD)
 unexport CMD
 vm: modules		## run CMD='...' as root in the test machine
@@ -49,16 +49,16 @@ vm: modules		## run CMD='...' as root in the test machine
 shell: modules		## open a shell in the test machine
 	$(vm)/run $(VMFLAGS) --shell
 
-demo: modules		## watch a QEMU guest migrate while it works with the mock device
+demo: modules		## migrate a QEMU guest that works with the mock device
 	$(testing)/qemu/demo $(DEMOFLAGS)
 
-test:			## run all tests; the last line adds them up
+test:			## run all tests; the last line is the sum
 	$(testing)/run
 
 test-host:		## run the tests that need no kernel
 	$(testing)/run host host_fuzz
 
-test-debug:		## run the tests that boot a machine on the debug kernel
+test-debug:		## run the tests that need the test machine on the debug kernel
 	$(testing)/debug
 
 test-strict:		## the same on the kernel with CFI and without iommufd
@@ -67,18 +67,18 @@ test-strict:		## the same on the kernel with CFI and without iommufd
 selftest:		## build the kselftests and run them in the test machine
 	$(testing)/run build selftest
 
-selftest-mtty:		## run them on the kernel's mtty sample, and compare
+selftest-mtty:		## run them on the mtty sample of the kernel and compare the results
 	$(testing)/run build mtty
 
-selftest-mutations:	## break the mock device in many ways: the tests notice each
+selftest-mutations:	## check that the kselftests notice each broken variant of the mock
 	$(testing)/run build mutations
 
-soak:			## all of the kselftests, longer and on everything
+soak:			## run longer variants of all tests, on all kernels
 	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all
 	$(testing)/debug build fuzz
 	$(testing)/strict
 
-bench: modules		## measure, print a table, write bench.json
+bench: modules		## measure the speed, print a table, write bench.json
 	$(testing)/bench $(BENCHFLAGS)
 
 lint: modules		## check format, style and warnings of all sources
@@ -96,7 +96,7 @@ series:			## write the series for a kernel tree KSRC to series-out/
 rust-analyzer: modules	## write rust-project.json for editors with rust-analyzer
 	$(testing)/rust_project/run
 
-clean:			## remove what was built here; the cache stays
+clean:			## remove built files, but not the cache
 	$(vm)/clean
 
 help:			## print this
@@ -107,7 +107,7 @@ help:			## print this
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
-	echo 'ONLY="name..."    the mutations of selftest-mutations, not all of them'
+	echo 'ONLY="name..."    the only mutations for selftest-mutations'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'V=1               show all output'
 
