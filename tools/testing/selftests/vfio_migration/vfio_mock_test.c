@@ -1006,7 +1006,7 @@ FIXTURE(killed)
 	struct mock m;
 	__u8 *bar;
 	__u8 *mem;		/* shared with the child */
-	bool *returned;
+	atomic_bool *returned;
 };
 
 FIXTURE_VARIANT(killed)
@@ -1029,7 +1029,7 @@ FIXTURE_SETUP(killed)
 	self->mem = mmap(NULL, self->m.size + PAGE, PROT_READ | PROT_WRITE,
 			 MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, self->mem);
-	self->returned = (bool *)(self->mem + self->m.size);
+	self->returned = (atomic_bool *)(self->mem + self->m.size);
 }
 
 FIXTURE_TEARDOWN(killed)
@@ -1043,8 +1043,9 @@ static __u64 written_up_to(const __u8 *mem, __u64 size, __u64 chunk)
 {
 	__u64 at;
 
-	for (at = 0; at < size && *(const volatile __u64 *)(mem + at); at += chunk)
-		;
+	for (at = 0; at < size; at += chunk)
+		if (!__atomic_load_n((const __u64 *)(mem + at), __ATOMIC_ACQUIRE))
+			break;
 	return at;
 }
 
@@ -1053,7 +1054,7 @@ TEST_F_TIMEOUT(killed, client_stops_within_a_chunk, 120)
 	const __u64 chunk = variant->chunk, size = self->m.size;
 	const bool reads = variant->call == KILLED_READ;
 	const __u8 *to = reads ? self->mem : self->bar;
-	volatile bool *returned = self->returned;
+	atomic_bool *returned = self->returned;
 	unsigned int tries, stopped = 0;
 	struct mock *m = &self->m;
 	__u64 killed, ended;
