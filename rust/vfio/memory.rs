@@ -21,8 +21,21 @@ use core::{
     ptr, //
 };
 use kernel::{
+    alloc::Flags,
     page::PAGE_SIZE,
     prelude::*, //
+};
+
+/// Allocation flags for memory whose size is up to the user.
+///
+/// The memory is charged to the memory cgroup of the caller, as with `GFP_KERNEL_ACCOUNT`. If it
+/// fits neither into the limit of the cgroup nor into the machine, the allocation fails, and the
+/// OOM killer is not asked: `__GFP_RETRY_MAYFAIL`.
+pub const GFP_MAYFAIL: Flags = {
+    const RETRY_MAYFAIL: u32 = 1 << bindings::___GFP_RETRY_MAYFAIL_BIT;
+    let bits = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | RETRY_MAYFAIL;
+    // SAFETY: `Flags` is a newtype of `gfp_t` without invariants. It has no constant for each flag.
+    unsafe { core::mem::transmute::<u32, Flags>(bits) }
 };
 
 /// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.
@@ -51,14 +64,21 @@ unsafe impl Sync for Memory {}
 impl Memory {
     /// Allocates `pages` pages of zeroes, charged to the caller's memory cgroup.
     ///
-    /// May sleep. Fails with `ENOMEM`, and with `EINVAL` if `pages` is zero or too many to count
-    /// their bytes.
+    /// May sleep. Fails with `ENOMEM`, without the OOM killer, and with `EINVAL` if `pages` is zero
+    /// or too many to count their bytes.
     pub(crate) fn new(pages: usize) -> Result<Self> {
         let words = pages.checked_mul(PAGE_SIZE / WORD).ok_or(EINVAL)?;
         if words == 0 || words.checked_mul(WORD).is_none() {
             return Err(EINVAL);
         }
-        let plain = VVec::<u64>::zeroed(words, GFP_KERNEL_ACCOUNT | __GFP_NOWARN)?;
+        // SAFETY: It may be called at any time.
+        let available = unsafe { bindings::si_mem_available() };
+        // An estimate, as for the buffers of tracing: without it, others might meet the OOM killer
+        // in the time until the allocation has failed.
+        if pages > usize::try_from(available).unwrap_or(0) {
+            return Err(ENOMEM);
+        }
+        let plain = VVec::<u64>::zeroed(words, GFP_MAYFAIL)?;
         let (ptr, len, capacity) = plain.into_raw_parts();
         // INVARIANT: A whole number of pages was asked for.
         // SAFETY: `UnsafeCell<u64>` has the layout of `u64`, and the parts come from a vector with

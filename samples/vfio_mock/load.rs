@@ -18,7 +18,10 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
-use vfio::migration::Loader;
+use vfio::{
+    memory::GFP_MAYFAIL,
+    migration::Loader, //
+};
 
 /// Where the decoder puts what it reads: pages into the memory, and registers aside until all is
 /// known to be good.
@@ -51,7 +54,7 @@ impl Sink for Target {
 
 /// What takes a stream in, large enough to be worth a place of its own.
 struct Inner {
-    decoder: Decoder<KVVec<u64>>,
+    decoder: Decoder<VVec<u64>>,
     target: Target,
 }
 
@@ -64,7 +67,7 @@ pub(crate) struct MockLoader(KBox<Inner>);
 impl MockLoader {
     /// Begins to load into a stopped device.
     pub(crate) fn new(chip: Arc<Chip>) -> Result<Self> {
-        let table = KVVec::zeroed(chip.memory.pages(), GFP_KERNEL_ACCOUNT)?;
+        let table = VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
         let size = chip.memory.size() as u64;
         let registers = None;
         Ok(Self(KBox::init(

@@ -32,7 +32,8 @@ use vfio::{
         dirty_map::PAGES_PER_WORD,
         PageRun,
         Pages,
-        Tracking, //
+        Tracking,
+        GFP_MAYFAIL, //
     },
     migration::{
         Chunk,
@@ -71,14 +72,14 @@ pub(crate) struct MockSaver {
     delay: Delay,
     identity: Identity,
     step: Step,
-    digests: Digests<KVVec<u64>>,
+    digests: Digests<VVec<u64>>,
     tally: Tally,
 }
 
 impl MockSaver {
     /// Begins to save, and to track what changes.
     pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
-        let digests = Digests::new(KVVec::zeroed(chip.memory.pages(), GFP_KERNEL_ACCOUNT)?);
+        let digests = Digests::new(VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?);
         let identity = Identity {
             state_size: chip.memory.size() as u64,
         };

@@ -20,7 +20,8 @@ use super::{
     },
     state::Inner,
     Memory,
-    StateMemory, //
+    StateMemory,
+    GFP_MAYFAIL, //
 };
 use crate::{
     bindings,
@@ -124,7 +125,7 @@ impl Mappings {
         // INVARIANT: Nothing is mapped.
         Ok(Self {
             place: None,
-            writable: KVVec::zeroed(leaf_words(pages), GFP_KERNEL_ACCOUNT)?,
+            writable: KVVec::zeroed(leaf_words(pages), GFP_MAYFAIL)?,
             disabled: false,
             frozen: false,
             aside: None,

@@ -10,6 +10,7 @@ use super::{
     },
     mapping::Mappings,
     Memory,
+    GFP_MAYFAIL,
     WORD, //
 };
 use crate::migration::{
@@ -78,13 +79,13 @@ struct Tracker {
 
 impl Tracker {
     fn new(pages: usize) -> Result<Self> {
-        let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?;
-        let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_KERNEL_ACCOUNT)?;
+        let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_MAYFAIL)?;
+        let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_MAYFAIL)?;
         Ok(Self {
             map: DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?,
             initial: 0,
             cursor: 0,
-            held: KVVec::zeroed(dirty_map::leaf_words(pages), GFP_KERNEL_ACCOUNT)?,
+            held: KVVec::zeroed(dirty_map::leaf_words(pages), GFP_MAYFAIL)?,
             held_count: 0,
             reinits: 0,
             notifier: None,

@@ -77,7 +77,7 @@ create()
 {
 	local size paths
 
-	for size in 64K:2 1M:4 16M:2; do
+	for size in 64K:2 1M:4 16M:2 1G:1; do
 		create_devices vfio_mock ${size/:/ } || return
 		export "VFIO_MOCK_${size%:*}=$paths"
 	done

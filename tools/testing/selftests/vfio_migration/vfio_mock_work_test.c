@@ -517,4 +517,85 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 		PROMISE("what the worker allocates is charged to the opener");
 }
 
+/* Opens a device in a process of its own, a member of @group if there is one. */
+static int open_elsewhere(struct __test_metadata *_metadata, const char *size,
+			  const char *group)
+{
+	int status;
+	pid_t pid = fork();
+
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		struct mig_device dev;
+		char path[4096];
+
+		if (group)
+			join(_metadata, group);
+		if (sscanf(getenv(size), "%4095s", path) != 1)
+			_exit(255);
+		_exit(-mig_open(&dev, path, MIG_GROUP));
+	}
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	EXPECT_TRUE(WIFEXITED(status))
+		PROMISE("whoever opens a device that does not fit lives on");
+	return WIFEXITED(status) ? -WEXITSTATUS(status) : -EINTR;
+}
+
+TEST_F_TIMEOUT(payer, device_that_exceeds_the_limit_does_not_open, 60)
+{
+	char path[128];
+
+	if (!getenv("VFIO_MOCK_16M"))
+		SKIP(return, "no VFIO_MOCK_16M");
+	EXPECT_EQ(0, open_elsewhere(_metadata, "VFIO_MOCK_16M", self->group));
+	snprintf(path, sizeof(path), "%s/memory.max", self->group);
+	ASSERT_EQ(0, write_word(path, "8M"));
+	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "VFIO_MOCK_16M", self->group))
+		PROMISE("a device that exceeds the limit of its opener does not open");
+	EXPECT_EQ(0U, value(_metadata, self->group, "memory.events", "oom_kill "))
+		PROMISE("it kills no process of the cgroup");
+}
+
+/* Kilobytes that @key of /proc/meminfo stands for. */
+static __u64 meminfo(struct __test_metadata *_metadata, const char *key)
+{
+	return value(_metadata, "/proc", "meminfo", key);
+}
+
+TEST_F_TIMEOUT(payer, device_that_exceeds_the_machine_kills_nobody, 120)
+{
+	__u64 available = meminfo(_metadata, "MemAvailable:"), want = 700 << 10;
+	int pipes[2], status;
+	pid_t pid;
+	void *mem;
+	char c;
+
+	if (!getenv("VFIO_MOCK_1G"))
+		SKIP(return, "no VFIO_MOCK_1G");
+	if (available < want + (64 << 10) || available > 8 << 20)
+		SKIP(return, "%llu KiB of memory are not a machine for this test", available);
+	ASSERT_EQ(0, pipe(pipes));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		/* What remains is less than the device. */
+		mem = mmap(NULL, (available - want) << 10, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+		if (mem == MAP_FAILED)
+			_exit(1);
+		write(pipes[1], "", 1);
+		for (;;)
+			pause();
+	}
+	close(pipes[1]);
+	ASSERT_EQ(1, read(pipes[0], &c, 1))
+		STEP("have somebody use memory");
+	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "VFIO_MOCK_1G", NULL))
+		PROMISE("a device that does not fit into the machine does not open");
+	EXPECT_EQ(0, waitpid(pid, &status, WNOHANG))
+		PROMISE("nobody is killed for a device");
+	kill(pid, SIGKILL);
+	waitpid(pid, &status, 0);
+}
+
 MIG_HARNESS_MAIN
