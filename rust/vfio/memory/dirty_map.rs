@@ -165,6 +165,20 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.dirty - before
     }
 
+    /// Marks those of the 64 pages from `64 * index` on whose bits are set in `bits`, and returns
+    /// how many became dirty.
+    ///
+    /// What lies outside of the map is ignored.
+    pub fn mark_word(&mut self, index: usize, bits: u64) -> usize {
+        let before = self.dirty;
+        let inside = self
+            .pages
+            .saturating_sub(index.saturating_mul(PAGES_PER_WORD));
+
+        self.replace(index, self.word(index) | (bits & word_mask(0, inside)));
+        self.dirty - before
+    }
+
     /// Marks all pages and returns how many of them became dirty.
     pub fn mark_all(&mut self) -> usize {
         let fresh = self.pages - self.dirty;

@@ -124,12 +124,7 @@ impl Tracker {
             return;
         }
         for (index, word) in self.held.iter_mut().enumerate() {
-            let mut left = core::mem::take(word);
-            while left != 0 {
-                let bit = left.trailing_zeros() as usize;
-                left &= left - 1;
-                self.map.mark(index * PAGES_PER_WORD + bit);
-            }
+            self.map.mark_word(index, core::mem::take(word));
         }
         self.held_count = 0;
     }
@@ -236,7 +231,10 @@ impl Inner {
 /// Whoever changes the memory does so first and marks the pages then; who streams them clears the
 /// mark first and reads then. So a page that is not marked is as it was streamed.
 ///
-/// Clones stand for the same memory.
+/// Clones stand for the same memory. All of them belong in the data of one open device, and of
+/// those who work for it: kept longer, the memory would show its bytes to the next user, and two
+/// devices cannot both map it or stop it. A driver must not write to it while the device is
+/// stopped, except to load or to reset; the memory cannot tell, and does not check.
 ///
 /// Users may map it, see [`Operations::mmap`](crate::emulated::Operations::mmap): their stores are
 /// noticed as far as that is of interest, and dropped while the device is stopped.

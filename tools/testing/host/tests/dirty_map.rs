@@ -65,6 +65,7 @@ impl Model {
 enum Step {
     Mark(usize),
     MarkRange(usize, usize),
+    MarkWord(usize, u64),
     MarkAll,
     ClearAll,
     TakeRun(usize),
@@ -88,6 +89,8 @@ fn step(pages: usize) -> impl Strategy<Value = Step> {
         6 => page.clone().prop_map(Step::Mark),
         6 => (page.clone(), 0..200usize).prop_map(|(first, count)| Step::MarkRange(first, count)),
         1 => page.clone().prop_map(|first| Step::MarkRange(first, usize::MAX)),
+        3 => (page.clone(), any::<u64>())
+            .prop_map(|(page, bits)| Step::MarkWord(page / PAGES_PER_WORD, bits)),
         1 => Just(Step::MarkAll),
         1 => Just(Step::ClearAll),
         6 => page.clone().prop_map(Step::TakeRun),
@@ -145,6 +148,11 @@ proptest! {
                 }
                 Step::MarkRange(first, count) => {
                     assert_eq!(map.mark_range(first, count), model.mark_range(first, count));
+                }
+                Step::MarkWord(index, bits) => {
+                    let pages = (0..PAGES_PER_WORD).filter(|bit| bits >> bit & 1 != 0);
+                    let marked = pages.map(|bit| model.mark_range(index * PAGES_PER_WORD + bit, 1));
+                    assert_eq!(map.mark_word(index, bits), marked.sum());
                 }
                 Step::MarkAll => assert_eq!(map.mark_all(), model.mark_range(0, pages)),
                 Step::ClearAll => {
@@ -229,15 +237,17 @@ fn largest_numbers() {
 
     assert_eq!(map.mark(usize::MAX), 0);
     assert_eq!(map.mark_range(usize::MAX, usize::MAX), 0);
+    assert_eq!(map.mark_word(usize::MAX, u64::MAX), 0);
     assert_eq!(map.mark_range(129, usize::MAX), 1);
+    assert_eq!(map.mark_word(2, u64::MAX), 1);
     assert!(!map.is_dirty(usize::MAX));
     assert_eq!(map.next_run(usize::MAX), None);
     assert_eq!(map.next_run(130), None);
     assert_eq!(
         map.take_run(0),
         Some(Run {
-            first: 129,
-            count: 1
+            first: 128,
+            count: 2
         })
     );
 }
