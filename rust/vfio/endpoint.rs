@@ -57,7 +57,7 @@ const BLOCK: usize = 1 << 10;
 /// `VFIO_DEVICE_SET_IRQS`, and many never write the table of the device.
 ///
 /// What migrates is what belongs to the device: table and pending bits. The eventfds, the masks of
-/// `VFIO_DEVICE_SET_IRQS` and the function mask in the configuration space belong to the user, which
+/// `VFIO_DEVICE_SET_IRQS` and the function mask in the configuration space belong to the user, who
 /// sets them again on the target before the device runs.
 ///
 /// # Examples

@@ -122,8 +122,8 @@ pub(super) struct Written {
 
 impl Written {
     /// Makes an empty log. `page_size` is a power of two. `ranges` are the logged ranges: first and
-    /// last byte, in order and apart from each other. `most` is the largest number of zones, `flags`
-    /// are used to allocate them.
+    /// last byte, in order and apart from each other. `most` is the largest number of zones, and
+    /// `flags` are used to allocate them.
     ///
     /// Fails with `ENOMEM`.
     pub(super) fn new(
