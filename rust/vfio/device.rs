@@ -22,8 +22,8 @@ mod private {
 
 /// What is known of a [`Device`] in a scope.
 ///
-/// The context is part of the device's type, so that what needs an open device cannot be asked of
-/// one that may be closed.
+/// The context is part of the device's type: what needs an open device cannot be asked of a device
+/// that may be closed.
 pub trait DeviceContext: private::Sealed {}
 
 /// Nothing but that the device exists. Only in this context can it be reference-counted.
@@ -31,7 +31,8 @@ pub struct Normal;
 
 /// The device is open: from before `open_device()` returns to after `close_device()` was called.
 ///
-/// Callbacks that the core makes on behalf of a device file get this context.
+/// This holds in each callback that the core makes on behalf of a device file, hence in the
+/// functions of a `struct vfio_migration_ops` that are called by ioctls of that file.
 pub struct Open;
 
 impl private::Sealed for Normal {}
@@ -54,18 +55,19 @@ pub struct Device<Ctx: DeviceContext = Normal>(Opaque<bindings::vfio_device>, Ph
 impl<Ctx: DeviceContext> Device<Ctx> {
     /// Returns the raw `struct vfio_device` pointer.
     #[inline]
-    pub(crate) fn as_raw(&self) -> *mut bindings::vfio_device {
+    pub fn as_raw(&self) -> *mut bindings::vfio_device {
         self.0.get()
     }
 
-    /// Makes a reference of a raw pointer.
+    /// Makes a reference of a raw pointer, for the callbacks of a bus front end.
     ///
     /// # Safety
     ///
     /// `ptr` must point to a `struct vfio_device` allocated by `_vfio_alloc_device()`. For `'a`
-    /// its reference count must not be zero and what `Ctx` stands for must hold.
+    /// its reference count must not be zero and what `Ctx` stands for must hold: in [`Open`], the
+    /// device must stay open.
     #[inline]
-    pub(crate) unsafe fn from_raw<'a>(ptr: *mut bindings::vfio_device) -> &'a Self {
+    pub unsafe fn from_raw<'a>(ptr: *mut bindings::vfio_device) -> &'a Self {
         // INVARIANT: Both hold by the safety requirements.
         // SAFETY: `Device` is a transparent wrapper of `struct vfio_device`.
         unsafe { &*ptr.cast() }

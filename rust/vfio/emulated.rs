@@ -314,15 +314,20 @@ impl<T: Operations> Migratable for Opened<T> {
         self.data.loaded(loader)
     }
 
-    fn data_size(&self) -> u64 {
+    fn data_size(&self) -> Result<u64> {
         self.data.data_size()
     }
 
-    fn reset(&self) {
-        self.data.reset();
+    fn is_broken(&self) -> bool {
+        self.data.is_broken()
+    }
+
+    fn reset(&self) -> Result {
+        self.data.reset()?;
         self.mapped().for_each(StateMemory::reset);
         self.endpoint.reset(|on| self.enable(on));
         self.endpoint.gate.reset();
+        Ok(())
     }
 }
 
@@ -625,8 +630,7 @@ impl<T: Operations> Emulated<T> {
             RESET => {
                 // First: a state change under way may wait for the work.
                 let _halt = opened.endpoint.gate.halt()?;
-                self.private.engine.reset(&opened);
-                Ok(())
+                self.private.engine.reset(&opened)
             }
             _ => Err(ENOTTY),
         }
@@ -999,7 +1003,7 @@ impl<T: Operations> VTable<T> {
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         from_result(|| {
             let opened = this.opened()?;
-            let size = this.private.engine.data_size(&opened);
+            let size = this.private.engine.data_size(&opened)?;
             // SAFETY: `length` is valid.
             unsafe { *length = size as c_ulong };
             Ok(0)

@@ -175,12 +175,13 @@
 //!         Ok(())
 //!     }
 //!
-//!     fn data_size(&self) -> u64 {
-//!         STREAM as u64
+//!     fn data_size(&self) -> Result<u64> {
+//!         Ok(STREAM as u64)
 //!     }
 //!
-//!     fn reset(&self) {
+//!     fn reset(&self) -> Result {
 //!         *self.registers.lock() = Registers::default();
+//!         Ok(())
 //!     }
 //! }
 //! ```

@@ -36,10 +36,13 @@
 //!
 //! Without P2P is without `VFIO_MIGRATION_P2P` in the device's [`Flags`].
 //!
+//! After the calls to [`pre_copy`] and to [`Saver::seal`] comes one of [`Saver::next`].
+//!
 //! If a method fails, what was called before on the same arc is undone, and the state is the one
-//! from which the arc leads; the arcs before it stay done. If undoing fails too, the state is
-//! `ERROR`, which only [`reset`] leaves. Reset and the last close come in any state; both drop the
-//! saver or loader first, and close calls nothing else.
+//! from which the arc leads; the arcs before it stay done. If undoing fails too, or if the driver
+//! says that the device [is broken](Migratable::is_broken), the state is `ERROR`, which only
+//! [`reset`] leaves. Reset and the last close come in any state; both drop the saver or loader
+//! first, and close calls nothing else.
 //!
 //! [`quiesce_p2p`]: Migratable::quiesce_p2p
 //! [`resume_p2p`]: Migratable::resume_p2p
@@ -55,8 +58,14 @@
 //!
 //! `Engine::current` serialises state changes and is held while the driver's methods run. Each
 //! session has a lock of its own, inside of which the saver or loader runs. Neither is ever held
-//! while user memory is accessed, so that a user whose page fault is not served delays nobody but
-//! himself.
+//! while user memory is accessed, so that an unserved page fault delays only the faulting task.
+//!
+//! vfio-pci calls `reset_done` of the PCI driver with its `memory_lock` held, and the methods of a
+//! variant driver may take that lock in a state change. With it held, only these may be called:
+//! [`Engine::state()`], [`Engine::fail()`] and [`Engine::reset_done()`]. They do not wait for
+//! `Engine::current`: if it is held, the holder does the rest before releasing it. They may end a
+//! session and drop its saver or loader, whose destructor, and whose methods that were called
+//! before, must not need `memory_lock`.
 //!
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
@@ -106,9 +115,11 @@ use kernel::{
 /// may run beside them. All may sleep, and none is called with a lock held that a user copy is made
 /// under.
 ///
-/// A method that fails leaves the device as it was. What it fails with is what the user's ioctl
-/// fails with. `ENOMEM` is right for want of memory and `EINVAL` for a stream that is not good;
-/// `EIO` suits a device that does not answer.
+/// A method that fails leaves the device as it was, unless [`is_broken`](Self::is_broken) says
+/// otherwise. What it fails with is what the user's ioctl fails with: `ENOMEM` for want of memory,
+/// `EINVAL` for a stream that is not good, `EIO` for a device that does not answer, `ENODEV` for
+/// one that is gone. A method that waits does so killably, and fails with `ERESTARTSYS` only if the
+/// task is being killed. `EINTR` and `EAGAIN` are not errors of a state change.
 ///
 /// # Examples
 ///
@@ -166,16 +177,17 @@ use kernel::{
 ///         self.chip.loaded(loader)
 ///     }
 ///
-///     fn data_size(&self) -> u64 {
+///     fn data_size(&self) -> Result<u64> {
 ///         self.chip.data_size()
 ///     }
 ///
-///     fn reset(&self) {
-///         self.chip.reset();
+///     fn reset(&self) -> Result {
+///         self.chip.reset()?;
 ///         *self.allowed.lock() = Allowed {
 ///             work: true,
 ///             peers: true,
 ///         };
+///         Ok(())
 ///     }
 /// }
 /// ```
@@ -244,21 +256,31 @@ pub trait Migratable: Send + Sync + 'static {
 
     /// Puts into effect what was loaded, for the arc from `RESUMING` to `STOP`.
     ///
-    /// Fails, with `EINVAL`, if the stream is not complete; the device then stays in `RESUMING`,
-    /// and the user may write the rest or reset the device. Not called after [`Loader::write`]
-    /// failed.
+    /// Fails with `EINVAL` if the stream is not complete; the device then stays in `RESUMING`, and
+    /// the user may write the rest or reset the device. Any other error is final for the session,
+    /// like one of [`Loader::write`]. Not called after such an error.
     fn loaded(&self, loader: &mut Self::Loader) -> Result;
 
     /// Returns how many bytes `STOP_COPY` would stream if it began now, headers included.
     ///
-    /// Called while no session is open, for `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`.
-    fn data_size(&self) -> u64;
+    /// Called while no session is open, for `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fails with
+    /// the same error. May ask firmware: poll() does not wait for it.
+    fn data_size(&self) -> Result<u64>;
+
+    /// Tells whether the device is broken: no longer in the state that the engine has it in.
+    ///
+    /// Called after another method has failed. If it is broken, nothing is undone and the state is
+    /// `ERROR`; if not, the device is as it was before the method was called.
+    /// [`reset`](Self::reset) mends it. Does not sleep. A device without hardware does not break.
+    fn is_broken(&self) -> bool {
+        false
+    }
 
     /// Brings the device into the state of power on, running. For `VFIO_DEVICE_RESET`.
     ///
-    /// Called in any state, when the session has ended. Cannot fail: it is the only way out of
-    /// `ERROR`.
-    fn reset(&self);
+    /// Called in any state, when the session has ended. If it fails the state is `ERROR`, and the
+    /// ioctl fails with the same error.
+    fn reset(&self) -> Result;
 }
 
 /// When a chunk is asked for.
@@ -322,40 +344,41 @@ pub struct Remaining {
 ///         Ok(Next::Chunk(Chunk::new(&number.to_le_bytes())?.pages(page)))
 ///     }
 ///
-///     fn remaining(&self) -> Remaining {
+///     fn remaining(&self) -> Result<Remaining> {
 ///         let pending = self.tracking.pending();
 ///         let record = (size_of::<u64>() + PAGE_SIZE) as u64;
-///         Remaining {
+///         Ok(Remaining {
 ///             initial: pending.initial.pages * record,
 ///             dirty: pending.dirty.pages * record,
 ///             reinits: pending.reinits,
 ///             ..Default::default()
-///         }
+///         })
 ///     }
 /// }
 /// ```
 pub trait Saver: Send + Unpin + 'static {
     /// Returns what comes next in the stream.
     ///
-    /// Called by a read(), when what was returned before has been read entirely. A failure is
-    /// returned from that read() and the next one asks again.
+    /// Called by a read(), and when a session or [`Phase::StopCopy`] begins, but not before what
+    /// was returned last has been read entirely. The engine keeps the answer for poll(), which
+    /// calls no method of a driver. When [`Next::NotReady`], or [`Next::End`] in [`Phase::PreCopy`], is
+    /// right no longer, the driver calls [`Notifier::notify()`]. A failure is returned from one
+    /// read(), and the next one asks again.
     fn next(&mut self, phase: Phase) -> Result<Next>;
 
     /// Returns how much there is to come, without what [`next`](Self::next) has returned.
     ///
-    /// For `VFIO_MIG_GET_PRECOPY_INFO`, `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE` and poll(). It should
-    /// be exact: users decide by it when to stop the device.
-    fn remaining(&self) -> Remaining;
-
-    /// Tells whether [`next`](Self::next) would not return [`Next::NotReady`], for poll().
-    fn is_ready(&self) -> bool {
-        true
-    }
+    /// For `VFIO_MIG_GET_PRECOPY_INFO` and `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fail with the
+    /// same error. It should be exact: users decide by it when to stop the device. May ask
+    /// firmware: poll() does not call it.
+    fn remaining(&self) -> Result<Remaining>;
 
     /// Makes ready for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved;
     /// the state change then fails with the same error, the device goes on and the session with it.
     ///
-    /// Called once, also if the session begins in `STOP_COPY`.
+    /// Called on each arc to `STOP_COPY`, before [`next`](Self::next) is asked in that phase. Not
+    /// called again after it succeeded. If it failed, it is called again when the user tries again:
+    /// the device may have run meanwhile.
     fn seal(&mut self) -> Result {
         Ok(())
     }
@@ -403,7 +426,8 @@ pub trait Loader: Send + Unpin + 'static {
     /// ready for them yet: the writer waits, or fails with `EAGAIN` if it does not want to, until
     /// the [`Notifier`] tells.
     ///
-    /// Also for poll(). Once it is ready it stays so until it gets bytes.
+    /// Also for poll(): it reads what the driver knows, does not ask firmware, and does not sleep.
+    /// Once it is ready it stays so until it gets bytes.
     fn is_ready(&self) -> bool {
         true
     }
@@ -632,17 +656,13 @@ impl Records {
 ///
 /// impl Saver for SlowSaver {
 ///     fn next(&mut self, phase: Phase) -> Result<Next> {
-///         if !self.is_ready() {
+///         if !self.firmware.ready.load(Acquire) {
 ///             return Ok(Next::NotReady);
 ///         }
 ///         self.image.next(phase)
 ///     }
 ///
-///     fn is_ready(&self) -> bool {
-///         self.firmware.ready.load(Acquire)
-///     }
-///
-///     fn remaining(&self) -> Remaining {
+///     fn remaining(&self) -> Result<Remaining> {
 ///         self.image.remaining()
 ///     }
 /// }
@@ -672,7 +692,8 @@ impl Notifier {
         )
     }
 
-    /// Wakes readers and pollers, because something may have become readable. Does not sleep.
+    /// Wakes readers and pollers, because something may have become readable: poll() says so, and
+    /// read() asks the saver again. Does not sleep.
     ///
     /// Whoever drops the last reference must be able to sleep.
     pub fn notify(&self) {
@@ -693,6 +714,11 @@ impl Notifier {
     /// Sets the phase of the session, whose lock is held.
     fn set_phase(&self, phase: Phase) {
         self.stopped.store(phase == Phase::StopCopy, Relaxed);
+    }
+
+    /// Wakes those who wait for their turn. What the saver said last still holds.
+    fn wake(&self) {
+        self.wait.notify_all();
     }
 
     /// Returns how often somebody was told.

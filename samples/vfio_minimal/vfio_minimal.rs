@@ -168,14 +168,13 @@ impl Migratable for Chip {
         loader.ended.then_some(()).ok_or(EINVAL)
     }
 
-    fn data_size(&self) -> u64 {
-        ((PAGES + 1) * RECORD) as u64
+    fn data_size(&self) -> Result<u64> {
+        Ok(((PAGES + 1) * RECORD) as u64)
     }
 
-    fn reset(&self) {
+    fn reset(&self) -> Result {
         self.memory.clear();
-        // Inside the memory, hence no error.
-        let _ = self.memory.write(MAGIC_REGISTER, &MAGIC.to_le_bytes());
+        self.memory.write(MAGIC_REGISTER, &MAGIC.to_le_bytes())
     }
 }
 
@@ -204,14 +203,14 @@ impl Saver for MinimalSaver {
         Ok(Next::Chunk(chunk.bytes(rest)))
     }
 
-    fn remaining(&self) -> Remaining {
+    fn remaining(&self) -> Result<Remaining> {
         let pending = self.tracking.pending();
-        Remaining {
+        Ok(Remaining {
             initial: pending.initial.pages * RECORD as u64,
             dirty: pending.dirty.pages * RECORD as u64,
             tail: if self.ended { 0 } else { RECORD as u64 },
             reinits: pending.reinits,
-        }
+        })
     }
 }
 

@@ -192,11 +192,12 @@ impl Migratable for Chip {
         loader.finish()
     }
 
-    fn data_size(&self) -> u64 {
-        save::image_size(self.memory.pages())
+    fn data_size(&self) -> Result<u64> {
+        Ok(save::image_size(self.memory.pages()))
     }
 
-    fn reset(&self) {
+    fn reset(&self) -> Result {
         self.power_on();
+        Ok(())
     }
 }

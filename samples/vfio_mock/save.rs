@@ -174,11 +174,7 @@ impl Saver for MockSaver {
         self.record(phase)
     }
 
-    fn is_ready(&self) -> bool {
-        self.delay.is_over()
-    }
-
-    fn remaining(&self) -> Remaining {
+    fn remaining(&self) -> Result<Remaining> {
         let pending = self.tracking.pending();
         let size = |Pages { pages, runs }| run_records(runs, pages);
         let (identity, tail) = match self.step {
@@ -190,11 +186,11 @@ impl Saver for MockSaver {
             Step::Trailer { .. } => (0, TRAILER_RECORD),
             Step::End => (0, 0),
         };
-        Remaining {
+        Ok(Remaining {
             initial: identity + size(pending.initial),
             dirty: size(pending.dirty),
             tail: tail + size(pending.held),
             reinits: pending.reinits,
-        }
+        })
     }
 }

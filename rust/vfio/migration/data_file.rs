@@ -22,6 +22,7 @@ use crate::{
         Open, //
     },
     user::{
+        cond_resched_killable,
         Block,
         UserBuf, //
     },
@@ -41,7 +42,7 @@ use kernel::{
     },
     ioctl::_IO,
     module::this_module,
-    new_mutex,
+    new_mutex, pr_warn_once,
     prelude::*,
     sync::{
         aref::ARef,
@@ -61,16 +62,28 @@ use kernel::{
 /// `VFIO_MIG_GET_PRECOPY_INFO`.
 const MIG_GET_PRECOPY_INFO: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 21);
 
-/// The number that the ioctl had when it was proposed, with the same argument.
+/// The number that the ioctl had when it was proposed, with the same argument. Users of that
+/// proposal still call it.
 const DEVICE_MIG_PRECOPY: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 22);
+
+/// What a saver has said and no reader knows yet. With the number of notifications before that:
+/// after another one it may say something else.
+enum Said {
+    /// It was not asked, or it has said something that is known.
+    Nothing,
+    NotReady(u32),
+    End(u32),
+    Failed(Error),
+}
 
 /// What is in a saving session until it ends.
 struct Saving<M: Migratable> {
     /// Held for the opt-in to v2 of the pre-copy info; gone before close_device() returns.
     device: ARef<Device>,
     saver: M::Saver,
-    /// What the reader has begun; it is with the reader while that copies.
+    /// What the reader has begun, or begins next; it is with the reader while that copies.
     chunk: Option<Chunk>,
+    said: Said,
     /// How much of `chunk` was read, out of how much, and what it counts as.
     pos: usize,
     len: usize,
@@ -85,8 +98,8 @@ struct Saving<M: Migratable> {
 
 impl<M: Migratable> Saving<M> {
     /// Returns how much there is to read, including the rest of what the reader has begun.
-    fn remaining(&self) -> Remaining {
-        let mut remaining = self.saver.remaining();
+    fn remaining(&self) -> Result<Remaining> {
+        let mut remaining = self.saver.remaining()?;
         let begun = (self.len - self.pos) as u64;
         let part = if self.initial {
             &mut remaining.initial
@@ -94,7 +107,64 @@ impl<M: Migratable> Saving<M> {
             &mut remaining.dirty
         };
         *part = part.saturating_add(begun);
-        remaining
+        Ok(remaining)
+    }
+
+    /// Asks the saver what comes next, when the last chunk has been read.
+    fn ask(&mut self, notifier: &Notifier) {
+        // Read before the saver is asked, so that what it tells meanwhile is not missed.
+        let seen = notifier.events();
+        let phase = notifier.phase();
+        self.said = match self.saver.next(phase) {
+            // A chunk without bytes would never be read entirely.
+            Ok(Next::Chunk(chunk)) if chunk.len() == 0 => Said::Failed(EIO),
+            Ok(Next::Chunk(mut chunk)) => {
+                self.pos = 0;
+                self.len = chunk.len();
+                self.initial = chunk.initial;
+                chunk.hand_out();
+                self.chunk = Some(chunk);
+                Said::Nothing
+            }
+            Ok(Next::NotReady) => Said::NotReady(seen),
+            Ok(Next::End) => {
+                self.check_end(phase, seen == notifier.events());
+                Said::End(seen)
+            }
+            Err(e) => Said::Failed(e),
+        };
+    }
+
+    /// Warns about a saver that has something left at the end.
+    fn check_end(&self, phase: Phase, unchanged: bool) {
+        let Ok(Remaining {
+            initial,
+            dirty,
+            tail,
+            ..
+        }) = self.saver.remaining()
+        else {
+            return;
+        };
+        let left = match phase {
+            Phase::PreCopy => initial.saturating_add(dirty),
+            Phase::StopCopy => initial.saturating_add(dirty).saturating_add(tail),
+        };
+        if unchanged && left > 0 {
+            pr_warn_once!("vfio: a saver says that {left} bytes are left at its end\n");
+        }
+    }
+
+    /// Tells whether a read() need not wait.
+    fn is_readable(&self, notifier: &Notifier) -> bool {
+        if self.reading {
+            return false;
+        }
+        match self.said {
+            Said::NotReady(seen) => seen != notifier.events(),
+            Said::End(seen) => notifier.phase() == Phase::StopCopy || seen != notifier.events(),
+            Said::Nothing | Said::Failed(_) => true,
+        }
     }
 }
 
@@ -123,10 +193,11 @@ impl<M: Migratable> SaveSession<M> {
             saver.seal()?;
         }
         let device: &Device = device;
-        let saving = Saving {
+        let mut saving = Saving {
             device: device.into(),
             saver,
             chunk: None,
+            said: Said::Nothing,
             pos: 0,
             len: 0,
             initial: false,
@@ -134,6 +205,7 @@ impl<M: Migratable> SaveSession<M> {
             reported_initial: u64::MAX,
             reported_reinits: 0,
         };
+        saving.ask(&notifier);
         let session = Arc::pin_init(
             pin_init!(Self {
                 notifier,
@@ -157,8 +229,10 @@ impl<M: Migratable> SaveSession<M> {
         saving.saver.seal()?;
         // Under the lock, so that the saver is asked in one phase or the other.
         self.notifier.set_phase(Phase::StopCopy);
-        drop(guard);
         self.notifier.notify();
+        if saving.pos == saving.len {
+            saving.ask(&self.notifier);
+        }
         Ok(())
     }
 
@@ -170,17 +244,19 @@ impl<M: Migratable> SaveSession<M> {
         self.notifier.notify();
     }
 
-    /// Returns how many bytes are left to stream.
-    pub(super) fn data_size(&self) -> u64 {
-        self.saving.lock().as_ref().map_or(0, |saving| {
-            let Remaining {
-                initial,
-                dirty,
-                tail,
-                ..
-            } = saving.remaining();
-            initial.saturating_add(dirty).saturating_add(tail)
-        })
+    /// Returns how many bytes are left to stream, nothing if the session has ended.
+    pub(super) fn data_size(&self) -> Result<Option<u64>> {
+        let guard = self.saving.lock();
+        let Some(saving) = guard.as_ref() else {
+            return Ok(None);
+        };
+        let Remaining {
+            initial,
+            dirty,
+            tail,
+            ..
+        } = saving.remaining()?;
+        Ok(Some(initial.saturating_add(dirty).saturating_add(tail)))
     }
 
     /// Waits until somebody notifies, unless the reader does not want to wait.
@@ -207,43 +283,41 @@ impl<M: Migratable> SaveSession<M> {
         }
     }
 
-    fn unclaim(&self) {
+    /// Ends the turn. Unless it failed, poll() knows afterwards what the next one finds.
+    fn unclaim(&self, failed: bool) {
         if let Some(saving) = &mut *self.saving.lock() {
             saving.reading = false;
+            if !failed && saving.pos == saving.len && matches!(saving.said, Said::Nothing) {
+                saving.ask(&self.notifier);
+            }
         }
-        self.notifier.notify();
+        self.notifier.wake();
     }
 
     /// Returns what is to be read next and how much of it was, or nothing at the end of stream.
     fn next(&self, nonblock: bool, first: bool) -> Result<Option<(Chunk, usize)>> {
         loop {
-            // Read before the saver is asked, so that what it tells meanwhile is not missed.
-            let seen = self.notifier.events();
             let mut guard = self.saving.lock();
             let saving = (*guard).as_mut().ok_or(ENODEV)?;
+            if saving.chunk.is_none() && !matches!(saving.said, Said::Failed(_)) {
+                saving.ask(&self.notifier);
+            }
             if let Some(chunk) = saving.chunk.take() {
                 return Ok(Some((chunk, saving.pos)));
             }
-            let phase = self.notifier.phase();
-            match saving.saver.next(phase)? {
-                Next::Chunk(mut chunk) => {
-                    // A chunk without bytes would never be read entirely.
-                    let len = Some(chunk.len()).filter(|len| *len > 0).ok_or(EIO)?;
-                    saving.pos = 0;
-                    saving.len = len;
-                    saving.initial = chunk.initial;
-                    chunk.hand_out();
-                    return Ok(Some((chunk, 0)));
+            let seen = match saving.said {
+                _ if !first => return Ok(None),
+                Said::Failed(e) => {
+                    saving.said = Said::Nothing;
+                    return Err(e);
                 }
-                Next::End if phase == Phase::PreCopy && first => return Err(ENOMSG),
-                Next::End => return Ok(None),
-                Next::NotReady if !first => return Ok(None),
-                Next::NotReady if nonblock => return Err(EAGAIN),
-                Next::NotReady => {
-                    drop(guard);
-                    self.notifier.wait_after(seen)?;
-                }
-            }
+                Said::End(_) if self.notifier.phase() == Phase::PreCopy => return Err(ENOMSG),
+                Said::NotReady(_) if nonblock => return Err(EAGAIN),
+                Said::NotReady(seen) => seen,
+                Said::End(_) | Said::Nothing => return Ok(None),
+            };
+            drop(guard);
+            self.notifier.wait_after(seen)?;
         }
     }
 
@@ -279,29 +353,26 @@ impl<M: Migratable> SaveSession<M> {
                 break Err(EFAULT);
             }
             done += copied;
+            if cond_resched_killable().is_err() {
+                break Ok(());
+            }
         };
-        self.unclaim();
+        self.unclaim(result.is_err());
         if done > 0 {
             return Ok(done);
         }
         result.map(|()| 0)
     }
 
-    /// Serves poll(): readable if read() would return bytes or the permanent end of stream.
+    /// Serves poll(): readable if read() would not wait. Calls no method of the driver.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         match self.saving.lock().as_ref() {
             None => bindings::POLLIN | bindings::POLLRDNORM | POLLRDHUP,
-            Some(saving) => {
-                let Remaining { initial, dirty, .. } = saving.remaining();
-                let begun = saving.pos < saving.len;
-                let readable = (initial > 0 || dirty > 0) && (begun || saving.saver.is_ready());
-                if self.notifier.phase() == Phase::StopCopy || readable {
-                    bindings::POLLIN | bindings::POLLRDNORM
-                } else {
-                    0
-                }
+            Some(saving) if saving.is_readable(&self.notifier) => {
+                bindings::POLLIN | bindings::POLLRDNORM
             }
+            Some(_) => 0,
         }
     }
 
@@ -328,7 +399,7 @@ impl<M: Migratable> SaveSession<M> {
             mut dirty,
             tail,
             reinits,
-        } = saving.remaining();
+        } = saving.remaining()?;
         let v2 = saving.device.precopy_info_v2();
         if v2 {
             // Without the opt-in the field stays as the user left it.
@@ -436,7 +507,10 @@ impl<M: Migratable> LoadSession<M> {
         let loading = (*guard).as_mut().ok_or(ENODEV)?;
         match loading.failed {
             Some(e) => Err(e),
-            None => driver.loaded(&mut loading.loader),
+            // The rest of an image that is not complete may still come.
+            None => driver.loaded(&mut loading.loader).inspect_err(|e| {
+                loading.failed = Some(*e).filter(|e| *e != EINVAL);
+            }),
         }
     }
 
@@ -488,7 +562,7 @@ impl<M: Migratable> LoadSession<M> {
         if let Some(loading) = &mut *self.loading.lock() {
             loading.block = Some(block);
         }
-        self.notifier.notify();
+        self.notifier.wake();
     }
 
     /// Hands bytes to the loader, unless the stream was refused before.
@@ -526,6 +600,9 @@ impl<M: Migratable> LoadSession<M> {
                 break Err(e);
             }
             done += bytes.len();
+            if cond_resched_killable().is_err() {
+                break Ok(());
+            }
         };
         self.unclaim(block);
         if done > 0 {
@@ -539,7 +616,7 @@ impl<M: Migratable> LoadSession<M> {
         table.register_wait(file, &self.notifier.wait);
         let events = bindings::POLLOUT | bindings::POLLWRNORM;
         match self.loading.lock().as_ref() {
-            Some(loading) if loading.is_ready() => events,
+            Some(loading) if loading.block.is_some() && loading.is_ready() => events,
             Some(_) => 0,
             None => events | bindings::POLLERR,
         }

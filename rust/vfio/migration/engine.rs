@@ -7,7 +7,11 @@ use super::{
         LoadSession,
         SaveSession, //
     },
-    fsm, Flags, Migratable, Phase, State,
+    fsm,
+    Flags,
+    Migratable,
+    Phase,
+    State, //
 };
 use crate::device::{
     Device,
@@ -16,7 +20,7 @@ use crate::device::{
 use core::mem;
 use kernel::{
     fs::File,
-    new_mutex,
+    new_mutex, new_spinlock,
     prelude::*,
     sync::{
         aref::ARef,
@@ -24,7 +28,10 @@ use kernel::{
             Atomic,
             Relaxed, //
         },
-        Arc, Mutex,
+        lock::mutex::MutexGuard,
+        Arc,
+        Mutex,
+        SpinLock, //
     },
 };
 
@@ -32,6 +39,8 @@ use kernel::{
 ///
 /// A saving state without a session cannot be written down, nor a session in another state.
 enum Current<M: Migratable> {
+    /// The hardware is gone. Only the state, `ERROR`, can be asked for.
+    Gone,
     Error,
     Stop,
     Running,
@@ -45,7 +54,7 @@ enum Current<M: Migratable> {
 impl<M: Migratable> Current<M> {
     fn state(&self) -> State {
         match self {
-            Self::Error => State::Error,
+            Self::Gone | Self::Error => State::Error,
             Self::Stop => State::Stop,
             Self::Running => State::Running,
             Self::RunningP2p => State::RunningP2p,
@@ -63,7 +72,15 @@ impl<M: Migratable> Current<M> {
                 session.end();
             }
             Self::Resuming(session) => session.end(),
-            Self::Error | Self::Stop | Self::Running | Self::RunningP2p => (),
+            Self::Gone | Self::Error | Self::Stop | Self::Running | Self::RunningP2p => (),
+        }
+    }
+
+    /// Fails with `ENODEV` if the hardware is gone.
+    fn present(&self) -> Result {
+        match self {
+            Self::Gone => Err(ENODEV),
+            _ => Ok(()),
         }
     }
 
@@ -76,6 +93,15 @@ impl<M: Migratable> Current<M> {
             _ => Err(EINVAL),
         }
     }
+}
+
+/// What happened to the device besides what the engine did.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Event {
+    /// It has died.
+    Failed,
+    /// It was reset, and runs.
+    Reset,
 }
 
 /// The migration of one device.
@@ -118,8 +144,14 @@ impl<M: Migratable> Current<M> {
 ///         self.engine.set_state(chip, device, target)
 ///     }
 ///
-///     fn reset_done(&self, chip: &Arc<Chip>) {
-///         self.engine.reset(chip);
+///     /// Called with `memory_lock` held.
+///     fn reset_done(&self) {
+///         self.engine.reset_done();
+///     }
+///
+///     /// Called by the work of the interrupt that reports fatal errors.
+///     fn fatal_error(&self) {
+///         self.engine.fail();
 ///     }
 /// }
 /// ```
@@ -129,6 +161,10 @@ pub struct Engine<M: Migratable> {
     /// Held while the driver's methods run, never across a user copy.
     #[pin]
     current: Mutex<Current<M>>,
+    /// What happened while somebody held `current`, if anything; the last of it. Inside of
+    /// `current`, for which nothing waits with this held.
+    #[pin]
+    event: SpinLock<Option<Event>>,
     /// A copy of the state in `current` for those who must not wait for it.
     state: Atomic<u32>,
 }
@@ -154,6 +190,7 @@ impl<M: Migratable> Engine<M> {
         try_pin_init!(Self {
             flags: flags.is_within(M::FLAGS).then_some(flags).ok_or(EINVAL)?,
             current <- new_mutex!(Current::Running, "vfio::migration::Engine::current"),
+            event <- new_spinlock!(None, "vfio::migration::Engine::event"),
             state: Atomic::new(State::Running.as_raw()),
         }? Error)
     }
@@ -171,16 +208,102 @@ impl<M: Migratable> Engine<M> {
         State::from_raw(self.state.load(Relaxed)).unwrap_or(State::Error)
     }
 
+    /// Does something with `current`, after waiting for others who do.
+    fn with_current<R>(&self, change: impl FnOnce(&mut Current<M>) -> R) -> R {
+        let mut current = self.current.lock();
+        let result = change(&mut current);
+        self.release(current);
+        result
+    }
+
+    /// Releases `current`, after doing what [`report()`](Self::report) left to its holder.
+    fn release(&self, mut current: MutexGuard<'_, Current<M>>) {
+        loop {
+            let mut event = self.event.lock();
+            let Some(happened) = event.take() else {
+                // With `event` held: who reports is in time for this loop or gets `current`.
+                return drop(current);
+            };
+            drop(event);
+            self.take_note(&mut current, happened);
+        }
+    }
+
+    /// Takes note of what happened to the device.
+    fn take_note(&self, current: &mut Current<M>, event: Event) {
+        if current.present().is_ok() {
+            current.leave(match event {
+                Event::Failed => Current::Error,
+                Event::Reset => Current::Running,
+            });
+        }
+        self.publish(current);
+    }
+
+    /// Takes note of what happened to the device, now or as soon as nobody holds `current`.
+    fn report(&self, happened: Event) {
+        let mut event = self.event.lock();
+        *event = Some(happened);
+        let current = self.current.try_lock();
+        drop(event);
+        if let Some(current) = current {
+            self.release(current);
+        }
+    }
+
+    /// Lets everybody know the state.
+    fn publish(&self, current: &Current<M>) {
+        self.state.store(current.state().as_raw(), Relaxed);
+    }
+
+    /// Says that the device has died: its state is `ERROR`, its session ends with `ENODEV`, and
+    /// readers and pollers are woken. A reset leads out.
+    ///
+    /// Does not wait for a state change that is under way, which ends after the method that it is
+    /// in, and fails with `ENODEV` if that method does not fail. May sleep. May be called at any
+    /// time, also by a method of [`Migratable`] and with `memory_lock` held, but not by a method of
+    /// a [`Saver`](super::Saver) or [`Loader`](super::Loader): those run under the lock of the
+    /// session that ends.
+    pub fn fail(&self) {
+        self.report(Event::Failed);
+    }
+
+    /// Says that the device was reset by something else than [`reset()`](Self::reset) and is
+    /// running, for `reset_done` of a PCI driver: the session ends and the state is `RUNNING`.
+    /// Calls no method of the [`Migratable`].
+    ///
+    /// Does not wait for a state change that is under way: it is as if the reset came right after
+    /// it. May sleep. May be called as [`fail()`](Self::fail) may.
+    pub fn reset_done(&self) {
+        self.report(Event::Reset);
+    }
+
+    /// Ends all use of the device, because its hardware goes away, as when the driver of a PF is
+    /// unbound. The session ends with `ENODEV`, the state is `ERROR` from here on, and every later
+    /// call that would reach the driver fails with `ENODEV`, a reset too.
+    ///
+    /// When this returns no method of the driver is under way. Hence it waits for a state change,
+    /// and must not be called with anything held that methods need, such as `memory_lock`. May
+    /// sleep.
+    pub fn fence(&self) {
+        self.with_current(|current| {
+            current.leave(Current::Gone);
+            self.publish(current);
+        });
+    }
+
     /// Brings the device into the state `target`, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
     ///
     /// Returns the data_fd's file if the last arc opened a session. `target` is what the user
-    /// wrote. Waits for another state change that is under way. May sleep.
+    /// wrote. `driver` is the same from open to close. Waits for another state change that is under
+    /// way. May sleep.
     ///
     /// Fails with `EINVAL` if there is no way to the target: if there is no such state, if the
     /// device does not support it, if it is `ERROR`, or if the device is in `ERROR`; nothing has
     /// changed then. Fails with the error of the [`Migratable`], and with `ENOMEM`, if something
     /// fails on the way; the device stays in a state of the path then, which
-    /// [`state()`](Self::state) tells.
+    /// [`state()`](Self::state) tells. Fails with `ENODEV` if the device has [died](Self::fail)
+    /// meanwhile or is [gone](Self::fence).
     pub fn set_state(
         &self,
         driver: &Arc<M>,
@@ -188,7 +311,18 @@ impl<M: Migratable> Engine<M> {
         target: u32,
     ) -> Result<Option<ARef<File>>> {
         let target = State::from_raw(target).ok_or(EINVAL)?;
-        let mut current = self.current.lock();
+        self.with_current(|current| self.walk(driver, device, current, target))
+    }
+
+    /// Walks to a state, arc by arc.
+    fn walk(
+        &self,
+        driver: &Arc<M>,
+        device: &Device<Open>,
+        current: &mut Current<M>,
+        target: State,
+    ) -> Result<Option<ARef<File>>> {
+        current.present()?;
         let mut file = None;
         loop {
             let state = current.state();
@@ -196,16 +330,22 @@ impl<M: Migratable> Engine<M> {
             if next == state {
                 return Ok(file);
             }
-            let done = Self::arc(driver, device, &mut current, next);
-            self.state.store(current.state().as_raw(), Relaxed);
+            let done = Self::arc(driver, device, current, next);
+            if done.is_err() && driver.is_broken() {
+                current.leave(Current::Error);
+            }
+            self.publish(current);
             file = done?;
+            if *self.event.lock() == Some(Event::Failed) {
+                return Err(ENODEV);
+            }
         }
     }
 
     /// Walks one arc.
     ///
-    /// Fails without a change of state, unless undoing what was done fails too; then the device is
-    /// in `ERROR`.
+    /// Fails without a change of state, unless undoing what was done fails too or the device is
+    /// broken; then the device is in `ERROR`.
     fn arc(
         driver: &Arc<M>,
         device: &Device<Open>,
@@ -231,12 +371,12 @@ impl<M: Migratable> Engine<M> {
             }
             (State::Running, State::Stop) => {
                 driver.quiesce_p2p()?;
-                Self::or_undo(current, driver.stop(), || driver.resume_p2p())?;
+                Self::or_undo(driver, current, driver.stop(), || driver.resume_p2p())?;
                 current.leave(Current::Stop);
             }
             (State::Stop, State::Running) => {
                 driver.start()?;
-                Self::or_undo(current, driver.resume_p2p(), || driver.stop())?;
+                Self::or_undo(driver, current, driver.resume_p2p(), || driver.stop())?;
                 current.leave(Current::Running);
             }
             (State::Running, State::PreCopy) => {
@@ -264,14 +404,14 @@ impl<M: Migratable> Engine<M> {
             (State::PreCopyP2p, State::StopCopy) => {
                 let session = current.saving()?.clone();
                 driver.stop()?;
-                Self::or_undo(current, session.seal(), || driver.start())?;
+                Self::or_undo(driver, current, session.seal(), || driver.start())?;
                 *current = Current::StopCopy(session);
             }
             (State::PreCopy, State::StopCopy) => {
                 let session = current.saving()?.clone();
                 driver.quiesce_p2p()?;
-                Self::or_undo(current, driver.stop(), || driver.resume_p2p())?;
-                Self::or_undo(current, session.seal(), || {
+                Self::or_undo(driver, current, driver.stop(), || driver.resume_p2p())?;
+                Self::or_undo(driver, current, session.seal(), || {
                     driver.start()?;
                     driver.resume_p2p()
                 })?;
@@ -299,13 +439,14 @@ impl<M: Migratable> Engine<M> {
         Ok(None)
     }
 
-    /// Undoes the first half of an arc if its second half failed.
+    /// Undoes the first half of an arc if its second half failed, unless the device is broken.
     fn or_undo(
+        driver: &Arc<M>,
         current: &mut Current<M>,
         done: Result,
         undo: impl FnOnce() -> Result, //
     ) -> Result {
-        if done.is_err() && undo().is_err() {
+        if done.is_err() && !driver.is_broken() && undo().is_err() {
             current.leave(Current::Error);
         }
         done
@@ -313,31 +454,61 @@ impl<M: Migratable> Engine<M> {
 
     /// Returns how many bytes `STOP_COPY` would stream from now on, for
     /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. Waits for a state change that
-    /// is under way. May sleep.
-    pub fn data_size(&self, driver: &Arc<M>) -> u64 {
-        let current = self.current.lock();
-        match current.saving() {
-            Ok(session) => session.data_size(),
-            Err(_) => driver.data_size(),
+    /// is under way. May sleep. Fails with the error of the driver, and with `ENODEV` if the device
+    /// is [gone](Self::fence).
+    pub fn data_size(&self, driver: &Arc<M>) -> Result<u64> {
+        loop {
+            let current = self.current.lock();
+            let size = current.present().and_then(|()| match current.saving() {
+                Ok(session) => Ok(Err(session.clone())),
+                Err(_) => driver.data_size().map(Ok),
+            });
+            self.release(current);
+            let session = match size? {
+                Ok(size) => return Ok(size),
+                Err(session) => session,
+            };
+            // A saver that asks firmware does not hold up state changes that need no session.
+            if let Some(size) = session.data_size()? {
+                return Ok(size);
+            }
         }
     }
 
     /// Resets the device and returns it to `RUNNING`, from every state, for `VFIO_DEVICE_RESET`.
     ///
-    /// Waits for a state change that is under way. May sleep.
-    pub fn reset(&self, driver: &Arc<M>) {
-        let mut current = self.current.lock();
-        // The session ends first, so that nothing of it reaches the device after the reset.
-        current.leave(Current::Error);
-        driver.reset();
-        current.leave(Current::Running);
-        self.state.store(State::Running.as_raw(), Relaxed);
+    /// Waits for a state change that is under way, so it must not be called with `memory_lock`
+    /// held, see [`reset_done()`](Self::reset_done). May sleep.
+    ///
+    /// Fails with the error of the driver, and the state is `ERROR`. Fails with `ENODEV` if the
+    /// device is [gone](Self::fence).
+    pub fn reset(&self, driver: &Arc<M>) -> Result {
+        self.with_current(|current| {
+            current.present()?;
+            // The session ends first, so that nothing of it reaches the device after the reset.
+            current.leave(Current::Error);
+            // If the device died before, it is reset now.
+            *self.event.lock() = None;
+            let done = driver.reset();
+            if done.is_ok() {
+                current.leave(Current::Running);
+            }
+            self.publish(current);
+            done
+        })
     }
 
     /// Ends what the user began, when the device is closed for the last time. May sleep.
+    ///
+    /// Must be called then: a session that is left holds a reference to the `struct vfio_device`,
+    /// for which the removal of the device waits.
     pub fn close(&self) {
-        let mut current = self.current.lock();
-        current.leave(Current::Running);
-        self.state.store(State::Running.as_raw(), Relaxed);
+        self.with_current(|current| {
+            *self.event.lock() = None;
+            if current.present().is_ok() {
+                current.leave(Current::Running);
+            }
+            self.publish(current);
+        });
     }
 }

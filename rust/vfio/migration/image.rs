@@ -51,11 +51,11 @@ impl Saver for ImageSaver {
         Ok(Next::Chunk(chunk.initial()))
     }
 
-    fn remaining(&self) -> Remaining {
-        Remaining {
+    fn remaining(&self) -> Result<Remaining> {
+        Ok(Remaining {
             initial: self.0.len() as u64,
             ..Default::default()
-        }
+        })
     }
 }
 

@@ -52,12 +52,13 @@ impl<C: Claim> Migratable for Claiming<C> {
         self.0.loaded(loader)
     }
 
-    fn data_size(&self) -> u64 {
+    fn data_size(&self) -> Result<u64> {
         self.0.data_size()
     }
 
-    fn reset(&self) {
+    fn reset(&self) -> Result {
         self.0.reset();
+        Ok(())
     }
 }
 

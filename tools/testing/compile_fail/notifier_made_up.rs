@@ -5,6 +5,6 @@
 include!(env!("DRIVER"));
 
 fn notifier() -> Result<Arc<Notifier>> {
-    Notifier::new()
+    Notifier::new(Phase::PreCopy)
     //~ error[E0624]: associated function `new` is private
 }

@@ -35,11 +35,12 @@ impl Migratable for Alone {
         Ok(())
     }
 
-    fn data_size(&self) -> u64 {
-        STREAM as u64
+    fn data_size(&self) -> Result<u64> {
+        Ok(STREAM as u64)
     }
 
-    fn reset(&self) {
+    fn reset(&self) -> Result {
         self.word.set(0);
+        Ok(())
     }
 }

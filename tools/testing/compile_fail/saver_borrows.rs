@@ -16,7 +16,7 @@ impl<'a> Saver for Borrowing<'a> {
         Ok(Next::Chunk(Chunk::new(&self.registers.lock().bytes)?))
     }
 
-    fn remaining(&self) -> Remaining {
-        Remaining::default()
+    fn remaining(&self) -> Result<Remaining> {
+        Ok(Remaining::default())
     }
 }

@@ -15,11 +15,11 @@ impl Saver for Cloned {
         Ok(Next::End)
     }
 
-    fn remaining(&self) -> Remaining {
+    fn remaining(&self) -> Result<Remaining> {
         let pending = self.tracking.pending();
-        Remaining {
+        Ok(Remaining {
             initial: pending.initial.pages,
             ..Default::default()
-        }
+        })
     }
 }

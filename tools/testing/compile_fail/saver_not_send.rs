@@ -13,7 +13,7 @@ impl Saver for OfOneThread {
         Ok(Next::End)
     }
 
-    fn remaining(&self) -> Remaining {
-        Remaining::default()
+    fn remaining(&self) -> Result<Remaining> {
+        Ok(Remaining::default())
     }
 }

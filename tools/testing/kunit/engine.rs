@@ -9,6 +9,7 @@
 use crate::fake::{
     wait_until,
     Call,
+    DataFd,
     Job,
     Rig,
     UserMemory,
@@ -255,6 +256,14 @@ mod tests {
                             ensure_eq!(calls.get(..before.len()), Some(&before[..]), "{what}");
                             ensure_eq!(calls.get(before.len()..), Some(undo), "undo {what}");
 
+                            if failing == Call::Loaded {
+                                let again = rig.set(arc_to).err();
+                                ensure_eq!(again, Some(FAILURE), "again {what}");
+                                ensure_eq!(rig.fake.calls()[..], [], "again {what}");
+                                failures += 1;
+                                continue;
+                            }
+
                             // The device is as it was: what failed works now.
                             let fd = rig.set(arc_to)?;
                             let again = rig.fake.calls();
@@ -344,7 +353,7 @@ mod tests {
             ensure_eq!(rig.engine.state(), State::Error, "{flags:?}");
             ensure_eq!(rig.fake.calls()[..], [], "{flags:?}");
 
-            rig.engine.reset(&rig.fake);
+            rig.engine.reset(&rig.fake)?;
             ensure_eq!(rig.engine.state(), State::Running, "{flags:?}");
             ensure_eq!(rig.fake.calls()[..], [Call::Reset], "{flags:?}");
             drop(rig.set(State::StopCopy)?);
@@ -366,7 +375,7 @@ mod tests {
                     let mut expected = KVec::new();
 
                     if reset {
-                        rig.engine.reset(&rig.fake);
+                        rig.engine.reset(&rig.fake)?;
                     } else {
                         rig.engine.close();
                     }
@@ -396,18 +405,18 @@ mod tests {
         for flags in Flags::ALL {
             let rig = Rig::new(flags)?;
 
-            rig.fake.provide(b"0123456789", true)?;
-            rig.fake.provide(b"abcde", false)?;
-            rig.fake.provide_tail(b"end");
             for from in states(flags) {
                 let session = rig.enter(from)?;
+                rig.fake.provide(b"0123456789", true)?;
+                rig.fake.provide(b"abcde", false)?;
+                rig.fake.provide_tail(b"end");
                 let size = rig.engine.data_size(&rig.fake);
 
                 if from.is_saving() {
-                    ensure_eq!(size, 10 + 5 + 3, "{from:?}");
+                    ensure_eq!(size, Ok(10 + 5 + 3), "{from:?}");
                     ensure_eq!(rig.fake.calls()[..], [], "{from:?}");
                 } else {
-                    ensure_eq!(size, DATA_SIZE, "{from:?}");
+                    ensure_eq!(size, Ok(DATA_SIZE), "{from:?}");
                     ensure_eq!(rig.fake.calls()[..], [Call::DataSize], "{from:?}");
                 }
                 ensure_eq!(rig.engine.state(), from, "{from:?}");
@@ -583,7 +592,7 @@ mod tests {
         let early = reset.is_done();
         rig.fake.hold(None);
         let changed = change.wait()?;
-        reset.wait()?;
+        reset.wait()??;
 
         ensure_eq!(held, Ok(()), "stop() is called");
         ensure_eq!(early, false, "reset() beside stop()");
@@ -605,12 +614,12 @@ mod tests {
 
         rig.fake.provide(b"0123456789", true)?;
         rig.fake.set_ready(false);
-        ensure_eq!(fd.poll(), 0, "poll");
         ensure_eq!(fd.read_nonblock(0, 1), Err(EAGAIN), "O_NONBLOCK");
-        drop(rig.fake.calls());
+        ensure_eq!(fd.poll(), 0, "poll");
+        drop(rig.fake.asked());
 
         let reader = Job::begin(move || fd.read(0, 1))?;
-        let waiting = wait_until(|| rig.fake.calls().contains(&Call::Next(Phase::PreCopy)));
+        let waiting = wait_until(|| rig.fake.asked().contains(&Call::Next(Phase::PreCopy)));
         let other = rig.clone();
         let walk = Job::begin(move || {
             for to in [State::PreCopyP2p, State::PreCopy, State::PreCopyP2p] {
@@ -626,7 +635,7 @@ mod tests {
         .wait()?;
 
         ensure_eq!(waiting, Ok(()), "next() is called");
-        ensure_eq!(walk, Ok((10, true, true, Err(ENODEV))), "the walk");
+        ensure_eq!(walk, Ok((Ok(10), true, true, Err(ENODEV))), "the walk");
         Ok(())
     }
 
@@ -645,7 +654,7 @@ mod tests {
             other.fake.set_ready(true);
             (fd, result)
         })?;
-        wait_until(|| rig.fake.calls().contains(&Call::Next(Phase::PreCopy)))?;
+        wait_until(|| rig.fake.asked().contains(&Call::Next(Phase::PreCopy)))?;
         let waits = !reader.is_done();
         rig.fake.set_ready(true);
         let (fd, result) = reader.wait()?;
@@ -691,10 +700,7 @@ mod tests {
             let other = rig.clone();
             let done = Job::begin(move || match to {
                 Some(state) => other.set(state).map(drop),
-                None => {
-                    other.engine.reset(&other.fake);
-                    Ok(())
-                }
+                None => other.engine.reset(&other.fake),
             })?
             .wait()?;
 
@@ -744,15 +750,15 @@ mod tests {
         rig.fake.provide(b"0123456789", true)?;
         rig.fake.provide(b"abcdef", false)?;
         rig.fake.provide_tail(b"tail");
-        ensure_eq!(size(), 20, "size at first");
+        ensure_eq!(size(), Ok(20), "size at first");
         ensure_eq!(fd.read(user.addr, 3), Ok(3), "a part of the head");
         ensure_eq!(fd.read(user.addr + 3, 4), Ok(4), "across the head");
-        ensure_eq!(size(), 13, "size with a chunk begun");
+        ensure_eq!(size(), Ok(13), "size with a chunk begun");
         drop(rig.set(State::PreCopyP2p)?);
         ensure_eq!(fd.read(user.addr + 7, 64), Ok(9), "the rest");
         ensure_eq!(user.get::<16>()?, *b"0123456789abcdef", "what is read");
         ensure_eq!(fd.read(user.addr, 64), Err(ENOMSG), "the temporary end");
-        ensure_eq!(size(), 4, "size at the temporary end");
+        ensure_eq!(size(), Ok(4), "size at the temporary end");
 
         rig.fake.fail(Call::Next(Phase::PreCopy), 0)?;
         ensure_eq!(
@@ -762,11 +768,11 @@ mod tests {
         );
         rig.fake.provide(b"more", false)?;
         drop(rig.set(State::StopCopy)?);
-        ensure_eq!(size(), 8, "size in STOP_COPY");
+        ensure_eq!(size(), Ok(8), "size in STOP_COPY");
         ensure_eq!(fd.read(user.addr, 64), Ok(8), "STOP_COPY");
         ensure_eq!(user.get::<8>()?, *b"moretail", "what is read last");
         ensure_eq!(fd.read(user.addr, 64), Ok(0), "the permanent end");
-        ensure_eq!(size(), 0, "size at the permanent end");
+        ensure_eq!(size(), Ok(0), "size at the permanent end");
         Ok(())
     }
 
@@ -848,6 +854,276 @@ mod tests {
     }
 
     #[test]
+    fn poll_tells_what_read_finds_and_asks_no_driver() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+        let polled = |fd: &DataFd| {
+            drop(rig.fake.asked());
+            let events = fd.poll();
+            (events, rig.fake.asked().len())
+        };
+
+        for state in [State::PreCopy, State::StopCopy] {
+            let fd = rig.enter(state)?.ok_or(EINVAL)?;
+            let end = if state == State::PreCopy { 0 } else { POLLIN };
+
+            ensure_eq!(polled(&fd), (end, 0), "nothing in {state:?}");
+            rig.fake.provide(b"0123456789", true)?;
+            rig.fake.provide(b"abcde", true)?;
+            ensure_eq!(polled(&fd), (POLLIN, 0), "a chunk in {state:?}");
+            rig.fake.set_ready(false);
+            ensure_eq!(fd.read_nonblock(user.addr, 16), Err(EAGAIN), "{state:?}");
+            ensure_eq!(polled(&fd), (0, 0), "not ready in {state:?}");
+            rig.fake.set_ready(true);
+            ensure_eq!(polled(&fd), (POLLIN, 0), "ready in {state:?}");
+            ensure_eq!(fd.read_nonblock(user.addr, 4), Ok(4), "{state:?}");
+            rig.fake.set_ready(false);
+            ensure_eq!(polled(&fd), (POLLIN, 0), "the rest of a chunk in {state:?}");
+            // The buffer is full exactly when the chunk ends.
+            ensure_eq!(fd.read_nonblock(user.addr, 6), Ok(6), "{state:?}");
+            ensure_eq!(polled(&fd), (0, 0), "the next chunk in {state:?}");
+            rig.fake.set_ready(true);
+            ensure_eq!(fd.read_nonblock(user.addr, 16), Ok(5), "{state:?}");
+            ensure_eq!(polled(&fd), (end, 0), "the end in {state:?}");
+        }
+
+        // What waits in a new phase is known before anybody reads.
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        rig.fake.set_ready(false);
+        drop(rig.set(State::StopCopy)?);
+        ensure_eq!(polled(&fd), (0, 0), "not ready at first");
+        rig.fake.set_ready(true);
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        rig.fake.fail(Call::Next(Phase::StopCopy), 0)?;
+        drop(rig.set(State::StopCopy)?);
+        rig.fake.mend();
+        ensure_eq!(polled(&fd), (POLLIN, 0), "a failure");
+        ensure_eq!(fd.read(user.addr, 16), Err(FAILURE), "a failure");
+        ensure_eq!(fd.read(user.addr, 16), Ok(0), "after the failure");
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_fail_with_the_error_of_the_driver() -> Result {
+        let user = UserMemory::new(32)?;
+
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in states(flags) {
+                let session = rig.enter(from)?;
+
+                rig.fake.fail(Call::DataSize, 0)?;
+                rig.fake.fail(Call::Remaining, 0)?;
+                let size = rig.engine.data_size(&rig.fake);
+                ensure_eq!(size, Err(FAILURE), "the size in {from:?}");
+                if matches!(from, State::PreCopy | State::PreCopyP2p) {
+                    let fd = session.as_ref().ok_or(EINVAL)?;
+                    user.put(&24_u32.to_le_bytes())?;
+                    let info = fd.ioctl(MIG_GET_PRECOPY_INFO, user.addr);
+                    ensure_eq!(info, Err(FAILURE), "the info in {from:?}");
+                }
+                rig.fake.mend();
+                ensure_eq!(rig.engine.state(), from, "{from:?}");
+                ensure_eq!(rig.engine.data_size(&rig.fake).is_ok(), true, "{from:?}");
+                drop(session);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_failure_that_breaks_the_device_is_an_error() -> Result {
+        let mut errors = 0;
+
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for (from, to) in fsm::arcs(flags) {
+                let mut expected = KVec::new();
+
+                for &failing in calls_of(from, to) {
+                    expected.push(failing, GFP_KERNEL)?;
+                    if !can_fail(failing) {
+                        continue;
+                    }
+                    let what = fmt!("{from:?} to {to:?} without {failing:?}");
+                    let session = rig.enter(from)?;
+                    rig.fake.set_breaks(true);
+                    rig.fake.fail(failing, 0)?;
+                    let done = rig.set(to).err();
+                    rig.fake.mend();
+                    rig.fake.set_breaks(false);
+
+                    ensure_eq!(done, Some(FAILURE), "{what}");
+                    ensure_eq!(rig.engine.state(), State::Error, "{what}");
+                    let calls = rig.fake.calls();
+                    let all = calls.get(..expected.len());
+                    ensure_eq!(all, Some(&expected[..]), "{what}");
+                    let undone = calls
+                        .iter()
+                        .skip(expected.len())
+                        .any(|&call| can_fail(call));
+                    ensure_eq!(undone, false, "undo {what}");
+                    rig.engine.reset(&rig.fake)?;
+                    ensure_eq!(rig.engine.state(), State::Running, "{what}");
+                    drop(session);
+                    errors += 1;
+                }
+            }
+        }
+        ensure_eq!(errors > 30, true, "errors tried");
+        Ok(())
+    }
+
+    #[test]
+    fn a_dead_device_is_in_error_until_it_is_reset() -> Result {
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in State::ALL.into_iter().filter(|&from| flags.has(from)) {
+                let session = rig.enter(from)?;
+
+                rig.engine.fail();
+                ensure_eq!(rig.engine.state(), State::Error, "{from:?}");
+                ensure_eq!(rig.device_references(), 1, "{from:?}");
+                if let Some(fd) = &session {
+                    let loads = from == State::Resuming;
+                    let dead = if loads { fd.write(0, 1) } else { fd.read(0, 1) };
+                    let events = if loads {
+                        POLLOUT | POLLERR
+                    } else {
+                        POLLIN | POLLRDHUP
+                    };
+                    ensure_eq!(dead, Err(ENODEV), "{from:?}");
+                    ensure_eq!(fd.poll(), events, "{from:?}");
+                }
+                ensure_eq!(rig.set(State::Running).err(), Some(EINVAL), "{from:?}");
+                rig.engine.reset(&rig.fake)?;
+                ensure_eq!(rig.engine.state(), State::Running, "{from:?}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_reset_that_fails_is_an_error() -> Result {
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let session = rig.enter(State::StopCopy)?;
+
+        rig.fake.fail(Call::Reset, 0)?;
+        ensure_eq!(rig.engine.reset(&rig.fake), Err(FAILURE), "reset");
+        ensure_eq!(rig.engine.state(), State::Error, "state");
+        rig.fake.mend();
+        ensure_eq!(rig.engine.reset(&rig.fake), Ok(()), "another reset");
+        ensure_eq!(rig.engine.state(), State::Running, "state after another");
+        drop(session);
+        Ok(())
+    }
+
+    #[test]
+    fn reports_with_memory_lock_held_wait_for_no_state_change() -> Result {
+        let methods = [
+            (State::Running, State::Stop, Call::Stop),
+            (State::Running, State::PreCopy, Call::PreCopy),
+            (State::PreCopy, State::StopCopy, Call::Seal),
+            (State::StopCopy, State::Stop, Call::SaverDropped),
+            (State::Stop, State::Resuming, Call::Load),
+            (State::Resuming, State::Stop, Call::Loaded),
+        ];
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+
+        for (from, to, call) in methods {
+            for reset in [false, true] {
+                let what = fmt!("{call:?}, {reset}");
+                let session = rig.enter(from)?;
+
+                rig.fake.hold(Some(call));
+                let other = rig.clone();
+                let change = Job::begin(move || other.set(to))?;
+                let held = wait_until(|| rig.fake.is_held());
+                let other = rig.clone();
+                let report = Job::begin(move || {
+                    let _memory = other.fake.memory_lock.lock();
+                    match reset {
+                        true => other.engine.reset_done(),
+                        false => other.engine.fail(),
+                    }
+                })?;
+                let reported = report.wait();
+                let waits = !change.is_done();
+                rig.fake.hold(None);
+                let fd = change.wait()?;
+
+                ensure_eq!(held, Ok(()), "{what} is called");
+                ensure_eq!(reported, Ok(()), "the report during {what}");
+                ensure_eq!(waits, true, "{what} has ended");
+                match (&fd, reset) {
+                    (Ok(_), true) => (),
+                    (done, true) => ensure_eq!(done.is_ok(), true, "{what}"),
+                    (Err(e), false) => ensure_eq!(*e, ENODEV, "{what}"),
+                    (Ok(_), false) => ensure_eq!(fd.is_err(), true, "{what}"),
+                }
+                let state = if reset { State::Running } else { State::Error };
+                ensure_eq!(rig.engine.state(), state, "state after {what}");
+                ensure_eq!(rig.device_references(), 1, "references after {what}");
+                drop((session, fd));
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_fenced_device_is_reached_by_nothing() -> Result {
+        for flags in Flags::ALL {
+            for from in State::ALL.into_iter().filter(|&from| flags.has(from)) {
+                let rig = Rig::new(flags)?;
+                let session = rig.enter(from)?;
+
+                rig.engine.fence();
+                drop(rig.fake.calls());
+                for again in [false, true] {
+                    let what = fmt!("{from:?}, {again}");
+                    ensure_eq!(rig.engine.state(), State::Error, "{what}");
+                    ensure_eq!(rig.set(State::Stop).err(), Some(ENODEV), "{what}");
+                    let size = rig.engine.data_size(&rig.fake);
+                    ensure_eq!(size, Err(ENODEV), "{what}");
+                    ensure_eq!(rig.engine.reset(&rig.fake), Err(ENODEV), "{what}");
+                    rig.engine.reset_done();
+                    rig.engine.close();
+                }
+                ensure_eq!(rig.fake.calls()[..], [], "{from:?}");
+                if let Some(fd) = session.filter(|_| from != State::Resuming) {
+                    ensure_eq!(fd.read(0, 1), Err(ENODEV), "{from:?}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn only_an_incomplete_image_can_be_completed() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        rig.fake.set_invalid(true);
+        rig.fake.fail(Call::Loaded, 0)?;
+        ensure_eq!(rig.set(State::Stop).err(), Some(EINVAL), "incomplete");
+        ensure_eq!(fd.write(user.addr, 8), Ok(8), "the rest");
+        rig.fake.set_invalid(false);
+        ensure_eq!(rig.set(State::Stop).err(), Some(FAILURE), "a failure");
+        rig.fake.mend();
+        ensure_eq!(fd.write(user.addr, 8), Err(FAILURE), "after the failure");
+        ensure_eq!(
+            rig.set(State::Stop).err(),
+            Some(FAILURE),
+            "after the failure"
+        );
+        Ok(())
+    }
+
+    #[test]
     fn a_refused_stream_stays_refused() -> Result {
         let user = UserMemory::new(64)?;
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
@@ -871,7 +1147,7 @@ mod tests {
         ensure_eq!(rig.engine.state(), State::Resuming, "state");
         ensure_eq!(rig.fake.calls()[..], [], "calls");
 
-        rig.engine.reset(&rig.fake);
+        rig.engine.reset(&rig.fake)?;
         let calls = rig.fake.calls();
         ensure_eq!(calls[..], [Call::LoaderDropped, Call::Reset], "reset");
         let fd = rig.set(State::Resuming)?.ok_or(EINVAL)?;

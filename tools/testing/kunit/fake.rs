@@ -96,6 +96,7 @@ pub(crate) enum Call {
     Loaded,
     LoaderDropped,
     DataSize,
+    Remaining,
     Reset,
 }
 
@@ -112,6 +113,13 @@ const PATIENCE: usize = 5_000;
 #[derive(Default)]
 struct Script {
     calls: KVec<Call>,
+    /// What the saver was asked.
+    asked: KVec<Call>,
+    /// What fails breaks the device until it is reset.
+    breaks: bool,
+    broken: bool,
+    /// What fails does so with `EINVAL`.
+    invalid: bool,
     /// What is to fail, and how many of its kind come before it.
     failures: KVec<(Call, usize)>,
     /// What is to hang until this is changed.
@@ -137,6 +145,9 @@ struct Script {
 pub(crate) struct Fake {
     #[pin]
     script: Mutex<Script>,
+    /// What vfio-pci holds when it says that the device was reset.
+    #[pin]
+    pub(crate) memory_lock: Mutex<()>,
 }
 
 impl Fake {
@@ -144,6 +155,7 @@ impl Fake {
         Arc::pin_init(
             pin_init!(Self {
                 script <- new_mutex!(Script::default(), "vfio_kunit::Fake"),
+                memory_lock <- new_mutex!((), "vfio_kunit::Fake::memory_lock"),
             }),
             GFP_KERNEL,
         )
@@ -151,8 +163,13 @@ impl Fake {
 
     /// Takes down a call, hangs in it and fails as the script has it.
     fn called(&self, call: Call) -> Result {
+        // A variant driver takes it in a state change.
+        drop(self.memory_lock.lock());
         let mut script = self.script.lock();
-        script.calls.push(call, GFP_KERNEL)?;
+        match call {
+            Call::Next(_) | Call::Remaining => script.asked.push(call, GFP_KERNEL)?,
+            _ => script.calls.push(call, GFP_KERNEL)?,
+        }
         if script.hold == Some(call) {
             script.held = true;
             while script.hold == Some(call) {
@@ -161,16 +178,35 @@ impl Fake {
                 script = self.script.lock();
             }
         }
+        let mut fails = false;
         for (failing, before) in &mut script.failures {
             if *failing == call {
-                if let Some(left) = before.checked_sub(1) {
-                    *before = left;
-                } else {
-                    return Err(FAILURE);
+                match before.checked_sub(1) {
+                    Some(left) => *before = left,
+                    None => fails = true,
                 }
             }
         }
-        Ok(())
+        if !fails {
+            return Ok(());
+        }
+        script.broken |= script.breaks;
+        Err(if script.invalid { EINVAL } else { FAILURE })
+    }
+
+    /// Lets failures break the device.
+    pub(crate) fn set_breaks(&self, breaks: bool) {
+        self.script.lock().breaks = breaks;
+    }
+
+    /// Lets failures be `EINVAL`.
+    pub(crate) fn set_invalid(&self, invalid: bool) {
+        self.script.lock().invalid = invalid;
+    }
+
+    /// Returns what the saver was asked since this was called last.
+    pub(crate) fn asked(&self) -> KVec<Call> {
+        core::mem::take(&mut self.script.lock().asked)
     }
 
     /// Returns the calls since this was asked last.
@@ -206,11 +242,21 @@ impl Fake {
 
     /// Gives the saver something to hand out.
     pub(crate) fn provide(&self, chunk: &'static [u8], initial: bool) -> Result {
-        Ok(self
-            .script
-            .lock()
-            .chunks
-            .push((chunk, initial), GFP_KERNEL)?)
+        let mut script = self.script.lock();
+        script.chunks.push((chunk, initial), GFP_KERNEL)?;
+        let notifier = script.notifier.clone();
+        drop(script);
+        if let Some(notifier) = notifier {
+            notifier.notify();
+        }
+        Ok(())
+    }
+
+    /// Takes away what the saver has.
+    fn provide_nothing(&self) {
+        let mut script = self.script.lock();
+        script.chunks.clear();
+        script.tail = None;
     }
 
     /// Gives the saver a chunk to hand out first.
@@ -228,7 +274,7 @@ impl Fake {
         self.script.lock().tail = Some(chunk);
     }
 
-    /// Says whether saver and loader are ready, and wakes who waits for them.
+    /// Says whether saver and loader are ready, and wakes those who wait for them.
     pub(crate) fn set_ready(&self, ready: bool) {
         let mut script = self.script.lock();
         script.not_ready = !ready;
@@ -308,13 +354,19 @@ impl Migratable for Fake {
         self.called(Call::Loaded)
     }
 
-    fn data_size(&self) -> u64 {
-        let _ = self.called(Call::DataSize);
-        DATA_SIZE
+    fn data_size(&self) -> Result<u64> {
+        self.called(Call::DataSize)?;
+        Ok(DATA_SIZE)
     }
 
-    fn reset(&self) {
-        let _ = self.called(Call::Reset);
+    fn is_broken(&self) -> bool {
+        self.script.lock().broken
+    }
+
+    fn reset(&self) -> Result {
+        self.called(Call::Reset)?;
+        self.script.lock().broken = false;
+        Ok(())
     }
 }
 
@@ -349,7 +401,8 @@ impl Saver for FakeSaver {
         Ok(Next::Chunk(if initial { chunk.initial() } else { chunk }))
     }
 
-    fn remaining(&self) -> Remaining {
+    fn remaining(&self) -> Result<Remaining> {
+        self.0.called(Call::Remaining)?;
         let script = self.0.script.lock();
         let size = |which: bool| {
             let chunks = script
@@ -358,16 +411,12 @@ impl Saver for FakeSaver {
                 .filter(|(_, initial)| *initial == which);
             chunks.map(|(bytes, _)| bytes.len() as u64).sum()
         };
-        Remaining {
+        Ok(Remaining {
             initial: size(true),
             dirty: size(false),
             tail: script.tail.map_or(0, |tail| tail.len() as u64),
             reinits: 0,
-        }
-    }
-
-    fn is_ready(&self) -> bool {
-        !self.0.script.lock().not_ready
+        })
     }
 
     fn seal(&mut self) -> Result {
@@ -453,19 +502,15 @@ impl Rig {
     /// Returns the device as open, which it is while it has a [`Rig`].
     fn open(&self) -> &Device<Open> {
         let device: &Device = &self.device;
-        // SAFETY: The context has no part in the layout. Nobody closes the device but the
-        // destructor of the rig.
-        unsafe { &*core::ptr::from_ref(device).cast::<Device<Open>>() }
+        // SAFETY: The device exists, and only the destructor of the rig closes it.
+        unsafe { Device::from_raw(device.as_raw()) }
     }
 
     /// Returns how many references there are to the `struct vfio_device`.
     pub(crate) fn device_references(&self) -> u32 {
         let device: &Device = &self.device;
-        // SAFETY: `Device` is a transparent wrapper of a `struct vfio_device`.
-        unsafe {
-            let device = core::ptr::from_ref(device).cast_mut();
-            core_side::vfio_kunit_device_references(device.cast())
-        }
+        // SAFETY: The device exists.
+        unsafe { core_side::vfio_kunit_device_references(device.as_raw().cast()) }
     }
 
     /// Asks for a state by its uAPI value.
@@ -489,6 +534,7 @@ impl Rig {
             self.set(state)?
         };
         drop(self.fake.calls());
+        drop(self.fake.asked());
         Ok(fd)
     }
 
@@ -516,8 +562,10 @@ impl Rig {
     /// Begins anew, as after a close and an open.
     pub(crate) fn restart(&self) {
         self.fake.mend();
+        self.fake.provide_nothing();
         self.engine.close();
         drop(self.fake.calls());
+        drop(self.fake.asked());
     }
 }
 
