@@ -794,6 +794,43 @@ TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
+TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int fd, unready = 0;
+	ssize_t got;
+
+	populate(_metadata, src, 74);
+	set32(src, SAVE_DELAY, NEVER);
+	fd = go(_metadata, &src->dev, STOP_COPY);
+	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
+	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
+		PROMISE("in STOP_COPY too, poll() waits for what is not ready");
+	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096));
+	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0));
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	close(fd);
+
+	set32(src, SAVE_DELAY, 1000);
+	fd = go(_metadata, &src->dev, STOP_COPY);
+	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
+	do {
+		ASSERT_EQ(POLLIN, mig_poll(fd, POLLIN, -1));
+		got = mig_read(fd, &image, 1 << 20);
+		unready += got == -EAGAIN;
+	} while (got > 0 || got == -EAGAIN);
+	EXPECT_EQ(0, got);
+	EXPECT_EQ(0, unready)
+		PROMISE("what poll() announces can be read: a client does not spin");
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	close(fd);
+
+	set32(src, SAVE_DELAY, 0);
+	image.len = 0;
+	migrate(_metadata, src, &self->dst, -1, &image);
+}
+
 /* A device that gets slow in the midst of a read(): what there is does not wait. */
 TEST_F(mock, read_returns_what_is_ready)
 {
