@@ -802,7 +802,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	ssize_t got;
 
 	populate(_metadata, src, 74);
-	set32(src, SAVE_DELAY, NEVER);
+	set_save_delay(_metadata, src, NEVER);
 	fd = go(_metadata, &src->dev, STOP_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
@@ -812,7 +812,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	close(fd);
 
-	set32(src, SAVE_DELAY, 1000);
+	set_save_delay(_metadata, src, 1000);
 	fd = go(_metadata, &src->dev, STOP_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	do {
@@ -826,7 +826,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	close(fd);
 
-	set32(src, SAVE_DELAY, 0);
+	set_save_delay(_metadata, src, 0);
 	image.len = 0;
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
