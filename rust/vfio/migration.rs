@@ -361,8 +361,8 @@ pub trait Saver: Send + Unpin + 'static {
     ///
     /// Called by a read(), and when a session or [`Phase::StopCopy`] begins, but not before what
     /// was returned last has been read entirely. The engine keeps the answer for poll(), which
-    /// calls no method of a driver. When [`Next::NotReady`], or [`Next::End`] in [`Phase::PreCopy`], is
-    /// right no longer, the driver calls [`Notifier::notify()`]. A failure is returned from one
+    /// calls no method of a driver. When [`Next::NotReady`] is right no longer, or [`Next::End`] in
+    /// [`Phase::PreCopy`], the driver calls [`Notifier::notify()`]. A failure is returned from one
     /// read(), and the next one asks again.
     fn next(&mut self, phase: Phase) -> Result<Next>;
 
