@@ -23,7 +23,7 @@
 
 /* The IOVAs of two pages of the same zone of the log are closer than this. */
 #define ZONE	(4096ULL * PAGE)
-#define ZONES	1024U
+#define ZONES	4096U
 
 /* Always due: the worker never has nothing to do. */
 static const struct dma_desc busy = {
@@ -505,8 +505,11 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 			dma_run(_metadata, &m, 0, &d);
 		}
 		charged = value(_metadata, self->group, "memory.stat", slab) - before;
-		/* A bit for each page of a zone, at least. */
-		EXPECT_LE((__s64)(ZONES * ZONE / PAGE / 8), charged)
+		/*
+		 * A bit for each page of a zone, at least. Half of it allows for what the
+		 * statistics of a cgroup lag behind.
+		 */
+		EXPECT_LE((__s64)(ZONES * ZONE / PAGE / 8 / 2), charged)
 			PROMISE("a log of %u zones charges the cgroup of the opener (%lld)",
 				ZONES, charged);
 		mock_close(&m);
