@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Sources of this repository as they read inside of a kernel tree.
+"""Conversion of the sources of this repository for a kernel tree.
 
-The crate `vfio` becomes the module `kernel::vfio`: what it calls `crate` is
-`crate::vfio` there, and what it calls `kernel` is `crate`. Drivers say
-`kernel::vfio` for `vfio`. The rest of a source stays as it is, to the byte.
+The crate `vfio` becomes the module `kernel::vfio`: `crate` becomes `crate::vfio`, and
+`kernel` becomes `crate`. In drivers, `vfio` becomes `kernel::vfio`. The rest of a
+source does not change.
 """
 
 import re
 import textwrap
 
-# What is at the top of the kernel crate and not in `kernel::vfio`.
+# Names that are in the kernel crate itself and not in `kernel::vfio`.
 AT_TOP = ("bindings", "module_mdev_driver")
 # Items that are public enough inside of the kernel crate.
 SCAFFOLD = "compat"
-# Where files of this repository are in the kernel tree, as prose names them.
+# Replacements in documentation, such as paths of files.
 PLACES = (
     ("samples/vfio_minimal", "samples/rust/vfio_minimal"),
     ("samples/vfio_mock", "samples/rust/vfio_mock"),
@@ -31,7 +31,7 @@ WIDTH = 100
 
 
 class Tree:
-    """A `use` tree: names, each with what is below it; a leaf has nothing."""
+    """A `use` tree, from names to subtrees."""
 
     def __init__(self):
         self.below = {}
@@ -42,7 +42,7 @@ class Tree:
             self.below.setdefault(path[0], Tree()).add(path[1:])
 
     def lines(self, name):
-        """The tree below `name`, one item a line."""
+        """Returns the lines of the tree below `name`, one for each item."""
         if not self.below:
             return [name]
         if len(self.below) == 1:
@@ -60,7 +60,7 @@ class Tree:
 
 
 def order(name):
-    """The order of rustfmt: self, names in lower case, others, the star."""
+    """Returns the sort key of rustfmt: self, names in lower case, others, the star."""
     bare = name.split(" ")[0]
     if bare in ("self", "super"):
         return (0, bare)
@@ -72,7 +72,7 @@ def order(name):
 
 
 def split(text):
-    """The items of a list in braces, commas within inner braces kept."""
+    """Splits a list at its commas, but not at those in inner braces."""
     items, depth, item = [], 0, ""
     for char in text:
         depth += (char == "{") - (char == "}")
@@ -85,12 +85,12 @@ def split(text):
 
 
 def without_comments(source):
-    """The source without its comments."""
+    """Returns the source without its comments."""
     return re.sub(r"//.*", "", source)
 
 
 def paths(text):
-    """All paths of a `use` declaration."""
+    """Returns all paths of a `use` declaration."""
     text = without_comments(text).strip()
     head, brace, rest = text.partition("{")
     prefix = [name for name in head.strip().split("::") if name]
@@ -101,7 +101,7 @@ def paths(text):
 
 
 def moved(path):
-    """Where a path of the crate `vfio` is in the kernel crate; none: nowhere."""
+    """Returns the path in the kernel crate for a path of the crate `vfio`, if any."""
     if path[0] == "kernel":
         return ["crate", *path[1:]]
     if path[0] == "crate" and path[1] == SCAFFOLD:
@@ -112,12 +112,12 @@ def moved(path):
 
 
 def driver_moved(path):
-    """The same for a driver."""
+    """Like moved(), for a driver."""
     return ["kernel", *path] if path[0] == "vfio" else path
 
 
 def uses(source, move):
-    """The first `use` declarations rewritten and united, and what is around."""
+    """Merges the first `use` declarations; returns the text before, them, the rest."""
     block = []
     for use in USE.finditer(source):
         # One block: only blank lines and other declarations in between.
@@ -143,17 +143,17 @@ def uses(source, move):
 
 
 def prose(line):
-    """A line of documentation with the places of the kernel tree."""
+    """Returns a line of documentation with the paths of the kernel tree."""
     for here, there in PLACES:
         line = line.replace(here, there)
     return line
 
 
 def examples(lines):
-    """Each line with the fence it is in: None, or the words after the ticks.
+    """Returns each line with whether it is in a Rust example.
 
     An example that needs the driver on the front page is marked `ignore`: a
-    test of the documentation is one function, and cannot be a module.
+    documentation test is a function, and cannot be a module.
     """
     result, start = [], None
     for line in lines:
@@ -176,13 +176,13 @@ def examples(lines):
 
 
 def start_of(text):
-    """The words before an item of a list, none for a continuation."""
+    """Returns the bullet or number of an item of a list, empty for other lines."""
     item = re.match(r"(\* |- |\d+\. )", text)
     return item[1] if item else ""
 
 
 def wrapped(lines):
-    """The lines with paragraphs of documentation that became too wide made anew."""
+    """Wraps the paragraphs of documentation that became too wide."""
     out, paragraph, fence = [], [], False
 
     def close():
@@ -228,7 +228,7 @@ def wrapped(lines):
 
 
 def crate_line(line, example):
-    """A line of the crate, not of a declaration, as a line of `kernel::vfio`."""
+    """Converts a line of the crate that is not part of a `use` declaration."""
     own = rf"crate::(?!{'|'.join(AT_TOP)})(?=[A-Za-z])"
     if DOC.match(line):
         if example:
@@ -236,20 +236,20 @@ def crate_line(line, example):
         return prose(re.sub(rf"(?<![\w$]){own}", "crate::vfio::", line))
     line = re.sub(rf"\$({own})", r"$\1vfio::", line)
     line = re.sub(r"(?<![\w:])::kernel::", "$crate::", line)
-    # What is `crate` already must not be taken for what was `kernel`.
+    # Do not replace a `crate` that was already converted.
     line = re.sub(rf"(?<![\w$]){own}", "\0vfio::", line)
     line = re.sub(r"(?<![\w:$])kernel::", "crate::", line)
     return line.replace("\0", "crate::")
 
 
 def driver_line(line):
-    """A line of a driver, not of a declaration, as a line of a driver in the tree."""
+    """Converts a line of a driver that is not part of a `use` declaration."""
     line = re.sub(r"(?<![\w:])vfio::(module_mdev_driver!)", r"kernel::\1", line)
     return re.sub(r"(?<![\w:\"])vfio::(?=[a-zA-Z{])", "kernel::vfio::", line)
 
 
 def crate_source(source):
-    """A file of the crate as a file of `kernel::vfio`."""
+    """Converts a file of the crate to a file of `kernel::vfio`."""
     head, declarations, tail = uses(source, moved)
     out = []
     for part in (head, tail):
@@ -259,7 +259,7 @@ def crate_source(source):
 
 
 def driver_source(source):
-    """A file of a driver as a file of a driver in the tree."""
+    """Converts a file of a driver to a file of a driver in the tree."""
     head, declarations, tail = uses(source, driver_moved)
     out = []
     for part in (head, tail):

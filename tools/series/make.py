@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Lay this repository into a kernel tree as a series of patches.
+"""Make a series of patches that adds this repository to a kernel tree.
 
     make.py KSRC FOLDER
 
@@ -19,40 +19,40 @@ from pathlib import Path
 import intree
 
 TOP = Path(__file__).resolve().parents[2]
-# What an out-of-tree crate needs besides, and does not travel.
+# Modules that only an out-of-tree crate needs.
 SCAFFOLD = ("bindings", intree.SCAFFOLD)
 MAINTAINERS = "VFIO ABSTRACTIONS AND SAMPLES [RUST]"
 
 
 class Step:
-    """One patch under way: the tree as it is before it, and what it adds."""
+    """One patch: the tree before it, and its changes."""
 
     def __init__(self, tree):
         self.tree = tree
         self.files = []
 
     def read(self, path):
-        """A file of the kernel tree, as the steps before left it."""
+        """Returns a file of the tree after the previous steps."""
         return (self.tree / path).read_text()
 
     def write(self, path, text, mode=0o644):
-        """A whole file."""
+        """Writes a file."""
         file = self.tree / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
         file.chmod(mode)
 
     def insert(self, path, after, text, before=False):
-        """Lines behind the one line that is `after`."""
+        """Inserts lines after the only line that is equal to `after`."""
         lines = self.read(path).split("\n")
         if lines.count(after) != 1:
-            sys.exit(f"{path} has not one line {after!r}: is this Linux 7.3?")
+            sys.exit(f"{path} does not have one line {after!r}: is this Linux 7.3?")
         at = lines.index(after) + (not before)
         lines[at:at] = text.split("\n")[: -1 if text.endswith("\n") else None]
         self.write(path, "\n".join(lines))
 
     def sort_in(self, path, text, among):
-        """A line where the order of the lines that match `among` has it."""
+        """Inserts a line at its place in the order of the lines that match `among`."""
         lines = self.read(path).split("\n")
         others = [n for n, line in enumerate(lines) if re.match(among, line)]
         at = next((n for n in others if lines[n] > text), others[-1] + 1)
@@ -60,12 +60,12 @@ class Step:
         self.write(path, "\n".join(lines))
 
     def maintain(self, *patterns):
-        """The patterns in the entry of MAINTAINERS, which is made if need be."""
+        """Adds the patterns to the entry in MAINTAINERS, which is created if missing."""
         text = self.read("MAINTAINERS")
         if MAINTAINERS not in text:
-            who = git(self.tree, "var", "GIT_COMMITTER_IDENT").rsplit(" ", 2)[0]
+            maintainer = git(self.tree, "var", "GIT_COMMITTER_IDENT").rsplit(" ", 2)[0]
             entry = (
-                f"{MAINTAINERS}\nM:\t{who}\nL:\tkvm@vger.kernel.org\n"
+                f"{MAINTAINERS}\nM:\t{maintainer}\nL:\tkvm@vger.kernel.org\n"
                 "L:\trust-for-linux@vger.kernel.org\nS:\tMaintained\n\n"
             )
             names = re.finditer(r"^(VFIO [^\n]*)\nM:", text, re.MULTILINE)
@@ -82,7 +82,7 @@ class Step:
 
 
 def git(tree, *arguments, **options):
-    """What git says in a tree."""
+    """Runs git in a tree and returns its output."""
     return subprocess.run(
         ["git", "-C", tree, *arguments],
         check=True,
@@ -93,7 +93,7 @@ def git(tree, *arguments, **options):
 
 
 def rustfmt(tree, files):
-    """Formats files as the kernel does."""
+    """Formats files like the kernel."""
     subprocess.run(
         [
             os.environ.get("RUSTFMT", "rustfmt"),
@@ -107,7 +107,7 @@ def rustfmt(tree, files):
 
 
 def crate_files(names):
-    """The sources of modules of the crate, relative to it."""
+    """Yields the sources of modules of the crate, relative to it."""
     crate = TOP / "rust/vfio"
     for name in names:
         yield Path(f"{name}.rs")
@@ -116,14 +116,14 @@ def crate_files(names):
 
 
 def modules():
-    """The modules that the root of the crate names, with their visibility."""
+    """Returns the modules of the crate with their declarations."""
     text = (TOP / "rust/vfio/lib.rs").read_text()
     found = re.findall(r"^(pub )?mod (\w+);$", text, re.MULTILINE)
     return {name: f"{pub}mod {name};" for pub, name in found if name not in SCAFFOLD}
 
 
 def engine_modules():
-    """The modules that the migration engine is made of: what it refers to."""
+    """Returns the modules that the migration engine uses."""
     found, todo = set(), ["migration"]
     while todo:
         found.add(name := todo.pop())
@@ -141,14 +141,14 @@ def engine_modules():
 
 
 def root(names):
-    """The root of the module with these modules in it, or all."""
+    """Returns the root of the module with these modules, or with all."""
     text = (TOP / "rust/vfio/lib.rs").read_text()
     text = re.sub(r'#\[path = "[^"]*"\]\nmod \w+;\n+', "", text)
     for name, line in modules().items():
         if names is not None and name not in names:
             text = text.replace(f"{line}\n", "")
     if names is not None:
-        # What the page tells is not there before all modules are.
+        # The page describes all modules, so leave it out until all are added.
         lines = text.split("\n")
         docs = [n for n, line in enumerate(lines) if line.startswith("//!")]
         first = next(n for n in docs if lines[n] == "//!")
@@ -161,7 +161,7 @@ def root(names):
 
 
 def add_modules(step, names):
-    """Modules of the crate, and the root that has them."""
+    """Adds modules of the crate and updates its root."""
     whole = {*names, *engine_modules()} == set(modules())
     step.write("rust/kernel/vfio.rs", root(None if whole else names))
     files = ["rust/kernel/vfio.rs"]
@@ -210,12 +210,12 @@ def engine(step):
     """rust: vfio: add the migration engine
 
     Each driver of a migratable VFIO device has the same six hundred lines:
-    the walk through the states of the migration uAPI, the file that carries
-    the state, the end-of-stream rules of pre-copy, poll, reset and close at
-    any time. Most get a part of it wrong.
+    the state machine of the migration uAPI, the file for the device state,
+    the end-of-stream rules of pre-copy, poll, and reset and close at any
+    time. Most drivers get a part of it wrong.
 
-    Have them once. A driver says how its device stops, saves and loads; the
-    engine owns states, sessions and files. It asks for nothing but a struct
+    Implement this once. A driver stops, saves and loads its device; the
+    engine has states, sessions and files. It needs nothing but a struct
     vfio_device, so that drivers of real devices can use it as well as
     emulated ones.
     """
@@ -268,8 +268,8 @@ def emulated(step):
 def minimal(step):
     """samples: rust: add a minimal migratable VFIO driver
 
-    For who writes a driver on the abstractions, to copy: one file, all
-    states of the migration uAPI, and the tracking of what has changed.
+    A template for driver authors in one file, with all states of the
+    migration uAPI and dirty tracking.
     """
     path = "samples/rust/vfio_minimal.rs"
     text = (TOP / "samples/vfio_minimal/vfio_minimal.rs").read_text()
@@ -282,11 +282,11 @@ def minimal(step):
 def mock(step):
     """samples: rust: add a mock migratable VFIO device
 
-    Live migration of devices is tested by few, as the hardware is rare. Add
-    a device that needs none: a PCI endpoint with state memory of up to
-    1 GiB, dirty tracking by page, pre-copy with all of its end-of-stream
-    rules, and registers that make it slow or busy. Whoever works on a
-    virtual machine monitor can migrate it.
+    Few projects test live migration of devices, because the hardware is
+    rare. Add a device that needs none: a PCI function with state memory of
+    up to 1 GiB, dirty tracking by page, pre-copy with all of its
+    end-of-stream rules, and registers that make it slow or busy. Developers
+    of virtual machine monitors can migrate it.
     """
     folder = "samples/rust/vfio_mock"
     files = []
@@ -338,10 +338,10 @@ config {option}
 def selftests(step):
     """selftests: vfio_migration: test migratable VFIO devices
 
-    Hold any migratable VFIO device against the migration uAPI: its states
-    and the paths between them, the files that carry the state, the rules
-    for the end of the stream, and what must fail. Test vfio_mock in
-    addition for what only it promises, such as its stream format.
+    Test that a migratable VFIO device conforms to the migration uAPI: its
+    states and the paths between them, the files for the device state, the
+    end-of-stream rules, and errors. Test additional features of vfio_mock,
+    such as its stream format.
     """
     here = "tools/testing/selftests/vfio_migration"
     # What breaks the device on purpose needs this repository's own build.
@@ -369,7 +369,7 @@ def selftests(step):
 
 
 def selftest_makefile(text):
-    """The Makefile without what is for use outside of the kernel tree."""
+    """Returns the Makefile without the parts for use outside of a kernel tree."""
     text = re.sub(r"(?s)^(# SPDX[^\n]*\n).*?\nCFLAGS", r"\1CFLAGS", text)
     text = text.replace(" -I../../include", "").replace("../../include/", "")
     text = re.sub(
@@ -381,13 +381,14 @@ def selftest_makefile(text):
 def documents(step):
     """Documentation: driver-api: describe the mock migratable VFIO device
 
-    Registers, migration and stream format of vfio_mock, for its users and
-    for those who write a driver like it, and what it has in sysfs.
+    Describe the registers, the migration and the stream format of
+    vfio_mock, for its users and for authors of similar drivers, and its
+    files in sysfs.
     """
     text = (TOP / "Documentation/vfio_mock.rst").read_text()
-    # What only the tests of the documents read.
+    # Comments for the tests of the documents.
     text = re.sub(r"^ *\.\. (setup|run): .*\n+", "", text, flags=re.MULTILINE)
-    # What is about programs that do not travel.
+    # Sections about programs that are not part of the series.
     text = re.sub(
         r"(?ms)^(Virtual machine monitors|Speed)\n=+\n.*?(?=^[^\n]+\n=+\n)", "", text
     )
@@ -403,7 +404,7 @@ STEPS = (bindings, engine, emulated, minimal, mock, selftests, documents)
 
 
 def base(source, tree):
-    """The files that the steps change, as a repository of their own."""
+    """Creates a repository with the files that the steps change."""
     changed = (
         ".rustfmt.toml",
         "Documentation/driver-api/index.rst",
@@ -421,14 +422,14 @@ def base(source, tree):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, tree / path)
     git(tree, "init", "--quiet")
-    # Who makes the series is who works on this repository.
+    # Use the identity of this repository.
     for key in ("user.name", "user.email"):
         git(tree, "config", key, git(TOP, "config", key))
     commit(tree, "base")
 
 
 def commit(tree, message):
-    """All that has changed, as one commit."""
+    """Commits all changes."""
     git(tree, "add", "--all")
     git(tree, "commit", "--quiet", "--signoff", "--no-verify", "-F", "-", input=message)
 
@@ -439,7 +440,7 @@ def main():
         sys.exit(__doc__)
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     if not (source / "rust/kernel/lib.rs").is_file():
-        sys.exit(f"{source} is no kernel source with Rust")
+        sys.exit(f"{source} is not a kernel source with Rust")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.patch"):
         old.unlink()

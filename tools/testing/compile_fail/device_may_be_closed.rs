@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What needs an open device cannot be asked of one that may be closed.
+//! Functions that need an open device cannot be called for one that may be closed.
 
 include!(env!("DRIVER"));
 

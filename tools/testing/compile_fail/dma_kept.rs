@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The way to the user's memory is there for the call, and not until the device may be closed.
+//! Access to the memory of the user is limited to the call, so that it ends before a close.
 
 include!(env!("DRIVER"));
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! There is no way to the user's memory but the one that the device's thread gets while the device
-//! is open.
+//! Only the worker has access to the memory of the user, while the device is open.
 
 include!(env!("DRIVER"));
 

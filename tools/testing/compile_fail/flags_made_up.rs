@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Only the combinations of flags that the uAPI defines can be claimed.
+//! Only the combinations of flags that the uAPI defines are valid.
 
 include!(env!("DRIVER"));
 

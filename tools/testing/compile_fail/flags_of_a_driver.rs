@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a driver of emulated devices claims is checked when it is registered.
+//! The flags of an emulated device are checked when its driver is registered.
 
 include!(env!("DRIVER"));
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device that claims `VFIO_MIGRATION_P2P` says how it ends peer-to-peer DMA, and one that claims
-//! `VFIO_MIGRATION_PRE_COPY` how it is saved while it runs.
+//! `VFIO_MIGRATION_P2P` requires a method that ends peer-to-peer DMA, `VFIO_MIGRATION_PRE_COPY` one
+//! that saves the device while it runs.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The interrupts of a device belong to who has it open: a driver signals, and no more.
+//! A driver can signal interrupts, but not configure them; the user of the device does that.
 
 include!(env!("DRIVER"));
 

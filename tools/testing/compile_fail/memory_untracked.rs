@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory that is part of a device's state is only changed by ways that are tracked.
+//! Memory that is part of the device state cannot be changed without tracking.
 
 include!(env!("DRIVER"));
 

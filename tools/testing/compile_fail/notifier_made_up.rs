@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who waits for a session's data waits at the session's own notifier.
+//! A driver cannot create a notifier: waiters for the data of a session use the session's own.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Many threads access an open device at the same time.
+//! Open data must be `Sync`, because threads access an open device in parallel.
 
 include!(env!("DRIVER"));
 

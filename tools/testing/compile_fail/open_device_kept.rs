@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device that is known to be open cannot be kept until it may be closed.
+//! A reference to an open device cannot be stored.
 
 include!(env!("DRIVER"));
 

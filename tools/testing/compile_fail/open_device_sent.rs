@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device that is known to be open in one thread may be closed in another.
+//! A reference to an open device cannot be sent to another thread.
 
 include!(env!("DRIVER"));
 

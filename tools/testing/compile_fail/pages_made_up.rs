@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A chunk is made of pages whose marks were cleared, so that a later change is streamed, too.
+//! A chunk takes only pages whose dirty bits were cleared, so that changes are streamed again.
 
 include!(env!("DRIVER"));
 

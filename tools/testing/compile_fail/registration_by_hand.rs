@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A driver does not register its device: it makes the data, and is registered when that is done.
+//! A driver creates the data of its device, but cannot register the device itself.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is not a driver cannot be registered.
+//! Only a type that implements `mdev::Driver` can be registered.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A saver that borrows from the device would outlive it: the data_fd may be the last to go.
+//! A saver cannot borrow from the device, because the data_fd may outlive it.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A copy of a saver that stayed behind would keep the tracking on after the end of the session.
+//! A saver cannot be cloned, because a clone would keep tracking enabled after the session.
 
 include!(env!("DRIVER"));
 

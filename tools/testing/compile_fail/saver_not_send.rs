@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A saver that belongs to a thread would be used by all who read the data_fd.
+//! A saver must be `Send`, because any thread may read the data_fd.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! There is no session outside of the engine, hence none without a state.
+//! Only the engine creates sessions, so that each session has a state.
 
 include!(env!("DRIVER"));
 

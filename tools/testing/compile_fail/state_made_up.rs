@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The engine alone changes the state.
+//! Only the engine changes the state.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! An open device whose state is not complete.
+//! All fields of open data must be initialized.
 
 include!(env!("DRIVER"));
 

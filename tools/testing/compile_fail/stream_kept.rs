@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The bytes of a stream are there for the call, and not for longer.
+//! The bytes of a stream cannot be stored beyond the call.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A driver never sees the user's buffer, which may fault, change or be gone.
+//! A driver has no access to the user's buffer, which may fault, change or be unmapped.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a user wrote is there for the callback, and not for longer.
+//! The data of a write cannot be stored beyond the callback.
 
 include!(env!("DRIVER"));
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! An implementation that forgets `#[vtable]` would belong to no module.
+//! `#[vtable]` is required; without it, the implementation would have no owner module.
 
 include!(env!("DRIVER"));
 

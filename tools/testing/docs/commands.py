@@ -6,17 +6,18 @@
 
 A literal block whose first line has a prompt is a block of commands: "$ " for
 those of a user on the host, in the folder TOP, and "# " for those of root in the
-test machine. What follows a command up to the next prompt must be what it
-prints, words apart by any space, and ... for anything. The blocks of a document
-run in one shell, one after the other. Two comments say more:
+test machine. The lines between a command and the next prompt must be its output.
+White space does not matter, and ... stands for anything. The blocks of a document
+run in one shell in their order. Two comments control this:
 
     .. setup: COMMAND     runs before the blocks that follow
     .. run: no, REASON    the next block is not run
 
-With `quotes` instead of a place, blocks of code are checked: each says in a
-comment `.. from: FILE` where it is from, in TOP or, as linux/..., in KSRC, and
-must be there word by word; a line ... is a gap. Differences are for steps.py, and
-other blocks that are not commands have the language none. Prints TAP, a test for each block.
+With `quotes` instead of a place, blocks of code are checked: a comment
+`.. from: FILE` names their source, in TOP or, with the prefix linux/, in KSRC. The
+source must contain them verbatim; a line ... is a gap. Blocks of the language diff
+are for steps.py; other blocks that are not commands have the language none.
+Prints TAP, a test for each block.
 """
 
 import re
@@ -26,10 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 MARK = "@@ end of command, status"
-# What the shell of each place knows besides.
+# Functions for the shell of each place.
 PRELUDE = {
     "host": "",
-    # The modules are not installed; a device is made as the first lines tell.
+    # The modules are not installed; mock creates a device and prints its path.
     "vm": """
 modprobe()
 {
@@ -59,7 +60,7 @@ PROMPT = {"$ ": "host", "# ": "vm"}
 
 
 class Block(NamedTuple):
-    """A block of commands, each with the output that it should have."""
+    """A block of commands, each with its expected output."""
 
     line: int
     place: str
@@ -70,7 +71,7 @@ class Block(NamedTuple):
 
 
 class Wrong(Exception):
-    """A document that cannot be read."""
+    """Error in a document."""
 
 
 def literal_blocks(text):
@@ -108,18 +109,18 @@ def literal_blocks(text):
 
 
 def blocks(path):
-    """All blocks of commands of a document."""
+    """Returns all blocks of commands and quotations of a document."""
     result = []
     for line, language, body, comments in literal_blocks(path.read_text()):
         kept = [text for text in body if text.strip()]
         place = PROMPT.get(kept[0][:2])
         if place is None:
             if not language:
-                raise Wrong(f"{path}:{line}: a block of no known language")
+                raise Wrong(f"{path}:{line}: block without a language")
             if language not in ("none", "diff"):
                 sources = [text for kind, text in comments if kind == "from"]
                 if not sources:
-                    raise Wrong(f"{path}:{line}: code that is from nowhere")
+                    raise Wrong(f"{path}:{line}: code without a source")
                 result.append(Block(line, "quotes", kept, [], None, sources[-1]))
             continue
         commands = []
@@ -138,33 +139,33 @@ def blocks(path):
 
 
 def script(place, top, source, document):
-    """The blocks of a document as one script, a mark behind each command."""
+    """Returns the blocks of a document as a script, with a mark after each command."""
     text = f"TOP={top}\n{PRELUDE[place]}"
     for block in document:
         text += "".join(f"{line} || exit\n" for line in block.setup)
         if block.skip is None:
             for command, _ in block.commands:
                 command = command.replace("/path/to/linux", source)
-                # In one command, as the status is that of the last one.
+                # One printf, because $? is the status of the last command.
                 text += f"{command}\nprintf '\\n{MARK} %s\\n' $?\n"
     return text
 
 
 def as_pattern(expected):
-    """A pattern for output, spaces of any width and ... for anything."""
+    """Returns a pattern for output, in which ... stands for anything."""
     words = " ".join(" ".join(expected).split())
     return ".*".join(re.escape(part) for part in words.split("..."))
 
 
 def run(place, top, source, path):
-    """Runs a document; yields (block, what is wrong) for each block."""
+    """Runs a document; yields each block with its error, if any."""
     document = [block for block in blocks(path) if block.place == place]
     if place == "quotes":
         yield from ((block, missing(block, top, source)) for block in document)
         return
     if not document:
         return
-    # Not by standard input, which a command may read.
+    # Not from standard input, because a command may read it.
     done = subprocess.run(
         ["bash", "-c", script(place, top, source, document)],
         stdin=subprocess.DEVNULL,
@@ -184,12 +185,12 @@ def run(place, top, source, path):
             if status != "0":
                 wrong.append(f"{command}: status {status}: {output.strip()}")
             elif expected and not re.fullmatch(as_pattern(expected), said):
-                wrong.append(f"{command}: said: {output.strip()}")
+                wrong.append(f"{command}: unexpected output: {output.strip()}")
         yield block, "\n".join(wrong)
 
 
 def missing(block, top, source):
-    """What of a quotation is not in the file that it is from."""
+    """Returns an error if the source of a quotation does not contain it."""
     name = block.source
     path = top / name
     if name.startswith("linux/"):
@@ -207,7 +208,7 @@ def missing(block, top, source):
         places = range(at, len(text) - len(piece) + 1)
         found = next((n for n in places if text[n : n + len(piece)] == piece), None)
         if found is None:
-            return f"{name} does not have:\n" + "\n".join(piece)
+            return f"{name} does not contain:\n" + "\n".join(piece)
         at = found + len(piece)
     return ""
 

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: GPL-2.0
 """Write the steps of the tutorial: steps.py DOCUMENT FIRST FOLDER
 
-FIRST is the source of the first step. The blocks of differences in the document,
-each behind a comment `.. step: N`, make each step from the one before; they
-become FOLDER/step1.rs, step2.rs and so on. Between two @@ in a block is what
-changes in one place, told by what is around it; lines that are only added go to
-the end of the file.
+FIRST is the source of the first step. Each block of the language diff in the
+document, after a comment `.. step: N`, changes the previous step into step N. The
+steps are written to FOLDER/step1.rs, step2.rs and so on. Lines @@ separate the
+hunks of a block, which are located by their context; a hunk without context is
+added at the end of the file.
 """
 
 import sys
@@ -16,7 +16,7 @@ import commands
 
 
 def changed(source, block):
-    """The lines of a source after the changes of a block."""
+    """Returns the lines of a source with the changes of a block."""
     at = 0
     for hunk in "\n".join(block).split("\n@@\n"):
         lines = hunk.strip("\n").split("\n")
@@ -28,7 +28,7 @@ def changed(source, block):
         places = range(at, len(source) - len(before) + 1)
         found = [n for n in places if source[n : n + len(before)] == before]
         if not found:
-            sys.exit("the step before has no such lines:\n" + "\n".join(before))
+            sys.exit("the previous step does not contain:\n" + "\n".join(before))
         at = found[0]
         source = source[:at] + after + source[at + len(before) :]
         at += len(after)

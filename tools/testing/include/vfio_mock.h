@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The vfio_mock device as its users see it: identity, registers, and the two
- * functions (pattern and digest) that tell what its memory holds.
+ * User interface of vfio_mock: identity, registers, and the functions for the
+ * content of its memory, pattern and digest.
  *
- * For user space programs; everything is little-endian, and the readers and
- * writers of 64-bit words here expect a little-endian host.
+ * For user space programs. All values are little-endian; functions that access
+ * 64-bit words require a little-endian host.
  */
 #ifndef VFIO_MOCK_H
 #define VFIO_MOCK_H
@@ -95,7 +95,7 @@ struct vfio_mock_dma_desc {
 
 /* In DMA_ERROR */
 #define VFIO_MOCK_DMA_REFUSED_INDEX	1	/* no such descriptor */
-#define VFIO_MOCK_DMA_REFUSED_BUSY	2	/* it is the device's already */
+#define VFIO_MOCK_DMA_REFUSED_BUSY	2	/* in use by the device */
 
 #define VFIO_MOCK_STATUS_BUSY		0x1
 #define VFIO_MOCK_STATUS_DONE		0x2
@@ -125,19 +125,19 @@ static inline __u64 vfio_mock_mix(__u64 z)
 	return z;
 }
 
-/* The 8 bytes of the pattern of @seed at device offsets 8 * @index and on. */
+/* Returns the 8 bytes of the pattern of @seed at device offset 8 * @index. */
 static inline __u64 vfio_mock_pattern_word(__u64 seed, __u64 index)
 {
 	return vfio_mock_mix(seed + (index + 1) * VFIO_MOCK_GOLDEN);
 }
 
-/* The byte of the pattern of @seed at device offset @offset. */
+/* Returns the byte of the pattern of @seed at device offset @offset. */
 static inline __u8 vfio_mock_pattern_byte(__u64 seed, __u64 offset)
 {
 	return vfio_mock_pattern_word(seed, offset >> 3) >> (8 * (offset & 7));
 }
 
-/* Writes to @buf what FILL with @seed puts at [@offset, @offset + @len). */
+/* Fills @buf like FILL with @seed fills [@offset, @offset + @len). */
 static inline void vfio_mock_pattern(void *buf, __u64 seed, __u64 offset,
 				     __u64 len)
 {
@@ -156,13 +156,13 @@ static inline void vfio_mock_pattern(void *buf, __u64 seed, __u64 offset,
 		*p++ = vfio_mock_pattern_byte(seed, offset++);
 }
 
-/* One step of the digest. */
+/* Returns the digest @h extended by @word. */
 static inline __u64 vfio_mock_digest_word(__u64 h, __u64 word)
 {
 	return (word - ((h << 5) | (h >> 59))) * VFIO_MOCK_GOLDEN;
 }
 
-/* The digest of @len bytes from @h; a last short word is padded with zeroes. */
+/* Returns @h extended by @len bytes; a last short word is padded with zeroes. */
 static inline __u64 vfio_mock_digest(__u64 h, const void *buf, __u64 len)
 {
 	const __u8 *p = buf;
@@ -180,7 +180,7 @@ static inline __u64 vfio_mock_digest(__u64 h, const void *buf, __u64 len)
 	return h;
 }
 
-/* What the command CHECKSUM leaves in RESULT for a range that holds @buf. */
+/* Returns the RESULT of the command CHECKSUM for a range with the content @buf. */
 static inline __u64 vfio_mock_checksum(const void *buf, __u64 len)
 {
 	return vfio_mock_digest(len, buf, len);

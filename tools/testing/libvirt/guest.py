@@ -4,10 +4,10 @@
 
 guest.py ROOT HOSTNAME
 
-Runs in the test machine as root, with vfio_mock loaded. ROOT has the packages of
-libvirt unpacked, HOSTNAME is the library made of hostname.c. Each daemon is a host
-of its own: a mount namespace with its own folders, a host name, and a UUID. Prints
-TAP.
+Runs in the test machine as root, with vfio_mock loaded. ROOT has the unpacked
+packages of libvirt, HOSTNAME is the library built from hostname.c. Each daemon acts
+as a separate host, with its own folders in a mount namespace, host name and UUID.
+Prints TAP.
 """
 
 import base64
@@ -26,15 +26,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 WORK = Path("/run/libvirt-test")
 DEVICES = Path("/sys/bus/mdev/devices")
-# libvirt's drivers, and a folder that has only the one of QEMU.
+# The drivers of libvirt, and a folder with the QEMU driver only.
 DRIVERS = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver")
 QEMU_DRIVER = WORK / "drivers"
-# Where the firmware of q35 puts the configuration space of PCI.
+# Address at which the firmware of q35 maps the PCI configuration space.
 ECAM = 0xB0000000
 SEED = 0x5EEDC0DE
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
-# What a libvirt daemon keeps for itself.
+# Folders that each libvirt daemon has for itself.
 FOLDERS = (
     "/etc/libvirt",
     "/run/libvirt",
@@ -42,7 +42,7 @@ FOLDERS = (
     "/var/cache/libvirt",
     "/var/log/libvirt",
 )
-# The machine has no cgroups, no users and nothing to protect from the guest.
+# The machine does not need cgroups, users or protection from the guest.
 QEMU_CONF = """
 security_driver = "none"
 user = "root"
@@ -54,16 +54,16 @@ stdio_handler = "file"
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", QEMU_NS)
 
-# libvirt's driver of node devices does not start without.
+# The node device driver of libvirt does not start without it.
 has_inotify = ctypes.CDLL(None).inotify_init() >= 0
 
 
 class Skipped(Exception):
-    """A test cannot be done on this kernel."""
+    """A test that this kernel does not support."""
 
 
 class Failed(Exception):
-    """A test found something wrong."""
+    """Failure of a test."""
 
 
 def check(condition, what):
@@ -73,7 +73,7 @@ def check(condition, what):
 
 
 def run(*command, ok=True):
-    """Runs a command to its end and returns what it printed, or how it failed."""
+    """Runs a command and returns its output, or a description of its failure."""
     command = [str(word) for word in command]
     done = subprocess.run(
         command,
@@ -89,7 +89,7 @@ def run(*command, ok=True):
 
 
 class Host:
-    """A libvirt daemon that believes to be alone on its host."""
+    """A libvirt daemon with its own folders, host name and UUID."""
 
     def __init__(self, name):
         self.name = name
@@ -122,16 +122,16 @@ class Host:
             )
 
     def place(self, path):
-        """Where the daemon's own folder is for all others."""
+        """Returns the path of a folder of the daemon outside of its namespace."""
         return self.folder / path.lstrip("/").replace("/", "-")
 
     @property
     def uri(self):
-        """How to connect to the daemon."""
+        """URI of the daemon."""
         return f"qemu+unix:///system?socket={self.folder}/libvirt-sock"
 
     def wait(self):
-        """Returns once the daemon takes connections."""
+        """Waits until the daemon accepts connections."""
         deadline = time.monotonic() + 120
         while not (self.folder / "libvirt-sock").exists():
             check(
@@ -145,7 +145,7 @@ class Host:
         return run("virsh", "-q", "-c", self.uri, *command, ok=ok)
 
     def appears(self, device, capability):
-        """Waits for a node device, of which udev tells, and returns its name."""
+        """Waits until udev reports a node device, and returns its name."""
         device = device.replace("-", "_")
         deadline = time.monotonic() + 60
         while True:
@@ -159,12 +159,12 @@ class Host:
             time.sleep(0.2)
 
     def domains(self):
-        """The names of the domains that run, or are there but paused."""
+        """Returns the names of the running and paused domains."""
         return self.virsh("list", "--name").split()
 
 
 class Qtest:
-    """What a guest could do, without one: accesses to ports and memory."""
+    """Accesses to ports and memory on behalf of a guest."""
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
@@ -178,7 +178,7 @@ class Qtest:
         self.socket.close()
 
     def command(self, *words):
-        """Runs a command and returns the words behind its OK."""
+        """Runs a command and returns the words after its OK."""
         line = " ".join(w if isinstance(w, str) else hex(w) for w in words)
         print(line, file=self.file, flush=True)
         answer = self.file.readline().split()
@@ -186,8 +186,8 @@ class Qtest:
         return answer[1:]
 
     def config(self, bus, offset):
-        """Reads a register of the configuration space of device 0 of a bus, not by
-        the ports, which the firmware uses at the same time."""
+        """Reads a register of the configuration space of device 0 of a bus. It does not
+        use the ports, because the firmware uses them at the same time."""
         return int(self.command("readl", ECAM + (bus << 20) + offset)[0], 16)
 
     def read(self, address, length):
@@ -196,7 +196,7 @@ class Qtest:
 
 
 class Mock:
-    """The device as the guest has it, found behind one of the root ports."""
+    """The device in the guest, behind one of the root ports."""
 
     def __init__(self, qtest):
         self.qtest = qtest
@@ -204,13 +204,13 @@ class Mock:
             if qtest.config(bus, 0) == 0x10F01AF4:
                 break
         else:
-            raise Failed("the guest has no such device")
+            raise Failed("the guest has no vfio_mock")
         check(qtest.config(bus, 4) & 2, "the firmware has not enabled the device")
         bars = [qtest.config(bus, 0x10 + 4 * n) for n in range(4)]
         self.regs = (bars[1] << 32 | bars[0]) & ~0xF
         self.memory = (bars[3] << 32 | bars[2]) & ~0xF
-        check(self.regs and self.memory, f"the firmware did not place the BARs: {bars}")
-        check(self.get(0, "l") == 0x4B4D4656, "this is no vfio_mock")
+        check(self.regs and self.memory, f"the firmware did not assign the BARs: {bars}")
+        check(self.get(0, "l") == 0x4B4D4656, "not a vfio_mock")
         self.size = self.get(8)
 
     def get(self, offset, width="q"):
@@ -222,7 +222,7 @@ class Mock:
         self.qtest.command(f"write{width}", self.regs + offset, value)
 
     def execute(self, command, seed=0):
-        """Has the device execute a command on all of its memory."""
+        """Executes a command of the device on all of its memory."""
         self.set(0x20, 0)
         self.set(0x28, self.size)
         self.set(0x30, seed)
@@ -230,17 +230,17 @@ class Mock:
         check(self.get(0x14, "l") & 6 == 2, "the device refuses the command")
 
     def holds_pattern(self, seed):
-        """Checks every byte, as the device sees it and as the guest does."""
+        """Checks every byte with the checksum of the device, and some with reads."""
         words = pattern(seed, self.size)
         self.execute(2)
-        check(self.get(0x40) == checksum(words), "another checksum")
+        check(self.get(0x40) == checksum(words), "different checksum")
         start = self.size - 65536
         seen = self.qtest.read(self.memory + start, 65536)
-        check(seen == struct.pack("<8192Q", *words[start // 8 :]), "other bytes")
+        check(seen == struct.pack("<8192Q", *words[start // 8 :]), "different bytes")
 
 
 def pattern(seed, size):
-    """The words of the pattern that the command fill writes."""
+    """Returns the words of the pattern that the command FILL writes."""
     words = []
     for number in range(1, size // 8 + 1):
         z = seed + number * GOLDEN & WORD
@@ -251,7 +251,7 @@ def pattern(seed, size):
 
 
 def checksum(words):
-    """The checksum of these words."""
+    """Returns the checksum of these words."""
     h = 8 * len(words)
     for word in words:
         h = (word - (h << 5 & WORD | h >> 59)) * GOLDEN & WORD
@@ -259,7 +259,7 @@ def checksum(words):
 
 
 def uuid_of(title):
-    """The UUID in one of the documented files."""
+    """Returns the UUID in one of the documented files."""
     text = (HERE / title).read_text()
     return re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)[0]
 
@@ -270,7 +270,7 @@ SMALL = FIRST[:-2] + "03"
 
 
 def variant(title, name, changes):
-    """A documented file with other words in it."""
+    """Writes a documented file with replacements, and returns its path."""
     text = (HERE / title).read_text()
     for old, new in changes.items():
         check(old in text, f"{title} has no {old}")
@@ -281,7 +281,7 @@ def variant(title, name, changes):
 
 
 def domain(title, host):
-    """A documented domain with a qtest socket of this host."""
+    """Writes a documented domain with a qtest socket, and returns its path."""
     tree = ET.parse(HERE / title)
     line = tree.getroot().find(f"{{{QEMU_NS}}}commandline")
     if line is None:
@@ -295,7 +295,7 @@ def domain(title, host):
 
 
 def device_of(host):
-    """The device in the guest that runs on this host, once it has its BARs."""
+    """Returns the device in the guest on this host, once its BARs are assigned."""
     qtest = Qtest(WORK / f"{host.name}.qtest")
     deadline = time.monotonic() + 120
     while True:
@@ -308,13 +308,13 @@ def device_of(host):
 
 
 def needs_inotify():
-    """Skips a test of node devices if the kernel cannot have them."""
+    """Skips a test of node devices if the kernel has no inotify."""
     if not has_inotify:
         raise Skipped("the kernel has no inotify")
 
 
 class Tests:
-    """The tests, one after the other, each a step further."""
+    """The tests, which depend on each other in their order."""
 
     def __init__(self):
         self.here = Host("here")
@@ -322,7 +322,7 @@ class Tests:
         self.name = None
 
     def documented_files_are_valid(self):
-        """the documented XML is what the schemas of libvirt allow"""
+        """documented XML matches the schemas of libvirt"""
         run("virt-xml-validate", HERE / "nodedev.xml", "nodedev")
         for title in ("domain.xml", "iommufd.xml"):
             run("virt-xml-validate", HERE / title, "domain")
@@ -330,7 +330,7 @@ class Tests:
         run("virt-xml-validate", wrong, "domain", ok=False)
 
     def devices_are_made(self):
-        """mdevctl defines one device, and starts all"""
+        """mdevctl defines one device and starts all"""
         kind = ("-p", "vfio_mock", "-t")
         run("mdevctl", "define", "-u", FIRST, *kind, "vfio_mock-1M")
         run("mdevctl", "start", "-u", FIRST)
@@ -340,7 +340,7 @@ class Tests:
             host.wait()
 
     def devices_are_seen(self):
-        """both daemons see the devices, as documented"""
+        """both daemons list the devices as documented"""
         needs_inotify()
         for host in (self.here, self.there):
             for device in (FIRST, SECOND, SMALL):
@@ -356,7 +356,7 @@ class Tests:
         check(told <= seen, f"documented, but not seen: {told - seen}")
 
     def definition_is_refused(self):
-        """libvirt does not know the parent, and defines no device of it"""
+        """libvirt refuses to define a device with this parent"""
         needs_inotify()
         parent = {"<parent>computer": "<parent>vfio_mock"}
         path = variant("nodedev.xml", "define.xml", parent)
@@ -364,9 +364,9 @@ class Tests:
         check("invalid parent device" in said, said)
 
     def domain_starts(self):
-        """a domain with the device starts and works with it"""
+        """domain with the device starts and uses it"""
         self.here.virsh("create", domain("domain.xml", self.here))
-        check(self.here.domains() == ["guest"], "it does not run")
+        check(self.here.domains() == ["guest"], "the domain is not running")
         mock = device_of(self.here)
         mock.execute(1, SEED)
         mock.qtest.command("writeb", mock.memory + mock.size - 1, 0)
@@ -375,13 +375,13 @@ class Tests:
         except Failed:
             pass
         else:
-            raise Failed("one other byte goes unnoticed")
+            raise Failed("a different byte is not detected")
         mock.execute(1, SEED)
         mock.set(0x18, SEED + 1)
         mock.holds_pattern(SEED)
 
     def migrate(self, source, target, device, *options, ok=True):
-        """Migrates the domain to another device, and looks at both sides."""
+        """Migrates the domain to another device, and checks both sides."""
         text = source.virsh("dumpxml", "--migratable", "guest")
         text = re.sub("(<address uuid=)'[^']*'", rf"\1'{device}'", text)
         path = WORK / "target.xml"
@@ -394,26 +394,26 @@ class Tests:
         to, other = (target, source) if ok else (source, target)
         check(to.domains() == ["guest"], f"{to.name} runs {to.domains()}: {said}")
         check(not other.domains(), f"{other.name} runs {other.domains()}: {said}")
-        check(to.virsh("domstate", "guest") == "running", "it is not running")
+        check(to.virsh("domstate", "guest") == "running", "the domain is not running")
         mock = device_of(to)
-        check(mock.get(0x18) == SEED + 1, "another SCRATCH")
+        check(mock.get(0x18) == SEED + 1, "different SCRATCH")
         mock.holds_pattern(SEED)
         return said
 
     def domain_migrates(self):
-        """virsh migrates the domain live, and the device has what it had"""
+        """live migration with virsh keeps the content of the device"""
         self.migrate(self.here, self.there, SECOND)
 
     def smaller_device_is_refused(self):
-        """a device of another size refuses the migration, and the guest goes on"""
+        """device of another size refuses the migration, and the guest continues"""
         self.migrate(self.there, self.here, SMALL, ok=False)
 
     def domain_migrates_back(self):
-        """the daemons migrate the domain back among themselves"""
+        """peer-to-peer migration returns the domain"""
         self.migrate(self.there, self.here, FIRST, "--p2p")
 
     def iommufd_migrates(self):
-        """a domain that uses an iommufd migrates"""
+        """domain with an iommufd migrates"""
         self.here.virsh("destroy", "guest")
         self.here.virsh("create", domain("iommufd.xml", self.here))
         mock = device_of(self.here)
@@ -422,7 +422,7 @@ class Tests:
         self.migrate(self.here, self.there, SECOND)
 
     def definition_is_used(self):
-        """a device is destroyed, started again, and undefined"""
+        """device is destroyed, started again and undefined"""
         needs_inotify()
         self.here.virsh("nodedev-destroy", self.name)
         check(not (DEVICES / FIRST).exists(), "it still exists")
@@ -432,15 +432,15 @@ class Tests:
         check(not run("mdevctl", "list", "-d"), "it is still defined")
 
     def domain_ends(self):
-        """the domain ends, and its device can go"""
+        """domain ends, and the devices can be removed"""
         self.there.virsh("destroy", "guest")
-        check(not self.there.domains(), "it still runs")
+        check(not self.there.domains(), "the domain still runs")
         for device in (FIRST, SECOND, SMALL):
             run("mdevctl", "stop", "-u", device)
             check(not (DEVICES / device).exists(), "the device still exists")
 
     def all(self):
-        """The tests in their order."""
+        """Returns the tests in their order."""
         return [
             self.documented_files_are_valid,
             self.devices_are_made,
@@ -457,7 +457,7 @@ class Tests:
 
 
 def prepare(root):
-    """Puts libvirt where it belongs and starts what it needs."""
+    """Mounts libvirt and starts its dependencies."""
     WORK.mkdir()
     overlay = Path("/run/libvirt-usr")
     for part in ("upper", "work"):
@@ -466,14 +466,14 @@ def prepare(root):
         f"lowerdir={root}/usr:/usr,upperdir={overlay}/upper,workdir={overlay}/work"
     )
     run("mount", "-t", "overlay", "overlay", "-o", options, "/usr")
-    # What is defined on the host is none of this machine's business.
+    # Hide the devices that are defined on the host.
     definitions = Path("/run/mdevctl.d")
     definitions.mkdir()
     scripts = Path("/etc/mdevctl.d/scripts.d")
     if scripts.exists():
         run("cp", "-a", scripts, definitions)
     run("mount", "--bind", definitions, "/etc/mdevctl.d")
-    # Without these libvirtd does not start, whoever QEMU runs as.
+    # libvirtd needs these accounts to start, even if QEMU does not use them.
     for path, line in (
         ("/etc/passwd", "libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin"),
         ("/etc/group", "libvirt-qemu:x:64055:"),
@@ -485,15 +485,15 @@ def prepare(root):
         DRIVERS / "libvirt_driver_qemu.so"
     )
     if has_inotify:
-        # libvirt learns of devices from udev.
+        # libvirt gets devices from udev.
         run("/lib/systemd/systemd-udevd", "--daemon")
         run("udevadm", "trigger", "--action=add")
         run("udevadm", "settle")
 
 
 def adopt_orphans():
-    """Goes on in a child, and waits for whatever loses its parent: libvirt kills a
-    QEMU and waits until it is gone, and the machine's init would let it stay."""
+    """Continues in a child, and reaps all orphans in the parent. libvirt waits until a
+    killed QEMU is gone, but the init of the machine does not reap it."""
     pr_set_child_subreaper = 36
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
     child = os.fork()
@@ -504,7 +504,7 @@ def adopt_orphans():
 
 
 def main():
-    """Runs the tests; what comes after a failure is not tried."""
+    """Runs the tests up to the first failure."""
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     os.environ["LC_ALL"] = "C"
@@ -516,7 +516,7 @@ def main():
     for number, test in enumerate(tests.all(), 1):
         result, note = "ok", ""
         try:
-            check(failed is None, f"not tried, because of test {failed}")
+            check(failed is None, f"not run because test {failed} failed")
             test()
         except Skipped as error:
             note = f" # SKIP {error}"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Gives a libvirt daemon the host name in TEST_HOSTNAME: libvirt migrates nothing
- * to a host of the same name, and the test kernel has no UTS namespaces. Loaded
- * into the daemon by LD_PRELOAD.
+ * Sets the host name of a libvirt daemon to TEST_HOSTNAME. libvirt refuses to
+ * migrate to a host with the same name, and the test kernel has no UTS namespaces.
+ * Loaded into the daemon with LD_PRELOAD.
  */
 
 #include <stdio.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The configuration space: what is fixed stays, what is writable is written.
+//! Configuration space: only writable bits change.
 
 #[path = "../../../../rust/vfio/config_space.rs"]
 #[allow(dead_code, unreachable_pub)]
@@ -21,7 +21,7 @@ fn bytes(space: &ConfigSpace) -> [u8; SIZE] {
     bytes
 }
 
-/// Does to a configuration space what the input says.
+/// Fuzz target.
 pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let id = Id {
@@ -74,7 +74,7 @@ pub(crate) fn target(data: &[u8]) {
     }
     assert_eq!(space.region_size(7), SIZE as u64);
 
-    // Which bits can be written is what differs between writing ones and zeros.
+    // The writable bits are those that differ after writing ones and zeros.
     let power_on = space.clone();
     let mut ones = space.clone();
     let mut zeros = space.clone();
@@ -82,7 +82,7 @@ pub(crate) fn target(data: &[u8]) {
     zeros.write(0, &[0; SIZE]);
     let (ones, zeros) = (bytes(&ones), bytes(&zeros));
     for (index, size) in (0..6).zip(sizes).filter(|(_, size)| *size > 0) {
-        // A user finds the size so, as the PCI specification says.
+        // Size a BAR as in the PCI specification.
         let at = 0x10 + 4 * index;
         let low = u32::from_le_bytes(*ones[at..].first_chunk().expect("inside"));
         let high = u32::from_le_bytes(*ones[at + 4..].first_chunk().expect("inside"));

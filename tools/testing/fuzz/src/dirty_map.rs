@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The dirty map against a set of pages.
+//! Dirty map, compared with a set of pages.
 
 use crate::Input;
 use std::collections::BTreeSet;
@@ -12,13 +12,13 @@ use vfio_host_tests::dirty_map::{
     PAGES_PER_WORD, //
 };
 
-/// The numbers of pages that are tried, around the ends of words of both levels. Large ones take
-/// longer, so there are few.
+/// Numbers of pages to test, around the ends of words of both levels. Few of them are large,
+/// because these take longer.
 const PAGES: [usize; 16] = [
     0, 1, 2, 63, 64, 65, 66, 100, 127, 128, 129, 130, 192, 200, 300, 4170,
 ];
 
-/// The pages that are dirty.
+/// Set of dirty pages.
 struct Model {
     pages: usize,
     dirty: BTreeSet<usize>,
@@ -51,7 +51,7 @@ impl Model {
     }
 }
 
-/// Does to a map what the input says.
+/// Fuzz target.
 pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let pages = input.one_of(&PAGES);
@@ -96,7 +96,7 @@ pub(crate) fn target(data: &[u8]) {
                 }
             }
             _ => {
-                // All that one can see.
+                // Compare everything.
                 let mut from = 0;
 
                 for page in 0..pages + 70 {
@@ -112,7 +112,7 @@ pub(crate) fn target(data: &[u8]) {
         }
         assert_eq!(map.pages(), pages);
         assert_eq!(map.dirty(), model.dirty.len());
-        // Counting them takes long.
+        // Counting runs is slow.
         if pages <= 300 {
             assert_eq!(map.runs(), model.runs());
         }

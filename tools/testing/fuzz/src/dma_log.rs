@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The DMA log against a set of pages.
+//! DMA log, compared with a set of pages.
 
 #[path = "../../../../rust/vfio/dma/written.rs"]
 mod written;
@@ -161,7 +161,7 @@ fn cut(ranges: &mut Vec<(u64, u64)>, first: u64, last: u64) -> Vec<(u64, u64)> {
     taken
 }
 
-/// Joins what follows each other.
+/// Merges adjacent runs.
 fn joined(runs: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     let mut joined: Vec<(u64, u64)> = Vec::new();
 
@@ -179,7 +179,7 @@ fn joined(runs: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     joined
 }
 
-/// Does to a log what the input says.
+/// Fuzz target.
 pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let page_size = 4096 << input.below(19);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pieces of a DMA transfer: each in one page, all of it, and none beyond the address space.
+//! Pieces of a DMA transfer: each is in one page, and together they cover the transfer.
 
 #[path = "../../../../rust/vfio/dma/pieces.rs"]
 mod sut;
@@ -10,7 +10,7 @@ use crate::{
     Input, //
 };
 
-/// Cuts what the input says.
+/// Fuzz target.
 pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let (iova, len) = (input.number(), input.number());
@@ -18,7 +18,7 @@ pub(crate) fn target(data: &[u8]) {
 
     assert_eq!(pieces.is_ok(), u128::from(iova) + u128::from(len) < 1 << 64);
     let mut done = 0;
-    // There may be more of them than anybody can wait for.
+    // Limited, because there may be too many to check all.
     for piece in pieces.into_iter().flatten().take(1000) {
         let (first, last) = (iova + piece.start as u64, iova + (piece.end - 1) as u64);
         let page = PAGE_SIZE as u64;

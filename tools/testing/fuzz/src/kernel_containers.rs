@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stands in for what the sources of the crate use of the kernel, with allocations that fail when a
-//! target says so.
+//! Replacement for the parts of the kernel crate that the sources use, with allocations that fail
+//! on request of a target.
 
-/// As the kernel's.
+/// Like in the kernel.
 pub mod alloc {
     /// How to allocate.
     #[derive(Clone, Copy)]
     pub struct Flags;
 }
 
-/// As the kernel's.
+/// Like in the kernel.
 pub mod page {
-    /// As the kernel's.
+    /// Like in the kernel.
     pub const PAGE_SIZE: usize = 4096;
 }
 
-/// As the kernel's, which nobody reads here.
+/// Like in the kernel; the value is not used here.
 macro_rules! pr_err {
     ($($args:tt)*) => {
         let _ = format_args!($($args)*);
     };
 }
 
-/// As the kernel's.
+/// Like in the kernel.
 pub mod prelude {
     use super::alloc::Flags;
     pub(crate) use pr_err;
@@ -40,12 +40,12 @@ pub mod prelude {
         static FAILURES: Cell<u32> = const { Cell::new(0) };
     }
 
-    /// Makes those of the next 32 allocations fail whose bit is set.
+    /// Makes those of the next 32 allocations fail that have their bit set in the mask.
     pub(crate) fn fail_allocations(which: u32) {
         FAILURES.set(which);
     }
 
-    /// Asks whether an allocation succeeds.
+    /// Returns whether the next allocation succeeds.
     pub(crate) fn allocate() -> Result {
         let failures = FAILURES.get();
 
@@ -60,25 +60,25 @@ pub mod prelude {
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Error(i32);
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub type Result<T = (), E = Error> = core::result::Result<T, E>;
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub const EINVAL: Error = Error(22);
-    /// As the kernel's.
+    /// Like in the kernel.
     pub const ENOMEM: Error = Error(12);
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub const GFP_KERNEL_ACCOUNT: Flags = Flags;
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub type KVVec<T> = Vec<T>;
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub struct KBox<T>(Box<T>);
 
     impl<T> KBox<T> {
-        /// As the kernel's.
+        /// Like in the kernel.
         ///
         /// # Errors
         ///
@@ -104,7 +104,7 @@ pub mod prelude {
     }
 }
 
-/// As the kernel's.
+/// Like in the kernel.
 pub mod rbtree {
     use super::{
         alloc::Flags,
@@ -115,22 +115,22 @@ pub mod rbtree {
         ops::Bound, //
     };
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub struct RBTree<K, V>(BTreeMap<K, V>);
 
     impl<K: Ord + Copy, V> RBTree<K, V> {
-        /// As the kernel's.
+        /// Like in the kernel.
         #[allow(clippy::new_without_default)]
         pub fn new() -> Self {
             Self(BTreeMap::new())
         }
 
-        /// As the kernel's.
+        /// Like in the kernel.
         pub fn get_mut(&mut self, key: &K) -> Option<&mut V> {
             self.0.get_mut(key)
         }
 
-        /// As the kernel's.
+        /// Like in the kernel.
         ///
         /// # Errors
         ///
@@ -145,7 +145,7 @@ pub mod rbtree {
             Ok(self.0.insert(key, value))
         }
 
-        /// As the kernel's.
+        /// Like in the kernel.
         pub fn cursor_lower_bound_mut(&mut self, key: &K) -> Option<CursorMut<'_, K, V>> {
             let (key, _) = self.0.range(key..).next()?;
             let key = *key;
@@ -154,26 +154,26 @@ pub mod rbtree {
         }
     }
 
-    /// As the kernel's.
+    /// Like in the kernel.
     pub struct CursorMut<'a, K, V> {
         tree: &'a mut RBTree<K, V>,
         key: K,
     }
 
     impl<K: Ord + Copy, V> CursorMut<'_, K, V> {
-        /// As the kernel's.
+        /// Like in the kernel.
         pub fn current_mut(&mut self) -> (&K, &mut V) {
             let value = self.tree.0.get_mut(&self.key);
 
             (&self.key, value.expect("a cursor is on a node"))
         }
 
-        /// As the kernel's.
+        /// Like in the kernel.
         pub fn current(&self) -> (&K, &V) {
             (&self.key, &self.tree.0[&self.key])
         }
 
-        /// As the kernel's: goes on with the next one, or else with the one before.
+        /// Like in the kernel: moves to the next node, or to the previous one.
         pub fn remove_current(self) -> (Option<Self>, V) {
             let value = self.tree.0.remove(&self.key);
             let next = self.tree.0.range(self.key..).next();
@@ -187,7 +187,7 @@ pub mod rbtree {
             )
         }
 
-        /// As the kernel's.
+        /// Like in the kernel.
         pub fn move_next(mut self) -> Option<Self> {
             let behind = (Bound::Excluded(self.key), Bound::Unbounded);
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a fuzzer does to the parts that need no kernel: each target reads from any bytes what is to
-//! be done, does it, and compares with a model that is written from the documentation.
+//! Fuzz targets for the parts that need no kernel.
+//!
+//! Each target interprets the input as operations, executes them, and compares the results with a
+//! model that was written from the documentation.
 
 #![forbid(unsafe_code)]
 
@@ -12,7 +14,7 @@ mod dma_pieces;
 mod queue;
 mod stream;
 
-// What the sources of the crate call by these names.
+// Names that the sources of the crate use.
 extern crate self as kernel;
 mod kernel_containers;
 #[doc(hidden)]
@@ -32,7 +34,7 @@ mod region {
     pub(crate) const CONFIG: u32 = 7;
 }
 
-/// What is done with the bytes of an input. It panics if something is wrong.
+/// Function that tests an input. It panics on a failure.
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
@@ -46,7 +48,7 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("config_space", config_space::target),
 ];
 
-/// The bytes of an input, from which everything is made. Behind its end there are zeros.
+/// Reader of an input, which continues with zeros after its end.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -54,7 +56,7 @@ impl<'a> Input<'a> {
         self.0.is_empty()
     }
 
-    /// Returns the next `count` bytes, or those that are left.
+    /// Returns the next `count` bytes, or the remaining ones if there are fewer.
     fn bytes(&mut self, count: usize) -> &'a [u8] {
         let (bytes, rest) = self.0.split_at(count.min(self.0.len()));
 
@@ -70,7 +72,7 @@ impl<'a> Input<'a> {
         self.byte() & 1 != 0
     }
 
-    /// Returns a number of 64 bits, of which small ones and those near a power of two cost less.
+    /// Returns a 64-bit number; small ones and those near a power of two take fewer bytes.
     fn number(&mut self) -> u64 {
         match self.byte() {
             size @ 0..=7 => {

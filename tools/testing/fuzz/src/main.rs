@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! libFuzzer with the target that `VFIO_FUZZ` names.
+//! libFuzzer for the target in `VFIO_FUZZ`.
 
 #![no_main]
 
@@ -13,13 +13,13 @@ use vfio_fuzz::{
 
 static TARGET: OnceLock<Target> = OnceLock::new();
 
-/// Finds the target.
+/// Looks up the target.
 fn choose() {
     let name = std::env::var("VFIO_FUZZ").unwrap_or_default();
     let Some((_, target)) = TARGETS.iter().find(|(known, _)| *known == name) else {
         let names = TARGETS.map(|(known, _)| known).join(" ");
 
-        eprintln!("VFIO_FUZZ={name}: there is no such target, but there are {names}");
+        eprintln!("VFIO_FUZZ={name}: unknown target, must be one of {names}");
         std::process::exit(2);
     };
     let _ = TARGET.set(*target);

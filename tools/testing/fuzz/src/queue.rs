@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The DMA queue against a model with a list of what is queued.
+//! DMA queue, compared with a model that has a list of queued descriptors.
 
 use crate::Input;
 use std::collections::VecDeque;
@@ -20,13 +20,13 @@ use vfio_host_tests::queue::{
     TABLE_SIZE, //
 };
 
-/// The size of the state memory in bytes.
+/// Size of the state memory in bytes.
 const MEMORY: u64 = 1 << 20;
 
-/// Where the fields that the user cannot write begin in a descriptor.
+/// Offset of the read-only fields in a descriptor.
 const READ_ONLY: usize = 0x30;
 
-// The states of a descriptor.
+// States of a descriptor.
 const IDLE: u32 = 0;
 const QUEUED: u32 = 1;
 const ACTIVE: u32 = 2;
@@ -68,7 +68,7 @@ impl Descriptor {
         }
     }
 
-    /// Returns how many bytes are left of the turn; none between two turns.
+    /// Returns the number of bytes left of the current turn, or `None` between two turns.
     fn left(&self) -> u64 {
         match self.turn() {
             0 => 0,
@@ -317,7 +317,7 @@ impl Model {
         table
     }
 
-    /// Checks what must be so of any queue.
+    /// Checks the invariants of a queue.
     fn check(&self) {
         for (index, descriptor) in self.descriptors.iter().enumerate() {
             let times = self.queued.iter().filter(|n| **n == index).count();
@@ -327,7 +327,7 @@ impl Model {
             assert!(descriptor.status != QUEUED || descriptor.pos == 0);
             assert!(!serving || descriptor.status == ACTIVE);
             if descriptor.status == ACTIVE && !serving {
-                assert!(descriptor.period() > 0, "nobody would serve it again");
+                assert!(descriptor.period() > 0, "it would not be served again");
             }
             assert!((IDLE..=ABORTED).contains(&descriptor.status));
             assert_eq!(descriptor.error != 0, descriptor.status == FAILED);
@@ -335,7 +335,7 @@ impl Model {
     }
 }
 
-/// Returns a descriptor that is likely to be a good one.
+/// Returns a descriptor that is likely to be valid.
 fn descriptor(input: &mut Input<'_>) -> Vec<u8> {
     let words = [0x10_0000, input.number(), input.number(), input.number()];
     let op = u32::from(input.byte() % 6);
@@ -352,7 +352,7 @@ fn descriptor(input: &mut Input<'_>) -> Vec<u8> {
         .collect()
 }
 
-/// Does to a queue what the input says.
+/// Fuzz target.
 pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let mut queue = Queue::default();
@@ -405,7 +405,7 @@ pub(crate) fn target(data: &[u8]) {
             5 | 6 => {
                 let mut snapshot = queue.save();
 
-                // It is saved when no piece is being moved.
+                // A queue is only saved while no piece is being moved.
                 if piece.is_some() {
                     continue;
                 }
@@ -429,11 +429,11 @@ pub(crate) fn target(data: &[u8]) {
                     snapshot[at] = input.byte();
                 }
                 if let Some(loaded) = Queue::load(&snapshot) {
-                    assert!(loaded.save() == snapshot, "another queue was loaded");
+                    assert!(loaded.save() == snapshot, "a different queue was loaded");
                     queue = loaded;
                     model = Model::new(&snapshot);
                 } else {
-                    assert!(snapshot != queue.save(), "a good queue is refused");
+                    assert!(snapshot != queue.save(), "a valid queue is refused");
                 }
             }
             7 | 8 if piece.is_none() => {
@@ -464,7 +464,7 @@ pub(crate) fn target(data: &[u8]) {
             }
         }
         model.check();
-        assert!(queue.table()[..] == model.table(), "other descriptors");
+        assert!(queue.table()[..] == model.table(), "different descriptors");
         let busy = (0..DESCRIPTORS).any(|index| model.is_devices(index));
         assert_eq!(queue.is_busy(), busy);
         assert_eq!(queue.status(false), u32::from(busy));

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The decoder of the stream against a reader of whole streams, which is written from the format
+//! Decoder of the stream, compared with a reader of whole streams that was written from the format
 //! and shares no code with it.
 
 use crate::Input;
 use vfio_host_tests::stream::*;
 
-/// How many pages the memory has: none, few, and more than there may be in a record.
+/// Sizes of the memory in pages: none, few, and more than a record may have.
 const PAGES: [usize; 4] = [0, 1, 2, 66];
 
-/// How many bytes the registers have.
+/// Size of the registers in bytes.
 const REGISTERS: [usize; 5] = [0, 1, 20, 32, MAX_REGISTERS];
 
-/// What stands in a stream.
+/// Content of a stream.
 enum Record<'a> {
     Identity,
     Pages(u64, &'a [u8]),
@@ -26,11 +26,11 @@ enum Record<'a> {
 struct Device {
     memory: Vec<u8>,
     registers: Vec<u8>,
-    /// It takes no registers that begin so.
+    /// The device refuses registers that begin with this byte.
     refused: Option<u8>,
 }
 
-/// Returns the digest of bytes that starts at `digest`, as the format says.
+/// Returns the digest of bytes that starts at `digest`, as defined by the format.
 fn digest_of(digest: u64, bytes: &[u8]) -> u64 {
     let words = bytes.chunks(8).map(|chunk| {
         let mut word = [0; 8];
@@ -49,7 +49,7 @@ fn digest_of_words(digest: u64, words: impl Iterator<Item = u64>) -> u64 {
     })
 }
 
-/// Returns the digest of a page, as the format says.
+/// Returns the digest of a page, as defined by the format.
 fn digest_of_page(page: u64, bytes: &[u8]) -> u64 {
     let lanes = (0..4).map(|lane| {
         let words = (lane * 8..PAGE_SIZE).step_by(32);
@@ -64,11 +64,11 @@ fn number(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(*bytes[at..].first_chunk().expect("inside"))
 }
 
-/// What the trailer of the stream should have been, if that is all that is wrong.
-type Mended = Option<Vec<u8>>;
+/// Correct trailer of the stream, if nothing else is wrong.
+type Fixed = Option<Vec<u8>>;
 
 /// Reads a whole stream into a device.
-fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (Error, Mended)> {
+fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (Error, Fixed)> {
     let mut records = Vec::new();
     let mut sent: Vec<Option<u64>> = vec![None; device.memory.len() / PAGE_SIZE];
     let (mut rest, mut pages, mut digest) = (stream, 0, 0_u64);
@@ -145,7 +145,7 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
                 {
                     return stop(Error::BadOffset);
                 }
-                // What has arrived of it is written.
+                // The part that has arrived is written.
                 device.memory[offset as usize..][..content.len()].copy_from_slice(content);
                 if !whole {
                     return stop(Error::Truncated);
@@ -157,7 +157,7 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
                 records.push(Record::Pages(offset, content));
             }
             3 => {
-                // An empty payload has arrived with what follows.
+                // An empty payload is complete with the next bytes.
                 if payload.is_empty() && rest.is_empty() {
                     return stop(Error::Truncated);
                 }
@@ -197,7 +197,7 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
     }
 }
 
-/// Writes records as a device does.
+/// Writes records like a device.
 fn write(records: &[Record<'_>], device: &Device) -> Vec<u8> {
     let identity = Identity {
         state_size: device.memory.len() as u64,
@@ -282,7 +282,7 @@ impl Sink for Device {
     }
 }
 
-/// Feeds a stream in pieces of these lengths, again and again.
+/// Feeds a stream in pieces of these lengths, repeatedly.
 fn decode(stream: &[u8], device: &mut Device, cuts: &[usize]) -> Result<(), Error> {
     let (pages, registers) = (device.memory.len() / PAGE_SIZE, device.registers.len());
     let table = vec![0; pages];
@@ -296,7 +296,7 @@ fn decode(stream: &[u8], device: &mut Device, cuts: &[usize]) -> Result<(), Erro
 
         rest = behind;
         if let Err(error) = decoder.feed(piece, device) {
-            // It sticks.
+            // The error is permanent.
             assert_eq!(decoder.feed(rest, device), Err(error));
             assert_eq!(decoder.feed(&[], device), Err(error));
             assert_eq!(decoder.finish(), Err(error));
@@ -308,15 +308,15 @@ fn decode(stream: &[u8], device: &mut Device, cuts: &[usize]) -> Result<(), Erro
     decoder.finish()
 }
 
-/// Compares both on a stream, in these pieces. If it is refused, returns what it is mended by.
-fn compare(stream: &[u8], new: &Device, cuts: &[usize]) -> Result<(), Mended> {
+/// Compares both on a stream in these pieces. If it is refused, returns the fix for its trailer.
+fn compare(stream: &[u8], new: &Device, cuts: &[usize]) -> Result<(), Fixed> {
     let (mut model, mut device) = (new.clone(), new.clone());
     let read = read(stream, &mut model);
     let decoded = decode(stream, &mut device, cuts);
 
     assert_eq!(decoded, read.as_ref().map(drop).map_err(|error| error.0));
-    assert!(device.memory == model.memory, "another memory");
-    assert!(device.registers == model.registers, "other registers");
+    assert!(device.memory == model.memory, "different memory");
+    assert!(device.registers == model.registers, "different registers");
     match read {
         Ok(records) => {
             assert!(
@@ -325,11 +325,11 @@ fn compare(stream: &[u8], new: &Device, cuts: &[usize]) -> Result<(), Mended> {
             );
             Ok(())
         }
-        Err((_, mended)) => Err(mended),
+        Err((_, fixed)) => Err(fixed),
     }
 }
 
-/// A device, and how its stream is cut.
+/// Returns a device, and the lengths of the pieces of its stream.
 fn device(input: &mut Input<'_>) -> (Device, Vec<usize>) {
     let pages = input.one_of(&PAGES);
     let registers = input.one_of(&REGISTERS);
@@ -356,8 +356,8 @@ fn near(input: &mut Input<'_>) -> u64 {
     near.wrapping_add(input.below(6) as u64 * page)
 }
 
-/// Any bytes, headers, numbers and pages, behind none, some or all of what a good stream begins
-/// with. Where only the trailer is wrong, or something follows it, the right one is tried, too.
+/// Tests any bytes, headers, numbers and pages after none, some or all of the beginning of a valid
+/// stream. If only the trailer is wrong, or has data after it, the correct one is tested as well.
 pub(crate) fn any_bytes(data: &[u8]) {
     const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -414,21 +414,21 @@ pub(crate) fn any_bytes(data: &[u8]) {
         }
     }
 
-    if let Err(Some(mut mended)) = compare(&stream, &new, &cuts) {
-        assert_eq!(compare(&mended, &new, &cuts), Ok(()));
-        mended.push(0);
-        assert!(compare(&mended, &new, &cuts).is_err());
+    if let Err(Some(mut fixed)) = compare(&stream, &new, &cuts) {
+        assert_eq!(compare(&fixed, &new, &cuts), Ok(()));
+        fixed.push(0);
+        assert!(compare(&fixed, &new, &cuts).is_err());
     }
 }
 
-/// A stream as a device writes it, and then damaged.
+/// Tests the stream of a device, with damages.
 pub(crate) fn damaged_streams(data: &[u8]) {
     let mut input = Input(data);
     let (new, cuts) = device(&mut input);
     let pages = new.memory.len() / PAGE_SIZE;
     let registers: Vec<u8> = (0..new.registers.len()).map(|at| at as u8).collect();
     let mut memory = vec![0; pages * PAGE_SIZE];
-    // Each page once, so that the stream is complete, and others again.
+    // Each page once, so that the stream is complete, and some of them again.
     let mut runs: Vec<(usize, usize)> = (0..pages)
         .step_by(RUN_PAGES as usize)
         .map(|first| (first, (pages - first).min(RUN_PAGES as usize)))
@@ -473,7 +473,7 @@ pub(crate) fn damaged_streams(data: &[u8]) {
         "other registers have arrived"
     );
 
-    // Where records begin, for damages that hit what matters.
+    // Offsets of records, for damages of headers.
     let mut starts = vec![0, IDENTITY_RECORD as usize];
     for (_, content) in &contents {
         starts.push(starts[starts.len() - 1] + RUN_OVERHEAD as usize + content.len());
@@ -503,7 +503,7 @@ pub(crate) fn damaged_streams(data: &[u8]) {
             _ => stream.truncate(at),
         }
     }
-    if let Err(Some(mended)) = compare(&stream, &new, &cuts) {
-        assert_eq!(compare(&mended, &new, &cuts), Ok(()));
+    if let Err(Some(fixed)) = compare(&stream, &new, &cuts) {
+        assert_eq!(compare(&fixed, &new, &cuts), Ok(()));
     }
 }

@@ -11,7 +11,7 @@ use vfio_host_tests::dirty_map::{
     PAGES_PER_WORD, //
 };
 
-/// Creates a map whose memory holds rubbish before.
+/// Creates a map in memory that is not zeroed.
 fn new_map(pages: usize) -> DirtyMap<Vec<u64>> {
     let leaf = vec![0x5555_aaaa_ffff_0001; leaf_words(pages)];
     let summary = vec![u64::MAX; summary_words(pages)];
@@ -60,7 +60,7 @@ impl Model {
     }
 }
 
-/// What one can do to a map.
+/// Operation on a map.
 #[derive(Clone, Debug)]
 enum Step {
     Mark(usize),
@@ -103,7 +103,7 @@ fn story() -> impl Strategy<Value = (usize, Vec<Step>)> {
     pages().prop_flat_map(|pages| (Just(pages), prop::collection::vec(step(pages), 1..40)))
 }
 
-/// Compares all that one can ask.
+/// Compares all properties.
 fn compare(map: &DirtyMap<Vec<u64>>, model: &Model) {
     let pages = model.0.len();
 
@@ -133,7 +133,7 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// The map behaves like the model, whatever one does.
+    /// The map behaves like the model after any operations.
     #[test]
     #[cfg_attr(miri, ignore = "too slow")]
     fn map_behaves_like_the_model((pages, steps) in story()) {
@@ -173,7 +173,7 @@ proptest! {
 
     /// Taking all runs takes each dirty page once, and as many runs as the counter says.
     #[test]
-    fn a_round_takes_what_is_counted(
+    fn round_takes_all_counted_pages(
         marks in prop::collection::vec((0..9000usize, 1..150usize), 0..60),
     ) {
         let mut map = new_map(9000);

@@ -70,7 +70,7 @@ fn search(flags: Flags, from: State, to: State) -> Vec<Vec<State>> {
 
 /// The table equals the result of a search along the arcs, for all pairs and shapes.
 #[test]
-fn table_is_what_the_path_rule_finds() {
+fn table_matches_the_path_rule() {
     for flags in Flags::ALL {
         for from in State::ALL {
             for to in State::ALL {
@@ -106,7 +106,7 @@ fn assert_same_arcs(flags: Flags, mut expected: Vec<(State, State)>) {
 
 /// The arcs are those that the comment in `vfio_mig_get_next_state` asks of a driver.
 #[test]
-fn arcs_are_those_of_the_text() {
+fn arcs_match_the_uapi() {
     // "The coding in this table requires the driver to implement the following FSM arcs".
     let always = vec![
         (Resuming, Stop),
@@ -162,7 +162,7 @@ fn arcs_are_those_of_the_text() {
 
 /// The combination transitions are those that the comment in `vfio_mig_get_next_state` lists.
 #[test]
-fn combinations_are_those_of_the_text() {
+fn combinations_match_the_uapi() {
     let flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
     let combinations: &[&[State]] = &[
         &[PreCopy, PreCopyP2p, StopCopy],
@@ -208,7 +208,7 @@ fn combinations_are_those_of_the_text() {
         assert_eq!(next(flags, from, to), None);
         left.retain(|pair| *pair != (from, to));
     }
-    // What the text does not list as a combination is an arc of its own.
+    // A transition that the text does not list as a combination is an arc.
     for &(from, to) in &left {
         assert_eq!(next(flags, from, to), Some(to));
     }
@@ -274,7 +274,7 @@ fn sessions_belong_to_groups() {
 
 /// The values are those of `enum vfio_device_mig_state`.
 #[test]
-fn states_have_the_values_of_the_header() {
+fn state_values_match_the_header() {
     let values = [
         (0, Error),
         (1, Stop),

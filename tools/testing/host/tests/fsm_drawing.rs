@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The state machine as a drawing, made from the table that the engine walks by.
+//! Drawing of the state machine, made from the table of the engine.
 //!
-//! `Documentation/vfio_fsm.svg` must be that drawing. With `VFIO_FSM_DRAW=1` in the environment
-//! the test writes it.
+//! `Documentation/vfio_fsm.svg` must be that drawing. The test writes it if `VFIO_FSM_DRAW=1` is
+//! set in the environment.
 
 use std::fmt::Write;
 
@@ -22,7 +22,7 @@ const FILE: &str = concat!(
 );
 const BOX: (i32, i32) = (150, 44);
 
-/// The name that the uAPI has for a state.
+/// Returns the name of a state in the uAPI.
 fn name(state: State) -> &'static str {
     match state {
         State::Error => "ERROR",
@@ -36,7 +36,7 @@ fn name(state: State) -> &'static str {
     }
 }
 
-/// The middle of a state's box; none for a state that no arc leads to.
+/// Returns the center of the box of a state, or `None` for a state without arcs.
 fn place(state: State) -> Option<(i32, i32)> {
     match state {
         State::Error => None,
@@ -50,11 +50,11 @@ fn place(state: State) -> Option<(i32, i32)> {
     }
 }
 
-/// Where an arc leaves the first box and reaches the second, beside the arc that leads back.
+/// Returns the ends of an arc between two boxes, next to the arc in the other direction.
 fn ends(from: (i32, i32), to: (i32, i32)) -> ((i32, i32), (i32, i32)) {
     let (dx, dy) = ((to.0 - from.0).signum(), (to.1 - from.1).signum());
     let edge = |at: (i32, i32), side: i32| {
-        // On the right hand of who walks, so that both directions are seen.
+        // On the right side, so that both directions are visible.
         if dx != 0 && dy == 0 {
             (at.0 + side * dx * BOX.0 / 2, at.1 + 9 * dx)
         } else {
@@ -64,7 +64,7 @@ fn ends(from: (i32, i32), to: (i32, i32)) -> ((i32, i32), (i32, i32)) {
     (edge(from, 1), edge(to, -1))
 }
 
-/// Draws the arcs of a shape, those of `whole` faintly where the shape has others in their place.
+/// Draws the arcs of a shape. Arcs of `whole` that the shape replaces are pale.
 fn draw(flags: Flags) -> String {
     let mut svg = String::new();
     let mut put = |line: String| writeln!(svg, "{line}").expect("a string takes all");
@@ -148,7 +148,7 @@ fn draw(flags: Flags) -> String {
 }
 
 #[test]
-fn the_drawing_is_that_of_the_table() {
+fn drawing_matches_the_table() {
     let drawn = draw(Flags::STOP_COPY.with_p2p().with_pre_copy());
     if std::env::var_os("VFIO_FSM_DRAW").is_some() {
         std::fs::write(FILE, &drawn).expect("the drawing can be written");
@@ -158,8 +158,8 @@ fn the_drawing_is_that_of_the_table() {
 }
 
 #[test]
-fn the_paths_in_the_document_are_walked() {
-    // The table in Documentation/vfio_migration_engine.rst: `A` to `B`, and the way.
+fn paths_match_the_document() {
+    // Table in Documentation/vfio_migration_engine.rst: `A` to `B`, and the path.
     let text = include_str!("../../../../Documentation/vfio_migration_engine.rst");
     let flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
     let state = |word: &str| {

@@ -16,7 +16,7 @@ use vfio_host_tests::msix::{
     ENTRY_SIZE, //
 };
 
-/// Counts what it is told.
+/// Counts its signals.
 #[derive(Clone, Default)]
 struct Counter(Rc<Cell<u32>>);
 
@@ -32,7 +32,7 @@ fn device(vectors: usize) -> Device {
     Msix::new((0..vectors).map(|_| Vector::POWER_ON).collect())
 }
 
-/// What a vector of the model is.
+/// Vector of the model.
 #[derive(Clone, Default)]
 struct Model {
     entry: [u8; ENTRY_SIZE],
@@ -42,7 +42,7 @@ struct Model {
     signals: u32,
 }
 
-/// What is done to the device.
+/// Operation on the device.
 #[derive(Clone, Debug)]
 enum Step {
     Signal(usize),
@@ -221,7 +221,7 @@ proptest! {
     }
 
     #[test]
-    fn any_part_is_a_part_of_the_whole(
+    fn partial_reads_match_the_whole_table(
         content in prop::collection::vec(any::<u8>(), table_size(70)),
         bits in prop::collection::vec(any::<u8>(), 8),
         at in 0..table_size(70) + 4,
@@ -246,7 +246,7 @@ proptest! {
 }
 
 #[test]
-fn sizes_are_those_of_the_specification() {
+fn sizes_match_the_specification() {
     assert_eq!((table_size(1), pending_size(1)), (16, 8));
     assert_eq!((table_size(64), pending_size(64)), (1024, 8));
     assert_eq!((table_size(65), pending_size(65)), (1040, 16));

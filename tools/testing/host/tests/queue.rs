@@ -98,7 +98,7 @@ fn serve(queue: &mut Queue, now: u64) -> Vec<Piece> {
 }
 
 #[test]
-fn a_transfer_is_moved_in_pieces_from_start_to_end() {
+fn transfer_is_moved_in_pieces_in_order() {
     let mut queue = Queue::default();
     let len = 3 * PIECE + 5;
     Descriptor {
@@ -159,7 +159,7 @@ fn doorbells_are_refused() {
 }
 
 #[test]
-fn a_descriptor_of_the_device_cannot_be_written() {
+fn busy_descriptor_cannot_be_written() {
     let mut queue = Queue::default();
     WRITE.start(&mut queue, 1);
     let before = queue.table();
@@ -236,7 +236,7 @@ fn bad_descriptors_fail_and_the_next_is_served() {
 }
 
 #[test]
-fn a_failure_ends_a_descriptor_where_it_is() {
+fn failure_ends_a_descriptor_at_its_position() {
     let mut queue = Queue::default();
     Descriptor {
         len: 3 * PIECE,
@@ -260,7 +260,7 @@ fn a_failure_ends_a_descriptor_where_it_is() {
 }
 
 #[test]
-fn a_period_goes_round_until_it_is_aborted() {
+fn periodic_transfer_continues_until_aborted() {
     let mut queue = Queue::default();
     Descriptor {
         op: 4,
@@ -303,7 +303,7 @@ fn a_period_goes_round_until_it_is_aborted() {
 }
 
 #[test]
-fn a_step_is_never_more_than_the_range() {
+fn step_is_limited_to_the_range() {
     let mut queue = Queue::default();
     Descriptor {
         op: 4,
@@ -319,7 +319,7 @@ fn a_step_is_never_more_than_the_range() {
 }
 
 #[test]
-fn what_is_late_does_not_keep_others_from_their_turn() {
+fn late_descriptor_does_not_delay_others() {
     let mut queue = Queue::default();
     Descriptor {
         op: 4,
@@ -347,7 +347,7 @@ fn serve_one(queue: &mut Queue, now: u64) {
 }
 
 #[test]
-fn an_abort_waits_for_the_piece_under_way() {
+fn abort_waits_for_the_current_piece() {
     let mut queue = Queue::default();
     Descriptor {
         len: 4 * PIECE,
@@ -372,7 +372,7 @@ fn an_abort_waits_for_the_piece_under_way() {
 }
 
 #[test]
-fn an_abort_between_pieces_takes_effect_at_once() {
+fn abort_between_pieces_takes_effect_immediately() {
     let mut queue = Queue::default();
     Descriptor {
         len: 4 * PIECE,
@@ -391,7 +391,7 @@ fn an_abort_between_pieces_takes_effect_at_once() {
 }
 
 #[test]
-fn status_says_what_is_busy_and_paused() {
+fn status_reports_busy_and_paused() {
     let mut queue = Queue::default();
     assert_eq!((queue.status(false), queue.status(true)), (0, 2));
     WRITE.start(&mut queue, 1);
@@ -399,7 +399,7 @@ fn status_says_what_is_busy_and_paused() {
 }
 
 #[test]
-fn a_transfer_goes_on_between_pieces_after_migration() {
+fn transfer_continues_after_migration() {
     for (period, step) in [(0, 0), (7, 0), (7, 3 * PIECE as u32)] {
         let mut queue = Queue::default();
         Descriptor {
@@ -439,7 +439,7 @@ fn a_transfer_goes_on_between_pieces_after_migration() {
 }
 
 #[test]
-fn a_queue_migrates() {
+fn queue_migrates() {
     let mut queue = Queue::default();
     WRITE.start(&mut queue, 0);
     serve(&mut queue, 0);
@@ -469,7 +469,7 @@ fn a_queue_migrates() {
 }
 
 #[test]
-fn impossible_queues_are_refused() {
+fn invalid_queues_are_refused() {
     let mut queue = Queue::default();
     WRITE.start(&mut queue, 1);
     WRITE.start(&mut queue, 5);
@@ -520,9 +520,9 @@ fn impossible_queues_are_refused() {
 }
 
 proptest! {
-    /// Whatever is loaded works, and is what was saved.
+    /// Any bytes are refused, or make a valid queue that saves the same bytes.
     #[test]
-    fn any_bytes_are_refused_or_good(
+    fn any_bytes_are_refused_or_valid(
         bytes in proptest::collection::vec(any::<u8>(), SNAPSHOT_SIZE),
         statuses in proptest::collection::vec(0u8..7, DESCRIPTORS),
         queued in 0u8..18,

@@ -12,7 +12,7 @@ use vfio_host_tests::{
     stream::*, //
 };
 
-/// The length of the registers in most tests, on purpose not a multiple of 8.
+/// Length of the registers in most tests; intentionally not a multiple of 8.
 const REGISTERS: usize = 20;
 
 /// A decoder that owns its table.
@@ -186,7 +186,7 @@ fn load(pages: usize, stream: &[u8]) -> (Loader, Result<(), Error>) {
     let fed = decoder.feed(stream, &mut loader);
 
     if fed.is_err() {
-        // The error sticks, whatever comes.
+        // The error is permanent.
         assert_eq!(decoder.feed(&[], &mut loader), fed);
         assert_eq!(decoder.feed(stream, &mut loader), fed);
         assert_eq!(decoder.finish(), fed);
@@ -296,7 +296,7 @@ fn sizes_are_those_of_the_records() {
         run_record(64) + run_record(5) + run_record(1)
     );
     assert_eq!(run_records(0, 0), 0);
-    // Nobody has so many pages, but nothing panics.
+    // No device has that many pages, but nothing panics.
     assert_eq!(run_record(u64::MAX), u64::MAX);
     assert!(registers_record(usize::MAX) > 0);
 }
@@ -776,7 +776,7 @@ fn bad_offsets() {
     }
 }
 
-/// The device has a word on its registers, and its refusal sticks.
+/// The device can refuse its registers, and the error is permanent.
 #[test]
 fn bad_registers() {
     let stream = save(&memory(1, 0), registers(REGISTERS));
@@ -791,7 +791,7 @@ fn bad_registers() {
     assert_eq!(loader.registers, None);
 }
 
-/// The trailer must say what has arrived.
+/// The trailer must match the received data.
 #[test]
 fn bad_trailer() {
     let stream = save(&memory(2, 9), registers(REGISTERS));
@@ -862,7 +862,7 @@ fn trailing_bytes() {
     }
 }
 
-/// Two pages that change places keep the plain sum of their content, but not the digest.
+/// Swapping two pages changes the digest, although the sum of their content is the same.
 #[test]
 fn swapped_pages() {
     let memory = memory(2, 9);
@@ -873,12 +873,12 @@ fn swapped_pages() {
         .registers()
         .trailer();
 
-    // The offsets of both records change places.
+    // Swap the offsets of both records.
     stream.swap(48 + 16 + 1, 48 + 24 + PAGE_SIZE + 16 + 1);
     refused(2, &stream, Error::BadDigest);
 }
 
-/// All reasons say something, and not the same.
+/// All errors have different messages.
 #[test]
 fn errors_have_words() {
     let errors = [
@@ -1017,7 +1017,7 @@ proptest! {
         prop_assert_eq!(loader.registers, Some(registers(REGISTERS)));
     }
 
-    /// A damaged stream is refused, or the damage is none: the very same state arrives.
+    /// A damaged stream is refused, unless the damage does not change the state.
     #[test]
     #[cfg_attr(miri, ignore = "too slow")]
     fn damage_is_noticed(damages in prop::collection::vec(damage(), 1..4), cut in 1..9000usize) {
@@ -1038,7 +1038,7 @@ proptest! {
         }
     }
 
-    /// How a stream is cut changes nothing, not even the reason why it is refused.
+    /// The sizes of the pieces do not change the result, not even the reason of a refusal.
     #[test]
     #[cfg_attr(miri, ignore = "too slow")]
     fn pieces_do_not_change_the_reason(
