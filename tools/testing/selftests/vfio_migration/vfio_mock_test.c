@@ -839,9 +839,8 @@ TEST_F(mock, read_returns_what_is_ready)
 	__u64 size;
 	int fd;
 
-	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 73);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, STOP_COPY);
 	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
 	ASSERT_EQ(3, mig_read(fd, &image, 3));
 	set_save_delay(_metadata, src, NEVER);
