@@ -38,7 +38,8 @@ fn nearest(ranges: &[(u64, u64)]) -> usize {
 /// each other.
 ///
 /// When there are too many of them, the two that are nearest to each other become one. So this can
-/// have more than what was added, but never less, and what is taken out of it is out.
+/// have more than what was added, but never less. What is taken out may be in it again, if taking
+/// it out left two ranges that became one.
 struct Rest {
     ranges: KBox<[(u64, u64); REST + 1]>,
     count: usize,
@@ -84,8 +85,12 @@ impl Rest {
         self.replace(old, &[new]);
     }
 
-    /// Takes out the first part of `first..=last` that is in a range.
+    /// Takes out the first part of `first..=last` that is in a range. Returns [`None`] if there is
+    /// none, and if `first` is behind `last`, as after the last part.
     fn take(&mut self, first: u64, last: u64) -> Option<(u64, u64)> {
+        if first > last {
+            return None;
+        }
         let index = self.meet(first, last).next()?;
         let (start, end) = self.ranges[index];
         let part = (start.max(first), end.min(last));

@@ -257,7 +257,7 @@ pub(crate) fn target(data: &[u8]) {
 
                 while let Some(part) = from.and_then(|from| log.take_rest(from, last)) {
                     rest.push(part);
-                    from = part.1.checked_add(1).filter(|from| *from <= last);
+                    from = part.1.checked_add(1);
                 }
                 assert_eq!(rest, model.take_rest(first, last));
                 from = Some(first);
