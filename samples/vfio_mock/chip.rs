@@ -48,6 +48,9 @@ use vfio::{
 /// Bytes in a word.
 const WORD: usize = size_of::<u64>();
 
+// The stream and the registers count in pages of 4 KiB, the crate in pages of the kernel.
+const _: () = assert!(kernel::page::PAGE_SIZE == PAGE_SIZE);
+
 /// Bytes on the stack that a command works with at once.
 const BLOCK: usize = 256;
 
