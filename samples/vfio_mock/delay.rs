@@ -137,9 +137,9 @@ impl Delay {
     pub(crate) fn begin(&mut self) -> Result {
         self.alarm = None;
         let mut current = self.setting.alarm.lock();
+        *current = None;
         let micros = self.setting.get();
         if micros == 0 {
-            *current = None;
             return Ok(());
         }
         let notifier = self.notifier.clone();

@@ -337,10 +337,14 @@ impl StateMemory {
     pub fn reinit(&self) {
         let tracker = &mut *self.0.tracker.lock();
         if let Some(notifier) = &tracker.notifier {
+            let empty = tracker.map.dirty() == 0;
             tracker.map.mark_all();
             tracker.initial = 0;
             tracker.reinits = tracker.reinits.wrapping_add(1);
-            notifier.notify();
+            // Only a reader that waits at an empty stream needs to know.
+            if empty {
+                notifier.notify();
+            }
         }
     }
 

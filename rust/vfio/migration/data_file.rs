@@ -505,13 +505,18 @@ impl<M: Migratable> LoadSession<M> {
     pub(super) fn finish(&self, driver: &Arc<M>) -> Result {
         let mut guard = self.loading.lock();
         let loading = (*guard).as_mut().ok_or(ENODEV)?;
-        match loading.failed {
-            Some(e) => Err(e),
-            // The rest of an image that is not complete may still come.
-            None => driver.loaded(&mut loading.loader).inspect_err(|e| {
-                loading.failed = Some(*e).filter(|e| *e != EINVAL);
-            }),
+        if let Some(e) = loading.failed {
+            return Err(e);
         }
+        driver.loaded(&mut loading.loader).inspect_err(|e| {
+            // The rest of an image that is not complete may still come.
+            loading.failed = Some(*e).filter(|e| *e != EINVAL);
+        })?;
+        // Under the same lock, so that no write() reaches the loader afterwards.
+        let loading = guard.take();
+        drop(guard);
+        drop(loading);
+        Ok(())
     }
 
     /// Ends the session.

@@ -494,6 +494,9 @@ impl<M: Migratable> Engine<M> {
                 current.leave(Current::Running);
             }
             self.publish(current);
+            if *self.event.lock() == Some(Event::Failed) {
+                return done.and(Err(ENODEV));
+            }
             done
         })
     }
