@@ -103,9 +103,10 @@ unsafe impl<J: Sync> Sync for Shared<J> {}
 ///
 /// The task that makes it pays for it: the thread is in the cgroups of that task, and what it
 /// allocates with `__GFP_ACCOUNT` is charged there. Its CPU time counts against the quota of that
-/// cgroup, but the kernel throttles no kthread, only the other threads of the group. It is no thread of that process, such as
-/// `vhost_task_create()` makes: those are killed with the process and by its `execve()`, but a
-/// device file may be passed on to another process.
+/// cgroup, but the kernel throttles no kthread, only the other threads of the group.
+///
+/// It is no thread of that process, such as `vhost_task_create()` makes: those are killed with the
+/// process and by its `execve()`, but a device file may be passed on to another process.
 ///
 /// The thread freezes with the system: no job is done while user space is frozen.
 ///
