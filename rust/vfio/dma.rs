@@ -247,8 +247,8 @@ impl<'a> Bus<'a> {
             let at = iova + piece.start as u64;
             // SAFETY: It is a part of `bytes`, and the core only reads it.
             let result = unsafe { self.copy(at, page.cast_mut(), true) };
-            // After the copy: whoever takes the log and then looks must find what was logged. If
-            // the copy failed, a part of the page may have been written.
+            // After the copy: a client that takes the log and then reads the page must see what
+            // was logged. If the copy failed, a part of the page may have been written.
             if result.map_or_else(Cause::is_torn, |()| true) {
                 self.log.mark(at, piece.len());
             }

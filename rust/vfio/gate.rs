@@ -100,8 +100,8 @@ impl Inner {
 /// A gate that calls of [`Operations::work`](crate::emulated::Operations::work) and writes to BARs
 /// pass.
 ///
-/// Whoever closes it waits until those that have passed have returned. An interrupt that they
-/// raise is raised before they return. No lock is held while it is waited for.
+/// Closing it waits until the calls that have passed have returned. They raise their interrupts
+/// before they return. No lock is held during the wait.
 #[pin_data]
 pub(crate) struct Gate {
     #[pin]
@@ -194,7 +194,7 @@ impl Gate {
         };
     }
 
-    /// Changes the state, and wakes everybody who waits for a change.
+    /// Changes the state, and wakes all waiters.
     fn change<R>(&self, change: impl FnOnce(&mut Inner) -> R) -> R {
         let result = change(&mut self.inner.lock());
         self.wake();

@@ -1486,7 +1486,7 @@ TEST_F_TIMEOUT(dma, needs_bus_mastering, 120)
 	ASSERT_EQ(0, mig_reset(&m->dev));
 }
 
-/* A guest that switches bus mastering off does not wait for who serves page faults. */
+/* Switching bus mastering off does not wait for an unserved page fault. */
 TEST_F_TIMEOUT(dma, bus_mastering_off_ends_a_stalled_transfer, 120)
 {
 	struct dma_desc d = {

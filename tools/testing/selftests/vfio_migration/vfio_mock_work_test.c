@@ -433,7 +433,7 @@ static void join(struct __test_metadata *_metadata, const char *group)
 		STEP("move the process to a cgroup");
 }
 
-/* The worker uses CPU time of the opener's cgroup, whoever else does nothing there. */
+/* The worker uses CPU time of the opener's cgroup, in which no other task runs. */
 TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 {
 	struct mock m;
@@ -540,7 +540,7 @@ static int open_elsewhere(struct __test_metadata *_metadata, const char *size,
 	}
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
 	EXPECT_TRUE(WIFEXITED(status))
-		PROMISE("whoever opens a device that does not fit lives on");
+		PROMISE("the opener of a device that does not fit is not killed");
 	return WIFEXITED(status) ? -WEXITSTATUS(status) : -EINTR;
 }
 
