@@ -12,7 +12,10 @@ use crate::{
     },
 };
 use core::ops::Range;
-use kernel::prelude::*;
+use kernel::{
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
 
 /// Base address register 0.
 pub const BAR0: u32 = bindings::VFIO_PCI_BAR0_REGION_INDEX;
@@ -27,6 +30,9 @@ pub const COUNT: u32 = bindings::VFIO_PCI_NUM_REGIONS;
 
 /// Where in a file position the region index begins; what is below it is the offset in the region.
 const INDEX_SHIFT: u32 = 40;
+
+// For mmap(), each region begins at a page of the file.
+static_assert!(INDEX_SHIFT as usize >= PAGE_SHIFT);
 
 /// Most bytes that a driver is handed at once.
 const BLOCK: usize = 64 << 10;

@@ -17,6 +17,9 @@ use kernel::{
 /// The largest page that is agreed on, in bytes.
 const MAX_PAGE_SIZE: u64 = 1 << 30;
 
+// The smallest page that is agreed on is one of the kernel.
+static_assert!(PAGE_SIZE as u64 <= MAX_PAGE_SIZE);
+
 /// How many zones a log has at most: 5 MiB, for 128 GiB if pages have 4 KiB.
 ///
 /// The client need not have memory for what is in them: it can map one page at one address after
