@@ -22,15 +22,25 @@ use kernel::{
 };
 use vfio::prelude::*;
 
-/// The size of the memory in pages.
-const PAGES: usize = 16;
+/// The size of the memory in bytes.
+const SIZE: usize = 64 << 10;
 
-/// What the register at 0 reads as, and the tag of page 0. The tags of other pages follow, and then
-/// that of the last record.
+/// The size of the memory in pages, with the page size of the kernel.
+const PAGES: usize = SIZE / PAGE_SIZE;
+
+static_assert!(SIZE % PAGE_SIZE == 0);
+// There is a bit for each page in `MinimalLoader::loaded`.
+static_assert!(PAGES < u32::BITS as usize);
+
+/// What the register at 0 reads as.
 const MAGIC: u64 = u64::from_be_bytes(*b"MINIMAL\0");
 const MAGIC_REGISTER: usize = 0;
 const WRITES_REGISTER: usize = 8;
 const MEMORY: usize = 16;
+
+/// The tag of page 0. The tags of other pages follow, and then that of the last record. They depend
+/// on the page size: the stream of a host with other pages is refused.
+const TAG: u64 = MAGIC + PAGE_SIZE as u64;
 
 /// The size of a record in bytes.
 const RECORD: usize = size_of::<u64>() + PAGE_SIZE;
@@ -90,7 +100,7 @@ impl emulated::Operations for Minimal {
             device: 0x10f1,
             class: 0xff_0000,
         })
-        .memory_bar(region::BAR0 as usize, (PAGES * PAGE_SIZE) as u64, false)
+        .memory_bar(region::BAR0 as usize, SIZE as u64, false)
     }
 
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
@@ -189,7 +199,7 @@ struct MinimalSaver {
 impl Saver for MinimalSaver {
     fn next(&mut self, phase: Phase) -> Result<Next> {
         if let Some(page) = self.tracking.take(1) {
-            let chunk = Chunk::new(&(MAGIC + page.pages().start as u64).to_le_bytes())?;
+            let chunk = Chunk::new(&(TAG + page.pages().start as u64).to_le_bytes())?;
             return Ok(Next::Chunk(chunk.pages(page)));
         }
         if phase == Phase::PreCopy || self.ended {
@@ -199,7 +209,7 @@ impl Saver for MinimalSaver {
         let mut rest = KVVec::zeroed(PAGE_SIZE, GFP_KERNEL_ACCOUNT)?;
         rest[..config_space::SIZE].copy_from_slice(&self.chip.endpoint.save_config());
         self.ended = true;
-        let chunk = Chunk::new(&(MAGIC + PAGES as u64).to_le_bytes())?;
+        let chunk = Chunk::new(&(TAG + PAGES as u64).to_le_bytes())?;
         Ok(Next::Chunk(chunk.bytes(rest)))
     }
 
@@ -229,7 +239,7 @@ impl Loader for MinimalLoader {
         let chip = &self.chip;
         self.records.feed(bytes, |record| {
             let (tag, page) = record.split_first_chunk().ok_or(EINVAL)?;
-            let index = u64::from_le_bytes(*tag).wrapping_sub(MAGIC) as usize;
+            let index = u64::from_le_bytes(*tag).wrapping_sub(TAG) as usize;
             // Nothing may follow the last record.
             if self.ended || index > PAGES {
                 return Err(EINVAL);
