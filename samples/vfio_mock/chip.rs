@@ -20,8 +20,7 @@ use crate::{
         pattern_word,
         words,
         Digest,
-        PageDigest,
-        PAGE_SIZE, //
+        PageDigest, //
     },
 };
 use core::{
@@ -30,6 +29,7 @@ use core::{
 };
 use kernel::{
     new_mutex,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{
         Arc,
@@ -47,9 +47,6 @@ use vfio::{
 
 /// Bytes in a word.
 const WORD: usize = size_of::<u64>();
-
-// The stream and the registers count in pages of 4 KiB, the crate in pages of the kernel.
-const _: () = assert!(kernel::page::PAGE_SIZE == PAGE_SIZE);
 
 /// Bytes on the stack that a command works with at once.
 const BLOCK: usize = 256;

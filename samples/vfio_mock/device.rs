@@ -42,6 +42,9 @@ use vfio::{
 /// The sizes of state memory of [`mdev::Driver::TYPES`], in bytes.
 const SIZES: [usize; 5] = [64 << 10, 1 << 20, 16 << 20, 256 << 20, 1 << 30];
 
+// All of them are powers of two, so the others have whole pages if the smallest one has.
+static_assert!(SIZES[0] % PAGE_SIZE == 0);
+
 /// A mock device, from its creation to its removal.
 pub(crate) struct Mock {
     flags: Flags,

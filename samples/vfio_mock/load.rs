@@ -15,6 +15,7 @@ use crate::{
     },
 };
 use kernel::{
+    page::PAGE_SIZE,
     prelude::*,
     sync::Arc, //
 };
@@ -54,7 +55,7 @@ impl Sink for Target {
 
 /// What takes a stream in, large enough to be worth a place of its own.
 struct Inner {
-    decoder: Decoder<VVec<u64>>,
+    decoder: Decoder<VVec<u64>, PAGE_SIZE>,
     target: Target,
 }
 

@@ -7,6 +7,7 @@ use crate::{
     queue::Queue, //
 };
 use core::ops::Range;
+use kernel::page::PAGE_SIZE;
 
 /// The size of BAR0 in bytes.
 pub(crate) const BAR_SIZE: u32 = 16 << 10;
@@ -52,7 +53,7 @@ mod offset {
     pub(super) const ABI_VERSION: usize = 0x04;
     /// Bytes of state memory, 64 bits, read-only.
     pub(super) const STATE_SIZE: usize = 0x08;
-    /// Bytes in a page of dirty tracking, 32 bits, read-only.
+    /// Bytes in a page, the unit of dirty tracking, 32 bits, read-only.
     pub(super) const PAGE_SIZE: usize = 0x10;
     /// How the last command ended, 32 bits, read-only.
     pub(super) const STATUS: usize = 0x14;
@@ -215,7 +216,7 @@ impl Registers {
         put(
             &mut image,
             offset::PAGE_SIZE,
-            &(crate::stream::PAGE_SIZE as u32).to_le_bytes(),
+            &(PAGE_SIZE as u32).to_le_bytes(),
         );
         put(&mut image, offset::STATUS, &self.status.to_le_bytes());
         put(&mut image, offset::SCRATCH, &self.scratch.to_le_bytes());

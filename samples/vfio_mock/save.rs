@@ -19,11 +19,12 @@ use crate::{
         Tally,
         Trailer,
         IDENTITY_RECORD,
-        PAGE_SIZE,
+        RUN_PAGES,
         TRAILER_RECORD, //
     },
 };
 use kernel::{
+    page::PAGE_SIZE,
     prelude::*,
     sync::Arc, //
 };
@@ -45,11 +46,14 @@ use vfio::{
     },
 };
 
+// The stream takes all runs that the crate makes.
+static_assert!(PAGES_PER_WORD as u64 == RUN_PAGES);
+
 /// Returns the size in bytes of the stream of a device with `pages` pages, each of them once.
 pub(crate) fn image_size(pages: usize) -> u64 {
     let runs = pages.div_ceil(PAGES_PER_WORD);
     IDENTITY_RECORD
-        + run_records(runs as u64, pages as u64)
+        + run_records::<PAGE_SIZE>(runs as u64, pages as u64)
         + registers_record(SNAPSHOT_SIZE)
         + TRAILER_RECORD
 }
@@ -70,7 +74,7 @@ pub(crate) struct MockSaver {
     /// What changes since it was streamed.
     tracking: Tracking,
     delay: Delay,
-    identity: Identity,
+    identity: Identity<PAGE_SIZE>,
     step: Step,
     digests: Digests<VVec<u64>>,
     tally: Tally,
@@ -117,8 +121,8 @@ impl MockSaver {
             self.digests.set(page as u64, self.chip.page_digest(page));
         }
         let (start, count) = ((pages.start * PAGE_SIZE) as u64, pages.len() as u64);
-        let chunk = Chunk::new(&run_header(start, count))?.pages(run);
-        self.tally.run(count);
+        let chunk = Chunk::new(&run_header::<PAGE_SIZE>(start, count))?.pages(run);
+        self.tally.run::<PAGE_SIZE>(count);
         Ok(chunk)
     }
 
@@ -176,7 +180,7 @@ impl Saver for MockSaver {
 
     fn remaining(&self) -> Result<Remaining> {
         let pending = self.tracking.pending();
-        let size = |Pages { pages, runs }| run_records(runs, pages);
+        let size = |Pages { pages, runs }| run_records::<PAGE_SIZE>(runs, pages);
         let (identity, tail) = match self.step {
             Step::Identity => (
                 IDENTITY_RECORD,

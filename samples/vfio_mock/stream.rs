@@ -3,7 +3,7 @@
 //! The migration stream: its records, its digest, and the decoder.
 //!
 //! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
-//! and in host tests. The caller brings the memory and the lock.
+//! and in host tests. The caller brings the memory, the lock and the page size.
 //!
 //! # Format
 //!
@@ -22,6 +22,12 @@
 //! [`FLAG_OPTIONAL`], of at most [`OPTIONAL_MAX`] bytes, may stand anywhere between the first and
 //! the last record, and a reader skips it. All other records are refused.
 //!
+//! # Page size
+//!
+//! A page is one of the kernel that runs the device: `PAGE` bytes, a constant of the types and
+//! functions below. The identity tells it. A [`Decoder`] refuses the stream of a device with pages
+//! of another size: [`Error::BadPageSize`].
+//!
 //! # Digest
 //!
 //! The digest in the trailer is the wrapping sum of the digests of all pages, of the registers and
@@ -33,9 +39,6 @@
 //! fourth word.
 
 use core::ops::DerefMut;
-
-/// The granularity of the state memory, in bytes.
-pub const PAGE_SIZE: usize = 4096;
 
 /// The most pages of one record, whose multiples the pages of a record do not cross.
 pub const RUN_PAGES: u64 = 64;
@@ -106,16 +109,28 @@ const DIGEST_PAGE: u64 = 0x100;
 /// How many digests the words of a page are dealt out to, one after the other.
 pub const LANES: usize = 4;
 
+/// Returns the page size in bytes. The build fails if the format cannot have pages of that size.
+const fn page_size<const PAGE: usize>() -> u64 {
+    const {
+        assert!(PAGE.is_power_of_two());
+        // A page fills all lanes of its digest with whole words.
+        assert!(PAGE % (8 * LANES) == 0);
+        // The identity has 32 bits for the page size.
+        assert!(PAGE as u64 <= u32::MAX as u64);
+    }
+    PAGE as u64
+}
+
 /// Returns the size of a pages record of `pages` pages with its header.
-pub const fn run_record(pages: u64) -> u64 {
-    run_records(1, pages)
+pub const fn run_record<const PAGE: usize>(pages: u64) -> u64 {
+    run_records::<PAGE>(1, pages)
 }
 
 /// Returns the size of `runs` pages records with their headers that have `pages` pages together.
-pub const fn run_records(runs: u64, pages: u64) -> u64 {
+pub const fn run_records<const PAGE: usize>(runs: u64, pages: u64) -> u64 {
     let overhead = runs.saturating_mul(RUN_OVERHEAD);
 
-    overhead.saturating_add(pages.saturating_mul(PAGE_SIZE as u64))
+    overhead.saturating_add(pages.saturating_mul(page_size::<PAGE>()))
 }
 
 /// Returns the size of a registers record with its header.
@@ -132,7 +147,7 @@ pub enum Error {
     /// The version of the format is unknown.
     BadVersion,
 
-    /// The granularity of the memory is another one.
+    /// The pages have another size.
     BadPageSize,
 
     /// The size of the memory is another one.
@@ -414,7 +429,11 @@ impl<S: DerefMut<Target = [u64]>> Digests<S> {
 
     /// Returns the digest of the whole image for the trailer, where `registers_digest` is what
     /// [`registers_digest`] returns.
-    pub fn image(&self, identity: &Identity, registers_digest: u64) -> u64 {
+    pub fn image<const PAGE: usize>(
+        &self,
+        identity: &Identity<PAGE>,
+        registers_digest: u64,
+    ) -> u64 {
         self.total
             .wrapping_add(identity.digest())
             .wrapping_add(registers_digest)
@@ -442,23 +461,25 @@ impl Tally {
     }
 
     /// Counts a record of `pages` pages.
-    pub const fn run(&mut self, pages: u64) {
-        self.record(run_record(pages));
+    pub const fn run<const PAGE: usize>(&mut self, pages: u64) {
+        self.record(run_record::<PAGE>(pages));
         self.pages = self.pages.wrapping_add(pages);
     }
 }
 
-/// The identity of a stream: which device wrote it.
+/// The identity of a stream: which device wrote it, with pages of `PAGE` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub struct Identity<const PAGE: usize> {
     /// The size of the state memory in bytes.
     pub state_size: u64,
 }
 
-impl Identity {
+impl<const PAGE: usize> Identity<PAGE> {
     /// Returns the words of the payload: magic, version and page size, state size, features.
     const fn payload(&self) -> [u64; 4] {
-        [MAGIC, pair(VERSION, PAGE_SIZE as u32), self.state_size, 0]
+        let page = page_size::<PAGE>() as u32;
+
+        [MAGIC, pair(VERSION, page), self.state_size, 0]
     }
 
     /// Returns the record with its header.
@@ -490,7 +511,7 @@ impl Identity {
         if version as u32 != VERSION {
             return Err(Error::BadVersion);
         }
-        if version >> 32 != PAGE_SIZE as u64 {
+        if version >> 32 != page_size::<PAGE>() {
             return Err(Error::BadPageSize);
         }
         if state_size != self.state_size {
@@ -542,8 +563,8 @@ impl Trailer {
 }
 
 /// Returns the header and the offset in front of `pages` pages from byte `offset` on.
-pub fn run_header(offset: u64, pages: u64) -> [u8; RUN_OVERHEAD as usize] {
-    let length = run_record(pages) - HEADER_LEN as u64;
+pub fn run_header<const PAGE: usize>(offset: u64, pages: u64) -> [u8; RUN_OVERHEAD as usize] {
+    let length = run_record::<PAGE>(pages) - HEADER_LEN as u64;
 
     encode(&[tag_word(TAG_PAGES), length, offset])
 }
@@ -573,9 +594,9 @@ pub trait Sink {
     /// Returns the [`page_digest`] of what the memory holds now.
     fn page_digest(&self, page: u64) -> u64;
 
-    /// Writes all `bytes` of a page and returns its [`page_digest`], at one go.
+    /// Writes a page, all of whose bytes are `bytes`, and returns its [`page_digest`].
     fn write_page(&mut self, page: u64, bytes: &[u8]) -> u64 {
-        self.write(page * PAGE_SIZE as u64, bytes);
+        self.write(page * bytes.len() as u64, bytes);
         self.page_digest(page)
     }
 
@@ -628,12 +649,12 @@ enum Phase {
     Trailer,
 }
 
-/// Reads a stream in pieces of any length.
+/// Reads a stream of a device with pages of `PAGE` bytes, in pieces of any length.
 ///
 /// Every length is checked before it is used, and nothing is allocated. The first error sticks.
-pub struct Decoder<S: DerefMut<Target = [u64]>> {
+pub struct Decoder<S: DerefMut<Target = [u64]>, const PAGE: usize> {
     /// The identity that the stream must have.
-    identity: Identity,
+    identity: Identity<PAGE>,
 
     /// The length that the registers must have.
     registers_len: usize,
@@ -663,7 +684,13 @@ pub struct Decoder<S: DerefMut<Target = [u64]>> {
     error: Option<Error>,
 }
 
-impl<S: DerefMut<Target = [u64]>> Decoder<S> {
+impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
+    /// The page size in bytes.
+    const PAGE_SIZE: u64 = page_size::<PAGE>();
+
+    /// The size in bytes of [`RUN_PAGES`] pages.
+    const RUN_SIZE: u64 = RUN_PAGES * Self::PAGE_SIZE;
+
     /// Creates a decoder for a device with `state_size` bytes of memory and `registers_len` bytes
     /// of registers. The words of `table` must be 0.
     ///
@@ -672,7 +699,7 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
     pub fn new(state_size: u64, registers_len: usize, table: S) -> Option<Self> {
         let pages = u64::try_from(table.len()).ok()?;
 
-        if pages.checked_mul(PAGE_SIZE as u64)? != state_size || registers_len > MAX_REGISTERS {
+        if pages.checked_mul(Self::PAGE_SIZE)? != state_size || registers_len > MAX_REGISTERS {
             return None;
         }
         Some(Self {
@@ -809,9 +836,10 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
         let good_length = match tag {
             TAG_IDENTITY => length == IDENTITY_LEN as u64,
             TAG_PAGES => {
-                let pages = length.wrapping_sub(OFFSET_LEN as u64) / PAGE_SIZE as u64;
+                let pages = length.wrapping_sub(OFFSET_LEN as u64) / Self::PAGE_SIZE;
+                let payload = run_record::<PAGE>(pages) - HEADER_LEN as u64;
 
-                (1..=RUN_PAGES).contains(&pages) && run_record(pages) - HEADER_LEN as u64 == length
+                (1..=RUN_PAGES).contains(&pages) && payload == length
             }
             TAG_REGISTERS => length == self.registers_len as u64,
             TAG_TRAILER => length == TRAILER_LEN as u64,
@@ -845,17 +873,16 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
 
     /// Reads the offset in front of `length` bytes of pages.
     fn offset(&mut self, length: u64) -> Result<(), Error> {
-        const RUN: u64 = RUN_PAGES * PAGE_SIZE as u64;
-
         let [offset] = read(self.collected(OFFSET_LEN));
         let inside = offset
             .checked_add(length)
             .is_some_and(|end| end <= self.identity.state_size);
+        let across = offset % Self::RUN_SIZE + length > Self::RUN_SIZE;
 
-        if !inside || offset % PAGE_SIZE as u64 != 0 || offset % RUN + length > RUN {
+        if !inside || offset % Self::PAGE_SIZE != 0 || across {
             return Err(Error::BadOffset);
         }
-        self.tally.pages = self.tally.pages.wrapping_add(length / PAGE_SIZE as u64);
+        self.tally.pages = self.tally.pages.wrapping_add(length / Self::PAGE_SIZE);
         self.expect = Expect::Pages(offset, length);
         Ok(())
     }
@@ -872,20 +899,20 @@ impl<S: DerefMut<Target = [u64]>> Decoder<S> {
         let end = offset + bytes.len() as u64;
 
         // Up to the next page, whole pages, and the beginning of another one.
-        let inside = (offset % PAGE_SIZE as u64) as usize;
+        let inside = (offset % Self::PAGE_SIZE) as usize;
         let (head, rest) = match inside {
             0 => (&[] as &[u8], bytes),
-            inside => bytes.split_at(bytes.len().min(PAGE_SIZE - inside)),
+            inside => bytes.split_at(bytes.len().min(PAGE - inside)),
         };
         if !head.is_empty() {
             sink.write(offset, head);
-            if inside + head.len() == PAGE_SIZE {
-                let page = offset / PAGE_SIZE as u64;
+            if inside + head.len() == PAGE {
+                let page = offset / Self::PAGE_SIZE;
                 self.digests.set(page, sink.page_digest(page));
             }
         }
-        let pages = (offset + head.len() as u64).div_ceil(PAGE_SIZE as u64);
-        let mut whole = rest.chunks_exact(PAGE_SIZE);
+        let pages = (offset + head.len() as u64).div_ceil(Self::PAGE_SIZE);
+        let mut whole = rest.chunks_exact(PAGE);
         for (page, bytes) in (pages..).zip(&mut whole) {
             self.digests.set(page, sink.write_page(page, bytes));
         }

@@ -402,10 +402,12 @@ mod stream_tests {
         Tally,
         Trailer,
         IDENTITY_RECORD,
-        PAGE_SIZE,
         RUN_OVERHEAD, //
     };
-    use kernel::prelude::*;
+    use kernel::{
+        page::PAGE_SIZE,
+        prelude::*, //
+    };
 
     /// The pages of the device.
     const PAGES: usize = 2;
@@ -415,19 +417,20 @@ mod stream_tests {
         0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
     ];
 
-    /// Returns the memory of the device.
-    fn memory() -> Result<KVVec<u8>> {
+    /// Returns the memory of a device with pages of `PAGE` bytes.
+    fn memory<const PAGE: usize>() -> Result<KVVec<u8>> {
         let mut memory = KVVec::new();
 
-        for index in 0..(PAGES * PAGE_SIZE / 8) as u64 {
+        for index in 0..(PAGES * PAGE / 8) as u64 {
             memory.extend_from_slice(&pattern_word(9, index).to_le_bytes(), GFP_KERNEL)?;
         }
         Ok(memory)
     }
 
-    /// Returns the stream of `memory` in one run.
-    fn save(memory: &[u8]) -> Result<KVVec<u8>> {
-        let identity = Identity {
+    /// Returns the stream of [`memory()`] in one run.
+    fn save<const PAGE: usize>() -> Result<KVVec<u8>> {
+        let memory = memory::<PAGE>()?;
+        let identity = Identity::<PAGE> {
             state_size: memory.len() as u64,
         };
         let mut digests = Digests::new(KVVec::from_elem(0, PAGES, GFP_KERNEL)?);
@@ -436,10 +439,10 @@ mod stream_tests {
 
         tally.record(IDENTITY_RECORD);
         out.extend_from_slice(&identity.record(), GFP_KERNEL)?;
-        tally.run(PAGES as u64);
-        out.extend_from_slice(&run_header(0, PAGES as u64), GFP_KERNEL)?;
-        out.extend_from_slice(memory, GFP_KERNEL)?;
-        for (page, content) in (0..).zip(memory.chunks(PAGE_SIZE)) {
+        tally.run::<PAGE>(PAGES as u64);
+        out.extend_from_slice(&run_header::<PAGE>(0, PAGES as u64), GFP_KERNEL)?;
+        out.extend_from_slice(&memory, GFP_KERNEL)?;
+        for (page, content) in (0..).zip(memory.chunks(PAGE)) {
             digests.set(page, page_digest(page, lanes(content)));
         }
         tally.record(registers_record(REGISTERS.len()));
@@ -494,7 +497,8 @@ mod stream_tests {
     fn load(loader: &mut Loader, stream: &[u8], size: usize) -> Result<Result<(), stream::Error>> {
         let table = KVVec::from_elem(0, PAGES, GFP_KERNEL)?;
         let state_size = (PAGES * PAGE_SIZE) as u64;
-        let mut decoder = Decoder::new(state_size, REGISTERS.len(), table).ok_or(EINVAL)?;
+        let decoder = Decoder::<_, PAGE_SIZE>::new(state_size, REGISTERS.len(), table);
+        let mut decoder = decoder.ok_or(EINVAL)?;
 
         for piece in stream.chunks(size) {
             if let Err(error) = decoder.feed(piece, loader) {
@@ -514,21 +518,44 @@ mod stream_tests {
 
     #[test]
     fn format_is_fixed() -> Result {
-        let image = save(&memory()?)?;
-
         // The same numbers as in the tests of the host.
         assert_eq!(pattern_word(0, 0), 0xe220a8397b1dcdaf);
-        assert_eq!(image.len(), 8348);
-        assert_eq!(digest(0, words(&image)), 0x9f299da614b1db62);
+        for (image, len, sum) in [
+            (save::<{ 4 << 10 }>()?, 8348, 0x9f299da614b1db62),
+            (save::<{ 16 << 10 }>()?, 32924, 0xa4d0d5992e190f34),
+            (save::<{ 64 << 10 }>()?, 131228, 0xc11cae5eec211b1f),
+        ] {
+            assert_eq!(image.len(), len);
+            assert_eq!(digest(0, words(&image)), sum);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn pages_of_another_size_are_refused() -> Result {
+        let mut loader = Loader::new()?;
+
+        for image in [save::<{ PAGE_SIZE / 2 }>()?, save::<{ PAGE_SIZE * 2 }>()?] {
+            assert_eq!(
+                load(&mut loader, &image, 4096)?,
+                Err(stream::Error::BadPageSize)
+            );
+        }
         Ok(())
     }
 
     #[test]
     fn any_pieces_arrive() -> Result {
-        let memory = memory()?;
-        let image = save(&memory)?;
+        let memory = memory::<PAGE_SIZE>()?;
+        let image = save::<PAGE_SIZE>()?;
 
-        for size in [1, 2, 3, 7, 16, 63, 64, 4095, 4096, 4097, 9000] {
+        const NEAR_PAGE: [usize; 4] =
+            [PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE + 808];
+
+        for size in [[1, 2, 3, 7], [16, 63, 64, 509], NEAR_PAGE]
+            .into_iter()
+            .flatten()
+        {
             let mut loader = Loader::new()?;
 
             assert_eq!(load(&mut loader, &image, size)?, Ok(()));
@@ -539,7 +566,7 @@ mod stream_tests {
 
     #[test]
     fn truncated_streams_are_refused() -> Result {
-        let image = save(&memory()?)?;
+        let image = save::<PAGE_SIZE>()?;
         let mut loader = Loader::new()?;
 
         for len in (0..image.len()).filter(sample) {
@@ -553,7 +580,7 @@ mod stream_tests {
 
     #[test]
     fn corrupted_streams_are_refused() -> Result {
-        let mut image = save(&memory()?)?;
+        let mut image = save::<PAGE_SIZE>()?;
         let mut loader = Loader::new()?;
 
         for at in (0..image.len()).filter(sample) {
@@ -573,7 +600,7 @@ mod stream_tests {
 
     #[test]
     fn trailing_bytes_are_refused() -> Result {
-        let mut image = save(&memory()?)?;
+        let mut image = save::<PAGE_SIZE>()?;
         let mut loader = Loader::new()?;
 
         image.push(0, GFP_KERNEL)?;

@@ -9,6 +9,9 @@ use vfio_host_tests::stream::*;
 /// Sizes of the memory in pages: none, few, and more than a record may have.
 const PAGES: [usize; 4] = [0, 1, 2, 66];
 
+/// The same for large pages, where so many would take too long.
+const LARGE_PAGES: [usize; 4] = [0, 1, 2, 3];
+
 /// Size of the registers in bytes.
 const REGISTERS: [usize; 5] = [0, 1, 20, 32, MAX_REGISTERS];
 
@@ -23,7 +26,7 @@ enum Record<'a> {
 
 /// A device.
 #[derive(Clone, PartialEq, Eq)]
-struct Device {
+struct Device<const PAGE: usize> {
     memory: Vec<u8>,
     registers: Vec<u8>,
     /// The device refuses registers that begin with this byte.
@@ -52,7 +55,7 @@ fn digest_of_words(digest: u64, words: impl Iterator<Item = u64>) -> u64 {
 /// Returns the digest of a page, as defined by the format.
 fn digest_of_page(page: u64, bytes: &[u8]) -> u64 {
     let lanes = (0..4).map(|lane| {
-        let words = (lane * 8..PAGE_SIZE).step_by(32);
+        let words = (lane * 8..bytes.len()).step_by(32);
 
         digest_of_words(0x100 + page, words.map(|at| number(bytes, at)))
     });
@@ -68,9 +71,13 @@ fn number(bytes: &[u8], at: usize) -> u64 {
 type Fixed = Option<Vec<u8>>;
 
 /// Reads a whole stream into a device.
-fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (Error, Fixed)> {
+fn read<'a, const PAGE: usize>(
+    stream: &'a [u8],
+    device: &mut Device<PAGE>,
+) -> Result<Vec<Record<'a>>, (Error, Fixed)> {
+    let page_size = PAGE as u64;
     let mut records = Vec::new();
-    let mut sent: Vec<Option<u64>> = vec![None; device.memory.len() / PAGE_SIZE];
+    let mut sent: Vec<Option<u64>> = vec![None; device.memory.len() / PAGE];
     let (mut rest, mut pages, mut digest) = (stream, 0, 0_u64);
     let stop = |error| Err((error, None));
 
@@ -101,7 +108,7 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
         let page_bytes = length.wrapping_sub(8);
         let good_length = match tag {
             1 | 4 => length == 32,
-            2 => page_bytes % 4096 == 0 && (1..=64).contains(&(page_bytes / 4096)),
+            2 => page_bytes % page_size == 0 && (1..=64).contains(&(page_bytes / page_size)),
             3 => length == device.registers.len() as u64,
             _ => length <= 1 << 20,
         };
@@ -119,7 +126,7 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
                 let why = [
                     (payload[..8] != *b"VMOCKST1", Error::BadMagic),
                     (number(payload, 8) as u32 != 1, Error::BadVersion),
-                    (number(payload, 8) >> 32 != 4096, Error::BadPageSize),
+                    (number(payload, 8) >> 32 != page_size, Error::BadPageSize),
                     (
                         number(payload, 16) != device.memory.len() as u64,
                         Error::BadStateSize,
@@ -138,8 +145,8 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
                 }
                 let (offset, content) = (number(payload, 0), &payload[8..]);
                 let end = u128::from(offset) + u128::from(page_bytes);
-                let group = 64 * 4096;
-                if offset % 4096 != 0
+                let group = 64 * u128::from(page_size);
+                if offset % page_size != 0
                     || end > device.memory.len() as u128
                     || (end - 1) / group != u128::from(offset) / group
                 {
@@ -150,10 +157,10 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
                 if !whole {
                     return stop(Error::Truncated);
                 }
-                for (page, content) in (offset / 4096..).zip(content.chunks(4096)) {
+                for (page, content) in (offset / page_size..).zip(content.chunks(PAGE)) {
                     sent[page as usize] = Some(digest_of_page(page, content));
                 }
-                pages += page_bytes / 4096;
+                pages += page_bytes / page_size;
                 records.push(Record::Pages(offset, content));
             }
             3 => {
@@ -198,11 +205,11 @@ fn read<'a>(stream: &'a [u8], device: &mut Device) -> Result<Vec<Record<'a>>, (E
 }
 
 /// Writes records like a device.
-fn write(records: &[Record<'_>], device: &Device) -> Vec<u8> {
-    let identity = Identity {
+fn write<const PAGE: usize>(records: &[Record<'_>], device: &Device<PAGE>) -> Vec<u8> {
+    let identity = Identity::<PAGE> {
         state_size: device.memory.len() as u64,
     };
-    let mut digests = Digests::new(vec![0; device.memory.len() / PAGE_SIZE]);
+    let mut digests = Digests::new(vec![0; device.memory.len() / PAGE]);
     let mut tally = Tally::default();
     let mut out = Vec::new();
 
@@ -213,12 +220,12 @@ fn write(records: &[Record<'_>], device: &Device) -> Vec<u8> {
                 tally.record(IDENTITY_RECORD);
             }
             Record::Pages(offset, content) => {
-                let pages = (content.len() / PAGE_SIZE) as u64;
+                let pages = (content.len() / PAGE) as u64;
 
-                out.extend(run_header(*offset, pages));
+                out.extend(run_header::<PAGE>(*offset, pages));
                 out.extend(*content);
-                tally.run(pages);
-                for (page, content) in (offset / 4096..).zip(content.chunks(PAGE_SIZE)) {
+                tally.run::<PAGE>(pages);
+                for (page, content) in (offset / PAGE as u64..).zip(content.chunks(PAGE)) {
                     digests.set(page, page_digest(page, lanes(content)));
                 }
             }
@@ -254,23 +261,23 @@ fn optional(tag: u32, payload: &[u8]) -> Vec<u8> {
     .concat()
 }
 
-impl Sink for Device {
+impl<const PAGE: usize> Sink for Device<PAGE> {
     fn write(&mut self, offset: u64, bytes: &[u8]) {
         let first = offset as usize;
 
         assert!(!bytes.is_empty(), "an empty write");
         assert_eq!(
-            first / PAGE_SIZE,
-            (first + bytes.len() - 1) / PAGE_SIZE,
+            first / PAGE,
+            (first + bytes.len() - 1) / PAGE,
             "beyond a page"
         );
         self.memory[first..first + bytes.len()].copy_from_slice(bytes);
     }
 
     fn page_digest(&self, page: u64) -> u64 {
-        let first = page as usize * PAGE_SIZE;
+        let first = page as usize * PAGE;
 
-        page_digest(page, lanes(&self.memory[first..first + PAGE_SIZE]))
+        page_digest(page, lanes(&self.memory[first..first + PAGE]))
     }
 
     fn registers(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -283,10 +290,15 @@ impl Sink for Device {
 }
 
 /// Feeds a stream in pieces of these lengths, repeatedly.
-fn decode(stream: &[u8], device: &mut Device, cuts: &[usize]) -> Result<(), Error> {
-    let (pages, registers) = (device.memory.len() / PAGE_SIZE, device.registers.len());
+fn decode<const PAGE: usize>(
+    stream: &[u8],
+    device: &mut Device<PAGE>,
+    cuts: &[usize],
+) -> Result<(), Error> {
+    let (pages, registers) = (device.memory.len() / PAGE, device.registers.len());
     let table = vec![0; pages];
-    let mut decoder = Decoder::new((pages * PAGE_SIZE) as u64, registers, table).expect("it fits");
+    let decoder = Decoder::<_, PAGE>::new((pages * PAGE) as u64, registers, table);
+    let mut decoder = decoder.expect("it fits");
     let mut rest = stream;
     let mut cuts = cuts.iter().cycle();
 
@@ -309,7 +321,11 @@ fn decode(stream: &[u8], device: &mut Device, cuts: &[usize]) -> Result<(), Erro
 }
 
 /// Compares both on a stream in these pieces. If it is refused, returns the fix for its trailer.
-fn compare(stream: &[u8], new: &Device, cuts: &[usize]) -> Result<(), Fixed> {
+fn compare<const PAGE: usize>(
+    stream: &[u8],
+    new: &Device<PAGE>,
+    cuts: &[usize],
+) -> Result<(), Fixed> {
     let (mut model, mut device) = (new.clone(), new.clone());
     let read = read(stream, &mut model);
     let decoded = decode(stream, &mut device, cuts);
@@ -330,17 +346,17 @@ fn compare(stream: &[u8], new: &Device, cuts: &[usize]) -> Result<(), Fixed> {
 }
 
 /// Returns a device, and the lengths of the pieces of its stream.
-fn device(input: &mut Input<'_>) -> (Device, Vec<usize>) {
-    let pages = input.one_of(&PAGES);
+fn device<const PAGE: usize>(input: &mut Input<'_>) -> (Device<PAGE>, Vec<usize>) {
+    let pages = input.one_of(if PAGE == 4096 { &PAGES } else { &LARGE_PAGES });
     let registers = input.one_of(&REGISTERS);
     let cuts = (0..input.below(5)).map(|_| match input.byte() {
         small @ 0..=127 => usize::from(small) + 1,
-        page @ 128..=191 => PAGE_SIZE + usize::from(page) - 160,
+        page @ 128..=191 => PAGE + usize::from(page) - 160,
         large => usize::from(large) * 61,
     });
     let cuts = cuts.collect();
     let device = Device {
-        memory: vec![0xee; pages * PAGE_SIZE],
+        memory: vec![0xee; pages * PAGE],
         registers: vec![0xdd; registers],
         refused: input.bool().then_some(0x80),
     };
@@ -349,23 +365,38 @@ fn device(input: &mut Input<'_>) -> (Device, Vec<usize>) {
 }
 
 /// Returns an offset at the beginning, at the end of a group, or at the end of all numbers.
-fn near(input: &mut Input<'_>) -> u64 {
-    let page = PAGE_SIZE as u64;
+fn near<const PAGE: usize>(input: &mut Input<'_>) -> u64 {
+    let page = PAGE as u64;
     let near = input.one_of(&[0, 62 * page, 0_u64.wrapping_sub(4 * page)]);
 
     near.wrapping_add(input.below(6) as u64 * page)
 }
 
+/// Calls a test for pages of the size that the input begins with, mostly the smallest.
+macro_rules! with_page_size {
+    ($input:ident, $test:ident) => {
+        match $input.below(16) {
+            0 => $test::<{ 64 << 10 }>($input),
+            1 => $test::<{ 16 << 10 }>($input),
+            _ => $test::<{ 4 << 10 }>($input),
+        }
+    };
+}
+
 /// Tests any bytes, headers, numbers and pages after none, some or all of the beginning of a valid
 /// stream. If only the trailer is wrong, or has data after it, the correct one is tested as well.
 pub(crate) fn any_bytes(data: &[u8]) {
-    const PAGE: u64 = PAGE_SIZE as u64;
-
     let mut input = Input(data);
-    let (new, cuts) = device(&mut input);
+
+    with_page_size!(input, any_bytes_of)
+}
+
+fn any_bytes_of<const PAGE: usize>(mut input: Input<'_>) {
+    let page = PAGE as u64;
+    let (new, cuts) = device::<PAGE>(&mut input);
     let pages: Vec<Record<'_>> = (0..)
-        .zip(new.memory.chunks(RUN_PAGES as usize * PAGE_SIZE))
-        .map(|(group, content)| Record::Pages(group * RUN_PAGES * PAGE, content))
+        .zip(new.memory.chunks(RUN_PAGES as usize * PAGE))
+        .map(|(group, content)| Record::Pages(group * RUN_PAGES * page, content))
         .collect();
     let mut records = vec![Record::Identity];
     records.extend(pages);
@@ -381,8 +412,8 @@ pub(crate) fn any_bytes(data: &[u8]) {
                 stream.extend(input.bytes(count));
             }
             1 => stream.extend(input.number().to_le_bytes()),
-            2 => stream.extend(near(&mut input).to_le_bytes()),
-            3 => stream.resize(stream.len() + input.below(3) * PAGE_SIZE, input.byte()),
+            2 => stream.extend(near::<PAGE>(&mut input).to_le_bytes()),
+            3 => stream.resize(stream.len() + input.below(3) * PAGE, input.byte()),
             4 => stream.resize(stream.len() + input.below(2100), input.byte()),
             _ => {
                 let tag = [2, 2, 2, 0, 1, 3, 4, 5][input.below(8)];
@@ -394,10 +425,10 @@ pub(crate) fn any_bytes(data: &[u8]) {
                 let length = match input.below(8) {
                     0 => input.number(),
                     1 => OPTIONAL_MAX + 1,
-                    2 => OFFSET_LEN as u64 + input.one_of(&[0, 1, 63, 64, 65]) * PAGE,
+                    2 => OFFSET_LEN as u64 + input.one_of(&[0, 1, 63, 64, 65]) * page,
                     3 => OPTIONAL_MAX,
                     _ => match tag {
-                        TAG_PAGES => OFFSET_LEN as u64 + (1 + input.below(3) as u64) * PAGE,
+                        TAG_PAGES => OFFSET_LEN as u64 + (1 + input.below(3) as u64) * page,
                         TAG_REGISTERS => new.registers.len() as u64,
                         _ if skipped => input.below(40) as u64,
                         _ => 32,
@@ -408,7 +439,7 @@ pub(crate) fn any_bytes(data: &[u8]) {
                 stream.extend(flags.to_le_bytes());
                 stream.extend(length.to_le_bytes());
                 if tag == TAG_PAGES && input.below(4) > 0 {
-                    stream.extend(near(&mut input).to_le_bytes());
+                    stream.extend(near::<PAGE>(&mut input).to_le_bytes());
                 }
             }
         }
@@ -424,10 +455,15 @@ pub(crate) fn any_bytes(data: &[u8]) {
 /// Tests the stream of a device, with damages.
 pub(crate) fn damaged_streams(data: &[u8]) {
     let mut input = Input(data);
-    let (new, cuts) = device(&mut input);
-    let pages = new.memory.len() / PAGE_SIZE;
+
+    with_page_size!(input, damaged_streams_of)
+}
+
+fn damaged_streams_of<const PAGE: usize>(mut input: Input<'_>) {
+    let (new, cuts) = device::<PAGE>(&mut input);
+    let pages = new.memory.len() / PAGE;
     let registers: Vec<u8> = (0..new.registers.len()).map(|at| at as u8).collect();
-    let mut memory = vec![0; pages * PAGE_SIZE];
+    let mut memory = vec![0; pages * PAGE];
     // Each page once, so that the stream is complete, and some of them again.
     let mut runs: Vec<(usize, usize)> = (0..pages)
         .step_by(RUN_PAGES as usize)
@@ -445,13 +481,13 @@ pub(crate) fn damaged_streams(data: &[u8]) {
 
     let mut contents = Vec::new();
     for (round, (first, count)) in runs.iter().enumerate() {
-        let mut content = vec![0; count * PAGE_SIZE];
+        let mut content = vec![0; count * PAGE];
         for (index, word) in (0..).zip(content.chunks_exact_mut(8)) {
             word.copy_from_slice(&pattern_word(round as u64, index).to_le_bytes());
         }
 
-        memory[first * PAGE_SIZE..][..content.len()].copy_from_slice(&content);
-        contents.push(((first * PAGE_SIZE) as u64, content));
+        memory[first * PAGE..][..content.len()].copy_from_slice(&content);
+        contents.push(((first * PAGE) as u64, content));
     }
     let mut records = vec![Record::Identity];
     for (offset, content) in &contents {
@@ -482,8 +518,8 @@ pub(crate) fn damaged_streams(data: &[u8]) {
         let at = (input.one_of(&starts) + input.below(100)).min(stream.len());
         let count = match input.byte() {
             small @ 0..=99 => usize::from(small),
-            100..=199 => PAGE_SIZE,
-            _ => RUN_OVERHEAD as usize + PAGE_SIZE,
+            100..=199 => PAGE,
+            _ => RUN_OVERHEAD as usize + PAGE,
         };
         let range = at..(at + count).min(stream.len());
 
