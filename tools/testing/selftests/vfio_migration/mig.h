@@ -21,6 +21,9 @@
 
 #define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
 
+/* The page size of the kernel in bytes. */
+__u64 mig_page_size(void) __attribute__((const));
+
 /* How many times as long as usual everything may take: VFIO_PATIENCE, or 1. */
 int mig_patience(void);
 
@@ -212,6 +215,8 @@ int mig_stall_start(struct mig_stall *stall);
 int mig_stall_wait(struct mig_stall *stall);
 /* Makes the page one with this content. */
 int mig_stall_end(struct mig_stall *stall, const void *content);
+/* Makes the page one of zeroes. */
+int mig_stall_end_zero(struct mig_stall *stall);
 void mig_stall_free(struct mig_stall *stall);
 
 /* Once before the following. */

@@ -21,6 +21,11 @@
 
 #include "mig.h"
 
+__u64 mig_page_size(void)
+{
+	return sysconf(_SC_PAGESIZE);
+}
+
 int mig_patience(void)
 {
 	const char *value = getenv("VFIO_PATIENCE");

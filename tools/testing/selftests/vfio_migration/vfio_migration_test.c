@@ -156,10 +156,13 @@ static bool save_steady(struct __test_metadata *_metadata,
 			__ret ? strerror(-__ret) : "0", (stream)->len);		\
 } while (0)
 
+/* Each byte of an image of this size is tried, and of a larger one a part. */
+#define SMALL_IMAGE	4096
+
 /* A page, followed by one that faults. */
 static void *page_before_a_hole(void)
 {
-	size_t page = sysconf(_SC_PAGESIZE);
+	size_t page = mig_page_size();
 	void *map = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE,
 			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
@@ -220,7 +223,7 @@ static void check_get_arguments(struct __test_metadata *_metadata,
 		PROMISE("a pointer to nothing is EFAULT");
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
-	hole = (void *)((char *)hole + sysconf(_SC_PAGESIZE) - head);
+	hole = (void *)((char *)hole + mig_page_size() - head);
 	hole->argsz = head + size;
 	hole->flags = GET | feature;
 	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, hole));
@@ -258,7 +261,7 @@ TEST_F(device, set_state_arguments)
 
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
-	hole = (void *)((char *)hole + sysconf(_SC_PAGESIZE) - head);
+	hole = (void *)((char *)hole + mig_page_size() - head);
 	hole->argsz = head + sizeof(mig);
 	hole->flags = SET | FEATURE_STATE;
 	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, hole));
@@ -488,7 +491,7 @@ TEST_F(device, reads_of_nothing_consume_nothing)
 
 	edge = page_before_a_hole();
 	ASSERT_NE(NULL, edge);
-	edge += sysconf(_SC_PAGESIZE);
+	edge += mig_page_size();
 	fd = go(_metadata, &self->dev, STOP_COPY);
 	EXPECT_EQ(0, read(fd, &byte, 0))
 		PROMISE("a read of zero bytes returns 0");
@@ -514,7 +517,7 @@ TEST_F(device, short_read_at_a_hole_loses_nothing)
 
 	edge = page_before_a_hole();
 	ASSERT_NE(NULL, edge);
-	edge += sysconf(_SC_PAGESIZE);
+	edge += mig_page_size();
 
 	fd = go(_metadata, &self->dev, STOP_COPY);
 	do {
@@ -527,7 +530,7 @@ TEST_F(device, short_read_at_a_hole_loses_nothing)
 		EXPECT_GE(13, ret)
 			PROMISE("only what was stored is counted");
 		ASSERT_EQ(0, mig_stream_add(&image, edge - 13, ret > 0 ? ret : 0));
-	} while (ret > 0 && image.len < 4096);
+	} while (ret > 0 && image.len < SMALL_IMAGE);
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
 	EXPECT_EQ(0, read(fd, &byte, 1));
 	to = open_target(_metadata, &self->dev, &second);
@@ -573,7 +576,7 @@ TEST_F(device, writes_of_nothing_consume_nothing)
 
 	edge = page_before_a_hole();
 	ASSERT_NE(NULL, edge);
-	edge += sysconf(_SC_PAGESIZE);
+	edge += mig_page_size();
 	take_image(_metadata, &self->dev, &image);
 	to = open_target(_metadata, &self->dev, &second);
 	fd = go(_metadata, to, RESUMING);
@@ -750,7 +753,7 @@ TEST_F(device, duplicates_share_one_stream)
 {
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {};
-	size_t page = sysconf(_SC_PAGESIZE), at = 0;
+	size_t page = mig_page_size(), at = 0;
 	int fd, copy, i;
 	__u8 *shared;
 	ssize_t ret;
@@ -987,6 +990,9 @@ TEST_F_TIMEOUT(device, poller_wakes_on_close, 60)
 
 /* ---- Pre-copy accounting ---- */
 
+/* A read() of a large stream, in bytes, is at least so large. */
+#define READ_MIN	4096
+
 TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
 {
 	struct mig_stream image = {};
@@ -1007,7 +1013,7 @@ TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
 
 	first = info.initial_bytes;
 	last = first;
-	step = first / 16 > 4096 ? first / 16 : 4096;
+	step = first / 16 > READ_MIN ? first / 16 : READ_MIN;
 	if (step > first)
 		step = first / 3 + 1;
 	limit = stream_limit(&self->dev);
@@ -1057,7 +1063,7 @@ TEST_F(device, precopy_info_arguments)
 	EXPECT_EQ(EFAULT, errno);
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
-	hole = (void *)((char *)hole + sysconf(_SC_PAGESIZE) - 16);
+	hole = (void *)((char *)hole + mig_page_size() - 16);
 	hole->argsz = sizeof(info);
 	EXPECT_EQ(-1, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, hole));
 	EXPECT_EQ(EFAULT, errno);
@@ -1219,7 +1225,7 @@ TEST_F_TIMEOUT(device, data_size_bounds_the_stream, 60)
 
 TEST_F_TIMEOUT(device, image_loads_in_any_chunks, 120)
 {
-	static const size_t chunks[] = { 0, 7, 4095, 4096, 1 << 20, 1 };
+	const size_t page = mig_page_size(), chunks[] = { 0, 7, page - 1, page, 1 << 20, 1 };
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {}, again = {};
 	unsigned int i;
@@ -1289,7 +1295,7 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 	to = open_target(_metadata, &self->dev, &second);
 
 	/* Every point of a small image; of a large one its beginning and a sample. */
-	all = image.len <= 4096 ? image.len : 64 * rounds();
+	all = image.len <= SMALL_IMAGE ? image.len : 64 * rounds();
 	if (all > image.len)
 		all = image.len;
 	for (i = 0; i < all + 16 * rounds() + 1; i++) {
@@ -2215,9 +2221,32 @@ TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
 
 /* ---- DMA logging ---- */
 
-static const struct vfio_device_feature_dma_logging_range log_range = {
-	.iova = 0, .length = 1 << 20,
-};
+/* As many pages as a bitmap of 4 words has bits. */
+#define LOG_LEN		(256 * mig_page_size())
+
+static int start_log_of(const struct mig_device *dev, __u64 iova, __u64 length,
+			__u64 *page_size)
+{
+	struct vfio_device_feature_dma_logging_range range = {
+		.iova = iova, .length = length,
+	};
+
+	return mig_log_start(dev, page_size, &range, 1);
+}
+
+/* Starts to log [0, LOG_LEN), if possible in pages of the kernel. */
+static int start_log(const struct mig_device *dev)
+{
+	__u64 page_size = mig_page_size();
+
+	return start_log_of(dev, 0, LOG_LEN, &page_size);
+}
+
+/* Reports [0, LOG_LEN), one bit for a page of the kernel. */
+static int report_log(const struct mig_device *dev, __u64 *bitmap)
+{
+	return mig_log_report(dev, 0, LOG_LEN, mig_page_size(), bitmap);
+}
 
 #define NEED_LOGGING(dev) do {							\
 	if (mig_feature(dev, PROBE | SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START, \
@@ -2227,33 +2256,33 @@ static const struct vfio_device_feature_dma_logging_range log_range = {
 
 TEST_F(device, dma_logging_starts_once)
 {
-	__u64 bitmap[4] = {}, page_size = 4096;
+	__u64 bitmap[4] = {}, page_size = mig_page_size();
 
 	NEED_LOGGING(&self->dev);
-	EXPECT_NE(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+	EXPECT_NE(0, report_log(&self->dev, bitmap))
 		PROMISE("if DMA logging is not enabled, an error will be returned by REPORT");
-	ASSERT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1));
+	ASSERT_EQ(0, start_log_of(&self->dev, 0, LOG_LEN, &page_size));
 	EXPECT_NE(0U, page_size)
 		PROMISE("on output the device will return the page size it selected");
 	EXPECT_EQ(0U, page_size & (page_size - 1))
 		PROMISE("the page size the device selected is one");
-	page_size = 4096;
-	EXPECT_NE(0, mig_log_start(&self->dev, &page_size, &log_range, 1))
+	EXPECT_NE(0, start_log(&self->dev))
 		PROMISE("a single START can be issued; another start is not allowed in the meantime");
-	EXPECT_EQ(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+	EXPECT_EQ(0, report_log(&self->dev, bitmap))
 		PROMISE("a refused second START does not end the logging");
 	EXPECT_EQ(0, mig_log_stop(&self->dev));
-	EXPECT_NE(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+	EXPECT_NE(0, report_log(&self->dev, bitmap))
 		PROMISE("if DMA logging is not enabled, an error will be returned by REPORT");
-	page_size = 4096;
-	EXPECT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1))
+	EXPECT_EQ(0, start_log(&self->dev))
 		PROMISE("after STOP logging can start again");
 }
 
 TEST_F(device, dma_logging_page_sizes)
 {
-	static const struct vfio_device_feature_dma_logging_range nothing = {};
-	static const __u64 sizes[] = { 0, 1, 3, 4095, 12288, 4096, 65536, 1 << 20 };
+	const __u64 page = mig_page_size();
+	const __u64 sizes[] = {
+		0, 1, 3, page - 1, 3 * page, page, 16 * page, 256 * page,
+	};
 	unsigned int i;
 	__u64 size;
 	int ret;
@@ -2262,7 +2291,7 @@ TEST_F(device, dma_logging_page_sizes)
 	for (i = 0; i < ARRAY_SIZE(sizes); i++) {
 		size = sizes[i];
 		/* The core's own check lets only the empty range pass with 0. */
-		ret = mig_log_start(&self->dev, &size, size ? &log_range : &nothing, 1);
+		ret = start_log_of(&self->dev, 0, size ? LOG_LEN : 0, &size);
 		if (ret) {
 			EXPECT_TRUE(!sizes[i] || sizes[i] & (sizes[i] - 1))
 				PROMISE("page_size %llu is a hint; the driver picks what it supports (%s)",
@@ -2279,67 +2308,63 @@ TEST_F(device, dma_logging_page_sizes)
 TEST_F(device, dma_logging_report)
 {
 	__u64 bitmap[4] = { 0x8000000000000001ULL, 0, 0, 1ULL << 63 };
-	__u64 page_size = 4096;
+	const __u64 page = mig_page_size();
 
 	NEED_LOGGING(&self->dev);
-	ASSERT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1));
-	EXPECT_EQ(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap));
+	ASSERT_EQ(0, start_log(&self->dev));
+	EXPECT_EQ(0, report_log(&self->dev, bitmap));
 	EXPECT_EQ(0x8000000000000001ULL, bitmap[0] & 0x8000000000000001ULL)
 		PROMISE("LOGGING_REPORT will only set bits in the bitmap and never clear any");
 	EXPECT_EQ(1ULL << 63, bitmap[3] & 1ULL << 63)
 		PROMISE("LOGGING_REPORT will only set bits in the bitmap and never clear any");
-	EXPECT_NE(0, mig_log_report(&self->dev, 0, 1 << 20, 0, bitmap))
+	EXPECT_NE(0, mig_log_report(&self->dev, 0, LOG_LEN, 0, bitmap))
 		PROMISE("the page_size of REPORT is a power of two");
-	EXPECT_NE(0, mig_log_report(&self->dev, 0, 1 << 20, 12288, bitmap))
+	EXPECT_NE(0, mig_log_report(&self->dev, 0, LOG_LEN, 3 * page, bitmap))
 		PROMISE("the page_size of REPORT is a power of two");
-	EXPECT_NE(0, mig_log_report(&self->dev, ~0ULL << 12, 1 << 20, 4096, bitmap))
+	EXPECT_NE(0, mig_log_report(&self->dev, -page, LOG_LEN, page, bitmap))
 		PROMISE("the range of REPORT does not wrap");
-	EXPECT_EQ(0, mig_log_report(&self->dev, 0, 1 << 20, 65536, bitmap))
+	EXPECT_EQ(0, mig_log_report(&self->dev, 0, LOG_LEN, 16 * page, bitmap))
 		PROMISE("page_size does not have to match the value given to START");
 }
 
 TEST_F(device, dma_logging_ranges)
 {
+	__u64 page = mig_page_size(), page_size = page;
 	struct vfio_device_feature_dma_logging_range two[2] = {
-		{ .iova = 0, .length = 0x2000 }, { .iova = 0x1000, .length = 0x2000 },
+		{ .iova = 0, .length = 2 * page }, { .iova = page, .length = 2 * page },
 	};
-	struct vfio_device_feature_dma_logging_range wrap = {
-		.iova = ~0ULL << 12, .length = 0x2000,
-	};
-	__u64 page_size = 4096;
 
 	NEED_LOGGING(&self->dev);
 	EXPECT_EQ(-EINVAL, mig_log_start(&self->dev, &page_size, two, 0))
 		PROMISE("START needs a range");
 	EXPECT_EQ(-EINVAL, mig_log_start(&self->dev, &page_size, two, 2))
 		PROMISE("ranges do not overlap");
-	EXPECT_NE(0, mig_log_start(&self->dev, &page_size, &wrap, 1))
+	EXPECT_NE(0, start_log_of(&self->dev, -page, 2 * page, &page_size))
 		PROMISE("a range does not wrap");
 	EXPECT_EQ(-EFAULT, mig_log_start(&self->dev, &page_size, (void *)8, 1));
-	two[1].iova = 0x10000;
+	two[1].iova = 16 * page;
 	EXPECT_EQ(0, mig_log_start(&self->dev, &page_size, two, 2))
 		PROMISE("refused STARTs leave logging stopped");
 }
 
 TEST_F(device, dma_logging_stop_without_start_is_harmless)
 {
-	__u64 bitmap[4] = {}, page_size = 4096;
+	__u64 bitmap[4] = {};
 	__u32 state;
 
 	NEED_LOGGING(&self->dev);
 	mig_log_stop(&self->dev);
-	ASSERT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1));
+	ASSERT_EQ(0, start_log(&self->dev));
 	ASSERT_EQ(0, mig_log_stop(&self->dev));
 	mig_log_stop(&self->dev);
-	page_size = 4096;
-	ASSERT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1));
+	ASSERT_EQ(0, start_log(&self->dev));
 
 	for (state = 0; state < MIG_STATE_NR; state++) {
 		if (!mig_fsm_exists(self->dev.flags, state) || state == RESUMING)
 			continue;
 		if (mig_set_state(&self->dev, state, NULL))
 			continue;
-		EXPECT_EQ(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+		EXPECT_EQ(0, report_log(&self->dev, bitmap))
 			PROMISE("this API is not connected to MIG_DEVICE_STATE (in %s)",
 				mig_state_name(state));
 	}
@@ -2347,60 +2372,57 @@ TEST_F(device, dma_logging_stop_without_start_is_harmless)
 	/* Logging belongs to this opening of the device. */
 	mig_close_device(&self->dev);
 	ASSERT_EQ(0, mig_reopen_device(&self->dev));
-	EXPECT_NE(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+	EXPECT_NE(0, report_log(&self->dev, bitmap))
 		PROMISE("logging of the last opener does not go on for the next");
-	page_size = 4096;
-	EXPECT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1))
+	EXPECT_EQ(0, start_log(&self->dev))
 		PROMISE("logging of the last opener is not in the way of the next");
 }
 
 /* What the core lets pass and no device can log: it may refuse, and goes on. */
 TEST_F(device, dma_logging_empty_range)
 {
-	static const __u64 iovas[] = { 0, 0x10000, ~0ULL << 16 };
-	struct vfio_device_feature_dma_logging_range range = {};
+	const __u64 page = mig_page_size();
+	const __u64 iovas[] = { 0, 16 * page, -16 * page };
 	__u64 bitmap[4] = {}, page_size;
 	unsigned int i;
 
 	NEED_LOGGING(&self->dev);
 	for (i = 0; i < ARRAY_SIZE(iovas); i++) {
-		range.iova = iovas[i];
-		page_size = 4096;
-		if (!mig_log_start(&self->dev, &page_size, &range, 1)) {
-			mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap);
+		page_size = page;
+		if (!start_log_of(&self->dev, iovas[i], 0, &page_size)) {
+			report_log(&self->dev, bitmap);
 			EXPECT_EQ(0, mig_log_stop(&self->dev));
 		}
 	}
-	page_size = 4096;
-	EXPECT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1))
+	EXPECT_EQ(0, start_log(&self->dev))
 		PROMISE("a START without anything to log leaves logging usable");
-	mig_log_report(&self->dev, 0, 0, 4096, bitmap);
-	EXPECT_EQ(0, mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap))
+	mig_log_report(&self->dev, 0, 0, page, bitmap);
+	EXPECT_EQ(0, report_log(&self->dev, bitmap))
 		PROMISE("a REPORT of nothing leaves logging usable");
 }
 
 TEST_F(device, dma_logging_bad_bitmap)
 {
-	__u64 bitmap[4] = {}, page_size = 4096;
+	__u64 bitmap[4] = {};
 	char *hole = page_before_a_hole();
 	unsigned int i;
 	int ret;
 
 	NEED_LOGGING(&self->dev);
 	ASSERT_NE(NULL, hole);
-	hole += sysconf(_SC_PAGESIZE);
-	ASSERT_EQ(0, mig_log_start(&self->dev, &page_size, &log_range, 1));
+	hole += mig_page_size();
+	ASSERT_EQ(0, start_log(&self->dev));
 	for (i = 0; i < 3; i++) {
 		static const char *const what[] = { "NULL", "a hole", "the kernel" };
-		__u64 *const where[] = { NULL, (__u64 *)hole, (__u64 *)(~0UL << 12) };
+		__u64 *const where[] = { NULL, (__u64 *)hole, (__u64 *)-mig_page_size() };
 
-		ret = mig_log_report(&self->dev, 0, 1 << 20, 4096, where[i]);
+		ret = report_log(&self->dev, where[i]);
 		/* With no page to report there is nothing to store. */
 		EXPECT_TRUE(!ret || ret == -EFAULT)
 			PROMISE("a bitmap that is %s is EFAULT, or not touched: %s", what[i],
 				strerror(-ret));
 	}
-	ret = mig_log_report(&self->dev, 0, 1 << 20, 4096, bitmap);
+	ret = report_log(&self->dev, bitmap);
 	EXPECT_EQ(0, ret)
 		PROMISE("after a REPORT that failed another one works: %s", strerror(-ret));
 	EXPECT_EQ(0, mig_log_stop(&self->dev));
