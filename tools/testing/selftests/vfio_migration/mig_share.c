@@ -252,7 +252,7 @@ int mig_stall_start(struct mig_stall *stall)
 	void *before;
 
 	stall->uffd = -1;
-	stall->len = sysconf(_SC_PAGESIZE);
+	stall->len = mig_page_size();
 	before = mmap(NULL, 2 * stall->len, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (before == MAP_FAILED)
@@ -292,6 +292,16 @@ int mig_stall_end(struct mig_stall *stall, const void *content)
 	};
 
 	return ioctl(stall->uffd, UFFDIO_COPY, &copy) ? -errno : 0;
+}
+
+int mig_stall_end_zero(struct mig_stall *stall)
+{
+	struct uffdio_zeropage zero = {
+		.range.start = (unsigned long)stall->page,
+		.range.len = stall->len,
+	};
+
+	return ioctl(stall->uffd, UFFDIO_ZEROPAGE, &zero) ? -errno : 0;
 }
 
 void mig_stall_free(struct mig_stall *stall)

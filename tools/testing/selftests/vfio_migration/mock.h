@@ -15,7 +15,7 @@
 #define BAR2	VFIO_PCI_BAR2_REGION_INDEX
 #define CONFIG	VFIO_PCI_CONFIG_REGION_INDEX
 
-#define PAGE	((__u64)VFIO_MOCK_PAGE_SIZE)
+#define PAGE	mig_page_size()
 
 /* All of the device that software sees, but its state memory. */
 struct mock_front {
@@ -246,7 +246,7 @@ static inline void expect_memory(struct __test_metadata *_metadata, struct mock 
 		;
 	EXPECT_EQ(want[i], m->seen[i])
 		PROMISE("%s: the state memory differs from byte %#zx on (page %zu)",
-			when, i, i / VFIO_MOCK_PAGE_SIZE);
+			when, i, (size_t)(i / PAGE));
 }
 
 static inline void expect_zero_memory(struct __test_metadata *_metadata,
@@ -315,7 +315,6 @@ static const struct {
 } reset_values[] = {
 	{ "MAGIC", VFIO_MOCK_REG_MAGIC, 4, VFIO_MOCK_MAGIC },
 	{ "ABI_VERSION", VFIO_MOCK_REG_ABI_VERSION, 4, VFIO_MOCK_ABI_VERSION },
-	{ "PAGE_SIZE", VFIO_MOCK_REG_PAGE_SIZE, 4, VFIO_MOCK_PAGE_SIZE },
 	{ "STATUS", VFIO_MOCK_REG_STATUS, 4, 0 },
 	{ "SCRATCH", VFIO_MOCK_REG_SCRATCH, 8, 0 },
 	{ "ADDR", VFIO_MOCK_REG_ADDR, 8, 0 },
@@ -340,6 +339,8 @@ static inline void expect_fresh(struct __test_metadata *_metadata, struct mock *
 			PROMISE("%s: register %s has its reset value", when,
 				reset_values[i].name);
 	}
+	EXPECT_EQ(PAGE, reg32(m, PAGE_SIZE))
+		PROMISE("%s: PAGE_SIZE is the page size of the kernel", when);
 	read_front(_metadata, m, &now);
 	expect_same_front(_metadata, &m->fresh, &now, when);
 	expect_zero_memory(_metadata, m, when);

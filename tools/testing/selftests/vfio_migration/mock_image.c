@@ -12,7 +12,7 @@
 #include "mock_image.h"
 #include "vfio_mock.h"
 
-#define PAGE	((__u64)VFIO_MOCK_PAGE_SIZE)
+#define PAGE	mig_page_size()
 
 /* Never 0, which stands for a page that was not sent. */
 static __u64 page_digest(__u64 page, const void *content)

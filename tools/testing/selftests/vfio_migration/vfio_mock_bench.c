@@ -35,7 +35,7 @@
 #define STOP		((__u32)VFIO_DEVICE_STATE_STOP)
 #define RESUMING	((__u32)VFIO_DEVICE_STATE_RESUMING)
 
-#define PAGE		((__u64)VFIO_MOCK_PAGE_SIZE)
+#define PAGE		mig_page_size()
 /* What one read() or write() moves. */
 #define PIECE		(1 << 20)
 /* More runs of what is over soon. */
@@ -462,7 +462,7 @@ static double write_pages(const struct mock *m)
 
 static void bench_write(void)
 {
-	const char *name = "4 KiB write to BAR2, tracking on : off";
+	const char *name = "write of a page to BAR2, tracking on : off";
 	double on[MAX_RUNS], off[MAX_RUNS];
 	struct mock m;
 	unsigned int i;

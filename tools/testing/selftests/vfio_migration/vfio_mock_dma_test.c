@@ -298,7 +298,7 @@ TEST_F_TIMEOUT(dma, descriptors_have_users_of_their_own, 120)
 
 TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
 {
-	static const struct {
+	const struct {
 		__u64 len;
 		__u32 step;
 		__u32 period;
@@ -307,7 +307,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
 		{ 3 * PAGE + 5, 1000, 20 },	/* steps go on with the next round */
 		{ 2 * PAGE, 0, 100 },		/* all of it each time */
 		{ 7, 1, 1 },
-		{ 40, 4096, 10 },		/* a step longer than the range */
+		{ 40, 4000, 10 },		/* a step longer than the range */
 	};
 	struct mock *m = &self->m;
 	struct dma_desc d;
@@ -835,9 +835,9 @@ TEST_F_TIMEOUT(dma, unmapped_memory_fails_the_transfer, 60)
 		expect_partial(_metadata, self, op, end - 5000, 5001, 5000,
 			       VFIO_MOCK_DMA_ERROR_UNMAPPED, ram_want(ram, end - 5000),
 			       "a mapping that ends");
-		expect_partial(_metadata, self, op, end - 600 * 1024, 700 * 1024, 600 * 1024,
+		expect_partial(_metadata, self, op, end - 150 * PAGE, 175 * PAGE, 150 * PAGE,
 			       VFIO_MOCK_DMA_ERROR_UNMAPPED,
-			       ram_want(ram, end - 600 * 1024), "a mapping that ends late");
+			       ram_want(ram, end - 150 * PAGE), "a mapping that ends late");
 	}
 
 	/* A hole of a page in the middle. */
@@ -846,7 +846,7 @@ TEST_F_TIMEOUT(dma, unmapped_memory_fails_the_transfer, 60)
 	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA + 41 * PAGE, ram->mem + 41 * PAGE,
 				 ram->size - 41 * PAGE, RW));
 	for (op = READ; op <= FILL; op++) {
-		expect_partial(_metadata, self, op, IOVA + 100, 200 * 1024, 40 * PAGE - 100,
+		expect_partial(_metadata, self, op, IOVA + 100, 50 * PAGE, 40 * PAGE - 100,
 			       VFIO_MOCK_DMA_ERROR_UNMAPPED, ram_want(ram, IOVA + 100),
 			       "a hole");
 		expect_partial(_metadata, self, op, IOVA + 40 * PAGE, 10, 0,
@@ -860,7 +860,7 @@ TEST_F_TIMEOUT(dma, unmapped_memory_fails_the_transfer, 60)
 	/* Mappings that touch are one memory. */
 	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA + 40 * PAGE, ram->mem + 40 * PAGE, PAGE, RW));
 	for (op = READ; op <= FILL; op++)
-		expect_partial(_metadata, self, op, IOVA + 1, 200 * 1024, 200 * 1024, 0,
+		expect_partial(_metadata, self, op, IOVA + 1, 50 * PAGE, 50 * PAGE, 0,
 			       ram_want(ram, IOVA + 1), "three mappings");
 }
 
@@ -880,28 +880,28 @@ TEST_F_TIMEOUT(dma, protected_memory_fails_the_transfer, 60)
 	ASSERT_EQ(0, mig_dma_map(&m->dev, WO + 16 * PAGE, half, 16 * PAGE, MIG_DMA_WRITE));
 
 #define WANT_AT(at) (ram->want + (half - ram->mem) + (at))
-	expect_partial(_metadata, self, READ, RO + 7 * PAGE, 80000, 80000, 0,
-		       WANT_AT(-9 * (int)PAGE), "READ from what may be read");
+	expect_partial(_metadata, self, READ, RO + 7 * PAGE, 20 * PAGE - 9, 20 * PAGE - 9, 0,
+		       WANT_AT(-9 * (ssize_t)PAGE), "READ from what may be read");
 	expect_partial(_metadata, self, WRITE, RO + 16 * PAGE, 1, 0,
 		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "WRITE to what may be read");
 	expect_partial(_metadata, self, FILL, RO + 20 * PAGE + 3, 9999, 0,
 		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "FILL of what may be read");
-	expect_partial(_metadata, self, WRITE, RO + PAGE + 3, 80000, 15 * PAGE - 3,
-		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (int)PAGE + 3),
+	expect_partial(_metadata, self, WRITE, RO + PAGE + 3, 20 * PAGE, 15 * PAGE - 3,
+		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (ssize_t)PAGE + 3),
 		       "WRITE into what may be read");
-	expect_partial(_metadata, self, FILL, RO + PAGE + 3, 80000, 15 * PAGE - 3,
-		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (int)PAGE + 3),
+	expect_partial(_metadata, self, FILL, RO + PAGE + 3, 20 * PAGE, 15 * PAGE - 3,
+		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (ssize_t)PAGE + 3),
 		       "FILL into what may be read");
 	expect_partial(_metadata, self, READ, WO + 16 * PAGE, 1, 0,
 		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "READ from what may be written");
-	expect_partial(_metadata, self, READ, WO + 10 * PAGE, 70000, 6 * PAGE,
-		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-6 * (int)PAGE),
+	expect_partial(_metadata, self, READ, WO + 10 * PAGE, 17 * PAGE + 9, 6 * PAGE,
+		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-6 * (ssize_t)PAGE),
 		       "READ into what may be written");
 	/* The type1 IOMMU does not know memory that can only be written. */
-	expect_partial(_metadata, self, FILL, WO + 12 * PAGE + 9, 30000,
-		       group ? 4 * PAGE - 9 : 30000,
+	expect_partial(_metadata, self, FILL, WO + 12 * PAGE + 9, 7 * PAGE + 9,
+		       group ? 4 * PAGE - 9 : 7 * PAGE + 9,
 		       group ? VFIO_MOCK_DMA_ERROR_DENIED : 0,
-		       WANT_AT(-4 * (int)PAGE + 9), "FILL of what may be written");
+		       WANT_AT(-4 * (ssize_t)PAGE + 9), "FILL of what may be written");
 }
 
 /* Memory that is mapped for the device, and then is not there any more. */
@@ -1378,11 +1378,10 @@ struct rescue {
 
 static void *rescue_main(void *arg)
 {
-	static const __u8 page[VFIO_MOCK_PAGE_SIZE];
 	struct rescue *r = arg;
 
 	r->came = !mig_poll(r->done[0], POLLIN, mig_hang_seconds() * 250);
-	mig_stall_end(r->stall, page);
+	mig_stall_end_zero(r->stall);
 	return NULL;
 }
 

@@ -110,7 +110,7 @@ TEST_F_TIMEOUT(fail, region_accesses, 120)
 		__u64 at;
 		size_t len;
 	} accesses[] = {
-		{ BAR0, 0, 4 }, { BAR0, 0, 4096 }, { BAR0, VFIO_MOCK_MSIX_TABLE, 72 },
+		{ BAR0, 0, 4 }, { BAR0, 0, VFIO_MOCK_MSIX_TABLE }, { BAR0, VFIO_MOCK_MSIX_TABLE, 72 },
 		{ BAR2, 0, 8 }, { BAR2, 5, 40000 }, { CONFIG, 0, 256 }, { CONFIG, 4, 2 },
 	};
 	struct mock *m = &self->src;
@@ -690,7 +690,7 @@ TEST_F_TIMEOUT(fail, log_without_memory_converges, 60)
 TEST_F_TIMEOUT(fail, dma_logging, 120)
 {
 	struct vfio_device_feature_dma_logging_range ranges[3] = {
-		{ 0, 1 << 20 }, { 1ULL << 32, 1ULL << 40 }, { ~0ULL << 40, 1ULL << 39 },
+		{ 0, 256 * PAGE }, { 1ULL << 32, 1ULL << 40 }, { ~0ULL << 40, 1ULL << 39 },
 	};
 	struct mig_device *dev = &self->src.dev;
 	struct nth *nth = &self->nth;
@@ -699,18 +699,18 @@ TEST_F_TIMEOUT(fail, dma_logging, 120)
 
 	NEED_IOMMUFD_FOR_LOG();
 	for_each_failure(nth, "LOGGING_START") {
-		page_size = 4096;
+		page_size = PAGE;
 		nth_begin(nth);
 		ret = mig_log_start(dev, &page_size, ranges, ARRAY_SIZE(ranges));
 		nth_end(nth, ret);
 		ret = mig_log_stop(dev);
 		EXPECT_EQ(0, ret);
 	}
-	page_size = 4096;
+	page_size = PAGE;
 	ASSERT_EQ(0, mig_log_start(dev, &page_size, ranges, ARRAY_SIZE(ranges)));
 	for_each_failure(nth, "LOGGING_REPORT") {
 		nth_begin(nth);
-		ret = mig_log_report(dev, 0, 1 << 20, 4096, bitmap);
+		ret = mig_log_report(dev, 0, 256 * PAGE, PAGE, bitmap);
 		nth_end(nth, ret);
 	}
 	for_each_failure(nth, "LOGGING_STOP") {

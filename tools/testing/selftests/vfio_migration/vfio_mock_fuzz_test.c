@@ -17,7 +17,7 @@
 #include "mock_image.h"
 
 #define THREADS		4
-#define BUFFER		(256 << 10)
+#define BUFFER		(64 * PAGE)
 
 /* Where the device reaches the memory that it may reach. */
 #define DMA_IOVA	0x10000000ULL
@@ -109,7 +109,7 @@ static void call_region(struct hand *h)
 
 static void call_dma(struct hand *h)
 {
-	static const __u64 iovas[] = { DMA_IOVA, DMA_IOVA + 4095, 0, ~0ULL - 4096 };
+	const __u64 iovas[] = { DMA_IOVA, DMA_IOVA + PAGE - 1, 0, ~0ULL - PAGE };
 	const struct mock *m = h->f->m;
 	struct vfio_mock_dma_desc desc = {
 		.iova = below(h, 4) ? iovas[below(h, 4)] + below(h, BUFFER) : number(h),
@@ -188,12 +188,12 @@ static void call_feature(struct hand *h)
 static void call_log(struct hand *h)
 {
 	struct vfio_device_feature_dma_logging_range ranges[3];
-	__u64 page_size = below(h, 3) ? 4096 : number(h);
+	__u64 page_size = below(h, 3) ? PAGE : number(h);
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(ranges); i++) {
-		ranges[i].iova = number(h) & (below(h, 4) ? -4096ULL : -1ULL);
-		ranges[i].length = number(h) & (below(h, 4) ? -4096ULL : -1ULL);
+		ranges[i].iova = number(h) & (below(h, 4) ? -PAGE : -1ULL);
+		ranges[i].length = number(h) & (below(h, 4) ? -PAGE : -1ULL);
 	}
 	switch (below(h, 3)) {
 	case 0:

@@ -847,7 +847,7 @@ TEST_F(irq, arguments_that_req_takes)
 
 TEST_F(irq, data_that_cannot_be_read)
 {
-	size_t page = sysconf(_SC_PAGESIZE);
+	size_t page = PAGE;
 	struct vfio_irq_set *set;
 	struct mock *m = &self->m;
 	__u8 *map;

@@ -1179,7 +1179,6 @@ FIXTURE_TEARDOWN_PARENT(stalled)
 /* All else is torn down: what can end ends, and the rest when the fault is served. */
 TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 {
-	static const __u8 content[VFIO_MOCK_PAGE_SIZE];
 	struct stalled *s = &self->s;
 	struct other other = { .m = &self->m, .failed = "" };
 	bool keeps_device = !variant->state && !variant->by_itself;
@@ -1206,7 +1205,7 @@ TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 		expect_module_is_kept(_metadata, "a stalled call");
 		atomic_store(&e.let_go, true);
 	}
-	ASSERT_EQ(0, mig_stall_end(&s->stall, content));
+	ASSERT_EQ(0, mig_stall_end_zero(&s->stall));
 	ASSERT_TRUE(joined(s->thread))
 		PROMISE("a stalled call ends with its fault");
 	if (s->fd >= 0) {

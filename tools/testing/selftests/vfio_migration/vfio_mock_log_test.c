@@ -12,20 +12,21 @@
 #define log_data	FIXTURE_DATA(log)
 
 /* The same memory at three places, one of them as high as it goes. */
-#define WINDOW		(2ULL << 20)
-#define WINDOW_PAGES	(WINDOW / PAGE)
+#define WINDOW_PAGES	512
+#define WINDOW		(WINDOW_PAGES * PAGE)
 #define READ_ONLY	3
 #define WINDOWS		4
-
-static const __u64 windows[WINDOWS] = {
-	0, 0xfff00000ULL, 0xffffffffffc00000ULL, 0x7000000000ULL,
-};
 
 FIXTURE(log)
 {
 	struct mock m;
 	__u8 *mem;
 	__u64 random;
+	__u64 windows[WINDOWS];
+	/* The ranges of QEMU: below 4 GiB, above, and devices up to the top. */
+	struct vfio_device_feature_dma_logging_range like_qemu[3];
+	/* Those of Cloud Hypervisor: each memory region. */
+	struct vfio_device_feature_dma_logging_range each_window[WINDOWS];
 	__u8 truth[WINDOWS][WINDOW_PAGES];	/* written and not yet reported */
 	__u8 logged[WINDOWS][WINDOW_PAGES];	/* in a range of START */
 	__u64 granule;
@@ -41,10 +42,25 @@ FIXTURE_VARIANT_ADD(log, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(log)
 {
+	const __u64 windows[] = {
+		0, (1ULL << 32) - WINDOW / 2, -2 * WINDOW, 0x7000000000ULL,
+	};
+	static const unsigned int in_no_order[] = { 2, 0, 1, 3 };
+	const struct vfio_device_feature_dma_logging_range like_qemu[] = {
+		{ .iova = 0, .length = 1ULL << 32 },
+		{ .iova = 1ULL << 32, .length = (1ULL << 63) - (1ULL << 32) },
+		{ .iova = 1ULL << 63, .length = (1ULL << 63) - WINDOW },
+	};
 	unsigned int i;
 	int ret;
 
 	NEED_IOMMUFD_FOR_LOG();
+	memcpy(self->windows, windows, sizeof(windows));
+	memcpy(self->like_qemu, like_qemu, sizeof(like_qemu));
+	for (i = 0; i < WINDOWS; i++) {
+		self->each_window[i].iova = windows[in_no_order[i]];
+		self->each_window[i].length = WINDOW;
+	}
 	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
 	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			 -1, 0);
@@ -86,7 +102,7 @@ static bool log_transfer(struct __test_metadata *_metadata, log_data *self,
 			 __u32 op, unsigned int window, __u64 at, __u64 len)
 {
 	struct dma_desc d = {
-		.op = op, .iova = windows[window] + at, .len = len,
+		.op = op, .iova = self->windows[window] + at, .len = len,
 		.seed = ++self->random, .irq_vector = VFIO_MOCK_IRQ_NONE,
 	};
 
@@ -110,7 +126,7 @@ static void expect_report(struct __test_metadata *_metadata, log_data *self,
 	ASSERT_NE(NULL, bitmap);
 	bitmap[0] = GUARD;
 	bitmap[words + 1] = GUARD;
-	ASSERT_EQ(0, mig_log_report(&self->m.dev, windows[window] + at, len, page_size,
+	ASSERT_EQ(0, mig_log_report(&self->m.dev, self->windows[window] + at, len, page_size,
 				    bitmap + 1));
 	EXPECT_EQ(GUARD, bitmap[0])
 		PROMISE("REPORT writes to the bitmap alone");
@@ -128,7 +144,7 @@ static void expect_report(struct __test_metadata *_metadata, log_data *self,
 		got = bitmap[1 + i / 64] >> (i % 64) & 1;
 		EXPECT_EQ(want, got)
 			PROMISE("the log tells what was written and nothing else: bit %llu of REPORT of [%#llx, +%#llx) by %#llx, logged by %#llx",
-				i, windows[window] + at, len, page_size, self->granule);
+				i, self->windows[window] + at, len, page_size, self->granule);
 	}
 	free(bitmap);
 }
@@ -153,7 +169,7 @@ static void log_start(struct __test_metadata *_metadata, log_data *self,
 	self->granule = selected;
 	for (w = 0; w < WINDOWS; w++) {
 		for (page = 0; page < WINDOW_PAGES; page++) {
-			at = windows[w] + page * PAGE;
+			at = self->windows[w] + page * PAGE;
 			for (i = 0; i < nr; i++)
 				if (at >= ranges[i].iova &&
 				    at - ranges[i].iova < ranges[i].length)
@@ -191,39 +207,24 @@ static void log_random(struct __test_metadata *_metadata, log_data *self,
 		TH_LOG("no transfer failed: this proves less than it should");
 }
 
-/* As QEMU: below 4 GiB, above, and devices up to the top. */
-static const struct vfio_device_feature_dma_logging_range like_qemu[] = {
-	{ .iova = 0, .length = 1ULL << 32 },
-	{ .iova = 1ULL << 32, .length = (1ULL << 63) - (1ULL << 32) },
-	{ .iova = 1ULL << 63, .length = (1ULL << 63) - (1ULL << 21) },
-};
-
-/* As Cloud Hypervisor: each memory region. */
-static const struct vfio_device_feature_dma_logging_range each_window[] = {
-	{ .iova = 0xffffffffffc00000ULL, .length = WINDOW },
-	{ .iova = 0, .length = WINDOW },
-	{ .iova = 0xfff00000ULL, .length = WINDOW },
-	{ .iova = 0x7000000000ULL, .length = WINDOW },
-};
-
 TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
 {
 	struct vfio_device_feature_dma_logging_range many[256];
 	unsigned int count = mig_times(1000), i;
 
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	log_random(_metadata, self, count * 2 / 10);
 	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
-	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	log_start(_metadata, self, self->each_window, ARRAY_SIZE(self->each_window), PAGE);
 	log_random(_metadata, self, count * 2 / 10);
 	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), 16 * PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), 16 * PAGE);
 	log_random(_metadata, self, count * 2 / 10);
 	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
 
 	/* As many as there may be: every other page, in no order. */
 	for (i = 0; i < ARRAY_SIZE(many); i++) {
-		many[i].iova = windows[i % 3] + (i * 89 % 256) * 2 * PAGE;
+		many[i].iova = self->windows[i % 3] + (i * 89 % 256) * 2 * PAGE;
 		many[i].length = PAGE;
 	}
 	log_start(_metadata, self, many, ARRAY_SIZE(many), PAGE);
@@ -233,7 +234,7 @@ TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
 	/* Not the whole of what is written to, and in large pages. */
 	many[0].iova = 256 * PAGE;
 	many[0].length = 128 * PAGE;
-	many[1].iova = windows[2];
+	many[1].iova = self->windows[2];
 	many[1].length = 384 * PAGE;
 	log_start(_metadata, self, many, 2, 128 * PAGE);
 	log_random(_metadata, self, count * 2 / 10);
@@ -286,7 +287,7 @@ TEST_F(log, report_of_parts_of_a_page_loses_nothing)
 {
 	unsigned int i;
 
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), 16 * PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), 16 * PAGE);
 	log_transfer(_metadata, self, FILL, 1, 35 * PAGE + 7, 10);
 	for (i = 30; i < 50; i += 2)
 		expect_report(_metadata, self, 1, i * PAGE, 2 * PAGE, PAGE);
@@ -300,11 +301,11 @@ TEST_F(log, page_that_fails_is_not_logged)
 	struct mock *m = &self->m;
 	unsigned int i;
 
-	ASSERT_EQ(0, mig_dma_unmap(&m->dev, windows[1], WINDOW));
-	ASSERT_EQ(0, mig_dma_map(&m->dev, windows[1], self->mem, 20 * PAGE, RW));
-	ASSERT_EQ(0, mig_dma_map(&m->dev, windows[1] + 21 * PAGE, self->mem,
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, self->windows[1], WINDOW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, self->windows[1], self->mem, 20 * PAGE, RW));
+	ASSERT_EQ(0, mig_dma_map(&m->dev, self->windows[1] + 21 * PAGE, self->mem,
 				 WINDOW - 21 * PAGE, RW));
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 15 * PAGE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 20 * PAGE + 3, 15 * PAGE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, READ_ONLY, 0, 15 * PAGE));
@@ -322,7 +323,7 @@ TEST_F(log, page_that_fails_is_not_logged)
 /* A copy that faults may have written a part of the page. */
 TEST_F(log, page_that_faults_is_logged)
 {
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	ASSERT_EQ(0, mprotect(self->mem + 12 * PAGE, PAGE, PROT_NONE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 5 * PAGE));
 	EXPECT_TRUE(self->truth[1][11])
@@ -333,7 +334,8 @@ TEST_F(log, page_that_faults_is_logged)
 
 /* ---- What the log costs ---- */
 
-#define AREA		(4096 * PAGE)	/* what the log has one piece of memory for */
+#define AREA_PAGES	4096U		/* what the log has one piece of memory for */
+#define AREA		(AREA_PAGES * PAGE)
 #define AREAS		8192ULL		/* for how many it has */
 /* At most, in bytes. Kernels with KASAN add red zones and keep what was freed for a while. */
 #define AREA_COST	(mig_patience() > 1 ? 4 * 640 : 640)
@@ -359,7 +361,7 @@ static __u64 kernel_memory(struct __test_metadata *_metadata)
 static __u64 report_areas(struct __test_metadata *_metadata, log_data *self,
 			  __u64 first, __u64 nr, __u64 *firsts)
 {
-	static __u64 bitmap[DESCS * AREA / PAGE / 64];
+	static __u64 bitmap[DESCS * AREA_PAGES / 64];
 	__u64 i, bits = 0;
 
 	memset(bitmap, 0, sizeof(bitmap));
@@ -368,7 +370,7 @@ static __u64 report_areas(struct __test_metadata *_metadata, log_data *self,
 	for (i = 0; i < ARRAY_SIZE(bitmap); i++)
 		bits += __builtin_popcountll(bitmap[i]);
 	for (i = 0; i < nr; i++)
-		*firsts += bitmap[i * AREA / PAGE / 64] & 1;
+		*firsts += bitmap[i * AREA_PAGES / 64] & 1;
 	return bits;
 }
 
@@ -410,7 +412,7 @@ TEST_F_TIMEOUT(log, what_was_reported_costs_nothing, 600)
 {
 	__u64 before, after;
 
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	write_areas(_metadata, self, DESCS, true);
 	before = kernel_memory(_metadata);
 	EXPECT_EQ((__u64)WRITES, write_areas(_metadata, self, WRITES, true));
@@ -424,7 +426,7 @@ TEST_F_TIMEOUT(log, unreported_writes_are_bounded, 600)
 {
 	__u64 before, after, at, firsts = 0, again = 0, bits = 0;
 
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	write_areas(_metadata, self, DESCS, true);
 	before = kernel_memory(_metadata);
 	write_areas(_metadata, self, WRITES, false);
@@ -450,7 +452,7 @@ TEST_F(log, belongs_to_the_opening_of_the_device)
 	struct mock *m = &self->m;
 	unsigned int i;
 
-	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	log_start(_metadata, self, self->each_window, ARRAY_SIZE(self->each_window), PAGE);
 	for (i = 0; i < ARRAY_SIZE(states); i++) {
 		if (!mig_fsm_exists(m->dev.flags, states[i]))
 			continue;
@@ -470,7 +472,7 @@ TEST_F(log, belongs_to_the_opening_of_the_device)
 	log_transfer(_metadata, self, FILL, 0, 0, PAGE);
 	ASSERT_EQ(0, mig_log_stop(&m->dev));
 	log_transfer(_metadata, self, FILL, 0, PAGE, PAGE);
-	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	log_start(_metadata, self, self->each_window, ARRAY_SIZE(self->each_window), PAGE);
 	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
 
 	log_transfer(_metadata, self, FILL, 0, 0, PAGE);
@@ -482,7 +484,7 @@ TEST_F(log, belongs_to_the_opening_of_the_device)
 	}
 	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, PAGE, (__u64 *)self->mem))
 		PROMISE("close stops the log");
-	log_start(_metadata, self, each_window, ARRAY_SIZE(each_window), PAGE);
+	log_start(_metadata, self, self->each_window, ARRAY_SIZE(self->each_window), PAGE);
 	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
 	log_transfer(_metadata, self, FILL, 0, 7 * PAGE, PAGE);
 	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
@@ -497,9 +499,9 @@ TEST_F(log, bad_bitmap_harms_nobody)
 	__u8 *gone = mmap(NULL, 4 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	struct mock *m = &self->m;
 	unsigned int i;
-	__u64 *bad[] = { NULL, (void *)8, (void *)(~0ULL << 12), (void *)gone };
+	__u64 *bad[] = { NULL, (void *)8, (void *)-PAGE, (void *)gone };
 
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	for (i = 0; i < ARRAY_SIZE(bad); i++) {
 		log_transfer(_metadata, self, FILL, 0, 0, WINDOW);
 		mig_log_report(&m->dev, 0, WINDOW, PAGE, bad[i]);
@@ -510,15 +512,18 @@ TEST_F(log, bad_bitmap_harms_nobody)
 	log_random(_metadata, self, 50);
 }
 
+/* The least page size of a REPORT, whatever that of the kernel is. */
+#define REPORT_MIN	4096
+
 /* Reports that are wrong in themselves. */
 TEST_F(log, report_arguments)
 {
 	struct mock *m = &self->m;
 	__u64 bitmap[64] = {}, i;
 
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	log_transfer(_metadata, self, FILL, 0, 0, 3 * PAGE);
-	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, 2048, bitmap));
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, REPORT_MIN / 2, bitmap));
 	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, 0, bitmap));
 	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, WINDOW, 3 * PAGE, bitmap));
 	EXPECT_EQ(-EOVERFLOW, mig_log_report(&m->dev, ~0ULL - PAGE + 1, PAGE, PAGE, bitmap));
@@ -531,7 +536,7 @@ TEST_F(log, report_arguments)
 	/* Nothing is logged there, or nothing at all is asked for. */
 	expect_report(_metadata, self, 2, 0, WINDOW, PAGE);
 	ASSERT_EQ(0, mig_log_stop(&m->dev));
-	log_start(_metadata, self, each_window, 1, PAGE);
+	log_start(_metadata, self, self->each_window, 1, PAGE);
 	log_transfer(_metadata, self, FILL, 0, 0, WINDOW);
 	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
 	EXPECT_EQ(0, mig_log_report(&m->dev, 1ULL << 62, WINDOW, PAGE, bitmap));
@@ -547,7 +552,7 @@ TEST_F(log, report_arguments)
  */
 TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
 {
-	const __u64 base = windows[1];
+	const __u64 base = self->windows[1];
 	unsigned int rounds = mig_times(40), i, n;
 	__u8 *copy = malloc(WINDOW);
 	struct mock *m = &self->m;
@@ -555,7 +560,7 @@ TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
 
 	ASSERT_NE(NULL, copy);
 	fill(_metadata, m, 0, m->size, 77);
-	log_start(_metadata, self, like_qemu, ARRAY_SIZE(like_qemu), PAGE);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	memcpy(copy, self->mem, WINDOW);
 	for (i = 0; i < 8; i++) {
 		struct dma_desc d = {

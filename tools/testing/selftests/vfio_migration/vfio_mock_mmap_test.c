@@ -167,7 +167,7 @@ TEST_F(map, bad_arguments)
 		{ "what crosses the beginning", bar2 - PAGE, 2 * PAGE, MAP_SHARED },
 		{ "what is far behind", bar2 + (1ULL << 38), PAGE, MAP_SHARED },
 		{ "no region", (__u64)VFIO_PCI_NUM_REGIONS << 40, PAGE, MAP_SHARED },
-		{ "the end of the file", 0x7ffffffffffff000ULL, PAGE, MAP_SHARED },
+		{ "the end of the file", (1ULL << 63) - PAGE, PAGE, MAP_SHARED },
 		{ "an offset inside of a page", bar2 + 1, PAGE, MAP_SHARED },
 		{ "an offset inside of a page", bar2 + PAGE / 2, PAGE, MAP_SHARED },
 		{ "nothing", bar2, 0, MAP_SHARED },
@@ -858,22 +858,24 @@ TEST_F(map, stores_of_the_kernel_are_tracked)
 	struct mock *m = &self->m;
 	int fd, mem, pipes[2];
 	struct iovec iov;
-	__u8 data[8192];
+	const size_t size = 2 * PAGE;
+	__u8 *data = malloc(size);
 	ssize_t ret;
 
+	ASSERT_NE(NULL, data);
 	NEED_PRE_COPY(&m->dev);
 	ASSERT_EQ(0, pipe(pipes));
 	mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
 	ASSERT_LE(0, mem);
 	store_at(self, self->map, 0, m->size);
 	fd = start_tracking(_metadata, self);
-	vfio_mock_pattern(data, 17, 0, sizeof(data));
+	vfio_mock_pattern(data, 17, 0, size);
 
 	/* As the buffer of a read(). */
-	ASSERT_EQ((ssize_t)sizeof(data), write(pipes[1], data, sizeof(data)));
-	ASSERT_EQ((ssize_t)sizeof(data), read(pipes[0], self->map + 3 * PAGE + 9, sizeof(data)));
-	memcpy(m->want + 3 * PAGE + 9, data, sizeof(data));
-	mark(self->dirty, 3 * PAGE + 9, sizeof(data));
+	ASSERT_EQ((ssize_t)size, write(pipes[1], data, size));
+	ASSERT_EQ((ssize_t)size, read(pipes[0], self->map + 3 * PAGE + 9, size));
+	memcpy(m->want + 3 * PAGE + 9, data, size);
+	mark(self->dirty, 3 * PAGE + 9, size);
 	expect_dirty_round(_metadata, self, fd, "read() into the mapping");
 
 	/* As a debugger does. */
@@ -904,6 +906,7 @@ TEST_F(map, stores_of_the_kernel_are_tracked)
 	}
 	expect_dirty_round(_metadata, self, fd, "vmsplice()");
 	expect_both(_metadata, self, "after stores of the kernel");
+	free(data);
 }
 
 /*

@@ -711,7 +711,7 @@ TEST_F(refuse, image_of_another_size)
 /* A write whose buffer faults takes what it could read, and the rest later. */
 TEST_F(refuse, write_from_a_hole_loses_nothing)
 {
-	size_t page = sysconf(_SC_PAGESIZE), at = 0, part;
+	size_t page = PAGE, at = 0, part;
 	struct mig_stream *s = &self->s.stream;
 	ssize_t ret;
 	int fd;

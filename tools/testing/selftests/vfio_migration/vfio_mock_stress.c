@@ -31,8 +31,9 @@
 
 /* The memory: so many places for each of the devices, and one that is only read. */
 #define RAM_PLACES	3
+#define RAM_PAGES	(NR_DEVICES * RAM_PLACES * PLACE_PAGES)
 #define RAM_PLACE(dev, n)	(((dev) * RAM_PLACES + (n)) * PLACE_PAGES * PAGE)
-#define RAM_SIZE	RAM_PLACE(NR_DEVICES, 0)
+#define RAM_SIZE	(RAM_PAGES * PAGE)
 
 /* One of the machines that the devices move between. */
 struct host {
@@ -284,14 +285,14 @@ static void map_all(struct __test_metadata *_metadata, stress_data *self,
 static void follow_ram(struct __test_metadata *_metadata, stress_data *self,
 		       struct host *host)
 {
-	__u64 bitmap[(RAM_SIZE / PAGE + 63) / 64] = {}, page;
+	__u64 bitmap[(RAM_PAGES + 63) / 64] = {}, page;
 	unsigned int dev;
 
 	for (dev = 0; dev < NR_DEVICES; dev++) {
 		ASSERT_EQ(0, mig_log_report(&host->dev[dev].dev, RAM_IOVA, RAM_SIZE, PAGE,
 					    bitmap));
 	}
-	for (page = 0; page < RAM_SIZE / PAGE; page++)
+	for (page = 0; page < RAM_PAGES; page++)
 		if (bitmap[page / 64] >> (page % 64) & 1)
 			memcpy(self->copy + page * PAGE, self->ram.mem + page * PAGE, PAGE);
 }

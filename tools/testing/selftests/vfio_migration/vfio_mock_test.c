@@ -486,7 +486,7 @@ TEST_F(mock, cancelled_migration_leaves_the_source_alone)
 
 TEST_F_TIMEOUT(mock, content_survives_any_chunking, 120)
 {
-	static const size_t chunks[] = { 1, 7, 4095, 4096, 1 << 20, 0 };
+	const size_t chunks[] = { 1, 7, PAGE - 1, PAGE, 1 << 20, 0 };
 	struct mock *src = &self->src, *dst = &self->dst;
 	struct mig_stream image = {};
 	struct mock_front front;
@@ -508,7 +508,7 @@ TEST_F_TIMEOUT(mock, content_survives_any_chunking, 120)
 /* As above on the way out: reads of any size give the same stream. */
 TEST_F_TIMEOUT(mock, stream_is_the_same_for_any_reads, 120)
 {
-	static const size_t chunks[] = { 1, 7, 4095, 4096, 1 << 20 };
+	const size_t chunks[] = { 1, 7, PAGE - 1, PAGE, 1 << 20 };
 	struct mig_stream image = {}, again = {};
 	struct mock *src = &self->src;
 	unsigned int i;
@@ -576,12 +576,14 @@ TEST_F(mock, stopped_device_does_not_change)
 	struct mock *src = &self->src;
 	struct mock_front before, now;
 	struct mig_stream image = {};
-	__u8 page[8192];
+	const __u64 len = 2 * PAGE;
+	__u8 *pages = malloc(len);
 	unsigned int i;
 	__u64 dropped;
 	int fd;
 
-	memset(page, 0xee, sizeof(page));
+	ASSERT_NE(NULL, pages);
+	memset(pages, 0xee, len);
 	for (i = 0; i < ARRAY_SIZE(states); i++) {
 		const char *name = mig_state_name(states[i]);
 
@@ -604,8 +606,7 @@ TEST_F(mock, stopped_device_does_not_change)
 		expect_dropped(_metadata, src, BAR2, 5 * PAGE + 1, 0xff, 1, name);
 		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_MSIX_TABLE + 16, ~0ULL, 8, name);
 		dropped = reg64(src, DROPPED);
-		EXPECT_EQ((ssize_t)sizeof(page),
-			  mock_write(src, BAR2, 3 * PAGE, page, sizeof(page)));
+		EXPECT_EQ((ssize_t)len, mock_write(src, BAR2, 3 * PAGE, pages, len));
 		EXPECT_LT(dropped, reg64(src, DROPPED))
 			PROMISE("in %s a write of a block is dropped and counted", name);
 
@@ -1706,9 +1707,9 @@ TEST_F(pci, data_fd_outlives_the_mediated_device)
 
 TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 {
-	static const struct vfio_device_feature_dma_logging_range nothing = {},
-		range = { .length = 1 << 20 };
-	static const __u64 sizes[] = { 1, 3, 4095, 12288 };
+	const struct vfio_device_feature_dma_logging_range nothing = {},
+		range = { .length = 256 * PAGE };
+	const __u64 sizes[] = { 1, 3, PAGE - 1, 3 * PAGE };
 	__u64 size = 0, bitmap[4] = {};
 	struct mock *m = &self->m;
 	unsigned int i;
@@ -1721,14 +1722,14 @@ TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 		EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &range, 1))
 			PROMISE("page_size %llu is refused", sizes[i]);
 	}
-	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, 1 << 20, PAGE, bitmap))
+	EXPECT_EQ(-EINVAL, mig_log_report(&m->dev, 0, range.length, PAGE, bitmap))
 		PROMISE("logging was not started");
 	size = PAGE;
 	ASSERT_EQ(0, mig_log_start(&m->dev, &size, &range, 1));
 	EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &range, 1))
 		PROMISE("another start is not allowed in the meantime");
 	fill(_metadata, m, 0, m->size, 1);
-	ASSERT_EQ(0, mig_log_report(&m->dev, 0, 1 << 20, PAGE, bitmap));
+	ASSERT_EQ(0, mig_log_report(&m->dev, 0, range.length, PAGE, bitmap));
 	EXPECT_EQ(0U, bitmap[0] | bitmap[1] | bitmap[2] | bitmap[3])
 		PROMISE("a device that does no DMA reports no dirty pages");
 	EXPECT_EQ(0, mig_log_stop(&m->dev));

@@ -22,7 +22,8 @@
 #define IOVA	0x40000000ULL
 
 /* The IOVAs of two pages of the same zone of the log are closer than this. */
-#define ZONE	(4096ULL * PAGE)
+#define ZONE_PAGES	4096U
+#define ZONE	(ZONE_PAGES * PAGE)
 #define ZONES	4096U
 
 /* Always due: the worker never has nothing to do. */
@@ -251,7 +252,7 @@ TEST_F_TIMEOUT(work, reset_beside_a_state_change_ends, 240)
 {
 	unsigned int count = mig_times(100), i;
 	struct mock *m = &self->m;
-	const __u64 before = 64 << 10;
+	const __u64 before = 16 * PAGE;
 	struct changer stop, reset;
 	struct mig_stall stall;
 	struct dma_desc d = {
@@ -509,7 +510,7 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 		 * A bit for each page of a zone, at least. Half of it allows for what the
 		 * statistics of a cgroup lag behind.
 		 */
-		EXPECT_LE((__s64)(ZONES * ZONE / PAGE / 8 / 2), charged)
+		EXPECT_LE((__s64)(ZONES * ZONE_PAGES / 8 / 2), charged)
 			PROMISE("a log of %u zones charges the cgroup of the opener (%lld)",
 				ZONES, charged);
 		mock_close(&m);
@@ -530,7 +531,7 @@ static int open_elsewhere(struct __test_metadata *_metadata, const char *size,
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		struct mig_device dev;
-		char path[4096];
+		char path[PATH_MAX];
 
 		if (group)
 			join(_metadata, group);
