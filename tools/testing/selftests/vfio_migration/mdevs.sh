@@ -22,6 +22,20 @@ create_devices()
 	paths=${paths# }
 }
 
+# The smallest type of vfio_mock that has $1 pages of the kernel.
+type_of_pages()
+{
+	local type bytes=$(($1 * $(getconf PAGESIZE)))
+
+	for type in 64K 1M 16M 256M 1G; do
+		if [ "$(numfmt --from=iec "$type")" -ge "$bytes" ]; then
+			echo "$type"
+			return
+		fi
+	done
+	return 1
+}
+
 remove_devices()
 {
 	local uuid

@@ -17,6 +17,13 @@
 
 #define PAGE	mig_page_size()
 
+/*
+ * The environment names the devices of these sizes, and of 16M and 1G: VFIO_MOCK_SMALL
+ * and VFIO_MOCK_MEDIUM are of the smallest types with so many pages of the kernel.
+ */
+#define SMALL_PAGES	16
+#define MEDIUM_PAGES	256
+
 /* All of the device that software sees, but its state memory. */
 struct mock_front {
 	__u8 registers[VFIO_MOCK_REGS_END];
@@ -119,6 +126,51 @@ static inline int mock_open(struct mock *m, const char *name, int which,
 			return -ENODEV;
 	} while (which--);
 	return mock_open_path(m, path, backend);
+}
+
+/* The size of the state memory by the name of the type, such as "vfio_mock-64K"; or 0. */
+static inline __u64 mock_type_size(const struct mock *m)
+{
+	char path[PATH_MAX + 16], type[PATH_MAX] = "", unit = 0;
+	unsigned long long size = 0;
+	const char *name;
+
+	snprintf(path, sizeof(path), "%s/mdev_type", m->path);
+	if (readlink(path, type, sizeof(type) - 1) < 0)
+		return 0;
+	name = strrchr(type, '-');
+	if (!name || sscanf(name, "-%llu%c", &size, &unit) != 2)
+		return 0;
+	switch (unit) {
+	case 'K':
+		return size << 10;
+	case 'M':
+		return size << 20;
+	case 'G':
+		return size << 30;
+	default:
+		return 0;
+	}
+}
+
+#define MOCK_TYPE	"/sys/class/mdev_bus/vfio_mock/mdev_supported_types/vfio_mock-"
+
+/* The folder in sysfs of the smallest type that has @pages pages of the kernel. */
+static inline const char *mock_type(__u64 pages)
+{
+	static const struct {
+		const char *path;
+		__u64 size;
+	} types[] = {
+		{ MOCK_TYPE "64K", 64 << 10 }, { MOCK_TYPE "1M", 1 << 20 },
+		{ MOCK_TYPE "16M", 16 << 20 }, { MOCK_TYPE "256M", 256 << 20 },
+		{ MOCK_TYPE "1G", 1 << 30 },
+	};
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(types) - 1 && types[i].size < pages * PAGE; i++)
+		;
+	return types[i].path;
 }
 
 /* The core has the bitmaps of a DMA log from iommufd: without it there is no log. */

@@ -75,16 +75,19 @@ load()
 # Devices of each size, named to the tests by the environment.
 create()
 {
-	local size paths
+	local small bytes medium device name type count paths
 
-	for size in 64K:2 1M:4 16M:2 1G:1; do
-		create_devices vfio_mock ${size/:/ } || return
-		export "VFIO_MOCK_${size%:*}=$paths"
+	small=$(type_of_pages 16) && bytes=$(numfmt --from=iec "$small") &&
+		medium=$(type_of_pages 256) || return
+	for device in SMALL:$small:2 MEDIUM:$medium:4 16M:16M:2 1G:1G:1; do
+		IFS=: read -r name type count <<<"$device"
+		create_devices vfio_mock "$type" "$count" || return
+		export "VFIO_MOCK_$name=$paths"
 	done
-	export VFIO_DEVICE="${VFIO_MOCK_64K% *}" VFIO_DEVICE2="${VFIO_MOCK_64K#* }"
-	export VFIO_DEVICE_OTHER="${VFIO_MOCK_1M%% *}"
+	export VFIO_DEVICE="${VFIO_MOCK_SMALL% *}" VFIO_DEVICE2="${VFIO_MOCK_SMALL#* }"
+	export VFIO_DEVICE_OTHER="${VFIO_MOCK_MEDIUM%% *}"
 	# All of BAR2, which is the state memory; no register changes by being read.
-	export VFIO_SCRATCH=2:0:0x10000 VFIO_READ_REGIONS=1
+	export VFIO_SCRATCH=2:0:$bytes VFIO_READ_REGIONS=1
 }
 
 # One test program as a subtest; the arguments are its own.

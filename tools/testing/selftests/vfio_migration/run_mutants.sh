@@ -13,19 +13,22 @@ logs=$2
 
 create()
 {
+	local small bytes
+
 	devices=()
-	create_devices vfio_mock 1M 2 || return
-	export VFIO_MOCK_1M=$paths VFIO_DEVICE_OTHER=${paths% *}
-	create_devices vfio_mock 64K 2 || return
-	export VFIO_MOCK_64K=$paths VFIO_DEVICE=${paths% *} VFIO_DEVICE2=${paths#* }
-	export VFIO_SCRATCH=2:0:0x10000 VFIO_READ_REGIONS=1 VFIO_HANG_SECONDS=4
+	create_devices vfio_mock "$(type_of_pages 256)" 2 || return
+	export VFIO_MOCK_MEDIUM=$paths VFIO_DEVICE_OTHER=${paths% *}
+	small=$(type_of_pages 16) && bytes=$(numfmt --from=iec "$small") &&
+		create_devices vfio_mock "$small" 2 || return
+	export VFIO_MOCK_SMALL=$paths VFIO_DEVICE=${paths% *} VFIO_DEVICE2=${paths#* }
+	export VFIO_SCRATCH=2:0:$bytes VFIO_READ_REGIONS=1 VFIO_HANG_SECONDS=4
 }
 
 # The tests $2... of program $1, on one backend and one size.
 run()
 {
-	local program=$1 test options=(-V group -V group_64K -V group_1M -V group_16M
-		-V iommufd_1M -V iommufd_16M)
+	local program=$1 test options=(-V group -V group_small -V group_medium
+		-V iommufd_medium -V iommufd_16M)
 
 	# Its variants are tests of their own.
 	[ "$program" != vfio_mock_life_test ] || options=()

@@ -3,7 +3,7 @@
  * DMA of the mock migratable device vfio_mock: what it moves, how that ends, that
  * it stands still when it must, and that it goes on after a migration.
  *
- *	VFIO_MOCK_1M="SOURCE TARGET" ./vfio_mock_dma_test
+ *	VFIO_MOCK_MEDIUM="SOURCE TARGET" ./vfio_mock_dma_test
  *
  * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
  * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
@@ -38,8 +38,8 @@ FIXTURE_VARIANT_ADD(dma, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(dma)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
-	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_1M", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_MEDIUM", 1, variant->backend);
 	ram_make(_metadata, &self->ram, IOVA, 2 * self->m.size);
 	ram_map(_metadata, &self->ram, &self->m);
 }
@@ -1599,7 +1599,7 @@ TEST_F_TIMEOUT(dma, process_with_stalled_dma_can_exit, 60)
 			/* With the file that would end it before the device, or behind. */
 			if (i && mig_stall_start(&stall))
 				_exit(0);
-			if (mock_open(&guest, "VFIO_MOCK_1M", 0, variant->backend))
+			if (mock_open(&guest, "VFIO_MOCK_MEDIUM", 0, variant->backend))
 				_exit(1);
 			if (!i && mig_stall_start(&stall))
 				_exit(0);
@@ -1793,7 +1793,7 @@ FIXTURE_SETUP(peers)
 	int i, ret;
 
 	for (i = 0; i < 2; i++)
-		MOCK_OPEN_OR_SKIP(both[i], "VFIO_MOCK_1M", i, variant->backend);
+		MOCK_OPEN_OR_SKIP(both[i], "VFIO_MOCK_MEDIUM", i, variant->backend);
 	self->a_map = bar2_map(_metadata, &self->a, 0, self->a.size);
 	self->b_map = bar2_map(_metadata, &self->b, 0, self->b.size);
 	for (i = 0; i < 2; i++) {

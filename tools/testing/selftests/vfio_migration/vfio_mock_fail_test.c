@@ -6,7 +6,7 @@
  * After each of them the errno is one that says what happened, the device is
  * usable or can be reset, and nothing is lost.
  *
- *	VFIO_MOCK_64K="SOURCE TARGET" ./vfio_mock_fail_test
+ *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_fail_test
  *
  * as root, with CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB,
  * CONFIG_FAULT_INJECTION_USERCOPY and CONFIG_FAIL_PAGE_ALLOC.
@@ -40,8 +40,8 @@ FIXTURE_SETUP(fail)
 	self->dst.dev.fd = -1;
 	if (fail_open(&self->in, &why))
 		SKIP(return, "%s", why);
-	MOCK_OPEN_OR_SKIP(&self->src, "VFIO_MOCK_64K", 0, variant->backend);
-	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_64K", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->src, "VFIO_MOCK_SMALL", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_SMALL", 1, variant->backend);
 }
 
 FIXTURE_TEARDOWN(fail)

@@ -6,7 +6,7 @@
  * streams that were good once, DMA to anywhere. The kernel has to survive, and
  * the device to be as new when it is opened again.
  *
- *	VFIO_MOCK_64K="SOURCE TARGET" ./vfio_mock_fuzz_test
+ *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_fuzz_test
  *
  * VFIO_FUZZ_CALLS is how many calls are made in all (20000), VFIO_FUZZ_SEED what
  * they are made of: the calls of each thread follow from it, their order does not.
@@ -348,7 +348,7 @@ FIXTURE_SETUP(fuzz)
 {
 	int fd = -1;
 
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_64K", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_SMALL", 0, variant->backend);
 	populate(_metadata, &self->m, 1);
 	stop_and_save(_metadata, &self->m, &fd, &self->image);
 	close(fd);

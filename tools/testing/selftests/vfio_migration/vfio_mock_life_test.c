@@ -20,7 +20,7 @@
 
 #define MODULE		"vfio_mock"
 #define PARENT		"/sys/class/mdev_bus/" MODULE
-#define TYPE		PARENT "/mdev_supported_types/vfio_mock-64K"
+#define TYPE		mock_type(SMALL_PAGES)
 #define DEVICES		"/sys/bus/mdev/devices"
 #define DRIVER		"/sys/bus/mdev/drivers/" MODULE
 
@@ -266,11 +266,28 @@ FIXTURE_VARIANT_ADD(kept, cdev_resuming) {
 FIXTURE_VARIANT_ADD(kept, sysfs) { .kind = SYSFS };
 FIXTURE_VARIANT_ADD(kept, debugfs) { .kind = DEBUGFS };
 
+static bool can_create(void)
+{
+	char path[PATH_MAX];
+
+	snprintf(path, sizeof(path), "%s/create", TYPE);
+	return !access(path, W_OK);
+}
+
+/* How many devices there may still be. */
+static long available(void)
+{
+	char path[PATH_MAX];
+
+	snprintf(path, sizeof(path), "%s/available_instances", TYPE);
+	return read_number(path);
+}
+
 /* Creates a device for a fixture, with the module loaded whatever was before. */
 #define CREATE_OR_SKIP(g) do {							\
 	if (!is_loaded() && getenv("VFIO_MOCK_MODULE"))				\
 		ASSERT_EQ(0, load_module());					\
-	if (access(TYPE "/create", W_OK))					\
+	if (!can_create())							\
 		SKIP(return, "no device can be created: is " MODULE " loaded?"); \
 	ASSERT_EQ(0, mock_create(g, TYPE))					\
 		STEP("create a device");					\
@@ -869,7 +886,7 @@ TEST_F_TIMEOUT(life, four_threads_create_and_remove, 120)
 
 	mock_close(&self->m);
 	remove_now(_metadata, &self->g);
-	before = read_number(TYPE "/available_instances");
+	before = available();
 	ASSERT_LT(0, before);
 	openers_start(_metadata, openers, 2, NULL, variant->backend, &stop);
 	for (i = 0; i < MAKERS; i++) {
@@ -884,7 +901,7 @@ TEST_F_TIMEOUT(life, four_threads_create_and_remove, 120)
 		EXPECT_EQ(makers[i].count, atomic_load(&makers[i].made));
 	}
 	openers_stop(_metadata, openers, 2, &stop);
-	after = read_number(TYPE "/available_instances");
+	after = available();
 	EXPECT_EQ(before, after)
 		PROMISE("what is removed makes room for others");
 	expect_module_is_free(_metadata, "after all removals");

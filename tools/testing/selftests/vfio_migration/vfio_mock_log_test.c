@@ -2,7 +2,7 @@
 /*
  * The DMA log of the mock migratable device vfio_mock: exactly what it wrote.
  *
- *	VFIO_MOCK_1M="DEVICE" ./vfio_mock_log_test
+ *	VFIO_MOCK_MEDIUM="DEVICE" ./vfio_mock_log_test
  *
  * with the sysfs path of a mediated device. run_mock.sh makes it and runs this.
  * VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
@@ -61,7 +61,7 @@ FIXTURE_SETUP(log)
 		self->each_window[i].iova = windows[in_no_order[i]];
 		self->each_window[i].length = WINDOW;
 	}
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
 	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			 -1, 0);
 	ASSERT_NE(MAP_FAILED, self->mem);

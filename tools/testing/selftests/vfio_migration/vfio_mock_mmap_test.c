@@ -4,7 +4,7 @@
  * and tracked page by page, dropped when the device stands still, and no fault
  * waits for the migration whose stream goes into the mapping itself.
  *
- *	VFIO_MOCK_1M="SOURCE TARGET" ./vfio_mock_mmap_test
+ *	VFIO_MOCK_MEDIUM="SOURCE TARGET" ./vfio_mock_mmap_test
  *
  * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
  * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
@@ -39,8 +39,8 @@ FIXTURE_VARIANT_ADD(map, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(map)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
-	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_1M", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_MEDIUM", 1, variant->backend);
 	self->map = bar2_map(_metadata, &self->m, 0, self->m.size);
 	self->dirty = calloc(1, self->m.size / PAGE);
 	ASSERT_NE(NULL, self->dirty);

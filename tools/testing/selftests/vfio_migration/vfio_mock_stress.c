@@ -5,7 +5,7 @@
  * and back, again and again. After each move every byte is compared: with the
  * source, with the stream, and with what those who wrote it know.
  *
- *	VFIO_MOCK_1M="A A2 B B2" ./vfio_mock_stress
+ *	VFIO_MOCK_MEDIUM="A A2 B B2" ./vfio_mock_stress
  *
  * with the sysfs paths of four mediated devices. run_mock.sh makes them and runs
  * this: 10 rounds, and with VFIO_MIGRATION_ROUNDS=N 20 * N rounds.
@@ -77,7 +77,7 @@ FIXTURE_SETUP(stress)
 	for (h = 0; h < 2; h++) {
 		host = &self->hosts[h];
 		for (n = 0; n < NR_DEVICES; n++) {
-			MOCK_OPEN_OR_SKIP(&host->dev[n], "VFIO_MOCK_1M", 2 * n + h,
+			MOCK_OPEN_OR_SKIP(&host->dev[n], "VFIO_MOCK_MEDIUM", 2 * n + h,
 					  variant->backend);
 			for (i = 0; i < NR_MAPPINGS; i++)
 				host->map[n][i] = bar2_map(_metadata, &host->dev[n], 0,

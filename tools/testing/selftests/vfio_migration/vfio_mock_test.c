@@ -4,7 +4,7 @@
  * stream, and that what arrives is what was sent. Its interrupts are in
  * vfio_mock_irq_test.c.
  *
- *	VFIO_MOCK_64K="SOURCE TARGET" VFIO_MOCK_1M=... VFIO_MOCK_16M=... \
+ *	VFIO_MOCK_SMALL="SOURCE TARGET" VFIO_MOCK_MEDIUM=... VFIO_MOCK_16M=... \
  *		./vfio_mock_test
  *
  * with the sysfs paths of two mediated devices of each size. run_mock.sh makes
@@ -28,36 +28,35 @@ FIXTURE_VARIANT(mock)
 {
 	enum mig_backend backend;
 	const char *devices;
-	__u64 size;
 };
 
-FIXTURE_VARIANT_ADD(mock, group_64K) {
-	.backend = MIG_GROUP, .devices = "VFIO_MOCK_64K", .size = 64 << 10,
+FIXTURE_VARIANT_ADD(mock, group_small) {
+	.backend = MIG_GROUP, .devices = "VFIO_MOCK_SMALL",
 };
 
-FIXTURE_VARIANT_ADD(mock, group_1M) {
-	.backend = MIG_GROUP, .devices = "VFIO_MOCK_1M", .size = 1 << 20,
+FIXTURE_VARIANT_ADD(mock, group_medium) {
+	.backend = MIG_GROUP, .devices = "VFIO_MOCK_MEDIUM",
 };
 
-FIXTURE_VARIANT_ADD(mock, iommufd_64K) {
-	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_64K", .size = 64 << 10,
+FIXTURE_VARIANT_ADD(mock, iommufd_small) {
+	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_SMALL",
 };
 
-FIXTURE_VARIANT_ADD(mock, iommufd_1M) {
-	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_1M", .size = 1 << 20,
+FIXTURE_VARIANT_ADD(mock, iommufd_medium) {
+	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_MEDIUM",
 };
 
 FIXTURE_VARIANT_ADD(mock, iommufd_16M) {
-	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_16M", .size = 16 << 20,
+	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_16M",
 };
 
 FIXTURE_SETUP(mock)
 {
 	MOCK_OPEN_OR_SKIP(&self->src, variant->devices, 0, variant->backend);
 	MOCK_OPEN_OR_SKIP(&self->dst, variant->devices, 1, variant->backend);
-	ASSERT_EQ(variant->size, self->src.size)
-		PROMISE("BAR2 is the state memory");
-	ASSERT_EQ(variant->size, self->dst.size);
+	ASSERT_EQ(mock_type_size(&self->src), self->src.size)
+		PROMISE("BAR2 is the state memory, which the type tells the size of");
+	ASSERT_EQ(self->src.size, self->dst.size);
 }
 
 FIXTURE_TEARDOWN(mock)
@@ -1163,7 +1162,7 @@ FIXTURE_VARIANT_ADD(pci, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(pci)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_64K", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_SMALL", 0, variant->backend);
 }
 
 FIXTURE_TEARDOWN(pci)
@@ -1259,7 +1258,7 @@ TEST_F(pci, registers_identify_the_device)
 
 	expect_fresh(_metadata, m, "on open");
 	EXPECT_EQ(m->size, reg64(m, STATE_SIZE));
-	EXPECT_EQ(64U << 10, reg64(m, STATE_SIZE));
+	EXPECT_EQ(mock_type_size(m), reg64(m, STATE_SIZE));
 
 	/* Registers that tell cannot be told. */
 	put(_metadata, m, BAR0, VFIO_MOCK_REG_STATE_SIZE, ~0ULL, 8);

@@ -3,7 +3,7 @@
  * The worker of the mock migratable device vfio_mock: when it stands still, what its
  * interrupts do, who pays for it, and that it holds up nothing else of the kernel.
  *
- *	VFIO_MOCK_1M="DEVICE" VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_work_test
+ *	VFIO_MOCK_MEDIUM="DEVICE" VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_work_test
  *
  * with the sysfs path of a mediated device; vfio_minimal.ko is beside the module.
  * run_mock.sh makes it and runs this. VFIO_MIGRATION_ROUNDS=N repeats what races N
@@ -47,7 +47,7 @@ FIXTURE_VARIANT_ADD(work, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(work)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_1M", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
 	ram_make(_metadata, &self->ram, IOVA, self->m.size);
 	ram_map(_metadata, &self->ram, &self->m);
 }
@@ -443,14 +443,14 @@ TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 	pid_t pid;
 	char c;
 
-	if (!getenv("VFIO_MOCK_1M"))
-		SKIP(return, "no VFIO_MOCK_1M");
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
 	ASSERT_EQ(0, pipe(pipes));
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		join(_metadata, self->group);
-		if (mock_open(&m, "VFIO_MOCK_1M", 0, MIG_GROUP))
+		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
 			_exit(1);
 		start(_metadata, &m, 0, &busy);
 		write(pipes[1], "", 1);
@@ -485,13 +485,13 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 	int status;
 	pid_t pid;
 
-	if (!getenv("VFIO_MOCK_1M"))
-		SKIP(return, "no VFIO_MOCK_1M");
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		join(_metadata, self->group);
-		if (mock_open(&m, "VFIO_MOCK_1M", 0, MIG_GROUP))
+		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
 			_exit(1);
 		mem = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			   -1, 0);
