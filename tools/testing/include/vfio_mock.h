@@ -18,7 +18,6 @@
 
 #define VFIO_MOCK_MAGIC		0x4b4d4656	/* "VFMK" */
 #define VFIO_MOCK_ABI_VERSION	1
-#define VFIO_MOCK_PAGE_SIZE	4096
 
 #define VFIO_MOCK_BAR0_SIZE	0x4000
 #define VFIO_MOCK_MSIX_CAP	0x40
@@ -30,7 +29,7 @@
 #define VFIO_MOCK_REG_MAGIC		0x00	/* u32, read-only */
 #define VFIO_MOCK_REG_ABI_VERSION	0x04	/* u32, read-only */
 #define VFIO_MOCK_REG_STATE_SIZE	0x08	/* u64, read-only: bytes of BAR2 */
-#define VFIO_MOCK_REG_PAGE_SIZE		0x10	/* u32, read-only */
+#define VFIO_MOCK_REG_PAGE_SIZE		0x10	/* u32, read-only: of the host, in bytes */
 #define VFIO_MOCK_REG_STATUS		0x14	/* u32, read-only */
 #define VFIO_MOCK_REG_SCRATCH		0x18	/* u64 */
 #define VFIO_MOCK_REG_ADDR		0x20	/* u64: byte offset in BAR2 */

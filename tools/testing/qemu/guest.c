@@ -277,13 +277,13 @@ static bool checksum(struct device *d, __u64 addr, __u64 len)
 
 static __u64 hot_page(const struct device *d, unsigned int i)
 {
-	return d->work / HOT_PAGES * i;
+	return d->work / d->page * i / HOT_PAGES * d->page;
 }
 
 /* Another page each time, until all were written. */
 static __u64 cold_page(const struct device *d, __u64 generation)
 {
-	return generation * 1597 * PAGE % d->work;
+	return generation * 1597 % (d->work / d->page) * d->page;
 }
 
 static void write_pages(struct device *d)
@@ -292,11 +292,11 @@ static void write_pages(struct device *d)
 	unsigned int i;
 
 	for (i = 0; i < HOT_PAGES; i++)
-		mem_write(d, hot_page(d, i) + pick(d, i, PAGE / 8) * 8, 8);
+		mem_write(d, hot_page(d, i) + pick(d, i, d->page / 8) * 8, 8);
 	for (i = 0; i < 16; i++)
-		mem_write(d, page + pick(d, 16 + i, PAGE / 8) * 8, 8);
+		mem_write(d, page + pick(d, 16 + i, d->page / 8) * 8, 8);
 	for (i = 1; i < 8; i *= 2)
-		mem_write(d, page + pick(d, 32 + i, PAGE / i) * i, i);
+		mem_write(d, page + pick(d, 32 + i, d->page / i) * i, i);
 }
 
 static void read_back(struct device *d)
@@ -305,10 +305,10 @@ static void read_back(struct device *d)
 	unsigned int width, i;
 
 	for (i = 0; i < HOT_PAGES; i++)
-		mem_check(d, hot_page(d, i) + pick(d, i, PAGE / 8) * 8, 8);
+		mem_check(d, hot_page(d, i) + pick(d, i, d->page / 8) * 8, 8);
 	for (i = 0; i < 8; i++) {
 		width = 1 << (i & 3);
-		mem_check(d, page + pick(d, 64 + i, PAGE / width) * width,
+		mem_check(d, page + pick(d, 64 + i, d->page / width) * width,
 			  width);
 		mem_check(d, pick(d, 80 + i, d->work / width) * width, width);
 	}
@@ -361,7 +361,7 @@ static void check_registers(struct device *d)
 	check_reg(d, "abi-version", VFIO_MOCK_REG_ABI_VERSION, 4,
 		  VFIO_MOCK_ABI_VERSION);
 	check_reg(d, "state-size", VFIO_MOCK_REG_STATE_SIZE, 8, d->size);
-	check_reg(d, "page-size", VFIO_MOCK_REG_PAGE_SIZE, 4, PAGE);
+	check_reg(d, "page-size", VFIO_MOCK_REG_PAGE_SIZE, 4, d->page);
 	check_reg(d, "status", VFIO_MOCK_REG_STATUS, 4,
 		  d->want.completions ? VFIO_MOCK_STATUS_DONE : 0);
 	check_reg(d, "scratch", VFIO_MOCK_REG_SCRATCH, 8, d->want.scratch);
@@ -381,12 +381,12 @@ static __u64 bad_pages(struct device *d)
 {
 	__u64 page, bad = 0;
 
-	for (page = 0; page < d->size; page += PAGE) {
-		if (checksum(d, page, PAGE))
+	for (page = 0; page < d->size; page += d->page) {
+		if (checksum(d, page, d->page))
 			continue;
 		if (bad++ < BAD_PAGES_SHOWN)
 			check(d, "page", page,
-			      vfio_mock_checksum(d->model + page, PAGE),
+			      vfio_mock_checksum(d->model + page, d->page),
 			      d->want.result);
 	}
 	return bad;
@@ -398,23 +398,23 @@ static __u64 bad_pages(struct device *d)
  */
 static __u64 read_back_pages(struct device *d)
 {
-	__u64 pages = d->size / PAGE, page, offset;
+	__u64 pages = d->size / d->page, page, offset;
 	bool all = pages <= READBACK_PAGES;
 	unsigned int i;
 
 	for (i = 0; i < (all ? pages : READBACK_PAGES); i++) {
 		if (all)
-			page = i * PAGE;
+			page = i * d->page;
 		else if (i < HOT_PAGES)
 			page = hot_page(d, i);
 		else if (i < READBACK_PAGES / 2 && d->generation > i)
 			page = cold_page(d, d->generation - i);
 		else
-			page = pick(d, 1000 + i, pages) * PAGE;
-		for (offset = page; offset < page + PAGE; offset += 8)
+			page = pick(d, 1000 + i, pages) * d->page;
+		for (offset = page; offset < page + d->page; offset += 8)
 			mem_check(d, offset, 8);
 	}
-	return i * PAGE;
+	return i * d->page;
 }
 
 /* Compares registers, sums and interrupts; returns how many pages are bad. */
@@ -583,6 +583,11 @@ static void *map_bar(struct device *d, unsigned int bar, __u64 *size)
 	return p;
 }
 
+__u64 guest_page(void)
+{
+	return sysconf(_SC_PAGESIZE);
+}
+
 /* The group of a device without IOMMU, whose number vfio chooses. */
 static int open_group(const struct device *d)
 {
@@ -686,6 +691,17 @@ static void open_device(struct device *d)
 
 	d->mem = map_bar(d, d->kind->bar, &d->size);
 	d->work = d->size;
+	/*
+	 * The unit in which the device tracks writes is the page of the host, which the
+	 * guest cannot tell but by a register. Without one any size spreads the writes.
+	 */
+	d->page = guest_page();
+	if (d->kind->engine)
+		d->page = mmio_read(d->regs + VFIO_MOCK_REG_PAGE_SIZE, 4);
+	if (!d->page || d->page & (d->page - 1) || d->size % d->page) {
+		errno = EINVAL;
+		die("%s has pages of %llu bytes", d->pci, d->page);
+	}
 	d->vectors = VFIO_MOCK_MSIX_VECTORS;
 	d->model = calloc(1, d->size);
 	if (!d->model)

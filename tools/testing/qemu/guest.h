@@ -13,7 +13,6 @@
 
 #define PCI_DEVICES	"/sys/bus/pci/devices"
 #define IRQ_TIMEOUT_MS	20000
-#define PAGE		((__u64)VFIO_MOCK_PAGE_SIZE)
 
 /* What a device can do. */
 struct kind {
@@ -56,6 +55,7 @@ struct device {
 	__u8 *mem;
 	__u64 size;
 	__u64 work;		/* what of it is not left to DMA */
+	__u64 page;		/* bytes: of the host's kernel, if a register tells */
 	__u8 *model;
 	struct registers want;
 	int irq[VFIO_MOCK_MSIX_VECTORS];
@@ -100,6 +100,9 @@ void check_reg(struct device *d, const char *name, unsigned int reg,
 	       unsigned int width, __u64 want);
 __u64 take_irqs(struct device *d, unsigned int vector);
 void await_irq(struct device *d, unsigned int vector);
+
+/* The page size of the kernel of the guest. */
+__u64 guest_page(void);
 
 void peers_open(struct device *one, struct device *other);
 void peers_start(struct device *d);

@@ -22,7 +22,8 @@
 
 /* A place that one transfer of a chain writes to, or one that goes on. */
 #define SLOT		(32 * 1024ULL)
-#define SHIFT_MAX	PAGE
+/* Bytes by which a place is off the start of its slot, at most. */
+#define SHIFT_MAX	(SLOT / 8)
 
 /* Bytes of a transfer that is long enough for others to wait for it. */
 #define LONG_LEN	(32 * SLOT)
@@ -282,12 +283,12 @@ static void compare(struct device *d, const char *what,
 		    const struct place *place, const __u8 *want, __u64 len)
 {
 	const __u8 *got = place->bytes;
-	__u64 i, end;
+	__u64 i, end, page = guest_page();
 
 	if (place->model)
 		memcpy(place->model, want, len);
 	for (i = 0; i < len; i = end) {
-		end = i + PAGE - (uintptr_t)(got + i) % PAGE;
+		end = i + page - (uintptr_t)(got + i) % page;
 		if (end > len)
 			end = len;
 		leave_guest();
@@ -513,15 +514,18 @@ static __u64 bar_address(const struct device *d, unsigned int bar)
 	return start;
 }
 
+/* In an entry of /proc/PID/pagemap, the number of the page frame. */
+#define PAGEMAP_FRAME	((1ULL << 55) - 1)
+
 /* The address of a page on the bus; 0 if the page is not there. */
 static __u64 page_address(int pagemap, const __u8 *page)
 {
 	__u64 entry;
 
 	if (pread(pagemap, &entry, sizeof(entry),
-		  (uintptr_t)page / PAGE * sizeof(entry)) != sizeof(entry))
+		  (uintptr_t)page / guest_page() * sizeof(entry)) != sizeof(entry))
 		die("read pagemap");
-	return entry >> 63 ? (entry << 9) >> 9 << 12 : 0;
+	return entry >> 63 ? (entry & PAGEMAP_FRAME) * guest_page() : 0;
 }
 
 /*
@@ -530,23 +534,24 @@ static __u64 page_address(int pagemap, const __u8 *page)
  */
 static __u8 *bus_alloc(__u64 size, __u64 *bus)
 {
-	__u64 pool = 8 * size / PAGE * PAGE, offset, start = 0, next = 0, at;
+	__u64 page = guest_page(), pool = 8 * size / page * page, offset;
+	__u64 start = 0, next = 0, at;
 	int pagemap = open("/proc/self/pagemap", O_RDONLY);
 	__u8 *p = mmap(NULL, pool, PROT_READ | PROT_WRITE,
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 
 	if (pagemap < 0 || p == MAP_FAILED)
 		die("no memory for DMA");
-	for (offset = 0; offset < pool; offset += PAGE) {
+	for (offset = 0; offset < pool; offset += page) {
 		at = page_address(pagemap, p + offset);
 		if (!at || at != next) {
 			start = offset;
 			*bus = at;
 		}
-		next = at + PAGE;
-		if (offset + PAGE - start >= size) {
+		next = at + page;
+		if (offset + page - start >= size) {
 			close(pagemap);
-			munmap(p + offset + PAGE, pool - offset - PAGE);
+			munmap(p + offset + page, pool - offset - page);
 			return p + start;
 		}
 	}
