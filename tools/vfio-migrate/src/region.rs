@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use rustix::param::page_size;
+
 use crate::error::Error;
 use crate::pace::Pace;
 use crate::record::Compared;
 use crate::uapi::{RegionInfo, REGION_CONFIG, REGION_ROM, REGION_VGA};
 use crate::units::parse_size;
 
-/// Size of a write of the load.
-const PAGE: u64 = 4096;
-/// Size of all other reads and writes.
+/// Size of reads and writes other than those of the load.
 const PIECE: u64 = 1 << 20;
 
 /// Access to the bytes of a region.
@@ -149,10 +149,10 @@ impl Load {
         }
     }
 
-    /// Writes pages with different content at random offsets until [`Self::stop`] is called.
+    /// Writes pages of the host with different content at random offsets until [`Self::stop`] is called.
     pub(crate) fn run(&self, bytes: &dyn Bytes, size: u64, rate: u64) -> io::Result<()> {
         let mut pace = Pace::new(Some(rate), Instant::now());
-        let mut page = vec![0; size.min(PAGE) as usize];
+        let mut page = vec![0; size.min(page_size() as u64) as usize];
         let pages = size / page.len() as u64;
         let mut count = 0;
         while !self.stop.load(Ordering::Acquire) {
