@@ -22,6 +22,7 @@ use core::{
 };
 use kernel::{
     alloc::Flags,
+    iov::IovIterDest,
     page::PAGE_SIZE,
     prelude::*, //
 };
@@ -52,13 +53,14 @@ type Parts<'a> = (Range<usize>, &'a [UnsafeCell<u64>], Range<usize>);
 ///
 /// # Invariants
 ///
-/// `words` spans whole pages. Its bytes are only ever accessed by volatile means or by user copies.
+/// `words` spans whole pages. Its bytes are only ever accessed by volatile means or by copies in C,
+/// such as those to the user.
 pub(crate) struct Memory {
     words: VVec<UnsafeCell<u64>>,
 }
 
 // SAFETY: By the type invariants all accesses are volatile, which the kernel's memory model allows
-// to be concurrent, or user copies, which race with user space anyway. Any bytes are valid words.
+// to be concurrent, or copies in C, which race with user space anyway. Any bytes are valid words.
 unsafe impl Sync for Memory {}
 
 impl Memory {
@@ -134,14 +136,26 @@ impl Memory {
 
     /// Returns the bytes in `range` (counted in bytes), cut to the size of the memory.
     ///
-    /// The pointer is valid for its length as long as `self` is. Who dereferences it must do so
-    /// by volatile means or by a user copy.
+    /// The pointer is valid for its length as long as `self` is. It must be dereferenced by
+    /// volatile means or by a copy in C.
     pub(crate) fn bytes(&self, range: Range<usize>) -> *const [u8] {
         let start = range.start.min(self.size());
         let end = range.end.clamp(start, self.size());
         // `start` is at most the size, so the pointer stays inside the allocation or just past it.
         let base = self.words.as_ptr().cast::<u8>().wrapping_add(start);
         ptr::slice_from_raw_parts(base, end - start)
+    }
+
+    /// Copies the bytes in `range` (counted in bytes, cut to the size of the memory) to the buffers
+    /// of a read(), and returns how many were taken; fewer at a fault or at the end of the buffers.
+    ///
+    /// May sleep and may fault.
+    pub(crate) fn copy_to_iter(&self, range: Range<usize>, to: &mut IovIterDest<'_>) -> usize {
+        let from = self.bytes(range);
+        // SAFETY: `from` is memory that stays allocated as long as `self` does, and `to` is a valid
+        // destination. That the memory may be written to meanwhile concerns only the content of the
+        // copy, which C code makes.
+        unsafe { bindings::_copy_to_iter(from.cast::<c_void>(), from.len(), to.as_raw()) }
     }
 
     /// Returns what the kernel knows of a page, which must be one of this memory. Valid as long as

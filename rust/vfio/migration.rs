@@ -87,11 +87,9 @@ pub use self::{
     },
 };
 
-use crate::{
-    memory::PageRun,
-    user::UserBuf, //
-};
+use crate::memory::PageRun;
 use kernel::{
+    iov::IovIterDest,
     new_spinlock_irq,
     prelude::*,
     static_lock_class,
@@ -529,19 +527,20 @@ impl Chunk {
     }
 
     /// Copies what is behind `pos` to the user and returns how much was taken.
-    fn copy_to(&self, pos: usize, user: &mut UserBuf) -> usize {
+    fn copy_to(&self, pos: usize, user: &mut IovIterDest<'_>) -> usize {
         let head = self.head.get(pos..self.head_len).unwrap_or(&[]);
-        let copied = user.write(head);
+        let copied = user.copy_to_iter(head);
         if copied < head.len() {
             return copied;
         }
         let pos = (pos + copied).saturating_sub(self.head_len);
         copied
             + match &self.body {
-                Body::Bytes(bytes) => user.write(bytes.get(pos..).unwrap_or(&[])),
+                Body::Bytes(bytes) => user.copy_to_iter(bytes.get(pos..).unwrap_or(&[])),
                 Body::Pages(run) => {
                     let range = run.bytes();
-                    user.write_memory(run.memory(), range.start.saturating_add(pos)..range.end)
+                    let rest = range.start.saturating_add(pos)..range.end;
+                    run.memory().copy_to_iter(rest, user)
                 }
             }
     }

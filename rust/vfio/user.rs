@@ -3,20 +3,13 @@
 //! The user's side of a read() or write(): a buffer that may fault at any byte.
 
 use kernel::{
+    iov::IovIterSource,
     prelude::*,
     task::Task,
     uaccess::UserPtr, //
 };
 
-use crate::{
-    bindings,
-    memory::Memory, //
-};
-use core::{
-    mem::MaybeUninit,
-    ops::Range,
-    slice, //
-};
+use crate::bindings;
 
 /// How much a [`Block`] takes from the user at once.
 const BLOCK: usize = 64 << 10;
@@ -75,61 +68,40 @@ impl UserBuf {
         self.advance(len - left as usize)
     }
 
-    /// Copies device memory to the user, like [`UserBuf::write`], without a stop between.
-    ///
-    /// May sleep and may fault.
-    pub(crate) fn write_memory(&mut self, memory: &Memory, range: Range<usize>) -> usize {
-        let from = memory.bytes(range);
-        let len = from.len().min(self.len);
-        // SAFETY: `from` is memory that stays allocated as long as `memory` does. That somebody
-        // may write to it meanwhile concerns only what the user gets to see.
-        let left =
-            unsafe { bindings::copy_to_user(self.ptr.as_mut_ptr(), from.cast::<c_void>(), len) };
-        self.advance(len - left as usize)
-    }
-
     /// Copies bytes from the user and returns how many came; fewer than `to` holds at a fault or
     /// at the end of the buffer.
     ///
     /// May sleep and may fault.
     pub(crate) fn read(&mut self, to: &mut [u8]) -> usize {
-        // SAFETY: `to` is valid for writes of its length.
-        unsafe { self.read_raw(to.as_mut_ptr(), to.len()) }
-    }
-
-    /// Copies at most `room` bytes from the user and returns how many came.
-    ///
-    /// # Safety
-    ///
-    /// `to` must be valid for writes of `room` bytes.
-    unsafe fn read_raw(&mut self, to: *mut u8, room: usize) -> usize {
-        let len = room.min(self.len);
-        // SAFETY: By the safety requirements.
-        let left =
-            unsafe { bindings::copy_from_user(to.cast::<c_void>(), self.ptr.as_const_ptr(), len) };
+        let len = to.len().min(self.len);
+        // SAFETY: `to` is valid for writes of `len` bytes.
+        let left = unsafe {
+            bindings::copy_from_user(
+                to.as_mut_ptr().cast::<c_void>(),
+                self.ptr.as_const_ptr(),
+                len,
+            )
+        };
         self.advance(len - left as usize)
     }
 }
 
 /// Room for what comes from a user, there from the first byte on.
 #[derive(Default)]
-pub(crate) struct Block(Option<KVBox<MaybeUninit<[u8; BLOCK]>>>);
+pub(crate) struct Block(KVVec<u8>);
 
 impl Block {
     /// Copies bytes from the user and returns those that came; fewer than there is room for at a
-    /// fault or at the end of the buffer.
+    /// fault or at the end of the user's buffers.
     ///
     /// May sleep and may fault. Fails with `ENOMEM` if there is no memory for the room.
-    pub(crate) fn read(&mut self, user: &mut UserBuf) -> Result<&[u8]> {
-        let room = match self.0.take() {
-            Some(room) => room,
-            // Not worth to be zeroed, as it is written before it is read.
-            None => KVBox::new_uninit(GFP_KERNEL_ACCOUNT)?,
-        };
-        let to = self.0.insert(room).as_mut_ptr().cast::<u8>();
-        // SAFETY: `to` is valid for writes of `BLOCK` bytes.
-        let copied = unsafe { user.read_raw(to, BLOCK) };
-        // SAFETY: So many bytes have been written, and the reference to them borrows `self`.
-        Ok(unsafe { slice::from_raw_parts(to, copied) })
+    pub(crate) fn read(&mut self, user: &mut IovIterSource<'_>) -> Result<&[u8]> {
+        self.0.clear();
+        // Allocates the first time only.
+        self.0.reserve(BLOCK, GFP_KERNEL_ACCOUNT)?;
+        let copied = user.copy_from_iter_raw(self.0.spare_capacity_mut()).len();
+        // SAFETY: So many bytes of the spare capacity have been written.
+        unsafe { self.0.inc_len(copied) };
+        Ok(&self.0)
     }
 }

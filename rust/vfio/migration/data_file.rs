@@ -23,8 +23,7 @@ use crate::{
     },
     user::{
         cond_resched_killable,
-        Block,
-        UserBuf, //
+        Block, //
     },
 };
 use core::{
@@ -41,6 +40,10 @@ use kernel::{
         File, //
     },
     ioctl::_IO,
+    iov::{
+        IovIterDest,
+        IovIterSource, //
+    },
     module::this_module,
     new_mutex, pr_warn_once,
     prelude::*,
@@ -333,7 +336,7 @@ impl<M: Migratable> SaveSession<M> {
     }
 
     /// Serves read(): `ENOMSG` at a temporary end of stream, zero at the permanent one.
-    fn read(&self, user: &mut UserBuf, nonblock: bool) -> Result<usize> {
+    fn read(&self, user: &mut IovIterDest<'_>, nonblock: bool) -> Result<usize> {
         self.claim(nonblock)?;
         let mut done = 0;
         let result = loop {
@@ -449,6 +452,9 @@ const PRECOPY_INFO_SIZE: usize = size_of::<bindings::vfio_precopy_info>();
 
 /// The poll event that `bindings` has only as an `EPOLL` macro.
 const POLLRDHUP: u32 = 0x2000;
+
+/// The flag of a `struct kiocb` that `bindings` does not have: its macro casts. Set by io_uring.
+const IOCB_NOWAIT: c_int = 8;
 
 /// What is in a resuming session until it ends.
 struct Loading<M: Migratable> {
@@ -584,7 +590,7 @@ impl<M: Migratable> LoadSession<M> {
     }
 
     /// Serves write().
-    fn write(&self, user: &mut UserBuf, nonblock: bool) -> Result<usize> {
+    fn write(&self, user: &mut IovIterSource<'_>, nonblock: bool) -> Result<usize> {
         let mut block = self.claim(nonblock)?;
         let mut done = 0;
         let result = loop {
@@ -680,8 +686,15 @@ unsafe extern "C" fn release<S: 'static>(
     0
 }
 
-fn nonblock(file: &File) -> bool {
-    file.flags() & flags::O_NONBLOCK != 0
+/// Tells whether a read() or write() must not wait.
+///
+/// # Safety
+///
+/// The core must have passed `iocb` to a call on `file`, which has not returned.
+unsafe fn nonblock(file: &File, iocb: *mut bindings::kiocb) -> bool {
+    // SAFETY: By the safety requirements.
+    let iocb_flags = unsafe { (*iocb).ki_flags };
+    file.flags() & flags::O_NONBLOCK != 0 || iocb_flags & IOCB_NOWAIT != 0
 }
 
 /// Turns a count of bytes into what read() and write() return.
@@ -695,7 +708,8 @@ struct SaveFile<M: Migratable>(PhantomData<M>);
 impl<M: Migratable> SaveFile<M> {
     const FOPS: bindings::file_operations = bindings::file_operations {
         owner: this_module::<M::OwnerModule>().as_ptr(),
-        read: Some(Self::read),
+        read_iter: Some(Self::read_iter),
+        splice_read: Some(bindings::copy_splice_read),
         poll: Some(Self::poll),
         unlocked_ioctl: Some(Self::ioctl),
         compat_ioctl: bindings::compat_ptr_ioctl,
@@ -706,16 +720,16 @@ impl<M: Migratable> SaveFile<M> {
     /// # Safety
     ///
     /// Must be called by the core on a file with these file operations.
-    unsafe extern "C" fn read(
-        file: *mut bindings::file,
-        buf: *mut c_char,
-        len: usize,
-        _pos: *mut bindings::loff_t,
+    unsafe extern "C" fn read_iter(
+        iocb: *mut bindings::kiocb,
+        to: *mut bindings::iov_iter,
     ) -> isize {
         // SAFETY: The core keeps the file alive for the call.
-        let (file, session) = unsafe { borrow::<SaveSession<M>>(file) };
-        let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast()), len);
-        count(session.read(&mut user, nonblock(file)))
+        let (file, session) = unsafe { borrow::<SaveSession<M>>((*iocb).ki_filp) };
+        // SAFETY: The core passes a valid destination, which this call alone uses meanwhile.
+        let user = unsafe { IovIterDest::from_raw(to) };
+        // SAFETY: The core passed `iocb` to this call.
+        count(session.read(user, unsafe { nonblock(file, iocb) }))
     }
 
     /// # Safety
@@ -751,7 +765,8 @@ struct LoadFile<M: Migratable>(PhantomData<M>);
 impl<M: Migratable> LoadFile<M> {
     const FOPS: bindings::file_operations = bindings::file_operations {
         owner: this_module::<M::OwnerModule>().as_ptr(),
-        write: Some(Self::write),
+        write_iter: Some(Self::write_iter),
+        splice_write: Some(bindings::iter_file_splice_write),
         poll: Some(Self::poll),
         release: Some(release::<LoadSession<M>>),
         ..pin_init::zeroed()
@@ -760,16 +775,16 @@ impl<M: Migratable> LoadFile<M> {
     /// # Safety
     ///
     /// Must be called by the core on a file with these file operations.
-    unsafe extern "C" fn write(
-        file: *mut bindings::file,
-        buf: *const c_char,
-        len: usize,
-        _pos: *mut bindings::loff_t,
+    unsafe extern "C" fn write_iter(
+        iocb: *mut bindings::kiocb,
+        from: *mut bindings::iov_iter,
     ) -> isize {
         // SAFETY: The core keeps the file alive for the call.
-        let (file, session) = unsafe { borrow::<LoadSession<M>>(file) };
-        let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast_mut().cast()), len);
-        count(session.write(&mut user, nonblock(file)))
+        let (file, session) = unsafe { borrow::<LoadSession<M>>((*iocb).ki_filp) };
+        // SAFETY: The core passes a valid source, which this call alone uses meanwhile.
+        let user = unsafe { IovIterSource::from_raw(from) };
+        // SAFETY: The core passed `iocb` to this call.
+        count(session.write(user, unsafe { nonblock(file, iocb) }))
     }
 
     /// # Safety

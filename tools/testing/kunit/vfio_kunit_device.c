@@ -10,6 +10,7 @@
 #include <linux/fs.h>
 #include <linux/mman.h>
 #include <linux/poll.h>
+#include <linux/uio.h>
 #include <linux/vfio.h>
 
 #include "vfio_kunit_device.h"
@@ -54,15 +55,25 @@ static void vfio_kunit_set_nonblock(struct file *file, bool nonblock)
 ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
 			bool nonblock)
 {
+	struct iov_iter iter;
+	struct kiocb kiocb;
+
 	vfio_kunit_set_nonblock(file, nonblock);
-	return file->f_op->read(file, (char __user *)to, size, NULL);
+	init_sync_kiocb(&kiocb, file);
+	iov_iter_ubuf(&iter, ITER_DEST, (char __user *)to, size);
+	return file->f_op->read_iter(&kiocb, &iter);
 }
 
 ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size,
 			 bool nonblock)
 {
+	struct iov_iter iter;
+	struct kiocb kiocb;
+
 	vfio_kunit_set_nonblock(file, nonblock);
-	return file->f_op->write(file, (const char __user *)from, size, NULL);
+	init_sync_kiocb(&kiocb, file);
+	iov_iter_ubuf(&iter, ITER_SOURCE, (char __user *)from, size);
+	return file->f_op->write_iter(&kiocb, &iter);
 }
 
 __poll_t vfio_kunit_poll(struct file *file)

@@ -215,6 +215,8 @@ int mig_stall_start(struct mig_stall *stall);
 int mig_stall_wait(struct mig_stall *stall);
 /* Makes the page one with this content. */
 int mig_stall_end(struct mig_stall *stall, const void *content);
+/* The same, but wakes nothing: what waits goes on when something else wakes it. */
+int mig_stall_fill(struct mig_stall *stall, const void *content);
 /* Makes the page one of zeroes. */
 int mig_stall_end_zero(struct mig_stall *stall);
 void mig_stall_free(struct mig_stall *stall);

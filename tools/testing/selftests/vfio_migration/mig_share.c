@@ -283,12 +283,13 @@ int mig_stall_wait(struct mig_stall *stall)
 	return msg.event == UFFD_EVENT_PAGEFAULT ? 0 : -EIO;
 }
 
-int mig_stall_end(struct mig_stall *stall, const void *content)
+static int put_page(struct mig_stall *stall, const void *content, __u64 mode)
 {
 	struct uffdio_copy copy = {
 		.dst = (unsigned long)stall->page,
 		.src = (unsigned long)content,
 		.len = stall->len,
+		.mode = mode,
 	};
 
 	return ioctl(stall->uffd, UFFDIO_COPY, &copy) ? -errno : 0;
@@ -302,6 +303,16 @@ int mig_stall_end_zero(struct mig_stall *stall)
 	};
 
 	return ioctl(stall->uffd, UFFDIO_ZEROPAGE, &zero) ? -errno : 0;
+}
+
+int mig_stall_end(struct mig_stall *stall, const void *content)
+{
+	return put_page(stall, content, 0);
+}
+
+int mig_stall_fill(struct mig_stall *stall, const void *content)
+{
+	return put_page(stall, content, UFFDIO_COPY_MODE_DONTWAKE);
 }
 
 void mig_stall_free(struct mig_stall *stall)

@@ -27,6 +27,7 @@
  */
 #include <limits.h>
 #include <sched.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 
 #include "mig_test.h"
@@ -441,6 +442,7 @@ TEST_F(device, data_fd_is_a_stream_with_one_direction)
 {
 	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
 	char byte = 0;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
 	unsigned int i;
 	int fd, flags;
 
@@ -472,6 +474,14 @@ TEST_F(device, data_fd_is_a_stream_with_one_direction)
 		EXPECT_EQ(-1, pwrite(fd, &byte, 1, 0));
 		EXPECT_EQ(ESPIPE, errno)
 			PROMISE("migration data is a stream: no pwrite (%s)",
+				mig_state_name(states[i]));
+		EXPECT_EQ(-1, preadv(fd, &iov, 1, 0));
+		EXPECT_EQ(ESPIPE, errno)
+			PROMISE("migration data is a stream: no preadv (%s)",
+				mig_state_name(states[i]));
+		EXPECT_EQ(-1, pwritev(fd, &iov, 1, 0));
+		EXPECT_EQ(ESPIPE, errno)
+			PROMISE("migration data is a stream: no pwritev (%s)",
 				mig_state_name(states[i]));
 		EXPECT_EQ(-1, ioctl(fd, NO_SUCH_IOCTL, &byte));
 		EXPECT_EQ(ENOTTY, errno)
@@ -535,6 +545,187 @@ TEST_F(device, short_read_at_a_hole_loses_nothing)
 	EXPECT_EQ(0, read(fd, &byte, 1));
 	to = open_target(_metadata, &self->dev, &second);
 	load_and_run(_metadata, to, &image, 0);
+}
+
+/* The bytes of a readv(), in the order of its buffers: its count or -errno. */
+static ssize_t read_vector(int fd, struct mig_stream *s, const struct iovec *iov,
+			   unsigned int nr)
+{
+	ssize_t ret = readv(fd, iov, nr), left = ret;
+	size_t part;
+	unsigned int i;
+
+	if (ret < 0)
+		return -errno;
+	for (i = 0; i < nr && left; i++, left -= part) {
+		part = iov[i].iov_len < (size_t)left ? iov[i].iov_len : (size_t)left;
+		if (mig_stream_add(s, iov[i].iov_base, part))
+			return -ENOMEM;
+	}
+	return left ? -EOVERFLOW : ret;
+}
+
+/* Buffers of several sizes are filled one after the other, up to one that faults. */
+TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
+{
+	static __u8 first[1], second[4095], third[7], fourth[65536];
+	struct mig_device other = { .fd = -1 }, *to;
+	struct iovec iov[] = {
+		{ first, sizeof(first) }, { second, sizeof(second) },
+		{ third, sizeof(third) }, { fourth, sizeof(fourth) },
+	};
+	struct mig_stream image = {};
+	size_t at = 0, part;
+	struct iovec hole[2];
+	ssize_t ret;
+	char *edge;
+	int fd;
+
+	edge = page_before_a_hole();
+	ASSERT_NE(NULL, edge);
+	edge += sysconf(_SC_PAGESIZE);
+	hole[0] = (struct iovec){ edge - 13, 13 };
+	hole[1] = (struct iovec){ edge, 64 };
+
+	fd = go(_metadata, &self->dev, STOP_COPY);
+	ret = read_vector(fd, &image, hole, 2);
+	ASSERT_LT(0, ret)
+		PROMISE("what a readv() copied before a fault is returned (%s)",
+			strerror(-ret));
+	ASSERT_GE(13, ret)
+		PROMISE("only what was stored is counted");
+	do {
+		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
+		ASSERT_LE(0, ret)
+			PROMISE("readv() reads as read() does (%s)", strerror(-ret));
+		ASSERT_LT(image.len, stream_limit(&self->dev));
+	} while (ret > 0);
+	EXPECT_EQ(0, read_vector(fd, &image, iov, ARRAY_SIZE(iov)))
+		PROMISE("permanent end of stream: readv() always returns 0");
+	close(fd);
+
+	to = open_target(_metadata, &self->dev, &other);
+	fd = go(_metadata, to, RESUMING);
+	memcpy(edge - 13, image.data, 13);
+	ret = writev(fd, hole, 2);
+	ASSERT_LT(0, ret)
+		PROMISE("what a writev() took before a fault is returned (%s)",
+			strerror(errno));
+	ASSERT_GE(13, ret)
+		PROMISE("only what could be read is counted");
+	for (at = ret; at < image.len; at += ret) {
+		part = image.len - at;
+		iov[0] = (struct iovec){ image.data + at, part ? 1 : 0 };
+		iov[1] = (struct iovec){ image.data + at + 1, part > 4096 ? 4095 : 0 };
+		iov[2] = (struct iovec){ image.data + at + 4096, part > 4103 ? 7 : 0 };
+		iov[3] = (struct iovec){ image.data + at + 4103,
+					 part > 8192 ? 4089 : 0 };
+		ret = writev(fd, iov, ARRAY_SIZE(iov));
+		ASSERT_LT(0, ret)
+			PROMISE("writev() writes as write() does (%s)", strerror(errno));
+	}
+	ASSERT_EQ(0, mig_set_state(to, STOP, NULL))
+		PROMISE("readv() and writev() lose nothing and take nothing twice");
+	move_on(_metadata, to, RUNNING);
+	close(fd);
+}
+
+/* The end is told by the next call, not by one that has bytes. */
+TEST_F_TIMEOUT(device, readv_before_the_temporary_end, 60)
+{
+	static __u8 first[100], second[8192];
+	struct mig_device other = { .fd = -1 }, *to;
+	struct iovec iov[] = {
+		{ first, sizeof(first) }, { second, sizeof(second) },
+	};
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	ssize_t ret;
+	int fd, i;
+
+	NEED_PRE_COPY(&self->dev);
+	fd = go(_metadata, &self->dev, PRE_COPY);
+	do {
+		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
+		if (image.len > stream_limit(&self->dev))
+			SKIP(return, "the device does not become quiet in PRE_COPY");
+	} while (ret > 0);
+	ASSERT_EQ(-ENOMSG, ret)
+		PROMISE(TEMPORARY_END " (%zd after %zu bytes)", ret, image.len);
+	for (i = 0; i < 3; i++) {
+		EXPECT_EQ(-ENOMSG, read_vector(fd, &image, iov, ARRAY_SIZE(iov)))
+			PROMISE(TEMPORARY_END);
+	}
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.initial_bytes + info.dirty_bytes)
+		PROMISE("the temporary end is reached when both initial_bytes and dirty_bytes are zero");
+
+	move_on(_metadata, &self->dev, STOP_COPY);
+	do {
+		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
+	} while (ret > 0);
+	ASSERT_EQ(0, ret)
+		PROMISE("once in STOP_COPY the end of stream is permanent; ENOMSG may not be returned");
+	to = open_target(_metadata, &self->dev, &other);
+	load_and_run(_metadata, to, &image, 0);
+}
+
+/* Moves the stream through a pipe, or EINVAL and nothing has happened. */
+TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
+{
+	struct mig_device other = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	ssize_t in, out, ret;
+	int fd, pipes[2];
+	char byte;
+
+	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
+	fd = go(_metadata, &self->dev, STOP_COPY);
+	do {
+		in = splice(fd, NULL, pipes[1], NULL, 1 << 16, 0);
+		if (in < 0)
+			break;
+		for (out = 0; out < in; out += ret) {
+			ret = mig_read(pipes[0], &image, in - out);
+			ASSERT_LT(0, ret);
+		}
+		ASSERT_LT(image.len, stream_limit(&self->dev));
+	} while (in > 0);
+	if (in < 0) {
+		ASSERT_EQ(EINVAL, errno)
+			PROMISE("a data_fd without splice() refuses it");
+		ASSERT_EQ(0U, image.len)
+			PROMISE("a data_fd that refuses splice() does so from the start");
+		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
+	}
+	EXPECT_EQ(0, read(fd, &byte, 1))
+		PROMISE("permanent end of stream: read() always returns 0");
+	close(fd);
+
+	to = open_target(_metadata, &self->dev, &other);
+	fd = go(_metadata, to, RESUMING);
+	for (out = 0; out < (ssize_t)image.len; out += in) {
+		in = image.len - out < 4096 ? image.len - out : 4096;
+		ASSERT_EQ(in, write(pipes[1], image.data + out, in));
+		ret = splice(pipes[0], NULL, fd, NULL, in, 0);
+		if (ret < 0)
+			break;
+		ASSERT_EQ(in, ret)
+			PROMISE("a data_fd takes all that splice() has for it");
+	}
+	if (out < (ssize_t)image.len) {
+		ASSERT_EQ(EINVAL, errno)
+			PROMISE("a data_fd without splice() refuses it");
+		ASSERT_EQ(0, out)
+			PROMISE("a data_fd that refuses splice() does so from the start");
+		ASSERT_EQ(0, mig_load(fd, image.data, image.len, 0, NULL));
+	}
+	ASSERT_EQ(0, mig_set_state(to, STOP, NULL))
+		PROMISE("splice() loses nothing and takes nothing twice");
+	move_on(_metadata, to, RUNNING);
+	close(fd);
+	close(pipes[0]);
+	close(pipes[1]);
 }
 
 TEST_F(device, poll_in_every_state)

@@ -9,6 +9,11 @@
  * and runs this. The exhaustive tests take every case on the iommufd backend and
  * a sample on the group backend, which differs only in how a device is opened.
  */
+#include <signal.h>
+#include <sys/sendfile.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+
 #include "mock.h"
 #include "mock_image.h"
 
@@ -744,6 +749,190 @@ TEST_F(refuse, write_from_a_hole_loses_nothing)
 	EXPECT_EQ(0, mig_set_state(&self->s.m.dev, STOP, NULL))
 		PROMISE("nothing was lost and nothing was taken twice");
 	expect_memory(_metadata, &self->s.m, self->s.good.memory, "in STOP on the target");
+}
+
+#define BEGUN	64	/* bytes of a transfer before the page on which it is killed */
+
+/* A readv() or writev() by a thread. */
+struct transfer {
+	int fd;
+	bool reads;
+	struct iovec iov[2];
+};
+
+static void *transfer_main(void *arg)
+{
+	struct transfer *t = arg;
+
+	if (t->reads)
+		readv(t->fd, t->iov, 2);
+	else
+		writev(t->fd, t->iov, 2);
+	return NULL;
+}
+
+/*
+ * A process that is killed in the middle of a readv() or writev() of the whole
+ * stream: on a page that is there when it goes on.
+ */
+static void kill_in_transfer(int fd, const struct mig_stream *stream, bool reads)
+{
+	struct transfer t = { .fd = fd, .reads = reads };
+	struct mig_stall stall;
+	pthread_t thread;
+	__u8 *rest;
+	size_t head;
+
+	if (mig_stall_start(&stall))
+		_exit(1);
+	head = BEGUN + stall.len;
+	rest = malloc(stream->len);
+	if (!rest || stream->len <= head)
+		_exit(2);
+	memcpy((char *)stall.page - BEGUN, stream->data, BEGUN);
+	memcpy(rest, stream->data + head, stream->len - head);
+	t.iov[0] = (struct iovec){ (char *)stall.page - BEGUN, head };
+	t.iov[1] = (struct iovec){ rest, stream->len - head };
+	if (pthread_create(&thread, NULL, transfer_main, &t) || mig_stall_wait(&stall))
+		_exit(3);
+	if (mig_stall_fill(&stall, stream->data + BEGUN))
+		_exit(4);
+	kill(getpid(), SIGKILL);
+	_exit(5);
+}
+
+/* Does that, and waits for its end. Tells whether there is a userfaultfd. */
+static bool killed_in_transfer(struct __test_metadata *_metadata, int fd,
+			       const struct mig_stream *stream, bool reads)
+{
+	pid_t pid = fork();
+	int status;
+
+	ASSERT_LE(0, pid);
+	if (!pid)
+		kill_in_transfer(fd, stream, reads);
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	if (WIFEXITED(status) && WEXITSTATUS(status) == 1)
+		return false;
+	ASSERT_TRUE(WIFSIGNALED(status))
+		STEP("kill a process in a system call: exit status %d",
+		     WEXITSTATUS(status));
+	return true;
+}
+
+/* The rest of the stream is still there for other readers. */
+TEST_F(refuse, killed_reader_ends_within_a_chunk)
+{
+	struct subject *s = &self->s;
+	__u64 before, after;
+	int fd;
+
+	populate(_metadata, &s->m, 0x5eed);
+	fd = go(_metadata, &s->m.dev, STOP_COPY);
+	ASSERT_EQ(0, mig_data_size(&s->m.dev, &before));
+	if (!killed_in_transfer(_metadata, fd, &s->stream, true))
+		SKIP(return, "no userfaultfd");
+	ASSERT_EQ(0, mig_data_size(&s->m.dev, &after));
+	EXPECT_LT(after, before)
+		STEP("kill a reader that has begun");
+	EXPECT_GE((__u64)BEGUN, before - after)
+		PROMISE("a reader that is killed reads no further chunk (%llu of %llu bytes are left)",
+			after, before);
+	close(fd);
+}
+
+/* The rest of the stream may still be written by others. */
+TEST_F(refuse, killed_writer_ends_within_a_block)
+{
+	struct subject *s = &self->s;
+	struct mig_stream rest = {};
+	int fd;
+
+	fd = go(_metadata, &s->m.dev, RESUMING);
+	if (!killed_in_transfer(_metadata, fd, &s->stream, false))
+		SKIP(return, "no userfaultfd");
+	EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, STOP, NULL))
+		PROMISE("a writer that is killed writes no further block");
+	EXPECT_EQ(0, mig_stream_add(&rest, s->stream.data + BEGUN,
+				    s->stream.len - BEGUN));
+	EXPECT_EQ(0, mig_load(fd, rest.data, rest.len, 0, NULL))
+		PROMISE("what a killed writer wrote is loaded once");
+	EXPECT_EQ(0, mig_set_state(&s->m.dev, STOP, NULL))
+		PROMISE("what a killed writer wrote is loaded once");
+	close(fd);
+}
+
+/* A whole migration without a copy to user memory. */
+TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
+{
+	struct subject *s = &self->s;
+	int fd, to, pipes[2];
+	struct mock dst;
+	ssize_t in, out;
+
+	MOCK_OPEN_OR_SKIP(&dst, "VFIO_MOCK_SMALL", 1, variant->backend);
+	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
+	populate(_metadata, &s->m, 0x5eed);
+	fd = go(_metadata, &s->m.dev, STOP_COPY);
+	to = go(_metadata, &dst.dev, RESUMING);
+	EXPECT_EQ(-1, sendfile(to, fd, NULL, 4096));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("sendfile() is for files with a position");
+	while ((in = splice(fd, NULL, pipes[1], NULL, 1 << 20, 0)) > 0) {
+		while (in) {
+			out = splice(pipes[0], NULL, to, NULL, in, 0);
+			ASSERT_LT(0, out)
+				PROMISE("splice() to a data_fd (%s)", strerror(errno));
+			in -= out;
+		}
+	}
+	EXPECT_EQ(0, in)
+		PROMISE("permanent end of stream: splice() returns 0 (%s)",
+			strerror(errno));
+	EXPECT_EQ(0, mig_set_state(&dst.dev, STOP, NULL))
+		PROMISE("splice() loses nothing and takes nothing twice");
+	expect_memory(_metadata, &dst, s->good.memory, "in STOP on the target");
+	ASSERT_EQ(0, mig_reset(&dst.dev));
+	close(to);
+
+	/* Bad bytes are refused, and that sticks. */
+	to = go(_metadata, &dst.dev, RESUMING);
+	ASSERT_EQ(3, write(pipes[1], "bad", 3));
+	ASSERT_EQ(4096, write(pipes[1], s->good.memory, 4096));
+	EXPECT_EQ(-1, splice(pipes[0], NULL, to, NULL, 4099, 0));
+	EXPECT_EQ(EINVAL, errno)
+		PROMISE("splice() to a data_fd refuses a bad record with EINVAL");
+	EXPECT_EQ(-EINVAL, mig_load(to, s->stream.data, 64, 0, NULL))
+		PROMISE("a refusal sticks");
+	close(to);
+	close(pipes[0]);
+	close(pipes[1]);
+	mock_close(&dst);
+}
+
+TEST_F(refuse, splice_tells_the_temporary_end)
+{
+	struct subject *s = &self->s;
+	struct mig_stream rest = {};
+	int fd, pipes[2];
+	ssize_t in;
+
+	NEED_PRE_COPY(&s->m.dev);
+	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
+	populate(_metadata, &s->m, 0x5eed);
+	fd = go(_metadata, &s->m.dev, PRE_COPY);
+	while ((in = splice(fd, NULL, pipes[1], NULL, 1 << 20, 0)) > 0)
+		ASSERT_EQ(in, mig_read(pipes[0], &rest, in));
+	EXPECT_EQ(-1, in);
+	EXPECT_EQ(ENOMSG, errno)
+		PROMISE("splice() tells the temporary end with ENOMSG");
+	EXPECT_LT(0x10000U, rest.len)
+		PROMISE("all of the memory came before");
+	EXPECT_EQ(0, mig_poll(pipes[0], POLLIN, 0))
+		PROMISE("there is nothing in the pipe at the temporary end");
+	close(fd);
+	close(pipes[0]);
+	close(pipes[1]);
 }
 
 MIG_HARNESS_MAIN

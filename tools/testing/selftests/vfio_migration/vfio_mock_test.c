@@ -11,6 +11,7 @@
  * them and runs this.
  */
 #include <signal.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 
 #include "mock.h"
@@ -874,6 +875,75 @@ static void *reader_main(void *arg)
 		r->ret = -errno;
 	atomic_store(&r->poller.done, true);
 	return NULL;
+}
+
+/* A thread that reads into two buffers. */
+struct vector_reader {
+	pthread_t thread;
+	struct iovec iov[2];
+	int fd;
+	ssize_t ret;
+};
+
+static void *vector_reader_main(void *arg)
+{
+	struct vector_reader *r = arg;
+
+	r->ret = readv(r->fd, r->iov, ARRAY_SIZE(r->iov));
+	if (r->ret < 0)
+		r->ret = -errno;
+	return NULL;
+}
+
+/* A readv() is one read(): it does not wait because one of its buffers is full. */
+TEST_F(mock, readv_returns_what_is_ready)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct vector_reader r = {};
+	ssize_t ready = 0;
+	int pipes[2], i;
+	__u64 size;
+	__u8 byte;
+
+	populate(_metadata, src, 79);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	for (i = 0; i < 2; i++) {
+		set_save_delay(_metadata, src, 0);
+		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &r.fd));
+		ASSERT_EQ(3, mig_read(r.fd, &image, 3));
+		set_save_delay(_metadata, src, NEVER);
+		if (!i) {
+			/* This much is ready. */
+			ready = mig_read(r.fd, &image, size);
+			ASSERT_LT(0, ready);
+			ASSERT_GT((ssize_t)size, ready);
+			ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+			close(r.fd);
+		}
+	}
+	r.iov[0] = (struct iovec){ image.data, ready };
+	r.iov[1] = (struct iovec){ &byte, 1 };
+	ASSERT_EQ(0, pthread_create(&r.thread, NULL, vector_reader_main, &r));
+	EXPECT_TRUE(joined(r.thread))
+		PROMISE("readv() returns what is ready and does not wait for more");
+	EXPECT_EQ(ready, r.ret);
+
+	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
+	ASSERT_EQ(0, fcntl(r.fd, F_SETFL, O_NONBLOCK));
+	EXPECT_EQ(-1, splice(r.fd, NULL, pipes[1], NULL, 4096, 0));
+	EXPECT_EQ(EAGAIN, errno)
+		PROMISE("splice() does not wait with O_NONBLOCK");
+	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	EXPECT_EQ(-1, splice(r.fd, NULL, pipes[1], NULL, 4096, 0));
+	EXPECT_EQ(ENODEV, errno)
+		PROMISE("after the session every call fails with ENODEV");
+	close(r.fd);
+	close(pipes[0]);
+	close(pipes[1]);
+	set_save_delay(_metadata, src, 0);
+	image.len = 0;
+	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
 /* The host can let go of a device that is slow. */
