@@ -8,6 +8,7 @@
 #include <linux/iova_bitmap.h>
 #include <linux/memcontrol.h>
 #include <linux/module.h>
+#include <linux/mutex.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -39,6 +40,11 @@ __rust_helper void rust_helper_cond_resched(void)
 __rust_helper int rust_helper_fatal_signal_pending(struct task_struct *task)
 {
 	return fatal_signal_pending(task);
+}
+
+__rust_helper int rust_helper_mutex_lock_killable(struct mutex *lock)
+{
+	return mutex_lock_killable(lock);
 }
 
 __rust_helper void rust_helper_allow_kernel_signal(int sig)

@@ -12,6 +12,7 @@
 struct iova_bitmap;
 struct mem_cgroup;
 struct mm_struct;
+struct mutex;
 struct task_struct;
 
 void rust_helper_vfio_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
@@ -19,6 +20,7 @@ void rust_helper_vfio_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long 
 void rust_helper_cond_resched_tasks_rcu_qs(void);
 void rust_helper_cond_resched(void);
 int rust_helper_fatal_signal_pending(struct task_struct *task);
+int rust_helper_mutex_lock_killable(struct mutex *lock);
 void rust_helper_allow_kernel_signal(int sig);
 bool rust_helper_set_freezable(void);
 bool rust_helper_try_to_freeze(void);

@@ -59,6 +59,8 @@
 //! `Engine::current` serialises state changes and is held while the driver's methods run. Each
 //! session has a lock of its own, inside of which the saver or loader runs. Neither is ever held
 //! while user memory is accessed, so that an unserved page fault delays only the faulting task.
+//! What an ioctl asks for waits for either lock killably: a task that is killed does not stay
+//! behind one that waits for the device.
 //!
 //! vfio-pci calls `reset_done` of the PCI driver with its `memory_lock` held, and the methods of a
 //! variant driver may take that lock in a state change. With it held, only these may be called:
@@ -262,7 +264,9 @@ pub trait Migratable: Send + Sync + 'static {
     /// Returns how many bytes `STOP_COPY` would stream if it began now, headers included.
     ///
     /// Called while no session is open, for `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fails with
-    /// the same error. May ask firmware: poll() does not wait for it.
+    /// the same error. May ask firmware: neither poll() nor [`Engine::state()`] waits for it. A
+    /// state change and a reset do, killably, because no two methods run at the same time; hence a
+    /// driver bounds the time that it gives its firmware.
     fn data_size(&self) -> Result<u64>;
 
     /// Tells whether the device is broken: no longer in the state that the engine has it in.

@@ -3,13 +3,19 @@
 //! The user's side of a read() or write(): a buffer that may fault at any byte.
 
 use kernel::{
+    error::to_result,
     iov::IovIterSource,
     prelude::*,
+    sync::{
+        lock::mutex::MutexGuard,
+        Mutex, //
+    },
     task::Task,
     uaccess::UserPtr, //
 };
 
 use crate::bindings;
+use core::ptr;
 
 /// How much a [`Block`] takes from the user at once.
 const BLOCK: usize = 64 << 10;
@@ -27,6 +33,18 @@ pub fn cond_resched_killable() -> Result {
         0 => Ok(()),
         _ => Err(EINTR),
     }
+}
+
+/// Acquires a mutex on behalf of a system call, however long the holder keeps it.
+///
+/// Fails with `EINTR` if the task is being killed meanwhile. May sleep.
+pub(crate) fn lock_killable<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
+    let lock = ptr::from_ref(mutex).cast_mut().cast::<bindings::mutex>();
+    // SAFETY: `Lock` is `repr(C)`, and its first field is the `struct mutex` in an `Opaque`, which
+    // a reference to the `Mutex` proves to be initialised.
+    to_result(unsafe { bindings::mutex_lock_killable(lock) })?;
+    // SAFETY: The mutex was just acquired.
+    Ok(unsafe { MutexGuard::new(mutex, ()) })
 }
 
 /// The part of a user's buffer that a call has not reached yet.

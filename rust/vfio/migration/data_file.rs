@@ -23,6 +23,7 @@ use crate::{
     },
     user::{
         cond_resched_killable,
+        lock_killable,
         Block, //
     },
 };
@@ -227,7 +228,7 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Turns to `STOP_COPY`. The device is stopped.
     pub(super) fn seal(&self) -> Result {
-        let mut guard = self.saving.lock();
+        let mut guard = lock_killable(&self.saving)?;
         let saving = (*guard).as_mut().ok_or(ENODEV)?;
         saving.saver.seal()?;
         // Under the lock, so that the saver is asked in one phase or the other.
@@ -249,7 +250,7 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Returns how many bytes are left to stream, nothing if the session has ended.
     pub(super) fn data_size(&self) -> Result<Option<u64>> {
-        let guard = self.saving.lock();
+        let guard = lock_killable(&self.saving)?;
         let Some(saving) = guard.as_ref() else {
             return Ok(None);
         };
@@ -275,7 +276,7 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Takes turns with other readers.
     fn claim(&self, nonblock: bool) -> Result {
-        let mut guard = self.saving.lock();
+        let mut guard = lock_killable(&self.saving)?;
         loop {
             let saving = (*guard).as_mut().ok_or(ENODEV)?;
             if !saving.reading {
@@ -392,7 +393,7 @@ impl<M: Migratable> SaveSession<M> {
             return Err(EINVAL);
         }
 
-        let mut guard = self.saving.lock();
+        let mut guard = lock_killable(&self.saving)?;
         let saving = (*guard).as_mut().ok_or(ENODEV)?;
         if self.notifier.phase() != Phase::PreCopy {
             return Err(EINVAL);
@@ -509,7 +510,7 @@ impl<M: Migratable> LoadSession<M> {
 
     /// Puts into effect what was loaded.
     pub(super) fn finish(&self, driver: &Arc<M>) -> Result {
-        let mut guard = self.loading.lock();
+        let mut guard = lock_killable(&self.loading)?;
         let loading = (*guard).as_mut().ok_or(ENODEV)?;
         if let Some(e) = loading.failed {
             return Err(e);
@@ -534,7 +535,7 @@ impl<M: Migratable> LoadSession<M> {
 
     /// Takes turns with other writers, and what the turn consists in.
     fn claim(&self, nonblock: bool) -> Result<Block> {
-        let mut guard = self.loading.lock();
+        let mut guard = lock_killable(&self.loading)?;
         loop {
             let loading = (*guard).as_mut().ok_or(ENODEV)?;
             if let Some(block) = loading.block.take() {

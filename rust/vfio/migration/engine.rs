@@ -13,9 +13,12 @@ use super::{
     Phase,
     State, //
 };
-use crate::device::{
-    Device,
-    Open, //
+use crate::{
+    device::{
+        Device,
+        Open, //
+    },
+    user::lock_killable, //
 };
 use core::mem;
 use kernel::{
@@ -209,8 +212,17 @@ impl<M: Migratable> Engine<M> {
     }
 
     /// Does something with `current`, after waiting for others who do.
-    fn with_current<R>(&self, change: impl FnOnce(&mut Current<M>) -> R) -> R {
+    fn with_current(&self, change: impl FnOnce(&mut Current<M>)) {
         let mut current = self.current.lock();
+        change(&mut current);
+        self.release(current);
+    }
+
+    /// Does something with `current` on behalf of an ioctl, after waiting for others who do.
+    ///
+    /// Fails with `EINTR`, and does nothing, if the task is being killed while it waits.
+    fn try_with_current<R>(&self, change: impl FnOnce(&mut Current<M>) -> Result<R>) -> Result<R> {
+        let mut current = lock_killable(&self.current)?;
         let result = change(&mut current);
         self.release(current);
         result
@@ -295,8 +307,8 @@ impl<M: Migratable> Engine<M> {
     /// Brings the device into the state `target`, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
     ///
     /// Returns the data_fd's file if the last arc opened a session. `target` is what the user
-    /// wrote. `driver` is the same from open to close. Waits for another state change that is under
-    /// way. May sleep.
+    /// wrote. `driver` is the same from open to close. Waits killably for another state change that
+    /// is under way. May sleep.
     ///
     /// Fails with `EINVAL` if there is no way to the target: if there is no such state, if the
     /// device does not support it, if it is `ERROR`, or if the device is in `ERROR`; nothing has
@@ -311,7 +323,7 @@ impl<M: Migratable> Engine<M> {
         target: u32,
     ) -> Result<Option<ARef<File>>> {
         let target = State::from_raw(target).ok_or(EINVAL)?;
-        self.with_current(|current| self.walk(driver, device, current, target))
+        self.try_with_current(|current| self.walk(driver, device, current, target))
     }
 
     /// Walks to a state, arc by arc.
@@ -453,17 +465,18 @@ impl<M: Migratable> Engine<M> {
     }
 
     /// Returns how many bytes `STOP_COPY` would stream from now on, for
-    /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. Waits for a state change that
-    /// is under way. May sleep. Fails with the error of the driver, and with `ENODEV` if the device
-    /// is [gone](Self::fence).
+    /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. Waits killably for a state
+    /// change that is under way, and state changes wait for [`Migratable::data_size()`]. May sleep.
+    /// Fails with the error of the driver, and with `ENODEV` if the device is [gone](Self::fence).
     pub fn data_size(&self, driver: &Arc<M>) -> Result<u64> {
         loop {
-            let current = self.current.lock();
-            let size = current.present().and_then(|()| match current.saving() {
-                Ok(session) => Ok(Err(session.clone())),
-                Err(_) => driver.data_size().map(Ok),
+            let size = self.try_with_current(|current| {
+                current.present()?;
+                match current.saving() {
+                    Ok(session) => Ok(Err(session.clone())),
+                    Err(_) => driver.data_size().map(Ok),
+                }
             });
-            self.release(current);
             let session = match size? {
                 Ok(size) => return Ok(size),
                 Err(session) => session,
@@ -477,13 +490,13 @@ impl<M: Migratable> Engine<M> {
 
     /// Resets the device and returns it to `RUNNING`, from every state, for `VFIO_DEVICE_RESET`.
     ///
-    /// Waits for a state change that is under way, so it must not be called with `memory_lock`
-    /// held, see [`reset_done()`](Self::reset_done). May sleep.
+    /// Waits killably for a state change that is under way, so it must not be called with
+    /// `memory_lock` held, see [`reset_done()`](Self::reset_done). May sleep.
     ///
     /// Fails with the error of the driver, and the state is `ERROR`. Fails with `ENODEV` if the
     /// device is [gone](Self::fence).
     pub fn reset(&self, driver: &Arc<M>) -> Result {
-        self.with_current(|current| {
+        self.try_with_current(|current| {
             current.present()?;
             // The session ends first, so that nothing of it reaches the device after the reset.
             current.leave(Current::Error);

@@ -558,6 +558,35 @@ mod tests {
     }
 
     #[test]
+    fn state_waits_for_no_size() -> Result {
+        let rig = Rig::new(Flags::STOP_COPY)?;
+
+        for (from, call) in [
+            (State::Stop, Call::DataSize),
+            (State::StopCopy, Call::Remaining),
+        ] {
+            let session = rig.enter(from)?;
+
+            rig.fake.hold(Some(call));
+            let other = rig.clone();
+            let size = Job::begin(move || other.engine.data_size(&other.fake))?;
+            let held = wait_until(|| rig.fake.is_held());
+            let other = rig.clone();
+            let state = Job::begin(move || other.engine.state())?.wait();
+            let done = size.is_done();
+            rig.fake.hold(None);
+            let size = size.wait()?;
+
+            ensure_eq!(held, Ok(()), "{call:?} is called");
+            ensure_eq!(state, Ok(from), "state() during {call:?}");
+            ensure_eq!(done, false, "{call:?} has ended");
+            ensure_eq!(size.is_ok(), true, "{call:?}");
+            drop(session);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn a_path_is_seen_state_by_state() -> Result {
         let rig = Rig::new(Flags::STOP_COPY.with_p2p())?;
 

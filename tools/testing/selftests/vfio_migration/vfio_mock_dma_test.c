@@ -8,6 +8,7 @@
  * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
  * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
  */
+#include <signal.h>
 #include <sys/wait.h>
 
 #include "mock_dma.h"
@@ -1580,6 +1581,59 @@ TEST_F_TIMEOUT(dma, reset_ends_the_wait_for_dma, 60)
 	now = see_engine(_metadata, m);
 	EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
 		PROMISE("RESET brings the engine into the state of power on");
+	mig_stall_free(&stall);
+}
+
+/* Is the process in a wait that only its end, or SIGKILL, interrupts? */
+static bool sleeps_uninterruptibly(pid_t pid)
+{
+	char path[64], line[256] = {}, *paren;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	file = fopen(path, "r");
+	if (!file)
+		return false;
+	paren = fgets(line, sizeof(line), file) ? strrchr(line, ')') : NULL;
+	fclose(file);
+	return paren && !strncmp(paren, ") D", 3);
+}
+
+/* A process that is killed does not wait for the state change of another one. */
+TEST_F_TIMEOUT(dma, killed_ioctl_does_not_wait_for_a_state_change, 120)
+{
+	struct mock *m = &self->m;
+	struct stopper stopper = { .dev = &m->dev };
+	struct mig_stall stall;
+	unsigned int i;
+	__u64 size;
+	pid_t pid;
+
+	if (mig_stall_start(&stall))
+		SKIP(return, "no userfaultfd");
+	stall_all(_metadata, m, &stall);
+	ASSERT_EQ(0, pthread_create(&stopper.thread, NULL, stopper_main, &stopper));
+	wait_until_asleep(&stopper.poller);
+	ASSERT_FALSE(atomic_load(&stopper.poller.done))
+		STEP("make a state change wait");
+	for (i = 0; i < 2; i++) {
+		pid = fork();
+		ASSERT_LE(0, pid);
+		if (!pid)
+			_exit(i ? mig_data_size(&m->dev, &size) :
+				  mig_set_state(&m->dev, STOP, NULL));
+		WAIT_FOR(sleeps_uninterruptibly(pid),
+			 "a state change is waited for by %s",
+			 i ? "MIG_DATA_SIZE" : "SET_STATE");
+		ASSERT_EQ(0, kill(pid, SIGKILL));
+		WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
+			 "%s that is killed waits for nothing",
+			 i ? "MIG_DATA_SIZE" : "SET_STATE");
+	}
+	EXPECT_FALSE(atomic_load(&stopper.poller.done))
+		PROMISE("the end of one process is not the end of the state change of another");
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	ASSERT_TRUE(joined(stopper.thread));
 	mig_stall_free(&stall);
 }
 
