@@ -52,7 +52,7 @@ shell: modules		## open a shell in the test machine
 demo: modules		## migrate a QEMU guest that works with the mock device
 	$(testing)/qemu/demo $(DEMOFLAGS)
 
-test:			## run all tests; the last line is the sum
+test:			## run all tests; the last line is the summary
 	$(testing)/run
 
 test-host:		## run the tests that need no kernel

@@ -8,13 +8,14 @@ use kernel::{
     device, //
 };
 
-/// Stands in for a flag that `kernel::alloc::flags` does not have: fail instead of calling the OOM
-/// killer.
+/// Makes an allocation fail instead of invoking the OOM killer.
+///
+/// Stands in for a flag that is missing in `kernel::alloc::flags`.
 // SAFETY: `Flags` is a struct of one `u32`, for which any value is valid.
 pub(crate) const __GFP_RETRY_MAYFAIL: Flags =
     unsafe { core::mem::transmute::<u32, Flags>(1 << bindings::___GFP_RETRY_MAYFAIL_BIT) };
 
-/// Stands in for `device::Device::as_raw()`, which in the kernel crate wins over it.
+/// Stands in for `device::Device::as_raw()`, which takes precedence in the kernel crate.
 pub(crate) trait AsRaw {
     /// Returns the raw `struct device` pointer.
     fn as_raw(&self) -> *mut bindings::device;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel's bindings, and those of `vfio.h`, `mdev.h` and `anon_inodes.h` beside them.
+//! The kernel's bindings, and additional ones for `vfio.h`, `mdev.h` and `anon_inodes.h`.
 //!
 //! Out-of-tree scaffolding: upstream all of this is `kernel::bindings`.
 
@@ -29,7 +29,7 @@ mod generated {
         Zeroable, //
     };
 
-    // `bindgen` does not derive it, see <https://github.com/rust-lang/rust-bindgen/issues/3196>.
+    // Not derived by `bindgen`, see <https://github.com/rust-lang/rust-bindgen/issues/3196>.
     //
     // SAFETY: `__BindgenBitfieldUnit<Storage>` is a newtype around `Storage`.
     unsafe impl<Storage: Zeroable> Zeroable for __BindgenBitfieldUnit<Storage> {}

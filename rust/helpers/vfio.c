@@ -83,7 +83,7 @@ __rust_helper struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup 
 	return set_active_memcg(memcg);
 }
 
-/* sparse cannot work out what it asserts. */
+/* sparse cannot evaluate the assertion in it. */
 #ifndef __CHECKER__
 MODULE_IMPORT_NS("IOMMUFD");
 #endif

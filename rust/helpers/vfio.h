@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the helpers have from helpers.c in the kernel, and their prototypes for
- * bindgen. Out-of-tree scaffolding: upstream the bindings come from the definitions.
+ * Replacement of helpers.c in the kernel, and prototypes of the helpers for bindgen.
+ * Out-of-tree scaffolding: upstream, the bindings come from the definitions.
  */
 
 #ifndef RUST_HELPERS_VFIO_H

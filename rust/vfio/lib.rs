@@ -1,35 +1,36 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Abstractions for VFIO drivers, above all live migration.
+//! Abstractions for VFIO drivers, in particular for live migration.
 //!
-//! A driver says what its device is, and how the device stops, saves and loads. The crate does what
-//! all drivers have in common, and does it once: the states of the migration uAPI and the paths
-//! between them, the transfer sessions and their data_fd, reset and close at any time, regions,
-//! interrupts, and the configuration space. A driver needs no `unsafe`, and much of what it could
-//! do wrong does not compile.
+//! A driver describes its device, and implements how the device stops, saves and loads.
+//! The crate implements the common part of all drivers: the states of the migration uAPI and the
+//! paths between them, the transfer sessions and their data_fd, reset and close at any time,
+//! regions, interrupts, and the configuration space. A driver needs no `unsafe`, and many errors do
+//! not compile.
 //!
-//! # Where to begin
+//! # Getting started
 //!
-//! A driver has four types, each of which lives shorter than the one before:
+//! A driver has four types, each with a shorter lifetime than the previous one:
 //!
-//! | type | lives | implements |
+//! | type | lifetime | implements |
 //! |---|---|---|
 //! | the device | from its creation to its removal | [`mdev::Driver`], [`emulated::Operations`] |
 //! | its open data | from the first open to the last close | [`Migratable`] |
-//! | its saver | while its state is read | [`Saver`], or [`ImageSaver`] is enough |
-//! | its loader | while a state is written | [`Loader`], or [`ImageLoader`] is enough |
+//! | its saver | while its state is read | [`Saver`], or uses [`ImageSaver`] |
+//! | its loader | while a state is written | [`Loader`], or uses [`ImageLoader`] |
 //!
 //! 1. Read the [example](#examples) below, which is a complete driver.
-//! 2. Read [`Migratable`]: what the device must be able to do, and when. The page of the module
-//!    [`migration`] tells which state change asks for what.
-//! 3. Copy `samples/vfio_minimal`, one file, in which the device goes on while it is saved: it uses
-//!    [`StateMemory`](memory::StateMemory) to know what has changed. `samples/vfio_mock` is what
-//!    has grown from there: interrupts, DMA, mmap(), a checksum of the stream, a slow saver.
-//! 4. Build it as the samples are built, in `Kbuild`, and run the conformance suite in
+//! 2. Read [`Migratable`], the operations of a migratable device. The page of the module
+//!    [`migration`] lists the methods that each state change calls.
+//! 3. Copy `samples/vfio_minimal`, a driver in one file. Its device continues to run while it is
+//!    saved, and it uses [`StateMemory`](memory::StateMemory) to track changes.
+//!    `samples/vfio_mock` also has interrupts, DMA, mmap(), a checksum of the stream and a slow
+//!    saver.
+//! 4. Build it like the samples, in `Kbuild`, and run the conformance suite in
 //!    `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
 //!
-//! A driver of a real PCI device, which has the core's `vfio_pci` for everything else, takes only
-//! the [`Engine`](migration::Engine) and calls it from its `struct vfio_migration_ops`.
+//! A driver of a real PCI device uses `vfio_pci_core` for everything else. It only needs the
+//! [`Engine`](migration::Engine), and calls it from its `struct vfio_migration_ops`.
 //!
 //! [`Migratable`]: migration::Migratable
 //! [`Saver`]: migration::Saver
@@ -37,25 +38,25 @@
 //! [`ImageSaver`]: migration::ImageSaver
 //! [`ImageLoader`]: migration::ImageLoader
 //!
-//! # What is where
+//! # Modules
 //!
-//! * [`Device`]: the `struct vfio_device` of any VFIO driver, and what may be done with it when.
-//! * [`migration`]: the migration engine. A driver says how it stops, saves and loads; the engine
-//!   owns the states, the transfer sessions and the data_fd. It asks for nothing but a [`Device`].
-//! * [`emulated`]: devices without an IOMMU of their own, made of software.
-//! * [`mdev`]: the mediated device bus, on which emulated devices are created by the administrator.
-//! * [`config_space`], [`endpoint`]: what such a device is on its PCI bus.
-//! * [`region`]: what a user reads and writes of a device.
-//! * [`memory`]: device memory that many access at the same time, by mmap() too, and the tracking
-//!   of changes.
-//! * [`dma`]: the way to the user's memory, and the log of what was written there.
-//!
-//! * [`prelude`]: what nearly every driver uses.
+//! * [`Device`]: the `struct vfio_device` of any VFIO driver, and the contexts in which its methods
+//!   can be called.
+//! * [`migration`]: the migration engine. A driver implements how it stops, saves and loads. The
+//!   engine owns the states, the transfer sessions and the data_fd. It depends on [`Device`] only.
+//! * [`emulated`]: software devices, without an IOMMU of their own.
+//! * [`mdev`]: the mediated device bus, on which the administrator creates emulated devices.
+//! * [`config_space`], [`endpoint`]: PCI configuration space and interrupts of such a device.
+//! * [`region`]: regions of a device that a user can read and write.
+//! * [`memory`]: device memory for concurrent accesses, also by mmap(), and the tracking of
+//!   changes.
+//! * [`dma`]: access to the user's memory, and the log of the written pages.
+//! * [`prelude`]: items that nearly every driver uses.
 //!
 //! # Examples
 //!
-//! A driver of a device that keeps 16 bytes. It is migrated while it is stopped: with
-//! `VFIO_MIGRATION_STOP_COPY` and nothing more.
+//! A driver of a device that stores 16 bytes. It is migrated while it is stopped, with
+//! `VFIO_MIGRATION_STOP_COPY` only.
 //!
 //! ```
 //! use kernel::{
@@ -78,7 +79,7 @@
 //!
 //! const SIZE: usize = 16;
 //!
-//! /// What the stream has: the configuration space, and the bytes.
+//! /// Size of the stream: the configuration space and the bytes.
 //! const STREAM: usize = config_space::SIZE + SIZE;
 //!
 //! /// The device, from its creation to its removal.
@@ -190,7 +191,7 @@
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h),
 //! [`include/linux/mdev.h`](srctree/include/linux/mdev.h)
 
-/// What messages of the crate begin with that are about no device.
+/// Prefix of log messages that belong to no device.
 const __LOG_PREFIX: &[u8] = b"vfio\0";
 
 #[path = "../bindings/mod.rs"]
@@ -214,8 +215,8 @@ pub mod migration;
 pub mod prelude;
 pub mod region;
 
-// The offset of a region does not fit into a `vm_pgoff` of 32 bits, nor a size into an
-// `unsigned long`.
+// With 32 bits, the offset of a region does not fit into a `vm_pgoff`, and a size does not fit into
+// an `unsigned long`.
 const _: () = assert!(cfg!(CONFIG_64BIT), "VFIO drivers in Rust need CONFIG_64BIT");
 
 pub use self::{

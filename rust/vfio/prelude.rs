@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What nearly every driver uses.
+//! Items that nearly every driver uses.
 //!
 //! # Examples
 //!

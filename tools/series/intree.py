@@ -19,7 +19,7 @@ PLACES = (
     ("samples/vfio_mock", "samples/rust/vfio_mock"),
     ("rust/vfio/", "rust/kernel/vfio/"),
     ("in `Kbuild`", "in `samples/rust/Makefile`"),
-    ("The crate does what", "The module does what"),
+    ("The crate implements", "The module implements"),
     ("on the crate `vfio`", "on `kernel::vfio`"),
     ("example on the front page of the crate", "example on the page of the module"),
 )
