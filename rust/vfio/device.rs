@@ -20,19 +20,20 @@ mod private {
     pub trait Sealed {}
 }
 
-/// What is known of a [`Device`] in a scope.
+/// The context of a [`Device`] reference.
 ///
-/// The context is part of the device's type: what needs an open device cannot be asked of a device
-/// that may be closed.
+/// The context is part of the device's type: methods that need an open device cannot be called on a
+/// device that may be closed.
 pub trait DeviceContext: private::Sealed {}
 
-/// Nothing but that the device exists. Only in this context can it be reference-counted.
+/// Context of a device that exists. Only in this context can the device be reference-counted.
 pub struct Normal;
 
-/// The device is open: from before `open_device()` returns to after `close_device()` was called.
+/// Context of an open device: from before `open_device()` returns to after `close_device()` was
+/// called.
 ///
-/// This holds in each callback that the core makes on behalf of a device file, hence in the
-/// functions of a `struct vfio_migration_ops` that are called by ioctls of that file.
+/// All callbacks on behalf of a device file have this context, and so do the functions of a `struct
+/// vfio_migration_ops` that are called by ioctls of that file.
 pub struct Open;
 
 impl private::Sealed for Normal {}
@@ -40,7 +41,7 @@ impl private::Sealed for Open {}
 impl DeviceContext for Normal {}
 impl DeviceContext for Open {}
 
-/// A VFIO device, whichever bus it is on.
+/// A VFIO device on any bus.
 ///
 /// Corresponds to the C `struct vfio_device`.
 ///
@@ -59,13 +60,13 @@ impl<Ctx: DeviceContext> Device<Ctx> {
         self.0.get()
     }
 
-    /// Makes a reference of a raw pointer, for the callbacks of a bus front end.
+    /// Converts a raw pointer to a reference, for the callbacks of a bus front end.
     ///
     /// # Safety
     ///
-    /// `ptr` must point to a `struct vfio_device` allocated by `_vfio_alloc_device()`. For `'a`
-    /// its reference count must not be zero and what `Ctx` stands for must hold: in [`Open`], the
-    /// device must stay open.
+    /// `ptr` must point to a `struct vfio_device` allocated by `_vfio_alloc_device()`. For `'a`,
+    /// its reference count must not be zero, and the condition of `Ctx` must hold: with [`Open`],
+    /// the device must stay open.
     #[inline]
     pub unsafe fn from_raw<'a>(ptr: *mut bindings::vfio_device) -> &'a Self {
         // INVARIANT: Both hold by the safety requirements.
@@ -73,9 +74,9 @@ impl<Ctx: DeviceContext> Device<Ctx> {
         unsafe { &*ptr.cast() }
     }
 
-    /// Tells whether the user opted in to `VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`.
+    /// Returns whether the user opted in to `VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2`.
     ///
-    /// The core sets it at the user's request, at any time, and clears it on the last close.
+    /// The core sets this flag at the user's request, at any time, and clears it on the last close.
     #[inline]
     pub(crate) fn precopy_info_v2(&self) -> bool {
         // SAFETY: By the type invariants the pointer is valid; the field is one byte that the
@@ -104,8 +105,8 @@ impl<Ctx: DeviceContext> AsRef<device::Device> for Device<Ctx> {
     }
 }
 
-// SAFETY: `get_device()` and `put_device()` on the embedded `struct device` are what
-// `vfio_put_device()` is made of.
+// SAFETY: `get_device()` and `put_device()` on the embedded `struct device` count references of the
+// `struct vfio_device`, like `vfio_put_device()`.
 unsafe impl AlwaysRefCounted for Device {
     #[inline]
     fn inc_ref(&self) {
@@ -123,5 +124,5 @@ unsafe impl AlwaysRefCounted for Device {
 // SAFETY: A `struct vfio_device` may be released in any sleepable context, on any thread.
 unsafe impl Send for Device {}
 
-// SAFETY: What can be done through a shared reference is synchronised by the core.
+// SAFETY: The core synchronises all operations that a shared reference allows.
 unsafe impl Sync for Device {}

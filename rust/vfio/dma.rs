@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! DMA: what a device reads and writes of the user's memory.
+//! DMA: accesses of a device to the user's memory.
 //!
-//! The user says which of its memory the device can reach, and at which address (IOVA): by a
-//! container or by an iommufd. A device made of software gets there by [`Bus`], which a driver has
-//! in [`emulated::Operations::work`](crate::emulated::Operations::work): on a thread of its own,
-//! where it holds nothing that somebody else waits for.
+//! The user maps memory for the device at an address (IOVA), in a container or in an iommufd. A
+//! software device accesses it with [`Bus`], which
+//! [`emulated::Operations::work`](crate::emulated::Operations::work) gets as an argument. This
+//! method runs on a thread of its own, where no locks are held that other tasks wait for.
 //!
-//! What the device has written to is remembered while the user wants that: `DMA logging`, by which
-//! a user who migrates knows what to copy again.
+//! While the user has enabled *DMA logging*, the crate logs the pages that the device writes to, so
+//! that the user knows which pages to copy again in a migration.
 //!
 //! C header: `vfio_dma_rw()` and `struct vfio_log_ops` in
 //! [`include/linux/vfio.h`](srctree/include/linux/vfio.h)
@@ -40,14 +40,14 @@ use kernel::{
 /// A transfer that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// How many bytes were transferred before: all up to the page of user memory where it failed.
-    /// Of that page some may have been written, and of what is behind it nothing.
+    /// Number of bytes transferred before, up to the page of user memory where the transfer failed.
+    /// A part of that page may have been written, but nothing after it.
     pub done: usize,
-    /// Why it failed.
+    /// Cause of the failure.
     pub cause: Cause,
 }
 
-/// Why a transfer failed: the same for a container and for an iommufd.
+/// Cause of a failed transfer. It is the same for a container and for an iommufd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// The range is empty, not inside the memory, or beyond the end of the address space.
@@ -59,7 +59,7 @@ pub enum Cause {
     /// The mapped memory cannot be accessed: the user has unmapped or protected it, or a page fault
     /// was not served before the device was reset.
     Fault,
-    /// There was no memory.
+    /// Out of memory.
     NoMemory,
     /// The device is being reset.
     Interrupted,
@@ -68,7 +68,7 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// Returns what an error of `vfio_dma_rw()` means.
+    /// Returns the cause for an error of `vfio_dma_rw()`.
     fn of_core(error: Error) -> Self {
         match error {
             EINVAL | ENOENT => Self::Unmapped,
@@ -78,7 +78,7 @@ impl Cause {
         }
     }
 
-    /// Tells whether a part of the page may have been written: the core had begun to copy.
+    /// Returns whether a part of the page may have been written: the core had begun to copy.
     fn is_torn(self) -> bool {
         matches!(self, Self::Fault | Self::NoMemory | Self::Other(_))
     }
@@ -95,15 +95,15 @@ impl From<Error> for Cause {
     }
 }
 
-/// The way of an open device to the user's memory.
+/// Access of an open device to the user's memory.
 ///
-/// There is one only while the device is open, and only on the device's own thread, so that nothing
-/// waits for the user while he does not serve a page fault.
+/// It exists only while the device is open, and only on the device's own thread, so that an
+/// unserved page fault of the user delays that thread only.
 ///
 /// # Examples
 ///
-/// A device that copies its memory to where the user asks for it. Its `Operations::work` calls
-/// `work()`, and its `Operations::write` calls `ask()`.
+/// A device that copies its memory to an address that the user requests. Its `Operations::work`
+/// calls `work()`, and its `Operations::write` calls `ask()`.
 ///
 /// ```
 /// use kernel::sync::SpinLock;
@@ -127,7 +127,7 @@ impl From<Error> for Cause {
 ///     }
 ///
 ///     fn work(&self, bus: &Bus<'_>) -> Work {
-///         // The lock must not be held while the user is waited for.
+///         // The lock must not be held while the transfer waits for the user.
 ///         let Some(iova) = self.asked.lock().take() else {
 ///             return Work::Wait;
 ///         };
@@ -146,21 +146,21 @@ pub struct Bus<'a> {
 }
 
 impl<'a> Bus<'a> {
-    /// Makes the way of `device`, whose writes are logged in `log`.
+    /// Creates the access of `device`. Writes are logged in `log`.
     pub(crate) fn new(device: &'a Device<Open>, log: &'a Log, gate: &'a Gate) -> Self {
         Self { device, log, gate }
     }
 
-    /// Reads user memory from `iova` on into a range of the device's memory, in bytes, and marks
-    /// its pages.
+    /// Reads user memory at `iova` into a range of the device's memory, in bytes, and marks its
+    /// pages.
     ///
-    /// May sleep, for as long as the user does not serve a page fault. Fails with
-    /// [`Cause::Range`], and transfers nothing, if the range is empty or not inside the memory, or
-    /// if it reaches beyond the end of the address space.
+    /// May sleep, until the user serves a page fault. Fails with [`Cause::Range`], and transfers
+    /// nothing, if the range is empty or not inside the memory, or if it reaches beyond the end of
+    /// the address space.
     pub fn read(&self, iova: u64, to: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
         checked(to, range.clone())?;
         let pieces = pieces(iova, range.len())?;
-        // A copy from the user that fails leaves zeroes, which must not get into the memory.
+        // A failed copy from the user leaves zeroes, which must not be written to the memory.
         let len = PAGE_SIZE.min(range.len());
         let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL_ACCOUNT)?;
         for piece in pieces {
@@ -177,10 +177,10 @@ impl<'a> Bus<'a> {
         Ok(())
     }
 
-    /// Reads bytes of user memory from `iova` on.
+    /// Reads bytes of user memory at `iova`.
     ///
-    /// May sleep and fails as [`read()`](Self::read) does. Then what is in `to` behind
-    /// [`Fault::done`] means nothing.
+    /// May sleep and fails like [`read()`](Self::read). Then the content of `to` after
+    /// [`Fault::done`] bytes is undefined.
     ///
     /// # Examples
     ///
@@ -213,9 +213,9 @@ impl<'a> Bus<'a> {
         Ok(())
     }
 
-    /// Writes a range of the device's memory, in bytes, to user memory from `iova` on.
+    /// Writes a range of the device's memory, in bytes, to user memory at `iova`.
     ///
-    /// May sleep and fails as [`read()`](Self::read) does.
+    /// May sleep and fails like [`read()`](Self::read).
     pub fn write(&self, iova: u64, from: &StateMemory, range: Range<usize>) -> Result<(), Fault> {
         let bytes = checked(from, range)?;
         // SAFETY: The bytes are inside of the memory, which is borrowed, and may be read by a copy
@@ -223,9 +223,9 @@ impl<'a> Bus<'a> {
         unsafe { self.write_pages(iova, bytes) }
     }
 
-    /// Writes bytes to user memory from `iova` on.
+    /// Writes bytes to user memory at `iova`.
     ///
-    /// May sleep and fails as [`read()`](Self::read) does.
+    /// May sleep and fails like [`read()`](Self::read).
     pub fn write_bytes(&self, iova: u64, from: &[u8]) -> Result<(), Fault> {
         if from.is_empty() {
             return Err(Cause::Range.into());
@@ -234,8 +234,8 @@ impl<'a> Bus<'a> {
         unsafe { self.write_pages(iova, from) }
     }
 
-    /// Writes bytes to user memory, page by page, because the core does not tell how far it got,
-    /// and logs the pages.
+    /// Writes bytes to user memory and logs the pages. Writes page by page, because the core does
+    /// not report partial transfers.
     ///
     /// # Safety
     ///
@@ -247,8 +247,8 @@ impl<'a> Bus<'a> {
             let at = iova + piece.start as u64;
             // SAFETY: It is a part of `bytes`, and the core only reads it.
             let result = unsafe { self.copy(at, page.cast_mut(), true) };
-            // After the copy: a client that takes the log and then reads the page must see what
-            // was logged. If the copy failed, a part of the page may have been written.
+            // Mark after the copy: a client that takes the log and then reads the page must see
+            // the logged bytes. If the copy failed, a part of the page may have been written.
             if result.map_or_else(Cause::is_torn, |()| true) {
                 self.log.mark(at, piece.len());
             }
@@ -292,21 +292,21 @@ fn checked(memory: &StateMemory, range: Range<usize>) -> Result<*const [u8], Cau
 }
 
 impl From<Cause> for Fault {
-    /// A failure before anything was transferred.
+    /// Converts a failure before any transfer.
     fn from(cause: Cause) -> Self {
         Self { done: 0, cause }
     }
 }
 
 impl From<Error> for Fault {
-    /// A failure before anything was transferred.
+    /// Converts a failure before any transfer.
     fn from(error: Error) -> Self {
         Cause::from(error).into()
     }
 }
 
 impl From<AllocError> for Fault {
-    /// No memory before anything was transferred.
+    /// Converts a failed allocation before any transfer.
     fn from(_: AllocError) -> Self {
         Cause::NoMemory.into()
     }

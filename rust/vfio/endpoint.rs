@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an emulated device is on its PCI bus.
+//! PCI configuration space and interrupts of an emulated device.
 
 use crate::{
     config_space::{
@@ -25,44 +25,43 @@ use kernel::{
     },
 };
 
-/// Most bytes of the MSI-X table that are copied at once, with interrupts disabled.
+/// Maximum number of bytes of the MSI-X table that are copied at once, with interrupts disabled.
 const BLOCK: usize = 1 << 10;
 
 /// The PCI side of an open device: its configuration space and its interrupts.
 ///
-/// The front end serves the user's accesses to it; a driver signals interrupts, and saves and loads
-/// what is in it. The configuration space works while the device is stopped: it belongs to the bus.
-/// The user restores it on the target of a migration, as with `vfio-pci`: what comes by the stream
-/// is compared with it, and never replaces what the user has written.
+/// The front end serves the user's accesses. A driver signals interrupts, and saves and loads the
+/// content. The configuration space works while the device is stopped: it belongs to the bus. The
+/// user restores it on the target of a migration, like with `vfio-pci`. The copy in the stream is
+/// only compared with it, and never replaces the values that the user has written.
 ///
 /// # The command register
 ///
-/// When the device is opened, and after a reset, memory space is on and bus mastering off. Without
-/// memory space accesses to BARs fail with `EIO`, and those by mmap() with `SIGBUS`. Without bus
-/// mastering [`Operations::work`](crate::emulated::Operations::work) is not called, and interrupts
-/// wait. What is under way when one of them is switched off has ended when the write to the
-/// register returns; transfers that take longer than 100 ms fail. After the last close nothing of
-/// it has an effect any more.
+/// When the device is opened, and after a reset, memory space is enabled and bus mastering is
+/// disabled. Without memory space, accesses to BARs fail with `EIO`, and accesses by mmap() raise
+/// `SIGBUS`. Without bus mastering, [`Operations::work`](crate::emulated::Operations::work) is not
+/// called, and interrupts are pending. When a write to the register disables one of them, all
+/// operations that need it have ended when the write returns; transfers that take longer than 100
+/// ms fail. The register has no effect after the last close.
 ///
 /// # Interrupts
 ///
-/// An interrupt that cannot be delivered at once waits, and is delivered as soon as it can be: if
-/// the device is stopped (in `STOP`, `STOP_COPY` and `RESUMING`), if bus mastering is off, if the
-/// vector is masked, or if no eventfd is set for it yet. Several that wait in a vector are
-/// delivered as one. The pending bits, which the user can read in the device's BAR, tell which
-/// vectors have one that waits.
+/// An interrupt is pending while the device is stopped (in `STOP`, `STOP_COPY` and `RESUMING`), bus
+/// mastering is disabled, the vector is masked, or no eventfd is set for it. It is delivered as
+/// soon as none of these applies. Several pending interrupts of a vector are delivered as one. The
+/// user can read the pending bits in the device's BAR.
 ///
 /// A vector is masked by `VFIO_DEVICE_SET_IRQS`, by its bit in the MSI-X table or by the function
-/// mask in the configuration space. At power on none is: users of VFIO switch MSI-X on and off by
-/// `VFIO_DEVICE_SET_IRQS`, and many never write the table of the device.
+/// mask in the configuration space. At power on, no vector is masked: users of VFIO switch MSI-X on
+/// and off with `VFIO_DEVICE_SET_IRQS`, and many never write to the table of the device.
 ///
-/// What migrates is what belongs to the device: table and pending bits. The eventfds, the masks of
-/// `VFIO_DEVICE_SET_IRQS` and the function mask in the configuration space belong to the user, who
-/// sets them again on the target before the device runs.
+/// The table and the pending bits belong to the device and migrate. The eventfds, the masks of
+/// `VFIO_DEVICE_SET_IRQS` and the function mask in the configuration space belong to the user,
+/// which sets them again on the target before the device runs.
 ///
 /// # Examples
 ///
-/// A device that signals a vector when it has counted to a thousand, whatever it is doing.
+/// A device that signals a vector each time it has counted to a thousand.
 ///
 /// ```
 /// use kernel::sync::atomic::{
@@ -97,7 +96,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Makes the PCI side of a running device at power on, with its interrupts silent.
+    /// Creates the PCI side of a running device at power on, without eventfds.
     pub(crate) fn new(power_on: ConfigSpace) -> Result<Arc<Self>> {
         let place = power_on.msix_place();
         let this = Arc::pin_init(
@@ -114,42 +113,42 @@ impl Endpoint {
         Ok(this)
     }
 
-    /// Raises the interrupt of an MSI-X vector. Nothing happens if there is no such vector.
+    /// Raises the interrupt of an MSI-X vector. Does nothing if the vector does not exist.
     ///
-    /// Does not sleep. May be called in any context but a non-maskable interrupt, in hard
-    /// interrupts too, and with locks held: it takes a spinlock with interrupts disabled, and under
-    /// it those of the eventfd's waiters. With `PREEMPT_RT` these locks sleep, so that it must be
-    /// called from a thread, which handlers of interrupts are there.
+    /// Does not sleep. May be called in any context except a non-maskable interrupt, including hard
+    /// interrupts, and with locks held: it takes a spinlock with interrupts disabled, and under it
+    /// the locks of the eventfd's waiters. With `PREEMPT_RT` these locks sleep. Then it must be
+    /// called from a thread, which interrupt handlers are.
     pub fn signal(&self, vector: u32) {
         self.irqs.signal(vector);
     }
 
-    /// Says whether the device runs. While it does not, interrupts wait.
+    /// Sets whether the device runs. While it does not, interrupts are pending.
     pub(crate) fn run(&self, running: bool) {
         self.irqs.msix(|msix| msix.run(running));
     }
 
-    /// Lets [`Operations::work`](crate::emulated::Operations::work) be called again, as soon as the
-    /// device may work. Does not sleep. Must not be called in interrupts.
+    /// Kicks the worker, so that [`Operations::work`](crate::emulated::Operations::work) is called
+    /// again as soon as the device may work. Does not sleep. Must not be called in interrupts.
     ///
     /// Not needed when the device runs again after it was stopped, quiesced or reset, or when bus
-    /// mastering is switched on: the crate does it.
+    /// mastering is enabled: the crate does it.
     pub fn wake(&self) {
         self.gate.kick();
     }
 
     /// Returns whether [`Operations::work`](crate::emulated::Operations::work) may be called now.
     ///
-    /// It may not in the P2P states, unless the driver says that
-    /// [it does no peer-to-peer DMA](crate::emulated::Operations::PEER_TO_PEER), nor in `STOP`,
-    /// `STOP_COPY` and `RESUMING`, nor during a reset, nor while bus mastering is off. Does not
-    /// sleep. Not for interrupts.
+    /// It must not be called in the P2P states, unless the driver declares that
+    /// [it does no peer-to-peer DMA](crate::emulated::Operations::PEER_TO_PEER), in `STOP`,
+    /// `STOP_COPY` and `RESUMING`, during a reset, or while bus mastering is disabled. Does not
+    /// sleep. Must not be called in interrupts.
     pub fn may_work(&self) -> bool {
         self.gate.admits_work()
     }
 
     /// Returns the number of writes to BARs that were dropped since the last reset, because the
-    /// device was stopped. Does not sleep. Not for interrupts.
+    /// device was stopped. Does not sleep. Must not be called in interrupts.
     pub fn dropped_writes(&self) -> u64 {
         self.gate.dropped()
     }
@@ -159,11 +158,10 @@ impl Endpoint {
         self.config.lock().read(offset, to);
     }
 
-    /// Writes to the configuration space, and tells `enable` whether BARs are decoded now. May
+    /// Writes to the configuration space, and calls `enable` with whether BARs are decoded now. May
     /// sleep.
     ///
-    /// When this returns nothing is under way any more that the write forbids: no DMA, or no access
-    /// to a BAR.
+    /// When this returns, no DMA or access to a BAR is under way that the write has disabled.
     pub(crate) fn write_config(&self, offset: usize, from: &[u8], enable: impl FnOnce(bool)) {
         let mut config = self.config.lock();
         config.write(offset, from);
@@ -173,15 +171,15 @@ impl Endpoint {
         self.gate.settle();
     }
 
-    /// Puts what the configuration space says into effect. Called with `config` locked.
+    /// Puts the configuration space into effect. Called with `config` locked.
     fn follow(&self, config: &ConfigSpace) {
         let (masked, master) = (config.is_function_masked(), config.is_master());
         self.irqs.msix(|msix| msix.configure(masked, master));
         self.gate.command(config.is_decoding(), master);
     }
 
-    /// Returns which bytes of an access of `len` bytes meet the `size` bytes at `base` in the BAR
-    /// of MSI-X, and where in these they begin.
+    /// Returns the part of an access of `len` bytes that overlaps the `size` bytes at `base` in the
+    /// BAR of MSI-X, and the offset in these bytes at which it starts.
     fn meet(&self, pos: Position, len: usize, base: u32, size: usize) -> (Range<usize>, usize) {
         let (base, at) = (u64::from(base), pos.region_offset);
         let start = at.max(base);
@@ -193,8 +191,8 @@ impl Endpoint {
         (bytes, (start - base) as usize)
     }
 
-    /// Reads from the MSI-X table and pending bits, as far as an access meets them. The rest of
-    /// `to` is left as it is.
+    /// Reads the part of an access that overlaps the MSI-X table and pending bits. The rest of `to`
+    /// is unchanged.
     pub(crate) fn read_msix(&self, pos: Position, to: &mut [u8]) {
         let vectors = self.place.vectors as usize;
         let (bytes, offset) = self.meet(pos, to.len(), self.place.table, msix::table_size(vectors));
@@ -213,8 +211,8 @@ impl Endpoint {
         }
     }
 
-    /// Writes to the MSI-X table, as far as an access meets it, unless the device is stopped. The
-    /// pending bits cannot be written.
+    /// Writes the part of an access that overlaps the MSI-X table, unless the device is stopped.
+    /// The pending bits cannot be written.
     pub(crate) fn write_msix(&self, pos: Position, from: &[u8]) {
         let size = msix::table_size(self.place.vectors as usize);
         let (bytes, offset) = self.meet(pos, from.len(), self.place.table, size);
@@ -224,8 +222,8 @@ impl Endpoint {
         }
     }
 
-    /// Brings configuration space, MSI-X table and pending bits into the state of power on, and
-    /// tells `enable` that BARs are decoded. What the user set up by `VFIO_DEVICE_SET_IRQS` stays.
+    /// Resets configuration space, MSI-X table and pending bits to the state at power on, and tells
+    /// `enable` that BARs are decoded. The setup by `VFIO_DEVICE_SET_IRQS` is unchanged.
     pub(crate) fn reset(&self, enable: impl FnOnce(bool)) {
         let mut config = self.config.lock();
         *config = self.power_on.clone();
@@ -239,19 +237,19 @@ impl Endpoint {
         *self.config.lock().save()
     }
 
-    /// Tells whether a configuration space in a stream is of such a device: whether it differs in
-    /// nothing that cannot be written. May sleep.
+    /// Returns whether a configuration space in a stream belongs to such a device: whether all
+    /// read-only parts are equal. May sleep.
     ///
-    /// For a driver that loads. There is nothing more to do with it: what can be written belongs to
-    /// the bus, and the user restores it.
+    /// Called by a driver that loads. The driver does not restore the configuration space: the
+    /// writable part belongs to the bus, and the user restores it.
     pub fn accepts_config(&self, bytes: &[u8; SIZE]) -> bool {
         self.config.lock().accepts(bytes)
     }
 
-    /// Copies the MSI-X table, and behind it the pending bits, for the stream. Does not sleep.
+    /// Copies the MSI-X table, followed by the pending bits, for the stream. Does not sleep.
     ///
-    /// `to` has to have [`msix_size`](config_space::msix_size) bytes; what is missing is not
-    /// copied, what is more is left as it is.
+    /// `to` must have [`msix_size`](config_space::msix_size) bytes. If it is shorter, the copy is
+    /// truncated; if it is longer, the rest is unchanged.
     pub fn save_msix(&self, to: &mut [u8]) {
         let table = msix::table_size(self.place.vectors as usize);
         self.irqs.msix(|msix| {
@@ -260,8 +258,8 @@ impl Endpoint {
         });
     }
 
-    /// Tells whether MSI-X table and pending bits in a stream are of such a device: [`load_msix`]
-    /// would succeed. Does not sleep.
+    /// Returns whether MSI-X table and pending bits in a stream belong to such a device:
+    /// [`load_msix`] would succeed. Does not sleep.
     ///
     /// [`load_msix`]: Self::load_msix
     pub fn accepts_msix(&self, bytes: &[u8]) -> bool {
@@ -271,11 +269,11 @@ impl Endpoint {
             .is_some_and(|pending| self.irqs.msix(|msix| msix.accepts_pending(pending)))
     }
 
-    /// Replaces MSI-X table and pending bits by what is in a stream. What waited on the source is
-    /// delivered when the device runs.
+    /// Replaces MSI-X table and pending bits by those in a stream. Interrupts that were pending on
+    /// the source are delivered when the device runs.
     ///
-    /// Fails with `EINVAL`, and changes nothing, if that is not of such a device: if it is not as
-    /// long, or has a pending bit of a vector that is not there. Does not sleep.
+    /// Fails with `EINVAL`, and changes nothing, if these do not belong to such a device: if the
+    /// length differs, or if the pending bit of a missing vector is set. Does not sleep.
     pub fn load_msix(&self, bytes: &[u8]) -> Result {
         let table = msix::table_size(self.place.vectors as usize);
         let (table, pending) = bytes.split_at_checked(table).ok_or(EINVAL)?;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Interrupts: eventfds by which a device tells its user.
+//! Interrupts of a device, which are delivered to its user by eventfds.
 //!
 //! C headers: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h),
 //! [`include/linux/eventfd.h`](srctree/include/linux/eventfd.h)
 
-// Public to the tests, which build the file as a crate of their own.
+// Public for tests, which build the file as a crate of its own.
 #[allow(unreachable_pub)]
 pub(crate) mod msix;
 
@@ -32,32 +32,32 @@ use kernel::{
     uaccess::UserSliceReader, //
 };
 
-/// Message signalled interrupts of the extended kind.
+/// Interrupt index of MSI-X.
 const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
-/// The request that the user let go of the device.
+/// Interrupt index of the request to release the device.
 const REQ: u32 = bindings::VFIO_PCI_REQ_IRQ_INDEX;
-/// How many interrupt indexes a PCI device has, present or not.
+/// Number of interrupt indexes of a PCI device, present or not.
 pub(crate) const COUNT: u32 = bindings::VFIO_PCI_NUM_IRQS;
 
-/// How often a removal that waits for the user is told to the log, in requests. As `vfio-pci`.
+/// Number of requests for each log message of a removal that waits for the user, like `vfio-pci`.
 const REQUESTS_PER_NOTICE: u32 = 10;
 
-/// An eventfd that somebody else waits on.
+/// An eventfd of the user.
 ///
 /// # Invariants
 ///
-/// The pointer is valid, and a reference on the `struct eventfd_ctx` is owned.
+/// The pointer is valid, and a reference to the `struct eventfd_ctx` is owned.
 pub(crate) struct EventFd(NonNull<bindings::eventfd_ctx>);
 
 impl EventFd {
-    /// Takes a reference on what `fd` stands for; on nothing if it is negative.
+    /// Takes a reference to the eventfd `fd`. Returns [`None`] if `fd` is negative.
     ///
-    /// Fails with `EBADF` or `EINVAL` if that is no eventfd.
+    /// Fails with `EBADF` or `EINVAL` if `fd` is not an eventfd.
     fn from_fd(fd: i32) -> Result<Option<Self>> {
         if fd < 0 {
             return Ok(None);
         }
-        // SAFETY: Any value may be asked for.
+        // SAFETY: Any value is valid.
         let ctx = from_err_ptr(unsafe { bindings::eventfd_ctx_fdget(fd) })?;
         // INVARIANT: `eventfd_ctx_fdget()` takes the reference that is now owned.
         Ok(NonNull::new(ctx).map(Self))
@@ -79,10 +79,10 @@ impl Drop for EventFd {
     }
 }
 
-// SAFETY: A reference on an eventfd belongs to no thread.
+// SAFETY: A reference to an eventfd is not bound to a thread.
 unsafe impl Send for EventFd {}
 
-/// What the user asked for in `VFIO_DEVICE_SET_IRQS`, as it was given.
+/// Unchecked arguments of `VFIO_DEVICE_SET_IRQS`.
 #[derive(Clone, Copy)]
 pub(crate) struct Request {
     pub(crate) argsz: u32,
@@ -92,9 +92,9 @@ pub(crate) struct Request {
     pub(crate) count: u32,
 }
 
-/// What follows the header of `VFIO_DEVICE_SET_IRQS`.
+/// Data after the header of `VFIO_DEVICE_SET_IRQS`.
 enum Data {
-    /// Nothing: the action is for all vectors of the range.
+    /// No data: the action is for all vectors of the range.
     None,
     /// The action is for the vectors whose byte is not zero.
     Bool(KVec<u8>),
@@ -103,7 +103,7 @@ enum Data {
 }
 
 impl Data {
-    /// Tells whether the action is for the vector at this place in the range.
+    /// Returns whether the action is for the vector at this position in the range.
     fn includes(&self, index: u32) -> bool {
         match self {
             Self::None => true,
@@ -120,31 +120,30 @@ fn fds(bytes: &[u8]) -> impl Iterator<Item = i32> + '_ {
         .filter_map(|fd| Some(i32::from_ne_bytes(fd.try_into().ok()?)))
 }
 
-/// The interrupts of an open device, as the lock protects them.
+/// State of [`Irqs`] that the spinlock protects.
 struct Inner {
     msix: Msix<KVec<Vector<EventFd>>>,
-    /// The user has switched MSI-X on, by setting eventfds.
+    /// MSI-X is on: the user has set eventfds.
     enabled: bool,
     request: Option<EventFd>,
 }
 
 /// The interrupts of an open device.
 ///
-/// Lives in the device's open data, so that nobody is signalled after the last close.
+/// This is a part of the device's open data, so that no eventfd is signalled after the last close.
 #[pin_data]
 pub(crate) struct Irqs {
     vectors: u32,
-    /// Held while the user changes something, which takes more than one step. Taken before `inner`.
+    /// Held during a change by the user, which takes more than one step. Taken before `inner`.
     #[pin]
     gate: Mutex<()>,
-    /// Taken in hard interrupts too, because a device may signal there.
+    /// Also taken in hard interrupts, because a device may signal there.
     #[pin]
     inner: SpinLockIrq<Inner>,
 }
 
 impl Irqs {
-    /// Makes the interrupts of a running device with `vectors` vectors of MSI-X, to which nobody
-    /// listens.
+    /// Creates the interrupts of a running device with `vectors` vectors of MSI-X and no eventfds.
     pub(crate) fn new(vectors: u32) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             gate <- new_mutex!((), "vfio::irq::Irqs::gate"),
@@ -164,7 +163,7 @@ impl Irqs {
         }? Error)
     }
 
-    /// Returns how many vectors there are at `index`; none if there is no such index.
+    /// Returns the number of vectors at `index`, 0 if the index does not exist.
     fn count(&self, index: u32) -> u32 {
         match index {
             MSIX => self.vectors,
@@ -175,15 +174,15 @@ impl Irqs {
 
     /// Returns flags and count of an interrupt index, for `VFIO_DEVICE_GET_IRQ_INFO`.
     ///
-    /// Fails with `EINVAL` if there is no such index, and for errors of PCI Express, which a
+    /// Fails with `EINVAL` if the index does not exist, and for errors of PCI Express, which a
     /// conventional PCI device cannot have.
     pub(crate) fn info(&self, index: u32) -> Result<(u32, u32)> {
         let kind = match index {
-            // As `vfio-pci`, also for a device that has none.
+            // Like `vfio-pci`, even without INTx.
             bindings::VFIO_PCI_INTX_IRQ_INDEX => {
                 bindings::VFIO_IRQ_INFO_MASKABLE | bindings::VFIO_IRQ_INFO_AUTOMASKED
             }
-            // Vectors come and go one by one.
+            // Single vectors can be added and removed.
             MSIX => bindings::VFIO_IRQ_INFO_MASKABLE,
             bindings::VFIO_PCI_MSI_IRQ_INDEX | REQ => bindings::VFIO_IRQ_INFO_NORESIZE,
             _ => return Err(EINVAL),
@@ -191,14 +190,14 @@ impl Irqs {
         Ok((bindings::VFIO_IRQ_INFO_EVENTFD | kind, self.count(index)))
     }
 
-    /// Raises an interrupt of MSI-X; it waits if it cannot be delivered. Does not sleep, and may be
-    /// called in a hard interrupt.
+    /// Raises an interrupt of MSI-X. It is pending until it can be delivered. Does not sleep, and
+    /// may be called in a hard interrupt.
     pub(crate) fn signal(&self, vector: u32) {
         self.inner.lock().msix.signal(vector as usize);
     }
 
-    /// Asks the user to let go of the device, which somebody wants to remove, for the `count`th
-    /// time. Says in the log, as `vfio-pci` does, what the removal waits for.
+    /// Requests for the `count`th time that the user releases the device, which is being removed.
+    /// Logs what the removal waits for, like `vfio-pci`.
     pub(crate) fn request(&self, dev: &Device, count: u32) {
         let inner = self.inner.lock();
         if let Some(eventfd) = &inner.request {
@@ -216,12 +215,12 @@ impl Irqs {
         }
     }
 
-    /// Works on the MSI-X side of the device.
+    /// Calls `work` with the MSI-X side of the device locked.
     pub(crate) fn msix<R>(&self, work: impl FnOnce(&mut Msix<KVec<Vector<EventFd>>>) -> R) -> R {
         work(&mut self.inner.lock().msix)
     }
 
-    /// Lets go of all eventfds: nobody is signalled any more. May sleep.
+    /// Releases all eventfds, so that none is signalled any more. May sleep.
     pub(crate) fn silence(&self) {
         let _gate = self.gate.lock();
         self.disable();
@@ -230,7 +229,7 @@ impl Irqs {
         drop(request);
     }
 
-    /// Switches MSI-X off, and forgets what was masked. What waits goes on waiting. Called with
+    /// Switches MSI-X off, and clears the masks. Pending interrupts stay pending. Called with
     /// `gate` held.
     fn disable(&self) {
         self.inner.lock().enabled = false;
@@ -244,15 +243,17 @@ impl Irqs {
         }
     }
 
-    /// Serves `VFIO_DEVICE_SET_IRQS`. `reader` is at what follows the header in the user's memory.
+    /// Handles `VFIO_DEVICE_SET_IRQS`. `reader` is at the data after the header in the user's
+    /// memory.
     ///
-    /// Fails as `vfio-pci` does; then nothing has changed:
+    /// Fails like `vfio-pci`, and then changes nothing:
     ///
     /// * with `EINVAL` for arguments that `vfio_set_irqs_validate_and_prepare()` refuses, for
-    ///   MSI-X that is not switched on, and for what the request interrupt has no sense of;
-    /// * with `ENOTTY` for actions that such an interrupt does not have;
-    /// * with `ERANGE` if MSI-X is switched on with no vector;
-    /// * with `EBADF` or `EINVAL` for files that are no eventfds;
+    ///   MSI-X that is not switched on, and for arguments that the request interrupt does not
+    ///   support;
+    /// * with `ENOTTY` for actions that such an interrupt does not support;
+    /// * with `ERANGE` if MSI-X is switched on without a vector;
+    /// * with `EBADF` or `EINVAL` for files that are not eventfds;
     /// * with `EFAULT` and `ENOMEM`.
     ///
     /// May sleep.
@@ -299,11 +300,11 @@ impl Irqs {
         }
     }
 
-    /// Sets the eventfds of a range of vectors; or raises their interrupts as the device would do;
-    /// or, for no vector at all, switches MSI-X off.
+    /// Sets the eventfds of a range of vectors, raises their interrupts like the device would, or,
+    /// without vectors, switches MSI-X off.
     fn trigger(&self, start: u32, count: u32, data: &Data) -> Result {
         if let Data::EventFd(bytes) = data {
-            // All the new ones are held before the first old one is let go.
+            // Get all new eventfds before an old one is released.
             let mut eventfds = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
             for fd in fds(bytes) {
                 eventfds.push(EventFd::from_fd(fd)?, GFP_KERNEL_ACCOUNT)?;
@@ -317,7 +318,7 @@ impl Irqs {
                 *eventfd = inner.msix.listen(vector, eventfd.take());
             }
             drop(inner);
-            // The old ones are dropped outside of the lock.
+            // The old eventfds are dropped outside of the lock.
             return Ok(());
         }
         let mut inner = self.inner.lock();
@@ -335,8 +336,8 @@ impl Irqs {
         Ok(())
     }
 
-    /// Masks or unmasks a range of vectors. `vfio-pci` has this for INTx alone, where it refuses
-    /// what is refused here.
+    /// Masks or unmasks a range of vectors. `vfio-pci` supports this for INTx only, with the same
+    /// errors.
     fn mask(&self, start: u32, count: u32, data: &Data, masked: bool) -> Result {
         let mut inner = self.inner.lock();
         if !inner.enabled {
@@ -351,7 +352,7 @@ impl Irqs {
         Ok(())
     }
 
-    /// Sets the eventfd of the request interrupt, takes it away, or signals it.
+    /// Sets, removes or signals the eventfd of the request interrupt.
     fn trigger_request(&self, count: u32, data: &Data) -> Result {
         let new = match data {
             Data::EventFd(bytes) => match fds(bytes).next() {

@@ -3,8 +3,8 @@
 //! The mediated device bus.
 //!
 //! An administrator creates a mediated device by writing a UUID to the `create` file of a type:
-//! `/sys/class/mdev_bus/PARENT/mdev_supported_types/PARENT-TYPE/create`. Here the parent is a
-//! device without hardware, made for the purpose.
+//! `/sys/class/mdev_bus/PARENT/mdev_supported_types/PARENT-TYPE/create`. Here, the parent is a
+//! device without hardware that exists for this purpose only.
 //!
 //! C header: [`include/linux/mdev.h`](srctree/include/linux/mdev.h)
 
@@ -33,26 +33,26 @@ use kernel::{
 
 /// A type of mediated device.
 pub struct Type {
-    /// The last part of the directory's name, after that of the driver.
+    /// Last part of the directory's name, after the name of the driver.
     pub name: &'static CStr,
-    /// What its `name` file says.
+    /// Content of its `name` file.
     pub pretty_name: &'static CStr,
-    /// What its `description` file says.
+    /// Content of its `description` file.
     pub description: &'static CStr,
 }
 
 /// A setting of a device on its host: a file with a number in the device's directory in sysfs.
 ///
-/// The administrator reads and writes it, and so does `mdevctl`, from before the first open to the
-/// removal of the device. The guest does not get there. A write that is no number of 64 bits fails
-/// with `EINVAL` and does not reach the driver.
+/// The administrator and `mdevctl` can read and write it from before the first open to the removal
+/// of the device. The guest cannot access it. Writing anything but a number of 64 bits fails with
+/// `EINVAL` and does not call the driver.
 pub struct Attribute<T> {
     /// The name of the file.
     pub name: &'static CStr,
     /// Returns the number. May sleep.
     pub show: fn(&T) -> u64,
-    /// Takes a new number. A failure is returned from the write(); nothing may have changed then.
-    /// May sleep.
+    /// Sets a new number. An error is returned from write(); then the setting must not have
+    /// changed. May sleep.
     pub store: fn(&T, u64) -> Result,
 }
 
@@ -60,7 +60,7 @@ pub struct Attribute<T> {
 ///
 /// # Examples
 ///
-/// A driver with two types of device. How they are accessed is in its [`emulated::Operations`].
+/// A driver with two types of devices. Its [`emulated::Operations`] implement the accesses.
 ///
 /// ```
 /// struct TwoSizes {
@@ -111,41 +111,42 @@ pub struct Attribute<T> {
 /// # }
 /// ```
 pub trait Driver: emulated::Operations {
-    /// The types of device that can be created.
+    /// The types of devices that can be created.
     const TYPES: &'static [Type];
 
     /// The settings of each device.
     const ATTRIBUTES: &'static [Attribute<Self>] = &[];
 
-    /// How many devices can exist at the same time, of whatever type.
+    /// Maximum number of devices of all types at the same time.
     const MAX_INSTANCES: u32;
 
-    /// Makes the data of a new device of the type `TYPES[type_index]`.
+    /// Returns an initializer for the data of a new device of the type `TYPES[type_index]`.
     ///
-    /// Called when an administrator creates the device, who gets the error if it fails. May sleep.
+    /// Called when an administrator creates the device. An error is returned to the administrator.
+    /// May sleep.
     fn probe(type_index: usize) -> impl PinInit<Self, Error>;
 }
 
-/// A type as the core keeps it.
+/// The C representation of a type.
 #[repr(transparent)]
 struct RawType(Opaque<bindings::mdev_type>);
 
-// SAFETY: The core synchronises the access to what is inside.
+// SAFETY: The core synchronises the access to the content.
 unsafe impl Send for RawType {}
 
 // SAFETY: As above.
 unsafe impl Sync for RawType {}
 
-/// A file in sysfs as the core has it.
+/// The C representation of a file in sysfs.
 #[repr(C)]
 struct File<T: 'static> {
     raw: bindings::device_attribute,
     attribute: &'static Attribute<T>,
 }
 
-/// The files of a driver's devices, as the core has them.
+/// The C representation of the files of a driver's devices.
 struct Files<T: 'static> {
-    /// What the others point to.
+    /// The files that the other fields point to.
     _files: KVec<File<T>>,
     /// Ends with a null.
     _attributes: KVec<*mut bindings::attribute>,
@@ -188,18 +189,18 @@ impl<T: Driver> Files<T> {
         })
     }
 
-    /// Returns the attribute and the driver's data that a call is about.
+    /// Returns the attribute and the driver's data for a call.
     ///
     /// # Safety
     ///
-    /// `dev` must be a device bound to a driver of this kind until `'a` ends, and `attr` one of its
+    /// `dev` must be bound to a driver of this type until `'a` ends, and `attr` must be one of its
     /// files.
     unsafe fn target<'a>(
         dev: *mut bindings::device,
         attr: *mut bindings::device_attribute,
     ) -> Result<(&'static Attribute<T>, &'a T)> {
-        // SAFETY: `probe()` has set the driver data to what it got from `into_foreign()`, before
-        // the core made the files. `raw` is at the start of a `File`.
+        // SAFETY: `probe()` has set the driver data to the result of `into_foreign()`, before the
+        // core created the files. `raw` is at the start of a `File`.
         let (registration, attribute) = unsafe {
             let registration = bindings::dev_get_drvdata(dev);
             (
@@ -223,14 +224,14 @@ impl<T: Driver> Files<T> {
             // SAFETY: By the safety requirements.
             let (attribute, data) = unsafe { Self::target(dev, attr) }?;
             let value = (attribute.show)(data);
-            // SAFETY: `buf` is a page, and the format and its argument fit together.
+            // SAFETY: `buf` is a page, and the format matches its argument.
             Ok(unsafe { bindings::sysfs_emit(buf, c"%llu\n".as_char_ptr(), value) } as isize)
         })
     }
 
     /// # Safety
     ///
-    /// As for [`show`](Self::show). `buf` must be a string of `count` bytes.
+    /// The same as for [`show`](Self::show). `buf` must be a string of `count` bytes.
     unsafe extern "C" fn store(
         dev: *mut bindings::device,
         attr: *mut bindings::device_attribute,
@@ -239,7 +240,7 @@ impl<T: Driver> Files<T> {
     ) -> isize {
         from_result(|| {
             let mut value = 0;
-            // SAFETY: `buf` is a string that ends with a null, as kernfs makes it.
+            // SAFETY: `buf` is a string, which kernfs has terminated with a null.
             if unsafe { bindings::kstrtoull(buf, 0, &mut value) } != 0 {
                 return Err(EINVAL);
             }
@@ -254,12 +255,12 @@ impl<T: Driver> Files<T> {
 /// A driver of mediated devices, and the parent device on which they are created, both named
 /// [`emulated::Operations::NAME`].
 ///
-/// Dropping it removes the devices and waits until their users have let go of them.
+/// Dropping it removes the devices and waits until their users have released them.
 ///
 /// # Examples
 ///
-/// A module that registers a driver and has something to say. Without that,
-/// [`module_mdev_driver!`](crate::module_mdev_driver) does it.
+/// A module that registers a driver and logs a message. Without the message, use
+/// [`module_mdev_driver!`](crate::module_mdev_driver).
 ///
 /// ```
 /// # type Driver = Note;
@@ -291,13 +292,13 @@ pub struct Registration<T: Driver> {
     _driver: PhantomData<T>,
 }
 
-// SAFETY: Nothing can be done through a shared reference.
+// SAFETY: A shared reference allows no operations.
 unsafe impl<T: Driver> Sync for Registration<T> {}
 
-// SAFETY: What dropping it calls may be called from any thread.
+// SAFETY: All functions that drop() calls may be called from any thread.
 unsafe impl<T: Driver> Send for Registration<T> {}
 
-/// A device class with a single device in it, which has no hardware.
+/// A device class with a single device, which has no hardware.
 ///
 /// # Invariants
 ///
@@ -309,9 +310,9 @@ struct Class {
 
 impl Class {
     fn new(name: &'static CStr) -> Result<Self> {
-        // SAFETY: The name lives for ever.
+        // SAFETY: The name is static.
         let class = from_err_ptr(unsafe { bindings::class_create(name.as_char_ptr()) })?;
-        // SAFETY: `class` is registered. The format and its argument fit together.
+        // SAFETY: `class` is registered. The format matches its argument.
         let device = unsafe {
             bindings::device_create(
                 class,
@@ -333,7 +334,7 @@ impl Class {
 
 impl Drop for Class {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants both are registered; the device goes before its class.
+        // SAFETY: By the type invariants both are registered. The device is removed first.
         unsafe {
             bindings::device_unregister(self.device);
             bindings::class_destroy(self.class);
@@ -346,8 +347,8 @@ impl<T: Driver> Registration<T> {
     ///
     /// Devices can be created before this returns. May sleep.
     ///
-    /// Fails with `EINVAL` if there are no types, with `EEXIST` if there is a class or a driver of
-    /// this name, and with the other errors of `class_create()`, `device_create()`,
+    /// Fails with `EINVAL` if there are no types, with `EEXIST` if a class or a driver of this name
+    /// exists, and with the other errors of `class_create()`, `device_create()`,
     /// `mdev_register_driver()` and `mdev_register_parent()`.
     pub fn new() -> impl PinInit<Self, Error>
     where
@@ -374,13 +375,13 @@ impl<T: Driver> Registration<T> {
                 let count = type_pointers.len() as u32;
                 let driver = driver.get();
                 Opaque::try_ffi_init(move |parent| {
-                    // SAFETY: All of it stays where it is, and is kept until the parent is
-                    // unregistered; `device` is registered.
+                    // SAFETY: All arguments are pinned and live until the parent is unregistered.
+                    // `device` is registered.
                     to_result(unsafe {
                         bindings::mdev_register_parent(parent, device, driver, pointers, count)
                     })
                     .inspect_err(|_| {
-                        // SAFETY: It was registered, and has no devices without a parent.
+                        // SAFETY: The driver was registered. Without a parent it has no devices.
                         unsafe { bindings::mdev_unregister_driver(driver) };
                     })
                 })
@@ -389,7 +390,7 @@ impl<T: Driver> Registration<T> {
         }? Error)
     }
 
-    /// Makes the core's idea of the types.
+    /// Returns the C representation of the types.
     fn types() -> Result<KVec<RawType>> {
         if T::TYPES.is_empty() {
             return Err(EINVAL);
@@ -408,7 +409,7 @@ impl<T: Driver> Registration<T> {
 
     /// Registers the driver in the memory that `driver` points to.
     ///
-    /// `groups` has to live until it is unregistered.
+    /// `groups` must live until the driver is unregistered.
     fn register_driver(
         driver: *mut bindings::mdev_driver,
         groups: *mut *const bindings::attribute_group,
@@ -427,19 +428,19 @@ impl<T: Driver> Registration<T> {
             });
             (*driver).driver.dev_groups = groups;
             (*driver).driver.name = T::NAME.as_char_ptr();
-            // Without an owner the module could be unloaded while a device is open.
+            // Without an owner, the module could be unloaded while a device is open.
             (*driver).driver.owner = module;
             to_result(bindings::mdev_register_driver(driver))
         }
     }
 
-    /// Tells which of [`Driver::TYPES`] a type is.
+    /// Returns the index of a type in [`Driver::TYPES`].
     ///
     /// # Safety
     ///
-    /// `raw` must be a registered type of a driver of this kind.
+    /// `raw` must be a registered type of a driver of this type.
     unsafe fn type_index(raw: *mut bindings::mdev_type) -> Result<usize> {
-        // SAFETY: A registered type has a parent, which knows all of its types.
+        // SAFETY: A registered type has a parent with the list of its types.
         let (types, count) = unsafe {
             let parent = (*raw).parent;
             ((*parent).types, (*parent).nr_types as usize)
@@ -452,7 +453,7 @@ impl<T: Driver> Registration<T> {
 
     /// # Safety
     ///
-    /// Must be called by the core, as the probe() of a driver of this kind.
+    /// Must be called by the core, as the probe() of a driver of this type.
     unsafe extern "C" fn probe(mdev: *mut bindings::mdev_device) -> c_int {
         from_result(|| {
             // SAFETY: The core passes a valid device of a registered type.
@@ -461,11 +462,11 @@ impl<T: Driver> Registration<T> {
             let dev = unsafe { &raw mut (*mdev).dev };
             // SAFETY: As above.
             let bound = unsafe { device::Device::<Bound>::from_raw(dev) };
-            // SAFETY: The driver has an owner, `remove()` drops the registration, and there is one
-            // for each device.
+            // SAFETY: The driver has an owner, `remove()` drops the registration, and each device
+            // has only one.
             let registration = unsafe { emulated::Registration::<T>::new(bound, T::probe(index)) }?;
             let registration = KBox::new(registration, GFP_KERNEL)?;
-            // SAFETY: `dev` is valid, and its driver data is the driver's.
+            // SAFETY: `dev` is valid, and its driver data belongs to the driver.
             unsafe { bindings::dev_set_drvdata(dev, registration.into_foreign().cast()) };
             Ok(0)
         })
@@ -473,10 +474,10 @@ impl<T: Driver> Registration<T> {
 
     /// # Safety
     ///
-    /// Must be called by the core, as the remove() of a driver of this kind, after a successful
+    /// Must be called by the core, as the remove() of a driver of this type, after a successful
     /// probe().
     unsafe extern "C" fn remove(mdev: *mut bindings::mdev_device) {
-        // SAFETY: `probe()` has set the driver data to what it got from `into_foreign()`.
+        // SAFETY: `probe()` has set the driver data to the result of `into_foreign()`.
         drop(unsafe {
             let registration = bindings::dev_get_drvdata(&raw const (*mdev).dev);
             KBox::<emulated::Registration<T>>::from_foreign(registration.cast())
@@ -485,7 +486,7 @@ impl<T: Driver> Registration<T> {
 
     /// # Safety
     ///
-    /// Must be called by the core with a registered type of a driver of this kind and a buffer of
+    /// Must be called by the core with a registered type of a driver of this type and a buffer of
     /// one page.
     unsafe extern "C" fn show_description(
         raw: *mut bindings::mdev_type,
@@ -496,7 +497,7 @@ impl<T: Driver> Registration<T> {
             .ok()
             .and_then(|index| T::TYPES.get(index))
             .map_or(c"", |entry| entry.description);
-        // SAFETY: `buf` is a page, and the format and its argument fit together.
+        // SAFETY: `buf` is a page, and the format matches its argument.
         unsafe {
             bindings::sysfs_emit(buf, c"%s\n".as_char_ptr(), description.as_char_ptr()) as isize
         }
@@ -506,13 +507,14 @@ impl<T: Driver> Registration<T> {
 #[pinned_drop]
 impl<T: Driver> PinnedDrop for Registration<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: Both are registered. The class device is unregistered afterwards.
+        // SAFETY: Both are registered. The class device is unregistered later.
         unsafe {
             bindings::mdev_unregister_parent(self.parent.get());
             bindings::mdev_unregister_driver(self.driver.get());
         }
-        // A task that dropped a device may be preempted on its way back to the core, with some
-        // instructions of this module before it. Without preemption the core waits for it anyway.
+        // A task that dropped a device may be preempted before it returns to the core, while it
+        // still has to execute some instructions of this module. Without preemption, the core waits
+        // for it anyway.
         #[cfg(CONFIG_TASKS_RCU)]
         // SAFETY: An FFI call with no additional requirements.
         unsafe {
@@ -521,14 +523,14 @@ impl<T: Driver> PinnedDrop for Registration<T> {
     }
 }
 
-/// Declares a kernel module that is one driver of mediated devices.
+/// Declares a kernel module with a driver of mediated devices.
 ///
-/// Loading the module fails as [`Registration::new()`](crate::mdev::Registration::new) does.
+/// Loading the module fails like [`Registration::new()`](crate::mdev::Registration::new).
 ///
 /// # Examples
 ///
-/// The driver is a type that implements [`mdev::Driver`](crate::mdev::Driver). Everything else is
-/// handed on to the kernel's `module!`.
+/// The driver is a type that implements [`mdev::Driver`](crate::mdev::Driver). All other fields are
+/// passed to the kernel's `module!`.
 ///
 /// ```
 /// # type MyDriver = Note;

@@ -27,11 +27,11 @@ use kernel::{
     prelude::*, //
 };
 
-/// Allocation flags for memory whose size is up to the user.
+/// Allocation flags for memory with a size that the user controls.
 ///
-/// The memory is charged to the memory cgroup of the caller, as with `GFP_KERNEL_ACCOUNT`. If it
-/// fits neither into the limit of the cgroup nor into the machine, the allocation fails, and the
-/// OOM killer is not asked: `__GFP_RETRY_MAYFAIL`.
+/// The memory is charged to the memory cgroup of the caller, like with `GFP_KERNEL_ACCOUNT`. If the
+/// cgroup or the machine has not enough memory, the allocation fails without invoking the OOM
+/// killer: `__GFP_RETRY_MAYFAIL`.
 pub const GFP_MAYFAIL: Flags = {
     const RETRY_MAYFAIL: u32 = 1 << bindings::___GFP_RETRY_MAYFAIL_BIT;
     let bits = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | RETRY_MAYFAIL;
@@ -42,25 +42,26 @@ pub const GFP_MAYFAIL: Flags = {
 /// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.
 const WORD: usize = size_of::<u64>();
 
-/// The whole words in a range, and where the bytes in front of and behind them are.
+/// The whole words in a range, and the positions of the bytes before and after them.
 type Parts<'a> = (Range<usize>, &'a [UnsafeCell<u64>], Range<usize>);
 
-/// Memory of a device, made of whole pages, which many may read and write at the same time.
+/// Memory of a device, which consists of whole pages and supports concurrent reads and writes.
 ///
-/// It is a RAM that several bus masters see: nobody excludes anybody. A reader that meets a
-/// writer gets old bytes, new bytes, or some of each; within an aligned word never a mixture, as
-/// long as the writer wrote the whole word at once.
+/// It behaves like RAM with several bus masters: accesses do not exclude each other. A read that is
+/// concurrent with a write returns old bytes, new bytes, or some of each. Within an aligned word
+/// they are not mixed, if the word was written with a single access.
 ///
 /// # Invariants
 ///
-/// `words` spans whole pages. Its bytes are only ever accessed by volatile means or by copies in C,
-/// such as those to the user.
+/// `words` spans whole pages. Its bytes are only accessed by volatile accesses or by copies in C,
+/// such as user copies.
 pub(crate) struct Memory {
     words: VVec<UnsafeCell<u64>>,
 }
 
-// SAFETY: By the type invariants all accesses are volatile, which the kernel's memory model allows
-// to be concurrent, or copies in C, which race with user space anyway. Any bytes are valid words.
+// SAFETY: By the type invariants all accesses are volatile or copies in C. The memory model of the
+// kernel allows concurrent volatile accesses. Copies in C race with user space anyway. Any bytes
+// are valid words.
 unsafe impl Sync for Memory {}
 
 impl Memory {
@@ -75,14 +76,14 @@ impl Memory {
         }
         // SAFETY: It may be called at any time.
         let available = unsafe { bindings::si_mem_available() };
-        // An estimate, as for the buffers of tracing: without it, others might meet the OOM killer
-        // in the time until the allocation has failed.
+        // This is an estimate, like for the buffers of tracing. Without it, other tasks might be
+        // killed by the OOM killer before the allocation has failed.
         if pages > usize::try_from(available).unwrap_or(0) {
             return Err(ENOMEM);
         }
         let plain = VVec::<u64>::zeroed(words, GFP_MAYFAIL)?;
         let (ptr, len, capacity) = plain.into_raw_parts();
-        // INVARIANT: A whole number of pages was asked for.
+        // INVARIANT: The size is a whole number of pages.
         // SAFETY: `UnsafeCell<u64>` has the layout of `u64`, and the parts come from a vector with
         // the same allocator.
         let words = unsafe { VVec::from_raw_parts(ptr.cast::<UnsafeCell<u64>>(), len, capacity) };
@@ -95,8 +96,7 @@ impl Memory {
         self.words.len() * WORD
     }
 
-    /// Returns what the words of a page hold, `N` at a time. What does not fill `N` at the end of
-    /// the page is left out.
+    /// Returns the words of a page, `N` at a time. A remainder of less than `N` words is left out.
     #[inline]
     pub(crate) fn page<const N: usize>(&self, page: usize) -> impl Iterator<Item = [u64; N]> + '_ {
         let start = page.saturating_mul(PAGE_SIZE / WORD);
@@ -112,8 +112,8 @@ impl Memory {
         })
     }
 
-    /// Writes words from the word `start` on, `N` at a time, as far as there are any and there is
-    /// room for `N`, calls `written` with each `N`, and returns how many it wrote.
+    /// Writes words at the word `start`, `N` at a time, until there are no more words or no room
+    /// for `N`. Calls `written` with each `N` words, and returns the number of words written.
     #[inline]
     pub(crate) fn set_words<const N: usize>(
         &self,
@@ -136,8 +136,8 @@ impl Memory {
 
     /// Returns the bytes in `range` (counted in bytes), cut to the size of the memory.
     ///
-    /// The pointer is valid for its length as long as `self` is. It must be dereferenced by
-    /// volatile means or by a copy in C.
+    /// The pointer is valid for its length as long as `self` is. It must only be dereferenced by
+    /// volatile accesses or by a copy in C.
     pub(crate) fn bytes(&self, range: Range<usize>) -> *const [u8] {
         let start = range.start.min(self.size());
         let end = range.end.clamp(start, self.size());
@@ -147,23 +147,24 @@ impl Memory {
     }
 
     /// Copies the bytes in `range` (counted in bytes, cut to the size of the memory) to the buffers
-    /// of a read(), and returns how many were taken; fewer at a fault or at the end of the buffers.
+    /// of a read(). Returns the number of bytes copied, which is lower at a fault or at the end of
+    /// the buffers.
     ///
     /// May sleep and may fault.
     pub(crate) fn copy_to_iter(&self, range: Range<usize>, to: &mut IovIterDest<'_>) -> usize {
         let from = self.bytes(range);
         // SAFETY: `from` is memory that stays allocated as long as `self` does, and `to` is a valid
-        // destination. That the memory may be written to meanwhile concerns only the content of the
-        // copy, which C code makes.
+        // destination. A concurrent write to the memory only affects the content of the copy, which
+        // C code makes.
         unsafe { bindings::_copy_to_iter(from.cast::<c_void>(), from.len(), to.as_raw()) }
     }
 
-    /// Returns what the kernel knows of a page, which must be one of this memory. Valid as long as
+    /// Returns the `struct page` of a page, which must be inside this memory. Valid as long as
     /// `self` is.
     pub(crate) fn page_struct(&self, page: usize) -> *mut bindings::page {
         let start = page * PAGE_SIZE;
         let address = self.bytes(start..start + PAGE_SIZE).cast::<c_void>();
-        // SAFETY: It is an address in memory that the allocator of `VVec` has mapped, page by page.
+        // SAFETY: The address is in memory that the allocator of `VVec` has mapped, page by page.
         unsafe { bindings::vmalloc_to_page(address) }
     }
 
@@ -209,8 +210,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Returns what a range is made of: the bytes in front of the whole words, these, and the bytes
-    /// behind them.
+    /// Divides a range into the bytes before the whole words, the words, and the bytes after them.
     ///
     /// Fails with `EINVAL` if the range is not inside the memory.
     fn parts(&self, offset: usize, len: usize) -> Result<Parts<'_>> {
@@ -228,7 +228,7 @@ impl Memory {
         ))
     }
 
-    /// Returns where a byte is, which must be inside the memory.
+    /// Returns the address of a byte, which must be inside the memory.
     fn byte(&self, at: usize) -> *mut u8 {
         // The words are cells, hence writable through a shared reference.
         self.words.as_ptr().cast_mut().cast::<u8>().wrapping_add(at)

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The smallest honest migratable VFIO device: 64 KiB of memory, of which the first words are
-//! registers.
+//! A minimal migratable VFIO device with 64 KiB of memory. The first words are registers.
 //!
-//! For who writes a driver on the crate `vfio`, to copy. It supports all states, tracks what
-//! changes while it is saved, really stops, and refuses a stream that is not complete.
+//! This is a template for driver authors, based on the crate `vfio`. The driver supports all
+//! states, tracks changes while the device is saved, stops the device, and refuses an incomplete
+//! stream.
 //!
-//! The register at 0 of BAR0 tells what device it is, and cannot be written. The register at 8
-//! counts the writes. Everything else is memory. The stream has a record for each page, again for
-//! each one that changed after it was sent, and a last one. All of them have the same size: a tag
-//! of 64 bits and a page.
+//! The register at 0 of BAR0 identifies the device and is read-only. The register at 8 counts the
+//! writes. Everything else is memory. The stream has a record for each page, another one whenever a
+//! page changes after it was sent, and a last record. All records have the same size: a tag of 64
+//! bits and a page.
 
 use kernel::{
     new_mutex,
@@ -53,7 +53,7 @@ vfio::module_mdev_driver! {
     license: "GPL",
 }
 
-/// A device, from its creation to its removal. It has nothing to remember.
+/// A device, from its creation to its removal. It has no data.
 struct Minimal;
 
 impl mdev::Driver for Minimal {
@@ -188,11 +188,11 @@ impl Migratable for Chip {
     }
 }
 
-/// Cuts the device's state into records.
+/// Saver that cuts the device's state into records.
 struct MinimalSaver {
     chip: Arc<Chip>,
     tracking: Tracking,
-    /// The last record was made.
+    /// The last record was returned.
     ended: bool,
 }
 
@@ -205,7 +205,7 @@ impl Saver for MinimalSaver {
         if phase == Phase::PreCopy || self.ended {
             return Ok(Next::End);
         }
-        // What is not memory: the configuration space.
+        // The last record has the configuration space.
         let mut rest = KVVec::zeroed(PAGE_SIZE, GFP_KERNEL_ACCOUNT)?;
         rest[..config_space::SIZE].copy_from_slice(&self.chip.endpoint.save_config());
         self.ended = true;
@@ -224,13 +224,13 @@ impl Saver for MinimalSaver {
     }
 }
 
-/// Takes records in.
+/// Loader of records.
 struct MinimalLoader {
     chip: Arc<Chip>,
     records: Records,
-    /// A bit for each page that came.
+    /// A bit for each loaded page.
     loaded: u32,
-    /// The last record came.
+    /// The last record was loaded.
     ended: bool,
 }
 

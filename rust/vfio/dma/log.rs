@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which pages of the user's memory a device has written to.
+//! Log of the pages of user memory that a device has written to.
 
 use super::written::Written;
 use crate::{
@@ -14,25 +14,25 @@ use kernel::{
     sync::Mutex, //
 };
 
-/// The largest page that is agreed on, in bytes.
+/// Maximum page size of a log, in bytes.
 const MAX_PAGE_SIZE: u64 = 1 << 30;
 
-// The smallest page that is agreed on is one of the kernel.
+// The minimum page size is that of the kernel.
 static_assert!(PAGE_SIZE as u64 <= MAX_PAGE_SIZE);
 
-/// How many zones a log has at most: 5 MiB, for 128 GiB if pages have 4 KiB.
+/// Maximum number of zones in a log: 5 MiB, for 128 GiB if pages have 4 KiB.
 ///
-/// The client need not have memory for what is in them: it can map one page at one address after
-/// the other.
+/// A client can cause a log of this size without that much memory: it can map one page at many
+/// addresses one after the other.
 const ZONES: usize = 8192;
 
-/// How many runs are taken out of the log at once.
+/// Number of runs that are taken from the log at once.
 const BATCH: usize = 256;
 
 /// The DMA log of an open device, for `struct vfio_log_ops`.
 ///
-/// The core does not know whether logging is on, so this does: what a user asks for out of order
-/// is refused here. Logging has nothing to do with the migration state, nor with a reset.
+/// The core does not track whether logging is on. Therefore, this type does, and refuses requests
+/// in the wrong order. Logging is independent of the migration state and of resets.
 #[pin_data]
 pub(crate) struct Log {
     /// Never held while user memory is accessed.
@@ -41,19 +41,19 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// Makes a log that is off.
+    /// Creates a log that is off.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             active <- new_mutex!(None, "vfio::dma::Log::active"),
         })
     }
 
-    /// Starts logging, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`, in `ranges`: first and last
-    /// byte, in order and apart from each other. Returns the page size of the log, in bytes:
-    /// `page_size`, or the nearest that is possible.
+    /// Starts logging in `ranges`, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`. Each range is a
+    /// first and a last byte; ranges are sorted and not adjacent. Returns the page size of the log,
+    /// in bytes: `page_size`, or the nearest supported one.
     ///
-    /// Fails with `EINVAL` if logging is on or `page_size` is no power of two, and with `ENOMEM`.
-    /// May sleep.
+    /// Fails with `EINVAL` if logging is on or `page_size` is not a power of two, and with
+    /// `ENOMEM`. May sleep.
     pub(crate) fn start(&self, ranges: KVVec<(u64, u64)>, page_size: u64) -> Result<u64> {
         if !page_size.is_power_of_two() {
             return Err(EINVAL);
@@ -63,13 +63,13 @@ impl Log {
         if active.is_some() {
             return Err(EINVAL);
         }
-        // Without memory there is another way, and nobody is to be killed for it.
+        // A failed allocation is handled, and must not invoke the OOM killer.
         let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN | __GFP_RETRY_MAYFAIL;
         *active = Some(Written::new(page_size, ranges, ZONES, flags)?);
         Ok(page_size)
     }
 
-    /// Stops logging, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`. Without effect if it is off.
+    /// Stops logging, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`. Does nothing if it is off.
     ///
     /// May sleep.
     pub(crate) fn stop(&self) {
@@ -77,12 +77,12 @@ impl Log {
         drop(active);
     }
 
-    /// Reports which pages in `first..=last`, in bytes, were written to since they were reported
-    /// last, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`: calls `report` with the first byte and
-    /// the length of each run of them.
+    /// Reports the pages in `first..=last`, in bytes, that were written to since their last report,
+    /// for `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`. Calls `report` with the first byte and the
+    /// length of each run of them.
     ///
-    /// Fails with `EINVAL` if logging is off, and with `EINTR` if the task is killed: then what was
-    /// not reported stays in the log. May sleep. No lock is held while `report` runs.
+    /// Fails with `EINVAL` if logging is off, and with `EINTR` if the task is killed: then pages
+    /// that were not reported stay in the log. May sleep. No lock is held while `report` runs.
     pub(crate) fn report(&self, first: u64, last: u64, mut report: impl FnMut(u64, u64)) -> Result {
         let mut runs = KVec::from_elem((0, 0), BATCH, GFP_KERNEL_ACCOUNT)?;
         let mut from = Some(first);
@@ -107,19 +107,19 @@ impl Log {
         Ok(())
     }
 
-    /// Does something with the log. Fails with `EINVAL` if logging is off.
+    /// Calls `with` with the log locked. Fails with `EINVAL` if logging is off.
     fn with<R>(&self, with: impl FnOnce(&mut Written) -> R) -> Result<R> {
         let mut active = self.active.lock();
         Ok(with((*active).as_mut().ok_or(EINVAL)?))
     }
 
-    /// Marks the pages of what was written. May sleep.
+    /// Marks the pages of written bytes. May sleep.
     pub(super) fn mark(&self, iova: u64, len: usize) {
         let last = (len as u64)
             .checked_sub(1)
             .and_then(|more| iova.checked_add(more));
         if let Some(last) = last {
-            // Nothing is to be done if logging is off.
+            // Do nothing if logging is off.
             let _ = self.with(|written| written.mark(iova, last));
         }
     }

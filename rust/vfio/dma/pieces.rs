@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What of a transfer is done at once.
+//! Division of a transfer into pieces of at most one page.
 
 use core::ops::Range;
 use kernel::{
@@ -8,9 +8,9 @@ use kernel::{
     prelude::*, //
 };
 
-/// Cuts `len` bytes from `iova` on where pages end. Returns where in them the pieces are.
+/// Divides `len` bytes at `iova` at page boundaries. Returns the range of each piece.
 ///
-/// Fails with `EINVAL` if they reach beyond the address space.
+/// Fails with `EINVAL` if the bytes reach beyond the address space.
 pub(super) fn pieces(iova: u64, len: usize) -> Result<impl Iterator<Item = Range<usize>>> {
     let page = PAGE_SIZE as u64;
     let mut start = 0;

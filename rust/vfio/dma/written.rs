@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pages that were written to: the content of a log that is on.
+//! The written pages: the content of a log that is on.
 //!
-//! This file uses the containers of the kernel and nothing else of it. So the same text runs on the
-//! host, in tests and under the fuzzer, with stand-ins for them.
+//! This file uses the containers of the kernel, but nothing else of it. The same source runs on the
+//! host, in tests and under the fuzzer, with stand-ins for the containers.
 
 use core::ops::Range;
 use kernel::{
@@ -12,34 +12,34 @@ use kernel::{
     rbtree::RBTree, //
 };
 
-/// How many ranges of pages a log has at most that are in no zone.
+/// Maximum number of ranges of pages in a log that are in no zone.
 pub(super) const REST: usize = 64;
 
 /// Pages in a [`Zone`].
 const ZONE_PAGES: u64 = 4096;
 
-/// How many zones are looked at before a lock is let go.
+/// Number of zones that are scanned before a lock is released.
 const ZONES_AT_ONCE: usize = 16;
 
 /// Pages in a word.
 const WORD_PAGES: u64 = u64::BITS as u64;
 
-/// The pages of an aligned part of the address space that was written to, one bit each.
+/// The written pages of an aligned part of the address space, one bit each.
 type Zone = KBox<[u64; (ZONE_PAGES / WORD_PAGES) as usize]>;
 
-/// Returns the index of the first of two ranges that are nearest to each other.
+/// Returns the index of the first one of the two nearest ranges.
 fn nearest(ranges: &[(u64, u64)]) -> usize {
     let gaps = ranges.windows(2).map(|pair| pair[1].0 - pair[0].1);
     let nearest = gaps.enumerate().min_by_key(|(_, gap)| *gap);
     nearest.map_or(0, |(index, _)| index)
 }
 
-/// Ranges of bytes for which there was no zone: first and last byte each, in order and apart from
-/// each other.
+/// Ranges of bytes that are in no zone. Each is a first and a last byte; ranges are sorted and not
+/// adjacent.
 ///
-/// When there are too many of them, the two that are nearest to each other become one. So this can
-/// have more than what was added, but never less. What is taken out may be in it again, if taking
-/// it out left two ranges that became one.
+/// When there are too many of them, the two nearest ranges are merged. Therefore, this can contain
+/// more than the added ranges, but never less. Removed bytes may be included again, if the removal
+/// left two ranges that are merged.
 struct Rest {
     ranges: KBox<[(u64, u64); REST + 1]>,
     count: usize,
@@ -53,7 +53,7 @@ impl Rest {
         })
     }
 
-    /// Returns the indexes of the ranges that meet `first..=last`.
+    /// Returns the indexes of the ranges that overlap `first..=last`.
     fn meet(&self, first: u64, last: u64) -> Range<usize> {
         let ranges = &self.ranges[..self.count];
         let start = ranges.partition_point(|range| range.1 < first);
@@ -61,7 +61,7 @@ impl Rest {
         start..end.max(start)
     }
 
-    /// Puts `new` in the place of the ranges `old`.
+    /// Replaces the ranges `old` by `new`.
     fn replace(&mut self, old: Range<usize>, new: &[(u64, u64)]) {
         let end = old.start + new.len();
         self.ranges.copy_within(old.end..self.count, end);
@@ -76,7 +76,7 @@ impl Rest {
 
     /// Adds `first..=last`.
     fn add(&mut self, first: u64, last: u64) {
-        // Those that it touches, too.
+        // Include adjacent ranges.
         let old = self.meet(first.saturating_sub(1), last.saturating_add(1));
         let mut new = (first, last);
         for range in &self.ranges[old.clone()] {
@@ -85,8 +85,8 @@ impl Rest {
         self.replace(old, &[new]);
     }
 
-    /// Takes out the first part of `first..=last` that is in a range. Returns [`None`] if there is
-    /// none, and if `first` is behind `last`, as after the last part.
+    /// Removes the first part of `first..=last` that is in a range. Returns [`None`] if there is
+    /// none, or if `first` is greater than `last`, which is the case after the last part.
     fn take(&mut self, first: u64, last: u64) -> Option<(u64, u64)> {
         if first > last {
             return None;
@@ -106,29 +106,29 @@ impl Rest {
     }
 }
 
-/// What was written to since logging began.
+/// The pages that were written to since logging started.
 pub(super) struct Written {
     /// The size of a page, as a power of two.
     shift: u32,
-    /// What is logged: first and last byte, in order and apart from each other.
+    /// The logged ranges: first and last byte, sorted and not adjacent.
     ranges: KVVec<(u64, u64)>,
-    /// What was written to, by number. So the cost follows what is written, however large the
-    /// ranges are. A zone has a page that was written to.
+    /// Zones with written pages, by number. The cost depends on the number of written pages and not
+    /// on the size of the ranges. Each zone has at least one written page.
     zones: RBTree<u64, Zone>,
-    /// How many zones there are.
+    /// Number of zones.
     count: usize,
-    /// How many there may be.
+    /// Maximum number of zones.
     most: usize,
-    /// How to allocate them.
+    /// Allocation flags of zones.
     flags: Flags,
-    /// What was written to and has no zone, for want of memory or because there are too many.
+    /// Written ranges without a zone, because an allocation failed or there are too many zones.
     rest: Rest,
 }
 
 impl Written {
-    /// Makes an empty log. `page_size` is a power of two. `ranges` are the logged ranges: first and
-    /// last byte, in order and apart from each other. `most` is the largest number of zones, and
-    /// `flags` are used to allocate them.
+    /// Creates an empty log. `page_size` is a power of two. `ranges` are the logged ranges: first
+    /// and last byte, sorted and not adjacent. `most` is the maximum number of zones, and `flags`
+    /// are used to allocate them.
     ///
     /// Fails with `ENOMEM`.
     pub(super) fn new(
@@ -151,7 +151,7 @@ impl Written {
     /// Marks the pages of `first..=last`, in bytes, that are in a range.
     pub(super) fn mark(&mut self, first: u64, last: u64) {
         let start = self.ranges.partition_point(|range| range.1 < first);
-        // Not an iterator: it would borrow the ranges.
+        // An iterator would borrow the ranges.
         let mut index = start;
         while let Some(range) = self.ranges.get(index).filter(|range| range.0 <= last) {
             for page in first.max(range.0) >> self.shift..=last.min(range.1) >> self.shift {
@@ -192,14 +192,14 @@ impl Written {
         (1 << self.shift) - 1
     }
 
-    /// Takes the first part of `first..=last`, in bytes, that was written to and has no zone.
+    /// Removes and returns the first written part of `first..=last`, in bytes, that has no zone.
     pub(super) fn take_rest(&mut self, first: u64, last: u64) -> Option<(u64, u64)> {
         self.rest.take(first, last)
     }
 
-    /// Moves runs of pages that were written to out of the log into `runs`, as first and last
-    /// byte, from `first` up to `last`, as many as there is room for. Looks at a few zones only.
-    /// Returns how many runs there are and where to go on.
+    /// Moves runs of written pages from `first` up to `last` out of the log into `runs`, as first
+    /// and last byte, until `runs` is full. Scans a limited number of zones. Returns the number of
+    /// runs and the byte at which to continue.
     ///
     /// A page that is only in part inside is reported but stays in the log.
     pub(super) fn take(
@@ -254,7 +254,7 @@ impl Written {
             }
             cursor = if empty {
                 self.count -= 1;
-                // Behind the last zone this goes back to the one before.
+                // After the last zone, this returns to the previous one.
                 let (other, _zone) = zone.remove_current();
                 other.filter(|other| *other.current().0 > number)
             } else {

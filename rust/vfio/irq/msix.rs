@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! MSI-X: which interrupts reach the user, and which ones wait.
+//! MSI-X: delivery of interrupts and pending bits.
 //!
-//! An interrupt that cannot be delivered at once waits in the vector's pending bit, whatever the
-//! reason is, and is delivered as soon as no reason is left. Several that wait are delivered as
-//! one, as the PCI specification says.
+//! If an interrupt cannot be delivered for any reason, the vector's pending bit is set. The
+//! interrupt is delivered as soon as no reason is left. Several pending interrupts of a vector are
+//! delivered as one, as the PCI specification requires.
 //!
 //! This file uses `core` alone and allocates nothing.
 
@@ -16,11 +16,11 @@ use core::ops::{
 /// The size of an entry of the table in bytes.
 pub const ENTRY_SIZE: usize = 16;
 
-/// Where in an entry the vector's mask is, and which bit of that byte.
+/// Offset of the byte with the vector's mask in an entry, and the bit in that byte.
 const CONTROL: usize = 12;
 const CONTROL_MASKED: u8 = 1;
 
-/// How many vectors the pending bit array has in a word, which it is made of.
+/// Number of vectors in a word of the pending bit array.
 const VECTORS_PER_WORD: usize = u64::BITS as usize;
 
 /// Returns the size in bytes of the table of `vectors` vectors.
@@ -33,15 +33,15 @@ pub const fn pending_size(vectors: usize) -> usize {
     vectors.div_ceil(VECTORS_PER_WORD) * size_of::<u64>()
 }
 
-/// Who is told of an interrupt.
+/// Receiver of the interrupts of a vector.
 pub trait Listener {
-    /// Tells of one.
+    /// Delivers an interrupt.
     fn signal(&self);
 }
 
 /// A vector.
 pub struct Vector<L> {
-    /// The entry of the table. But for the mask in it, nothing depends on what the user wrote.
+    /// The entry of the table. Only the mask in it has an effect.
     entry: [u8; ENTRY_SIZE],
     listener: Option<L>,
     /// Masked by `VFIO_DEVICE_SET_IRQS`.
@@ -50,7 +50,7 @@ pub struct Vector<L> {
 }
 
 impl<L> Vector<L> {
-    /// A vector at power on: nobody listens, nothing is masked and nothing waits.
+    /// A vector at power on: without listener, unmasked, and without pending interrupt.
     pub const POWER_ON: Self = Self {
         entry: [0; ENTRY_SIZE],
         listener: None,
@@ -58,7 +58,7 @@ impl<L> Vector<L> {
         pending: false,
     };
 
-    /// Tells whether the vector is masked, either way.
+    /// Returns whether the vector is masked, in the table or by `VFIO_DEVICE_SET_IRQS`.
     fn is_masked(&self) -> bool {
         self.masked || self.entry[CONTROL] & CONTROL_MASKED != 0
     }
@@ -73,7 +73,7 @@ pub struct Msix<V> {
     running: bool,
     /// The function mask of the configuration space.
     function_masked: bool,
-    /// Bus mastering is on, so that the device may send messages.
+    /// Bus mastering is enabled, so that the device may send messages.
     master: bool,
 }
 
@@ -82,7 +82,7 @@ where
     L: Listener,
     V: DerefMut<Target = [Vector<L>]>,
 {
-    /// Makes the MSI-X side of a running device that is no bus master.
+    /// Creates the MSI-X side of a running device without bus mastering.
     pub fn new(vectors: V) -> Self {
         Self {
             vectors,
@@ -92,14 +92,14 @@ where
         }
     }
 
-    /// Delivers what waits in these vectors and can be delivered.
+    /// Delivers the pending interrupts of these vectors that can be delivered.
     fn settle(&mut self, vectors: Range<usize>) {
         if self.master {
             self.deliver(vectors);
         }
     }
 
-    /// As [`settle()`](Self::settle), whether the device is a bus master or not.
+    /// Does the same as [`settle()`](Self::settle), but ignores bus mastering.
     fn deliver(&mut self, vectors: Range<usize>) {
         if !self.running || self.function_masked {
             return;
@@ -115,7 +115,7 @@ where
         }
     }
 
-    /// Raises an interrupt. Nothing happens if there is no such vector.
+    /// Raises an interrupt. Does nothing if the vector does not exist.
     pub fn signal(&mut self, vector: usize) {
         if let Some(vector) = self.vectors.get_mut(vector) {
             vector.pending = true;
@@ -123,8 +123,8 @@ where
         self.settle(vector..vector.saturating_add(1));
     }
 
-    /// Raises an interrupt for the user, as `VFIO_DEVICE_SET_IRQS` does. No message is sent for it,
-    /// so that it does not matter whether the device is a bus master.
+    /// Raises an interrupt on behalf of the user, for `VFIO_DEVICE_SET_IRQS`. The device sends no
+    /// message for it, so that bus mastering does not matter.
     pub fn trigger(&mut self, vector: usize) {
         if let Some(vector) = self.vectors.get_mut(vector) {
             vector.pending = true;
@@ -132,7 +132,7 @@ where
         self.deliver(vector..vector.saturating_add(1));
     }
 
-    /// Sets who listens to a vector, and returns who did before.
+    /// Sets the listener of a vector, and returns the previous one.
     pub fn listen(&mut self, vector: usize, listener: Option<L>) -> Option<L> {
         let old = match self.vectors.get_mut(vector) {
             Some(vector) => core::mem::replace(&mut vector.listener, listener),
@@ -142,7 +142,7 @@ where
         old
     }
 
-    /// Masks or unmasks a vector, as `VFIO_DEVICE_SET_IRQS` does.
+    /// Masks or unmasks a vector, for `VFIO_DEVICE_SET_IRQS`.
     pub fn mask(&mut self, vector: usize, masked: bool) {
         if let Some(vector) = self.vectors.get_mut(vector) {
             vector.masked = masked;
@@ -150,22 +150,22 @@ where
         self.settle(vector..vector.saturating_add(1));
     }
 
-    /// Follows the configuration space: masks or unmasks all vectors, and lets the device send
-    /// messages or not. Interrupts that it cannot send wait.
+    /// Applies a change of the configuration space: masks or unmasks all vectors, and enables or
+    /// disables messages. Interrupts that cannot be sent are pending.
     pub fn configure(&mut self, masked: bool, master: bool) {
         self.function_masked = masked;
         self.master = master;
         self.settle(0..self.vectors.len());
     }
 
-    /// Says whether the device runs. While it does not, everything waits.
+    /// Sets whether the device runs. While it does not, all interrupts are pending.
     pub fn run(&mut self, running: bool) {
         self.running = running;
         self.settle(0..self.vectors.len());
     }
 
-    /// Brings the device into the state of power on. Who listens, and what is masked by
-    /// `VFIO_DEVICE_SET_IRQS`, is the user's and stays.
+    /// Resets the device to the state at power on. Listeners and the masks of
+    /// `VFIO_DEVICE_SET_IRQS` belong to the user and do not change.
     pub fn reset(&mut self) {
         for vector in self.vectors.iter_mut() {
             vector.entry = [0; ENTRY_SIZE];
@@ -176,7 +176,7 @@ where
         self.running = true;
     }
 
-    /// Copies from the table what is at `offset`. What is behind the end is left as it is.
+    /// Copies from the table at `offset`. Bytes of `to` after the end of the table are unchanged.
     pub fn read_table(&self, offset: usize, to: &mut [u8]) {
         let vectors = self.vectors.iter().skip(offset / ENTRY_SIZE);
         let table = vectors.flat_map(|vector| &vector.entry);
@@ -185,7 +185,7 @@ where
         }
     }
 
-    /// Copies to the table, unless the device is stopped. What is behind the end has no effect.
+    /// Copies to the table, unless the device is stopped. Bytes after its end are ignored.
     pub fn write_table(&mut self, offset: usize, from: &[u8]) {
         if !self.running {
             return;
@@ -200,8 +200,7 @@ where
         self.settle(first..end.min(self.vectors.len()));
     }
 
-    /// Copies from the pending bit array what is at `offset`. What is behind the end is left as it
-    /// is.
+    /// Copies from the pending bit array at `offset`. Bytes of `to` after its end are unchanged.
     pub fn read_pending(&self, offset: usize, to: &mut [u8]) {
         let end = pending_size(self.vectors.len());
         for (byte, to) in (offset..end).zip(to) {
@@ -212,8 +211,8 @@ where
         }
     }
 
-    /// Tells whether a pending bit array in a stream is of such a device: whether it is as long,
-    /// and has bits of these vectors alone.
+    /// Returns whether a pending bit array in a stream belongs to such a device: whether it has the
+    /// same length, and only bits of these vectors.
     pub fn accepts_pending(&self, bytes: &[u8]) -> bool {
         let vectors = self.vectors.len();
         let mut bits = bytes
@@ -223,8 +222,8 @@ where
         bytes.len() == pending_size(vectors) && bits.all(|(bit, set)| !set || bit < vectors)
     }
 
-    /// Replaces table and pending bits by what is in a stream, of which
-    /// [`accepts_pending`](Self::accepts_pending) says that it is of such a device.
+    /// Replaces table and pending bits by those in a stream, for which
+    /// [`accepts_pending`](Self::accepts_pending) has returned true.
     pub fn load(&mut self, table: &[u8], pending: &[u8]) {
         let entries = table.chunks_exact(ENTRY_SIZE);
         for (index, (vector, entry)) in self.vectors.iter_mut().zip(entries).enumerate() {

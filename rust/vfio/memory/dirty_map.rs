@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The dirty map: which pages of the state memory are still to be streamed.
+//! Dirty map: the pages of the state memory that still have to be streamed.
 //!
-//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
-//! and in host tests. The caller brings the memory and the lock.
+//! This file uses `core` alone, so that the same source runs in the kernel, under KUnit and in host
+//! tests. The caller provides the memory and the lock.
 //!
-//! The map has two levels. A *leaf* word has one bit for each of 64 pages, a *summary* word has one
-//! bit for each of 64 leaf words, set where the leaf word is not zero. So looking for the next
-//! dirty page skips 4096 clean pages for each summary word, and a round over the map costs what is
-//! dirty.
+//! The map has two levels. A *leaf* word has one bit for each of 64 pages. A *summary* word has one
+//! bit for each of 64 leaf words, set if the leaf word is not zero. A search for the next dirty
+//! page skips 4096 clean pages for each summary word. The cost of a round over the map therefore
+//! depends on the number of dirty pages.
 //!
-//! Two counters are kept with every change: the dirty pages and the *runs* they form. A run is a
-//! longest sequence of dirty pages inside one leaf word. One run becomes one record of the stream,
-//! so both counters together tell the exact size of what is to be streamed without looking at the
-//! map.
+//! Two counters are updated with every change: the number of dirty pages and the number of *runs*.
+//! A run is a maximal sequence of dirty pages inside one leaf word. One run becomes one record of
+//! the stream, so both counters together give the exact size of the pending stream without a scan
+//! of the map.
 
 use core::ops::DerefMut;
 
-/// The pages of one leaf word, which no run crosses.
+/// Number of pages in a leaf word. No run crosses its boundary.
 pub const PAGES_PER_WORD: usize = u64::BITS as usize;
 
 /// Returns the length of the leaf level for `pages` pages.
@@ -45,8 +45,8 @@ pub struct Run {
 /// # Invariants
 ///
 /// - `leaf` has [`leaf_words`] and `summary` has [`summary_words`] of `pages` words.
-/// - No bit of `leaf` at or behind `pages` is set.
-/// - A bit of `summary` is set exactly where the word of `leaf` is not zero.
+/// - No bit of `leaf` at or after `pages` is set.
+/// - A bit of `summary` is set if and only if the word of `leaf` is not zero.
 /// - `dirty` is the number of bits set in `leaf`, `runs` is the number of runs in `leaf`.
 pub struct DirtyMap<S: DerefMut<Target = [u64]>> {
     /// One bit for each page.
@@ -55,17 +55,17 @@ pub struct DirtyMap<S: DerefMut<Target = [u64]>> {
     /// One bit for each word of `leaf`.
     summary: S,
 
-    /// The pages that the map covers.
+    /// Number of pages that the map covers.
     pages: usize,
 
-    /// The dirty pages.
+    /// Number of dirty pages.
     dirty: usize,
 
-    /// The runs that the dirty pages form.
+    /// Number of runs that the dirty pages form.
     runs: usize,
 }
 
-/// Returns a word with `count` bits set from bit `first` on, as far as they fit.
+/// Returns a word with `count` bits set, starting at bit `first`. Bits that do not fit are ignored.
 const fn word_mask(first: usize, count: usize) -> u64 {
     let low = if count >= PAGES_PER_WORD {
         u64::MAX
@@ -80,7 +80,7 @@ const fn word_mask(first: usize, count: usize) -> u64 {
     }
 }
 
-/// Sets the first `count` bits of `words`, which has no more words than these need.
+/// Sets the first `count` bits of `words`, which has exactly as many words as needed.
 fn fill(words: &mut [u64], count: usize) {
     words.fill(u64::MAX);
     if let Some(last) = words.last_mut() {
@@ -93,15 +93,15 @@ const fn word_dirty(word: u64) -> usize {
     word.count_ones() as usize
 }
 
-/// Returns the number of runs in `word`: bits set above a bit that is not.
+/// Returns the number of runs in `word`: set bits with a clear bit below them.
 const fn word_runs(word: u64) -> usize {
     (word & !(word << 1)).count_ones() as usize
 }
 
 impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
-    /// Creates a clean map of `pages` pages from two slices, whatever they hold.
+    /// Creates a clean map of `pages` pages from two slices with any content.
     ///
-    /// Returns [`None`] if the slices have not exactly [`leaf_words`] and [`summary_words`] words.
+    /// Returns [`None`] unless the slices have exactly [`leaf_words`] and [`summary_words`] words.
     pub fn new(pages: usize, mut leaf: S, mut summary: S) -> Option<Self> {
         if leaf.len() != leaf_words(pages) || summary.len() != summary_words(pages) {
             return None;
@@ -134,21 +134,21 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.runs
     }
 
-    /// Returns whether `page` is dirty, which a page outside of the map never is.
+    /// Returns whether `page` is dirty. A page outside of the map is never dirty.
     pub fn is_dirty(&self, page: usize) -> bool {
         self.word(page / PAGES_PER_WORD) & word_mask(page % PAGES_PER_WORD, 1) != 0
     }
 
-    /// Marks `page` and returns how many pages became dirty: 0 or 1.
+    /// Marks `page` and returns the number of pages that became dirty: 0 or 1.
     ///
     /// A page outside of the map is ignored.
     pub fn mark(&mut self, page: usize) -> usize {
         self.mark_range(page, 1)
     }
 
-    /// Marks `count` pages from `first` on and returns how many of them became dirty.
+    /// Marks `count` pages starting at `first` and returns the number of pages that became dirty.
     ///
-    /// What lies outside of the map is ignored.
+    /// Pages outside of the map are ignored.
     pub fn mark_range(&mut self, first: usize, count: usize) -> usize {
         let before = self.dirty;
         let end = first.saturating_add(count).min(self.pages);
@@ -165,10 +165,10 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.dirty - before
     }
 
-    /// Marks those of the 64 pages from `64 * index` on whose bits are set in `bits`, and returns
-    /// how many became dirty.
+    /// Marks the pages in `bits`, with bit 0 for page `64 * index`, and returns the number of pages
+    /// that became dirty.
     ///
-    /// What lies outside of the map is ignored.
+    /// Pages outside of the map are ignored.
     pub fn mark_word(&mut self, index: usize, bits: u64) -> usize {
         let before = self.dirty;
         let inside = self
@@ -179,7 +179,7 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.dirty - before
     }
 
-    /// Marks all pages and returns how many of them became dirty.
+    /// Marks all pages and returns the number of pages that became dirty.
     pub fn mark_all(&mut self) -> usize {
         let fresh = self.pages - self.dirty;
 
@@ -202,9 +202,9 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.runs = 0;
     }
 
-    /// Finds the first run at or behind page `from`.
+    /// Finds the first run at or after page `from`.
     ///
-    /// If `from` lies inside of a run, the run that is returned starts at `from`.
+    /// If `from` is inside of a run, the returned run starts at `from`.
     pub fn next_run(&self, from: usize) -> Option<Run> {
         let index = from / PAGES_PER_WORD;
         let word = self.word(index) & (u64::MAX << (from % PAGES_PER_WORD));
@@ -225,7 +225,7 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         })
     }
 
-    /// Finds the run that [`Self::next_run`] finds, and makes its pages clean.
+    /// Finds the same run as [`Self::next_run`], and makes its pages clean.
     pub fn take_run(&mut self, from: usize) -> Option<Run> {
         let run = self.next_run(from)?;
         let index = run.first / PAGES_PER_WORD;
@@ -240,7 +240,7 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.leaf.get(index).copied().unwrap_or(0)
     }
 
-    /// Finds the first leaf word at or behind `from` that is not zero.
+    /// Finds the first leaf word at or after `from` that is not zero.
     fn next_index(&self, from: usize) -> Option<usize> {
         let mut mask = u64::MAX << (from % PAGES_PER_WORD);
 
@@ -255,7 +255,7 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         None
     }
 
-    /// Replaces the leaf word at `index` and keeps the summary and the counters in step.
+    /// Replaces the leaf word at `index` and updates the summary and the counters.
     fn replace(&mut self, index: usize, new: u64) {
         let Some(word) = self.leaf.get_mut(index) else {
             return;
@@ -272,8 +272,8 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
             *summary &= !bit;
         }
 
-        // INVARIANT: What the old word counted goes, what the new word counts comes. The counters
-        // include the old word, so nothing wraps.
+        // INVARIANT: The old word is subtracted from the counters, and the new word is added. The
+        // counters include the old word, so nothing wraps.
         self.dirty = self
             .dirty
             .wrapping_sub(word_dirty(old))

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Device memory in the address spaces of its users.
+//! Mappings of device memory in address spaces of users.
 //!
-//! A page is mapped when it is touched, and mapped writable only when a store may go unnoticed:
-//! when its mark is set already, or when nobody asks for marks. Who streams a page takes it out of
-//! all address spaces first, so that the next store is noticed again.
+//! A page is mapped by a page fault. It is mapped writable only if stores need not be tracked: if
+//! its mark is set already, or if tracking is off. Before a page is streamed, it is unmapped from
+//! all address spaces, so that the next store faults again.
 //!
-//! The kernel pins a page by a writable mapping, for `O_DIRECT` and the like, and the pin outlives
-//! the mapping. So the reference count of each page that was mapped writable is looked at until it
-//! shows that there is no pin.
+//! The kernel can pin a page through a writable mapping, for example for `O_DIRECT`, and the pin
+//! outlives the mapping. Therefore, the reference count of each page that was mapped writable is
+//! checked until it shows that there is no pin.
 //!
 //! C headers: [`include/linux/mm.h`](srctree/include/linux/mm.h),
 //! [`include/linux/fs.h`](srctree/include/linux/fs.h)
@@ -50,21 +50,21 @@ use kernel::{
     types::ForeignOwnable, //
 };
 
-/// Where a memory is mapped.
+/// The file and offset at which a memory is mapped.
 struct Place {
-    /// By whose file. Held only as long as there are mappings, which hold the file open.
+    /// The device of the file. Held only while there are mappings, which keep the file open.
     device: ARef<Device>,
-    /// Where in that file the memory begins, in pages.
+    /// Offset of the memory in the file, in pages.
     base: usize,
-    /// How many areas of address space there are.
+    /// Number of areas of address space.
     areas: usize,
 }
 
 impl Place {
-    /// Takes pages out of all address spaces. May sleep.
+    /// Unmaps pages from all address spaces. May sleep.
     fn unmap(&self, pages: Range<usize>) {
         let start = (self.base + pages.start) << PAGE_SHIFT;
-        // SAFETY: The core gives each device an inode for as long as the device lives.
+        // SAFETY: Each device has an inode during its whole lifetime.
         unsafe {
             bindings::unmap_mapping_range(
                 (*(*self.device.as_raw()).inode).i_mapping,
@@ -76,10 +76,10 @@ impl Place {
     }
 }
 
-/// The mappings of a memory, and what becomes of the stores to them.
+/// The mappings of a memory, and the handling of stores to them.
 ///
-/// The lock in front of this is taken in page faults, so it must never be held while user memory
-/// is accessed.
+/// The lock that protects this is taken in page faults, so it must never be held during accesses to
+/// user memory.
 ///
 /// # Invariants
 ///
@@ -93,34 +93,35 @@ pub(super) struct Mappings {
     disabled: bool,
     /// Stores are dropped.
     frozen: bool,
-    /// What is mapped instead of a page to which a store was dropped.
+    /// Page that is mapped instead of pages with dropped stores.
     aside: Option<Page>,
     /// `aside` may be mapped.
     aside_used: bool,
-    /// How many pages stores were dropped to.
+    /// Number of pages with dropped stores.
     dropped: u64,
 }
 
-/// Returns those of 64 pages with their bits set in `pages` that somebody else has a reference to.
-/// Bit 0 is page `first` of `memory`. None of them may be mapped.
+/// Returns the pages in `pages`, with one bit for each of 64 pages, that have other references.
+/// Bit 0 is page `first` of `memory`. The pages must not be mapped.
 fn pinned(memory: &Memory, first: usize, pages: u64) -> u64 {
     let mut pinned = 0;
     let mut left = pages;
     while left != 0 {
         let bit = left.trailing_zeros() as usize;
         left &= left - 1;
-        // SAFETY: It is a page of the memory. The count is an atomic that others change.
+        // SAFETY: It is a page of the memory. The count is an atomic that may change concurrently.
         let count = unsafe {
             (&raw const (*memory.page_struct(first + bit))._refcount.counter).read_volatile()
         };
-        // One reference is the memory's own.
+        // The memory itself owns one reference.
         pinned |= u64::from(count > 1) << bit;
     }
     pinned
 }
 
 impl Mappings {
-    /// Makes the mappings of a memory of `pages` pages: none. May sleep. Fails with `ENOMEM`.
+    /// Creates an empty set of mappings of a memory of `pages` pages. May sleep. Fails with
+    /// `ENOMEM`.
     pub(super) fn new(pages: usize) -> Result<Self> {
         // INVARIANT: Nothing is mapped.
         Ok(Self {
@@ -134,12 +135,12 @@ impl Mappings {
         })
     }
 
-    /// Returns how many pages stores were dropped to.
+    /// Returns the number of pages with dropped stores.
     pub(super) fn dropped(&self) -> u64 {
         self.dropped
     }
 
-    /// Lets accesses by mappings fail with `SIGBUS`, or lets them through. May sleep.
+    /// Enables accesses by mappings, or makes them raise `SIGBUS`. May sleep.
     pub(super) fn enable(&mut self, enabled: bool, pages: usize) {
         let was_disabled = core::mem::replace(&mut self.disabled, !enabled);
         if let Some(place) = self.place.as_ref().filter(|_| !enabled && !was_disabled) {
@@ -147,14 +148,14 @@ impl Mappings {
         }
     }
 
-    /// Lets stores through again, and forgets that there were others.
+    /// Enables stores again, and clears the number of dropped stores.
     pub(super) fn reset(&mut self, pages: usize) {
         self.thaw(pages);
         self.dropped = 0;
     }
 
-    /// Makes sure that stores to pages of `memory` are noticed, and returns which of the pages are
-    /// pinned, so that they may still change unnoticed: bit 0 for the first. May sleep.
+    /// Write-protects pages of `memory`, so that stores to them fault. Returns the pages that are
+    /// pinned, with bit 0 for the first page. These may still change without a fault. May sleep.
     ///
     /// `pages` must not cross a multiple of 64.
     pub(super) fn write_protect(&mut self, memory: &Memory, pages: Range<usize>) -> u64 {
@@ -170,13 +171,13 @@ impl Mappings {
             place.unmap(pages.clone());
         }
         let pinned = pinned(memory, pages.start - shift, *word & mask);
-        // INVARIANT: Those that are not pinned are not mapped either.
+        // INVARIANT: Pages that are not pinned are not mapped.
         *word = *word & !mask | pinned;
         pinned >> shift
     }
 
-    /// Drops what is stored by mappings from here on, unless a page is pinned. Returns whether that
-    /// is so. May sleep.
+    /// Drops all later stores by mappings, unless a page is pinned. Returns whether stores are
+    /// dropped. May sleep.
     ///
     /// Fails with `EINTR` if the task was killed.
     pub(super) fn freeze(&mut self, memory: &Memory) -> Result<bool> {
@@ -192,12 +193,12 @@ impl Mappings {
             any |= *word;
             cond_resched_killable()?;
         }
-        // INVARIANT: No bit is set. The lock in front of this keeps the faults away that set one.
+        // INVARIANT: No bit is set. Page faults, which set bits, need the lock that protects this.
         self.frozen |= any == 0;
         Ok(self.frozen)
     }
 
-    /// Lets through what is stored by mappings. May sleep.
+    /// Enables stores by mappings. May sleep.
     pub(super) fn thaw(&mut self, pages: usize) {
         self.frozen = false;
         if core::mem::take(&mut self.aside_used) {
@@ -207,8 +208,7 @@ impl Mappings {
         }
     }
 
-    /// Returns a page to be mapped instead of one to which a store is dropped, and makes room for
-    /// it.
+    /// Unmaps a page to which a store is dropped, and returns the page to map instead.
     fn set_aside(&mut self, page: usize) -> Option<*mut bindings::page> {
         if self.aside.is_none() {
             self.aside = Some(Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO).ok()?);
@@ -222,7 +222,7 @@ impl Mappings {
 }
 
 impl Inner {
-    /// Serves a page fault on a page of this memory.
+    /// Handles a page fault on a page of this memory.
     ///
     /// # Safety
     ///
@@ -231,7 +231,7 @@ impl Inner {
         // SAFETY: By the safety requirements.
         let (pgoff, flags) = unsafe { ((*vmf).__bindgen_anon_1.pgoff, (*vmf).flags) };
         let write = flags & bindings::fault_flag_FAULT_FLAG_WRITE != 0;
-        // Held until the page is mapped, so that it is either marked and writable, or neither.
+        // Held until the page is mapped, so that it is either both marked and writable, or neither.
         let mappings = &mut *self.mappings.lock();
         let page = mappings
             .place
@@ -263,7 +263,7 @@ impl Inner {
         }
         // SAFETY: This is a page fault on an area that may have such pages, and the page is valid.
         let result = unsafe { bindings::vmf_insert_page_mkwrite(vmf, to_map, writable) };
-        // Otherwise there was no memory for a page table, and the same store faults again.
+        // If there was no memory for a page table, the same store faults again.
         if mappings.frozen && write && result == bindings::vm_fault_reason_VM_FAULT_NOPAGE {
             mappings.dropped += 1;
         }
@@ -271,11 +271,11 @@ impl Inner {
     }
 }
 
-/// Maps `memory` into an area of address space, for mmap() of `device`, in whose file it begins at
-/// page `base`. May sleep.
+/// Maps `memory` into an area of address space, for mmap() of `device`. The memory starts at page
+/// `base` of the device's file. May sleep.
 ///
 /// Fails with `EINVAL` if the area is private or reaches beyond the memory, or if the memory is
-/// mapped by another file or from elsewhere.
+/// mapped by another file or at another offset.
 ///
 /// # Safety
 ///
@@ -332,8 +332,8 @@ pub(crate) unsafe fn map(
 
 /// The operations of areas made by [`map()`].
 ///
-/// That there is a `page_mkwrite` makes the kernel ask before it lets a store through, and refuse
-/// to whoever would write to a page for long without asking.
+/// With `page_mkwrite`, the kernel calls the fault handler before a page becomes writable, and
+/// refuses long-term pins for writing, which would bypass it.
 const VM_OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
     open: Some(open),
     close: Some(close),
@@ -344,9 +344,9 @@ const VM_OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
 
 /// # Safety
 ///
-/// Must be called by the core on an area with these operations, which was copied from another.
+/// Must be called by the core on an area with these operations, which is a copy of another area.
 unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
-    // SAFETY: The area it was copied from owns the reference until it is closed.
+    // SAFETY: The original area owns the reference until it is closed.
     let inner = unsafe { Arc::<Inner>::borrow((*vma).vm_private_data) };
     if let Some(place) = &mut inner.mappings.lock().place {
         place.areas += 1;
@@ -357,9 +357,9 @@ unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
 
 /// # Safety
 ///
-/// Must be called by the core on an area with these operations, when it goes.
+/// Must be called by the core on an area with these operations, when it is removed.
 unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
-    // SAFETY: The area owns the reference, and nobody uses it after this.
+    // SAFETY: The area owns the reference, and does not use it after this.
     let inner = unsafe { Arc::<Inner>::from_foreign((*vma).vm_private_data) };
     let mut mappings = inner.mappings.lock();
     let last = mappings.place.take_if(|place| {
@@ -367,7 +367,7 @@ unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
         place.areas == 0
     });
     drop(mappings);
-    // Outside of the lock, as it gives back the device.
+    // Dropped outside of the lock, because it releases the device.
     drop(last);
 }
 
@@ -375,7 +375,7 @@ unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
 ///
 /// Must be called by the core in a page fault on an area with these operations.
 unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-    // SAFETY: The area owns the reference, and is not closed before the fault is served.
+    // SAFETY: The area owns the reference, and is not closed before the fault is handled.
     let inner = unsafe {
         let vma = (*vmf).__bindgen_anon_1.vma;
         Arc::<Inner>::borrow((*vma).vm_private_data)

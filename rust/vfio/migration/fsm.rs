@@ -2,8 +2,8 @@
 
 //! The finite state machine of device migration: states, shapes, arcs and the path rule.
 //!
-//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
-//! and in host tests.
+//! This file uses `core` alone, so that the same source runs in the kernel, under KUnit and in host
+//! tests.
 //!
 //! # States
 //!
@@ -21,21 +21,20 @@
 //!
 //! # Arcs and paths
 //!
-//! A driver implements the arcs that [`arcs`] lists. User space may ask for any target. Where no
-//! arc leads there directly, the request is a combination of arcs, selected by these rules of the
-//! uAPI:
+//! A driver implements the arcs that [`arcs`] lists. User space may request any target. If no arc
+//! leads to it directly, the request is a combination of arcs, selected by these rules of the uAPI:
 //!
 //! - Select the shortest path.
 //! - The path cannot have saving group states as interior states, only as starting or end states.
 //!
 //! The saving group (`PRE_COPY`, `PRE_COPY_P2P`, `STOP_COPY`) shares one data transfer session,
-//! which goes on while the device moves inside the group. So the second rule is about paths that
-//! enter or leave the group: they must not start a session only to end it. A path from one member
-//! of the group to another stays inside the group: `PRE_COPY -> PRE_COPY_P2P -> STOP_COPY`. No arc
-//! inside the group leaves `STOP_COPY`, so `STOP_COPY -> PRE_COPY` and `STOP_COPY -> PRE_COPY_P2P`
-//! are not permitted.
+//! which continues while the device moves inside the group. The second rule therefore applies to
+//! paths that enter or leave the group: they must not start a session only to end it. A path from
+//! one member of the group to another stays inside the group: `PRE_COPY -> PRE_COPY_P2P ->
+//! STOP_COPY`. No arc inside the group leaves `STOP_COPY`, so `STOP_COPY -> PRE_COPY` and
+//! `STOP_COPY -> PRE_COPY_P2P` are not permitted.
 //!
-//! [`next`] is the result of these rules.
+//! [`next`] implements these rules.
 //!
 //! C header: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
@@ -124,15 +123,15 @@ impl State {
     }
 }
 
-/// The shape of a state machine: which of the optional states exist.
+/// The shape of a state machine: the optional states that exist.
 ///
-/// Corresponds to the flags of the C `struct vfio_device_feature_migration`. Of the eight
-/// combinations of its bits the uAPI defines four, and only these four can be expressed.
+/// Corresponds to the flags of the C `struct vfio_device_feature_migration`. The uAPI defines four
+/// of the eight combinations of its bits, and only these four can be expressed.
 ///
 /// # Examples
 ///
 /// ```
-/// /// What a device can do, and what is left of that without peer-to-peer DMA.
+/// /// The features of a device, with and without peer-to-peer DMA.
 /// const ALL: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
 /// const ALONE: Flags = Flags::STOP_COPY.with_pre_copy();
 /// const _: () = assert!(ALONE.is_within(ALL) && !ALL.is_within(ALONE));
@@ -221,14 +220,14 @@ impl Flags {
         self.pre_copy
     }
 
-    /// Returns whether every option of this shape is one of `other`, too.
+    /// Returns whether `other` has every option of this shape.
     pub const fn is_within(self, other: Self) -> bool {
         (!self.p2p || other.p2p) && (!self.pre_copy || other.pre_copy)
     }
 
-    /// Returns whether user space can ask a device of this shape for `state`.
+    /// Returns whether user space can request `state` of a device of this shape.
     ///
-    /// A device of any shape may be in [`State::Error`], but nobody can ask for it.
+    /// A device of any shape may be in [`State::Error`], but this is not a valid target.
     pub const fn has(self, state: State) -> bool {
         match state {
             State::Error => false,
@@ -259,7 +258,7 @@ const ARCS: [(State, State); 15] = [
     (State::RunningP2p, State::PreCopyP2p),
 ];
 
-/// The arcs that take the place of those through a P2P state where these states do not exist.
+/// The arcs that replace those through a P2P state if these states do not exist.
 const ARCS_WITHOUT_P2P: [(State, State); 3] = [
     (State::Running, State::Stop),
     (State::Stop, State::Running),
@@ -275,9 +274,9 @@ pub fn arcs(flags: Flags) -> impl Iterator<Item = (State, State)> {
         .filter(move |&(from, to)| flags.has(from) && flags.has(to))
 }
 
-/// Returns the next state on the path from `cur` to `target` where all states exist.
+/// Returns the next state on the path from `cur` to `target` if all states exist.
 ///
-/// Returns [`None`] where no path is permitted.
+/// Returns [`None`] if no path is permitted.
 fn step(cur: State, target: State) -> Option<State> {
     use State::*;
 
@@ -333,21 +332,20 @@ fn step(cur: State, target: State) -> Option<State> {
 
 /// Returns the next state on the path from `cur` to `target`, `cur` itself when they are equal.
 ///
-/// The step from `cur` to the state that is returned is one of [`arcs`]. Asking again from there
-/// leads to `target` in the end.
+/// The step from `cur` to the returned state is one of [`arcs`]. Repeated calls from there lead to
+/// `target`.
 ///
-/// Returns [`None`] where the uAPI refuses the request: either state is `ERROR` or not supported by
-/// this shape, or a saving group state cannot be reached from `STOP_COPY` with the session going
-/// on.
+/// Returns [`None`] if the uAPI refuses the request: either state is `ERROR` or not supported by
+/// this shape, or a saving group state cannot be reached from `STOP_COPY` in the same session.
 ///
-/// Equals the C `vfio_mig_get_next_state`, which warns where `cur` is `ERROR`.
+/// Corresponds to the C `vfio_mig_get_next_state`, which warns if `cur` is `ERROR`.
 pub fn next(flags: Flags, cur: State, target: State) -> Option<State> {
     if !flags.has(cur) || !flags.has(target) {
         return None;
     }
 
-    // States that this shape does not have are skipped over: the driver sees an arc to the next
-    // state behind them.
+    // States that this shape does not have are skipped: the driver gets an arc to the next state
+    // after them.
     let mut next = step(cur, target)?;
     while !flags.has(next) {
         next = step(next, target)?;
