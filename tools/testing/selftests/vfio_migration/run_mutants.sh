@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Run tests on broken variants of vfio_mock, in the test machine: run_mutants.sh
-# PROGRAMS LOGS. LOGS/plan has a line for each, of fields between tabs: name,
+# PROGRAMS LOGS PLAN. PLAN has a line for each, of fields between tabs: name,
 # module, and for each program its name and the tests to run. What they print is
-# LOGS/name.log. Called by tools/testing/mutate.
+# in LOGS/name.log, with "# not run: REASON" for those that could not be run. Called
+# by tools/testing/mutate.
 
 # shellcheck source=mdevs.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/mdevs.sh"
 programs=$1
 logs=$2
+plan=$3
 
 create()
 {
@@ -52,19 +54,30 @@ while IFS=$'\t' read -r name module rest; do
 	log=$logs/$name.log
 	echo "# $name" >"$log"
 	export VFIO_MOCK_MODULE=$module
-	if ! insmod "$module" >>"$log" 2>&1 && [ -z "$first" ]; then
-		# The last one has left something behind: this one is for a new machine.
-		rm -f -- "$log"
-		end_machine
+	if ! said=$(insmod "$module" 2>&1); then
+		if [ -z "$first" ]; then
+			# The last one has left something behind: this one is for a new machine.
+			rm -f -- "$log"
+			end_machine
+		fi
+		echo "# not run: $said" >>"$log"
+		continue
 	fi
 	first=
-	create >>"$log" 2>&1 || continue
+	if ! create >>"$log" 2>&1; then
+		echo '# not run: the devices cannot be created' >>"$log"
+		continue
+	fi
 	IFS=$'\t' read -ra commands <<<"$rest"
 	for command in "${commands[@]}"; do
 		read -ra words <<<"$command"
 		# What unloads the module takes the devices away.
 		[ -e "$VFIO_DEVICE" ] || create >>"$log" 2>&1
 		run "${words[@]}" >>"$log" 2>&1
+		status=$?
+		# 1 is for tests that failed.
+		[ "$status" -le 1 ] ||
+			echo "# not run: ${words[0]} ends with status $status" >>"$log"
 	done
 	# What cannot be removed is left behind, with the machine.
 	{ remove_devices; rmmod vfio_mock; } >>"$log" 2>&1 &
@@ -77,4 +90,4 @@ while IFS=$'\t' read -r name module rest; do
 		echo '# cannot be removed' >>"$log"
 		end_machine
 	fi
-done <"$logs/plan"
+done <"$plan"
