@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KUnit tests of the migration engine with a device that is no mediated device.
+//! KUnit tests of the migration engine with a device that is not a mediated device.
 //!
-//! What each arc is expected to do is written down here again, so that the engine is compared with
-//! a table and not with itself. The calls of a data_fd are only tested as far as they depend on the
+//! The expected calls of each arc are listed here again, so that the engine is compared with a
+//! table and not with itself. The calls of a data_fd are only tested as far as they depend on the
 //! engine; the kselftests test the rest.
 
 use crate::fake::{
@@ -31,7 +31,7 @@ use vfio::{
     },
 };
 
-/// Ends a test that fails and says why. Unlike with `assert!`, destructors run.
+/// Ends a failing test with a message. Unlike with `assert!`, destructors run.
 macro_rules! ensure_eq {
     ($is:expr, $wanted:expr, $($what:tt)+) => {{
         let (is, wanted) = (&$is, &$wanted);
@@ -51,7 +51,7 @@ const POLLRDHUP: u32 = 0x2000;
 /// `VFIO_MIG_GET_PRECOPY_INFO`.
 const MIG_GET_PRECOPY_INFO: u32 = kernel::ioctl::_IO(b';' as u32, 100 + 21);
 
-/// Returns what the engine calls on an arc if nothing fails.
+/// Returns the calls of the engine on an arc without failures.
 fn calls_of(from: State, to: State) -> &'static [Call] {
     use State::*;
 
@@ -73,7 +73,7 @@ fn calls_of(from: State, to: State) -> &'static [Call] {
     }
 }
 
-/// Returns what the engine calls to undo an arc on which `failed` has failed.
+/// Returns the calls of the engine that undo an arc after `failed` has failed.
 fn undo_of(from: State, to: State, failed: Call) -> &'static [Call] {
     use State::*;
 
@@ -96,7 +96,7 @@ fn can_fail(call: Call) -> bool {
     )
 }
 
-/// Returns the call by which a session ends, if a state has one.
+/// Returns the call that ends the session of a state, if it has one.
 fn session_of(state: State) -> Option<Call> {
     match state {
         State::PreCopy | State::PreCopyP2p | State::StopCopy => Some(Call::SaverDropped),
@@ -124,7 +124,7 @@ fn path(flags: Flags, from: State, to: State) -> Result<Option<KVec<(State, Stat
 
 /// Returns the states that a device of this shape can be in.
 fn states(flags: Flags) -> impl Iterator<Item = State> {
-    // Without an arc that has something to undo there is no way to `ERROR`.
+    // `ERROR` needs an arc with a step to undo.
     let breaks = !flags.p2p() || flags.pre_copy();
 
     State::ALL
@@ -264,7 +264,7 @@ mod tests {
                                 continue;
                             }
 
-                            // The device is as it was: what failed works now.
+                            // The device has not changed: the failed call succeeds now.
                             let fd = rig.set(arc_to)?;
                             let again = rig.fake.calls();
                             ensure_eq!(again[..], *calls_of(arc_from, arc_to), "again {what}");
@@ -296,7 +296,7 @@ mod tests {
                             continue;
                         }
                         let session = rig.enter(from)?;
-                        // What undoes an arc may be what it began with.
+                        // The call that undoes an arc may be its first one.
                         let forward = calls_of(from, to)
                             .iter()
                             .take_while(|call| **call != failing);
@@ -379,7 +379,7 @@ mod tests {
                     } else {
                         rig.engine.close();
                     }
-                    // The session ends first, so that it cannot change what was reset.
+                    // The session ends first, so that it cannot change the device after the reset.
                     if let Some(ended) = session_of(from) {
                         expected.push(ended, GFP_KERNEL)?;
                     }
@@ -391,7 +391,7 @@ mod tests {
                     ensure_eq!(rig.device_references(), 1, "{from:?}, {reset}");
                     drop(session);
 
-                    // It goes on as from the beginning.
+                    // The device works like after open.
                     drop(rig.set(State::Resuming)?);
                     ensure_eq!(rig.engine.state(), State::Resuming, "{from:?}, {reset}");
                 }
@@ -468,7 +468,7 @@ mod tests {
                 ensure_eq!(drops, 1, "{ended:?} in {from:?}");
                 ensure_eq!(rig.device_references(), 1, "references after {from:?}");
 
-                // What comes afterwards is not for the old file.
+                // The old file has no access to a later session.
                 let next = rig.enter(from)?.ok_or(EINVAL)?;
                 if from == State::Resuming {
                     ensure_eq!(fd.write(user.addr, 16), Err(ENODEV), "write after {from:?}");
@@ -749,7 +749,7 @@ mod tests {
 
         rig.fake.be_late();
         let writer = Job::begin(move || {
-            // There is no user memory where this runs: nothing can be taken from it.
+            // This thread has no user memory: write() cannot copy.
             let result = fd.write(0, 16);
             (fd, result)
         })?;
@@ -844,7 +844,7 @@ mod tests {
         drop(take(64)?);
         ensure_eq!(pages(), (0, 2), "a change that was dropped in STOP_COPY");
 
-        // Behind pages that somebody else has, they can only come again as changed.
+        // After pages that another chunk holds, they can only be returned again as changed.
         memory.reinit();
         ensure_eq!(tracking.pending().initial, all.initial, "after a reinit");
         let first = take(64)?;
@@ -916,7 +916,7 @@ mod tests {
             ensure_eq!(polled(&fd), (end, 0), "the end in {state:?}");
         }
 
-        // What waits in a new phase is known before anybody reads.
+        // In a new phase, poll() knows the next chunk before the first read().
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
         rig.fake.set_ready(false);
         drop(rig.set(State::StopCopy)?);

@@ -2,9 +2,9 @@
 
 //! A migratable device for the tests of the migration engine.
 //!
-//! It is no mediated device, nor emulated, nor on any bus: it has what the engine asks for, a
-//! `struct vfio_device` and [`Migratable`], as a variant driver of a PCI device would. It records
-//! what the engine calls, and fails or hangs when it is told to.
+//! It is not a mediated or emulated device, and is not on a bus. It only has what the engine needs,
+//! like a variant driver of a PCI device: a `struct vfio_device` and [`Migratable`]. It records the
+//! calls of the engine, and fails or hangs on request.
 
 use core::ptr::NonNull;
 use kernel::{
@@ -78,7 +78,7 @@ mod core_side {
     }
 }
 
-/// What the engine can call, and what it can drop.
+/// A call of the engine, or a drop of a saver or loader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     QuiesceP2p,
@@ -100,43 +100,43 @@ pub(crate) enum Call {
     Reset,
 }
 
-/// The error that the device fails with, which the engine has no use for itself.
+/// Error of failing methods. The engine itself does not use it.
 pub(crate) const FAILURE: Error = EDOM;
 
-/// What the device says `STOP_COPY` would stream while there is no session.
+/// Size that the device returns for `STOP_COPY` while there is no session.
 pub(crate) const DATA_SIZE: u64 = 12_345;
 
-/// Most milliseconds that anything may take that does not wait for ever.
+/// Time limit in milliseconds for operations that must not wait forever.
 const PATIENCE: usize = 5_000;
 
-/// What the device did and what it will do.
+/// Recorded calls of the device, and its future behaviour.
 #[derive(Default)]
 struct Script {
     calls: KVec<Call>,
-    /// What the saver was asked.
+    /// Calls of the saver.
     asked: KVec<Call>,
-    /// What fails breaks the device until it is reset.
+    /// Failures break the device until it is reset.
     breaks: bool,
     broken: bool,
-    /// What fails does so with `EINVAL`.
+    /// Failures return `EINVAL`.
     invalid: bool,
-    /// What is to fail, and how many of its kind come before it.
+    /// Calls that fail, each with the number of equal calls that succeed before.
     failures: KVec<(Call, usize)>,
-    /// What is to hang until this is changed.
+    /// Call that hangs until this is changed.
     hold: Option<Call>,
-    /// The call that is to hang has come.
+    /// The call in `hold` was made.
     held: bool,
-    /// What the saver has, and whether it was never handed out before.
+    /// Chunks of the saver, each with whether it is initial.
     chunks: KVec<(&'static [u8], bool)>,
-    /// What the saver has in front of that. [`Saver::remaining()`] does not count it.
+    /// Chunk of the saver before those. [`Saver::remaining()`] does not count it.
     ready: Option<Chunk>,
-    /// What the saver has when the device is stopped, behind everything else.
+    /// Last chunk of the saver when the device is stopped.
     tail: Option<&'static [u8]>,
     not_ready: bool,
-    /// It becomes ready while it says that it is not.
+    /// The saver or loader becomes ready while it returns that it is not.
     late: bool,
     notifier: Option<Arc<Notifier>>,
-    /// What the loader was handed.
+    /// Bytes passed to the loader.
     loaded: KVec<u8>,
 }
 
@@ -145,7 +145,7 @@ struct Script {
 pub(crate) struct Fake {
     #[pin]
     script: Mutex<Script>,
-    /// What vfio-pci holds when it says that the device was reset.
+    /// Lock that vfio-pci holds when it reports a reset.
     #[pin]
     pub(crate) memory_lock: Mutex<()>,
 }
@@ -161,7 +161,7 @@ impl Fake {
         )
     }
 
-    /// Takes down a call, hangs in it and fails as the script has it.
+    /// Records a call, and hangs or fails as scripted.
     fn called(&self, call: Call) -> Result {
         // A variant driver takes it in a state change.
         drop(self.memory_lock.lock());
@@ -194,27 +194,27 @@ impl Fake {
         Err(if script.invalid { EINVAL } else { FAILURE })
     }
 
-    /// Lets failures break the device.
+    /// Makes failures break the device.
     pub(crate) fn set_breaks(&self, breaks: bool) {
         self.script.lock().breaks = breaks;
     }
 
-    /// Lets failures be `EINVAL`.
+    /// Makes failures return `EINVAL`.
     pub(crate) fn set_invalid(&self, invalid: bool) {
         self.script.lock().invalid = invalid;
     }
 
-    /// Returns what the saver was asked since this was called last.
+    /// Returns the calls of the saver since the last call of this method.
     pub(crate) fn asked(&self) -> KVec<Call> {
         core::mem::take(&mut self.script.lock().asked)
     }
 
-    /// Returns the calls since this was asked last.
+    /// Returns the calls since the last call of this method.
     pub(crate) fn calls(&self) -> KVec<Call> {
         core::mem::take(&mut self.script.lock().calls)
     }
 
-    /// Lets a call fail, and all of its kind that come after it.
+    /// Makes a call and all later equal calls fail.
     pub(crate) fn fail(&self, call: Call, before: usize) -> Result {
         Ok(self
             .script
@@ -223,24 +223,24 @@ impl Fake {
             .push((call, before), GFP_KERNEL)?)
     }
 
-    /// Lets everything work again.
+    /// Makes all calls succeed again.
     pub(crate) fn mend(&self) {
         self.script.lock().failures.clear();
     }
 
-    /// Lets a call hang, or none any more.
+    /// Sets the call that hangs, if any.
     pub(crate) fn hold(&self, call: Option<Call>) {
         let mut script = self.script.lock();
         script.hold = call;
         script.held = false;
     }
 
-    /// Tells whether the call that is to hang does so.
+    /// Returns whether the call in `hold` was made and hangs.
     pub(crate) fn is_held(&self) -> bool {
         self.script.lock().held
     }
 
-    /// Gives the saver something to hand out.
+    /// Adds a chunk to the saver.
     pub(crate) fn provide(&self, chunk: &'static [u8], initial: bool) -> Result {
         let mut script = self.script.lock();
         script.chunks.push((chunk, initial), GFP_KERNEL)?;
@@ -252,14 +252,14 @@ impl Fake {
         Ok(())
     }
 
-    /// Takes away what the saver has.
+    /// Removes all chunks of the saver.
     fn provide_nothing(&self) {
         let mut script = self.script.lock();
         script.chunks.clear();
         script.tail = None;
     }
 
-    /// Gives the saver a chunk to hand out first.
+    /// Sets the first chunk of the saver.
     pub(crate) fn provide_chunk(&self, chunk: Chunk) {
         self.script.lock().ready = Some(chunk);
     }
@@ -269,12 +269,12 @@ impl Fake {
         self.script.lock().notifier.clone().ok_or(EINVAL)
     }
 
-    /// Gives the saver something to hand out when the device is stopped.
+    /// Sets the last chunk of the saver, for when the device is stopped.
     pub(crate) fn provide_tail(&self, chunk: &'static [u8]) {
         self.script.lock().tail = Some(chunk);
     }
 
-    /// Says whether saver and loader are ready, and wakes those who wait for them.
+    /// Sets whether saver and loader are ready, and wakes the waiters.
     pub(crate) fn set_ready(&self, ready: bool) {
         let mut script = self.script.lock();
         script.not_ready = !ready;
@@ -285,14 +285,14 @@ impl Fake {
         }
     }
 
-    /// Lets it become ready at the worst moment: when it has looked, and nobody waits yet.
+    /// Makes the saver or loader ready after its check and before the engine waits.
     pub(crate) fn be_late(&self) {
         let mut script = self.script.lock();
         script.not_ready = true;
         script.late = true;
     }
 
-    /// Tells whether saver and loader are ready.
+    /// Returns whether saver and loader are ready.
     fn is_ready(&self) -> bool {
         let mut script = self.script.lock();
         let ready = !script.not_ready;
@@ -304,7 +304,7 @@ impl Fake {
         ready
     }
 
-    /// Returns what the loader was handed since this was asked last.
+    /// Returns the bytes passed to the loader since the last call of this method.
     pub(crate) fn loaded_bytes(&self) -> KVec<u8> {
         core::mem::take(&mut self.script.lock().loaded)
     }
@@ -370,7 +370,7 @@ impl Migratable for Fake {
     }
 }
 
-/// Hands out what the script has.
+/// Saver that returns the chunks of the script.
 pub(crate) struct FakeSaver(Arc<Fake>);
 
 impl Saver for FakeSaver {
@@ -432,7 +432,7 @@ impl Drop for FakeSaver {
     }
 }
 
-/// Keeps what it is handed.
+/// Loader that records its bytes.
 pub(crate) struct FakeLoader(Arc<Fake>);
 
 impl Loader for FakeLoader {
@@ -456,24 +456,24 @@ impl Drop for FakeLoader {
     }
 }
 
-/// How many devices there were.
+/// Number of devices created so far.
 static DEVICES: Atomic<u32> = Atomic::new(0);
 
-/// The device with its engine, as a driver would have them.
+/// The device with its engine, like in a driver.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Rig {
     #[pin]
     pub(crate) engine: Engine<Fake>,
     pub(crate) fake: Arc<Fake>,
     device: ARef<Device>,
-    /// After what is below it.
+    /// Dropped after the fields below.
     _parent: faux::Registration,
 }
 
 impl Rig {
-    /// Makes a device of this shape, in `RUNNING`.
+    /// Creates a device of this shape, in `RUNNING`.
     pub(crate) fn new(flags: Flags) -> Result<Arc<Self>> {
-        // A test that failed may have left its device behind.
+        // A failed test may have left its device behind.
         let number = DEVICES.fetch_add(1, Relaxed);
         let name = CString::try_from_fmt(fmt!("vfio_kunit.{number}"))?;
         let parent = faux::Registration::new(&name, None)?;
@@ -499,32 +499,32 @@ impl Rig {
         )
     }
 
-    /// Returns the device as open, which it is while it has a [`Rig`].
+    /// Returns the device as open. It is open as long as it has a [`Rig`].
     fn open(&self) -> &Device<Open> {
         let device: &Device = &self.device;
         // SAFETY: The device exists, and only the destructor of the rig closes it.
         unsafe { Device::from_raw(device.as_raw()) }
     }
 
-    /// Returns how many references there are to the `struct vfio_device`.
+    /// Returns the number of references to the `struct vfio_device`.
     pub(crate) fn device_references(&self) -> u32 {
         let device: &Device = &self.device;
         // SAFETY: The device exists.
         unsafe { core_side::vfio_kunit_device_references(device.as_raw().cast()) }
     }
 
-    /// Asks for a state by its uAPI value.
+    /// Requests a state by its uAPI value.
     pub(crate) fn request(&self, target: u32) -> Result<Option<DataFd>> {
         let file = self.engine.set_state(&self.fake, self.open(), target)?;
         Ok(file.map(|file| DataFd(Some(file))))
     }
 
-    /// Asks for a state.
+    /// Requests a state.
     pub(crate) fn set(&self, target: State) -> Result<Option<DataFd>> {
         self.request(target.as_raw())
     }
 
-    /// Brings the device from `RUNNING` into a state, and forgets about the calls for it.
+    /// Changes the state from `RUNNING` to another one, and clears the recorded calls.
     pub(crate) fn enter(&self, state: State) -> Result<Option<DataFd>> {
         self.restart();
         let fd = if state == State::Error {
@@ -540,7 +540,7 @@ impl Rig {
 
     /// Brings the device into `ERROR`.
     ///
-    /// Fails with `ENOTSUPP` if there is no way: no arc of the shape has a part to be undone.
+    /// Fails with `ENOTSUPP` if this is impossible: no arc of the shape has a part to undo.
     fn break_down(&self) -> Result {
         let flags = self.engine.flags();
         let (from, to, failing, undo) = match (flags.p2p(), flags.pre_copy()) {
@@ -559,7 +559,7 @@ impl Rig {
         }
     }
 
-    /// Begins anew, as after a close and an open.
+    /// Starts again, like after a close and an open.
     pub(crate) fn restart(&self) {
         self.fake.mend();
         self.fake.provide_nothing();
@@ -585,45 +585,45 @@ impl DataFd {
         file.map_or(core::ptr::null_mut(), |file| file.as_ptr().cast())
     }
 
-    /// Returns what a system call returned.
+    /// Converts the return value of a system call.
     fn result(done: isize) -> Result<usize> {
         usize::try_from(done).map_err(|_| Error::from_errno(done as i32))
     }
 
-    /// Reads to an address of the user.
+    /// Reads to a user address.
     pub(crate) fn read(&self, to: usize, size: usize) -> Result<usize> {
-        // SAFETY: The file is live and has the operations of a saving session. Any address goes.
+        // SAFETY: The file is live and has the operations of a saving session. Any address is valid.
         Self::result(unsafe { core_side::vfio_kunit_read(self.as_ptr(), to, size, false) })
     }
 
-    /// Reads to an address of the user, but does not wait.
+    /// Reads to a user address, but does not wait.
     pub(crate) fn read_nonblock(&self, to: usize, size: usize) -> Result<usize> {
         // SAFETY: As in `read()`.
         Self::result(unsafe { core_side::vfio_kunit_read(self.as_ptr(), to, size, true) })
     }
 
-    /// Writes from an address of the user.
+    /// Writes from a user address.
     pub(crate) fn write(&self, from: usize, size: usize) -> Result<usize> {
-        // SAFETY: The file is live and has the operations of a resuming session. Any address
-        // goes.
+        // SAFETY: The file is live and has the operations of a resuming session. Any address is
+        // valid.
         Self::result(unsafe { core_side::vfio_kunit_write(self.as_ptr(), from, size, false) })
     }
 
-    /// Writes from an address of the user, but does not wait.
+    /// Writes from a user address, but does not wait.
     pub(crate) fn write_nonblock(&self, from: usize, size: usize) -> Result<usize> {
         // SAFETY: As in `write()`.
         Self::result(unsafe { core_side::vfio_kunit_write(self.as_ptr(), from, size, true) })
     }
 
-    /// Returns the events that poll() would return.
+    /// Returns the events that poll() returns.
     pub(crate) fn poll(&self) -> u32 {
         // SAFETY: The file is live.
         unsafe { core_side::vfio_kunit_poll(self.as_ptr()) }
     }
 
-    /// Calls an ioctl with an argument at an address of the user.
+    /// Calls an ioctl with an argument at a user address.
     pub(crate) fn ioctl(&self, cmd: u32, arg: usize) -> Result<usize> {
-        // SAFETY: The file is live and has the operations of a saving session. Any address goes.
+        // SAFETY: The file is live and has the operations of a saving session. Any address is valid.
         Self::result(unsafe { core_side::vfio_kunit_ioctl(self.as_ptr(), cmd, arg) } as isize)
     }
 }
@@ -638,7 +638,7 @@ impl Drop for DataFd {
     }
 }
 
-/// Memory of the user, which goes when the test ends.
+/// User memory, which is unmapped when the test ends.
 pub(crate) struct UserMemory {
     pub(crate) addr: usize,
     size: usize,
@@ -656,12 +656,12 @@ impl UserMemory {
         UserSlice::new(UserPtr::from_addr(self.addr), self.size)
     }
 
-    /// Writes what the user's memory begins with.
+    /// Writes to the start of the user memory.
     pub(crate) fn put(&self, bytes: &[u8]) -> Result {
         self.slice().writer().write_slice(bytes)
     }
 
-    /// Returns what the user's memory begins with.
+    /// Reads from the start of the user memory.
     pub(crate) fn get<const SIZE: usize>(&self) -> Result<[u8; SIZE]> {
         let mut bytes = [0; SIZE];
         self.slice().reader().read_slice(&mut bytes)?;
@@ -669,7 +669,7 @@ impl UserMemory {
     }
 }
 
-/// Waits until something is the case. Fails with `ETIMEDOUT` if that takes too long.
+/// Waits until a condition is true. Fails with `ETIMEDOUT` if that takes too long.
 pub(crate) fn wait_until(is_so: impl Fn() -> bool) -> Result {
     for _ in 0..PATIENCE {
         if is_so() {
@@ -680,7 +680,7 @@ pub(crate) fn wait_until(is_so: impl Fn() -> bool) -> Result {
     Err(ETIMEDOUT)
 }
 
-/// What somebody else does meanwhile, and its result when that is there.
+/// A concurrent operation and its result.
 #[pin_data]
 pub(crate) struct Job<T: Send + Unpin + 'static> {
     #[pin]
@@ -688,7 +688,7 @@ pub(crate) struct Job<T: Send + Unpin + 'static> {
 }
 
 impl<T: Send + Unpin + 'static> Job<T> {
-    /// Begins it.
+    /// Starts the operation.
     pub(crate) fn begin(work: impl FnOnce() -> T + Send + 'static) -> Result<Arc<Self>> {
         let job = Arc::pin_init(
             pin_init!(Self {
@@ -704,12 +704,12 @@ impl<T: Send + Unpin + 'static> Job<T> {
         Ok(job)
     }
 
-    /// Tells whether it has ended.
+    /// Returns whether the operation has ended.
     pub(crate) fn is_done(&self) -> bool {
         self.result.lock().is_some()
     }
 
-    /// Waits for it. Fails with `ETIMEDOUT` if that takes too long.
+    /// Waits for the result. Fails with `ETIMEDOUT` if that takes too long.
     pub(crate) fn wait(&self) -> Result<T> {
         wait_until(|| self.is_done())?;
         self.result.lock().take().ok_or(EINVAL)

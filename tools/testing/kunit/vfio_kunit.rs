@@ -2,10 +2,9 @@
 
 //! KUnit tests of the migration engine, and of the parts that use `core` alone.
 //!
-//! The engine is tested with a device that is not on any bus. For the other parts the tests of the
-//! host (`tools/testing/host`) are the thorough ones; these ones check what only the kernel can
-//! answer, that the state machine is that of vfio core, and that the other parts work when they
-//! are built with the flags of the kernel.
+//! The engine is tested with a device that is not on a bus. The main tests of the other parts run
+//! on the host (`tools/testing/host`). The tests here check that the state machine is the same as
+//! that of vfio core, and that the other parts work with the build flags of the kernel.
 
 use kernel::prelude::*;
 
@@ -56,7 +55,7 @@ mod fsm_tests {
 
     /// Returns the next state according to vfio core.
     fn core_next(flags: Flags, cur: State, target: u32) -> Option<State> {
-        // SAFETY: The function takes numbers of any value and keeps nothing.
+        // SAFETY: The function accepts any numbers and stores no pointers.
         let next =
             unsafe { vfio_kunit_core_next_state(flags.as_raw() as u32, cur.as_raw(), target) };
 
@@ -219,7 +218,7 @@ mod dirty_map_tests {
 
     #[test]
     fn a_large_map_is_searched_by_its_summary() -> Result {
-        // As many pages as a device of 1 GiB has.
+        // The number of pages of a device of 1 GiB.
         let mut map = new_map(1 << 18)?;
 
         assert_eq!(map.mark_all(), 1 << 18);
@@ -300,7 +299,7 @@ mod msix_tests {
 
     type Device<'a> = Msix<KVec<Vector<&'a Cell<u32>>>>;
 
-    /// Returns a device with 70 vectors, to whose last one `counter` listens.
+    /// Returns a device with 70 vectors. `counter` is the listener of the last one.
     fn device(counter: &Cell<u32>) -> Result<Device<'_>> {
         let mut vectors = KVec::new();
 
@@ -493,7 +492,7 @@ mod stream_tests {
         }
     }
 
-    /// Loads `stream` in pieces of `size` bytes into `loader` and returns what the decoder says.
+    /// Loads `stream` in pieces of `size` bytes into `loader` and returns the decoder's result.
     fn load(loader: &mut Loader, stream: &[u8], size: usize) -> Result<Result<(), stream::Error>> {
         let table = KVVec::from_elem(0, PAGES, GFP_KERNEL)?;
         let state_size = (PAGES * PAGE_SIZE) as u64;
@@ -508,7 +507,7 @@ mod stream_tests {
         Ok(decoder.finish())
     }
 
-    /// Returns whether tests look at byte `at` of the stream: all outside of the pages, some
+    /// Returns whether tests use byte `at` of the stream: all bytes outside of the pages, some
     /// inside.
     fn sample(at: &usize) -> bool {
         let pages = (IDENTITY_RECORD + RUN_OVERHEAD) as usize;
@@ -660,7 +659,7 @@ mod config_space_tests {
     fn msix_is_refused_where_it_cannot_be() -> Result {
         let msix = |vectors, bar, table, pba| with_bars()?.msix(vectors, bar, table, pba);
 
-        // Its ends meet each other and that of the BAR.
+        // Table and pending bits are adjacent and end at the end of the BAR.
         assert!(msix(4, BAR0, 0x1000, 0x2000).is_ok());
         assert!(msix(4, BAR0, 0x3fb8, 0x3ff8).is_ok());
         assert!(msix(4, BAR0, 8, 0).is_ok());
@@ -679,7 +678,7 @@ mod config_space_tests {
         assert!(msix(4, BAR0, 0, 0x4000).is_err());
         assert!(msix(65, BAR0, 0, 0x3ff8).is_err());
         assert!(msix(4, BAR0, u32::MAX - 7, 0).is_err());
-        // Over each other.
+        // Overlapping.
         assert!(msix(4, BAR0, 0x1000, 0x1000).is_err());
         assert!(msix(4, BAR0, 0x1000, 0x1038).is_err());
         assert!(msix(65, BAR0, 0x1000, 0xff8).is_err());

@@ -8,9 +8,9 @@
 int vfio_kunit_core_next_state(u32 flags, u32 cur, u32 new);
 
 /*
- * The answer of vfio core for a device with these migration flags: the next
- * state, or a negative error. @cur has to be a state that @flags support, other
- * ones make vfio core warn.
+ * Returns the next state according to vfio core for a device with these
+ * migration flags, or a negative errno. @flags must support @cur; otherwise
+ * vfio core warns.
  */
 int vfio_kunit_core_next_state(u32 flags, u32 cur, u32 new)
 {

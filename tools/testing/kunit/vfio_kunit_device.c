@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What the KUnit tests of the migration engine have instead of vfio core: a
+ * Replacement of vfio core for the KUnit tests of the migration engine: a
  * device that is not registered, and calls of a data_fd without a descriptor.
  */
 
@@ -19,7 +19,7 @@ static const struct vfio_device_ops vfio_kunit_ops = {
 	.name = "vfio_kunit",
 };
 
-/* A device below @parent with one reference, or an error pointer. */
+/* Returns a device below @parent with one reference, or an error pointer. */
 struct vfio_device *vfio_kunit_alloc_device(struct device *parent)
 {
 	return _vfio_alloc_device(sizeof(struct vfio_device), parent,
@@ -31,7 +31,7 @@ unsigned int vfio_kunit_device_references(struct vfio_device *vdev)
 	return kref_read(&vdev->device.kobj.kref);
 }
 
-/* The address of zeroed user memory that lives as long as the test, 0 if none. */
+/* Returns the address of zeroed user memory with the lifetime of the test, or 0. */
 unsigned long vfio_kunit_user_memory(size_t size)
 {
 	unsigned long addr;

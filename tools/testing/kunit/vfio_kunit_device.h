@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the KUnit tests in Rust call of C.
+ * C functions for the KUnit tests in Rust.
  */
 
 #ifndef VFIO_KUNIT_DEVICE_H
