@@ -21,15 +21,15 @@ use std::collections::BTreeSet;
 /// Pages for which memory is allocated at once, in two allocations.
 const ZONE_PAGES: u64 = 4096;
 
-/// The pages that were written to, by number, and those that are in no zone, in bytes.
+/// Written pages by number, and written ranges without a zone in bytes.
 struct Model {
     page_size: u64,
     ranges: Vec<(u64, u64)>,
     pages: BTreeSet<u64>,
     rest: Vec<(u64, u64)>,
-    /// How many zones there may be.
+    /// Maximum number of zones.
     most: usize,
-    /// What was written to and not reported, in bytes.
+    /// Written and unreported ranges, in bytes.
     truth: Vec<(u64, u64)>,
 }
 
@@ -42,8 +42,7 @@ impl Model {
         page * self.page_size + (self.page_size - 1)
     }
 
-    /// Marks the pages of `first..=last` that are in a range. Of the allocations those fail whose
-    /// bit is set.
+    /// Marks the pages of `first..=last` that are in a range. Allocations fail if their bit is set.
     fn mark(&mut self, first: u64, last: u64, mut failures: u32) {
         for (start, end) in self.ranges.clone() {
             let (first, last) = (first.max(start), last.min(end));
@@ -79,7 +78,7 @@ impl Model {
         }
     }
 
-    /// Joins what meets or touches, and what is nearest as long as there are too many.
+    /// Merges overlapping and adjacent ranges, and the nearest ones as long as there are too many.
     fn join_rest(&mut self) {
         let mut within = Some(1);
 
@@ -106,7 +105,7 @@ impl Model {
         }
     }
 
-    /// Takes what is reported of the pages between these bytes, as first and last byte.
+    /// Removes and returns the reported pages between these bytes, as first and last byte.
     fn take(&mut self, first: u64, last: u64) -> Vec<(u64, u64)> {
         let (from, to) = (first / self.page_size, last / self.page_size);
         let pages: Vec<u64> = self.pages.range(from..=to).copied().collect();
@@ -123,7 +122,7 @@ impl Model {
             .collect()
     }
 
-    /// Takes the rest between these bytes.
+    /// Removes and returns the ranges without a zone between these bytes.
     fn take_rest(&mut self, first: u64, last: u64) -> Vec<(u64, u64)> {
         let taken = cut(&mut self.rest, first, last);
 
@@ -131,7 +130,7 @@ impl Model {
         taken
     }
 
-    /// Checks that all that was written to between these bytes is among what was reported.
+    /// Checks that all written ranges between these bytes were reported.
     fn check(&mut self, first: u64, last: u64, reported: &[(u64, u64)]) {
         for part in cut(&mut self.truth, first, last) {
             let told = |run: &(u64, u64)| run.0 <= part.0 && part.1 <= run.1;
@@ -141,7 +140,7 @@ impl Model {
     }
 }
 
-/// Takes what is between these bytes out of ranges.
+/// Removes and returns the parts of ranges between these bytes.
 fn cut(ranges: &mut Vec<(u64, u64)>, first: u64, last: u64) -> Vec<(u64, u64)> {
     let mut taken = Vec::new();
 
@@ -184,7 +183,7 @@ pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let page_size = 4096 << input.below(19);
 
-    // In order and apart from each other, as the crate has them from the core.
+    // Sorted and not adjacent, like the core passes them.
     let mut ranges = Vec::new();
     let mut from = Some(0_u64);
     for _ in 0..input.below(5) {
@@ -211,7 +210,7 @@ pub(crate) fn target(data: &[u8]) {
     while !input.is_empty() {
         let op = input.below(5);
         let mut first = input.number();
-        // Near where something is.
+        // Near a written range.
         if input.bool() && !model.ranges.is_empty() {
             let (start, end) = input.one_of(&model.ranges);
             let near = if input.bool() { start } else { end };
@@ -220,7 +219,7 @@ pub(crate) fn target(data: &[u8]) {
         }
         match op {
             0 | 1 => {
-                // A device writes a page at a time, here a few.
+                // A device writes one page at a time, this test a few.
                 let Some(last) = first.checked_add(input.below(0x6000) as u64) else {
                     continue;
                 };
@@ -232,7 +231,7 @@ pub(crate) fn target(data: &[u8]) {
                 model.mark(first, last, failures);
             }
             2 => {
-                // Many pages that are far from each other, for which there is no memory.
+                // Many distant pages, with failing allocations.
                 let stride = input.number();
 
                 for _ in 0..input.below(2 * REST) {
@@ -244,7 +243,7 @@ pub(crate) fn target(data: &[u8]) {
                 }
             }
             _ => {
-                // No more than the core lets through.
+                // Limited like in the core.
                 let length = input.number().max(1);
                 let Some(last) = first.checked_add(length - 1) else {
                     continue;

@@ -5,7 +5,7 @@
 
 /// Like in the kernel.
 pub mod alloc {
-    /// How to allocate.
+    /// Allocation flags.
     #[derive(Clone, Copy)]
     pub struct Flags;
 }
@@ -36,7 +36,7 @@ pub mod prelude {
     };
 
     thread_local! {
-        /// How many allocations succeed before one fails, and whether more of them do.
+        /// Mask of failing allocations. Bit 0 is the next one.
         static FAILURES: Cell<u32> = const { Cell::new(0) };
     }
 

@@ -34,7 +34,7 @@ const DONE: u32 = 3;
 const FAILED: u32 = 4;
 const ABORTED: u32 = 5;
 
-/// A descriptor: what the user wrote, and how it is going.
+/// A descriptor: the values written by the user, and its progress.
 #[derive(Clone, Copy)]
 struct Descriptor {
     asked: [u8; READ_ONLY],
@@ -76,7 +76,7 @@ impl Descriptor {
         }
     }
 
-    /// Returns the operation, or which failure it is that there is none.
+    /// Returns the operation, or the error if it is invalid.
     fn check(&self) -> Result<Op, u32> {
         let op = match self.half(0x20) {
             1 => Op::Read,
@@ -209,7 +209,8 @@ impl Model {
         }
     }
 
-    /// Returns what the device does next; none: it moves something of what is served.
+    /// Returns the next action of the device, or `None` if it moves a piece of the current
+    /// descriptor.
     fn next(&mut self, now: u64) -> Option<Next> {
         loop {
             if self.serving.is_none() {
@@ -249,7 +250,7 @@ impl Model {
         }
     }
 
-    /// Checks that a piece is what has to be moved.
+    /// Checks that a piece is the next one to move.
     fn check_piece(&self, piece: &Piece) {
         let (index, ..) = self.serving.expect("a piece is of what is served");
         let descriptor = &self.descriptors[index];
@@ -412,7 +413,7 @@ pub(crate) fn target(data: &[u8]) {
                 for _ in 0..input.below(5) {
                     let descriptor = input.below(DESCRIPTORS) * DESCRIPTOR_SIZE;
                     if input.below(4) == 3 {
-                        // One more in the queue, which may be there already.
+                        // Add one to the queue, which may contain it already.
                         let order = &mut snapshot[TABLE_SIZE..];
                         let last = usize::from(order[DESCRIPTORS]) % DESCRIPTORS;
 

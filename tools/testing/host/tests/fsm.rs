@@ -33,7 +33,7 @@ fn permitted(path: &[State]) -> bool {
     };
 
     if from.is_saving() && to.is_saving() {
-        // The session goes on, so the path stays in the group that shares it.
+        // The session continues, so the path stays in the group that shares it.
         interior.iter().all(|state| state.is_saving())
     } else {
         interior.iter().all(|state| !state.is_saving())
@@ -104,7 +104,7 @@ fn assert_same_arcs(flags: Flags, mut expected: Vec<(State, State)>) {
     assert_eq!(got, expected, "{flags:?}");
 }
 
-/// The arcs are those that the comment in `vfio_mig_get_next_state` asks of a driver.
+/// The arcs are those that the comment in `vfio_mig_get_next_state` requires of a driver.
 #[test]
 fn arcs_match_the_uapi() {
     // "The coding in this table requires the driver to implement the following FSM arcs".
@@ -135,7 +135,7 @@ fn arcs_match_the_uapi() {
         (RunningP2p, PreCopyP2p),
     ];
     // "Without P2P and precopy the driver must implement". Without P2P alone it is the same, since
-    // the table skips RUNNING_P2P whatever else there is.
+    // the table skips RUNNING_P2P in any case.
     let without_p2p = vec![(Running, Stop), (Stop, Running)];
 
     assert_same_arcs(
@@ -215,7 +215,7 @@ fn combinations_match_the_uapi() {
     assert_same_arcs(flags, left);
 }
 
-/// The first steps of a shape without P2P are those that skipping states leaves.
+/// The first steps of a shape without P2P follow from skipping its states.
 #[test]
 fn shapes_without_p2p_skip_states() {
     for flags in [Flags::STOP_COPY, Flags::STOP_COPY.with_pre_copy()] {
@@ -338,7 +338,7 @@ fn flags_are_the_four_shapes() {
     }
 }
 
-/// A shape is within another if user space can ask for nothing that the other does not have.
+/// A shape is within another one if the other one supports all its states.
 #[test]
 fn shapes_are_within_larger_ones() {
     for flags in Flags::ALL {

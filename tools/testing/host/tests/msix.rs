@@ -202,7 +202,7 @@ proptest! {
             }
             models.apply(step);
 
-            // All of it, and a byte more on each side of which nothing is said.
+            // Read all of both, and one more byte each, which must not change.
             let mut table = vec![0x5a; table_size(vectors) + 1];
             let mut pending = vec![0x5a; pending_size(vectors) + 1];
             let mut want: Vec<u8> = models.vectors.iter().flat_map(|v| v.entry).collect();

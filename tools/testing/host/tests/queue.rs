@@ -86,7 +86,7 @@ fn pos(queue: &Queue, index: usize) -> u64 {
     u64::from_le_bytes(queue.table()[at..at + 8].try_into().unwrap())
 }
 
-/// Serves the queue until it has nothing to do at `now`, and returns what was moved.
+/// Serves the queue until it is idle at `now`, and returns the moved pieces.
 fn serve(queue: &mut Queue, now: u64) -> Vec<Piece> {
     let mut pieces = Vec::new();
     while let Next::Piece(piece) = queue.next(now, MEMORY) {
@@ -216,7 +216,7 @@ fn bad_descriptors_fail_and_the_next_is_served() {
     }
     assert_eq!(status(&queue, 9), Status::Done as u32);
 
-    // What does not touch one side may have anything there.
+    // Operations ignore the address of a side that they do not use.
     for descriptor in [
         Descriptor {
             op: 3,

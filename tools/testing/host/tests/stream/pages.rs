@@ -360,8 +360,8 @@ fn page_digest_is_never_zero() {
     let mut memory = memory(6, 1);
     let page = &mut memory[5 * PAGE_SIZE..];
     page.fill(0);
-    // What the last lane must be for the digest to become 0, and what its last word must be for
-    // that: a step is undone by the inverse of its factor.
+    // Compute the digest of the last lane for a total of 0, and then the last word of that lane.
+    // The inverse of the factor undoes a step.
     let lane = |words: usize| digest(start, core::iter::repeat_n(0, words));
     let words = PAGE_SIZE / 8 / LANES;
     let wanted = digest(start, core::iter::repeat_n(lane(words), 3)).rotate_left(5);
@@ -400,7 +400,7 @@ fn digests_follow_the_table() {
     assert!(Digests::new(vec![]).complete());
 }
 
-/// What a decoder can be made for.
+/// A decoder can be created for valid sizes only.
 #[test]
 fn decoder_checks_its_sizes() {
     let fits = |state_size, registers_len, pages| {
@@ -445,7 +445,7 @@ fn round_trip_of_registers() {
     }
 }
 
-/// Pages that are sent again replace what was there, as in pre-copy rounds driven by a dirty map.
+/// Pages that are sent again replace the previous content, like in pre-copy with a dirty map.
 #[test]
 #[cfg_attr(miri, ignore = "too slow")]
 fn round_trip_with_rounds() {
@@ -570,7 +570,7 @@ fn every_truncation_is_refused() {
     }
 }
 
-/// Every single byte of an image that is not what was sent is noticed. Of large pages, some bytes
+/// A change of any byte of an image is detected. Of large pages, some bytes
 /// are tried.
 #[test]
 #[cfg_attr(miri, ignore = "too slow")]
