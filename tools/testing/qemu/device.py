@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
-"""One mediated device: its life in sysfs, and what it holds while a VMM has it.
+"""One mediated device: its entries in sysfs, and its content while a VMM has it open.
 
-A VMM owns its devices alone. The kernel lends us its file descriptors, though
-(pidfd_getfd), and through them the device itself says what it holds and how
-much it has left to send.
+A device can be opened by one VMM only. This module duplicates its file descriptors
+(pidfd_getfd) to read the content of the device and the size of its pending data.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ VFIO_DEVICE_FEATURE_SET = 1 << 17
 VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE = 2
 VFIO_DEVICE_STATE_STOP = 1
 
-# The names that VFIO_DEVICE_STATE_* have without their prefix.
+# The names of VFIO_DEVICE_STATE_* without the prefix.
 STATES = (
     "ERROR",
     "STOP",
@@ -52,11 +51,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Kind(NamedTuple):
-    """What the devices of one parent have, and can do."""
+    """Properties of the devices of one parent."""
 
     parent: str
     type: str
-    # The BARs that must be equal on both sides, by what they hold.
+    # The BARs that must be equal on both sides, by name of their content.
     bars: dict
     # The register that counts the writes dropped in a stopped state, if any.
     dropped: int | None
@@ -67,13 +66,13 @@ MOCK = Kind(
     "vfio_mock", "vfio_mock-16M", {"registers": 0, "memory": 2}, 0x58, True
 )
 
-# The DMA descriptors of a vfio_mock in its registers, and how one is going.
+# The DMA descriptors in the registers of a vfio_mock, and their state.
 DMA_DESCRIPTORS = range(0x400, 0x800, 0x40)
 DMA_PERIOD = 0x28
 DMA_STATUS = 0x30
 DMA_QUEUED = 1
 DMA_ACTIVE = 2
-# There are two of them in a guest, and twice that: less to stream and compare.
+# Smaller, because a guest has two of them, and each one exists on both sides.
 PEER = MOCK._replace(type="vfio_mock-1M")
 MINIMAL = Kind("vfio_minimal", "vfio_minimal-64K", {"memory": 0}, None, False)
 
@@ -88,7 +87,7 @@ class Device:
         (types / mdev_type / "create").write_text(self.uuid)
 
     def remove(self, timeout=10):
-        """Removes the device; one that is still in use stays a moment."""
+        """Removes the device. One that is still in use is removed a moment later."""
         deadline = time.monotonic() + timeout
         while self.path.exists():
             try:
@@ -105,19 +104,19 @@ class Device:
         return ""
 
     def state(self):
-        """The migration state, empty when the kernel does not tell."""
+        """Returns the migration state, empty if the kernel does not report it."""
         return self._debugfs("state").strip()
 
     def features(self):
-        """The names of what the device can do for migration."""
+        """Returns the names of the migration features of the device."""
         return self._debugfs("features").split()
 
 
 @contextlib.contextmanager
 def borrow(pid, number):
-    """A copy of file descriptor `number` of process `pid`.
+    """Duplicates file descriptor `number` of process `pid`.
 
-    Kept for one question only: the device must see the owner's close().
+    Kept for a single request, so that close() by the owner closes the device.
     """
     pidfd = fd = -1
     try:
@@ -133,7 +132,7 @@ def borrow(pid, number):
 
 
 def find_files(pid, pattern):
-    """The descriptors of process `pid` whose files `pattern` tells."""
+    """Returns the descriptors of process `pid` with files that match `pattern`."""
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             if pattern.fullmatch(os.readlink(entry)):
@@ -141,7 +140,7 @@ def find_files(pid, pattern):
 
 
 def find_device(pid, mdev):
-    """The descriptor of process `pid` that is the mediated device."""
+    """Returns the descriptor of the mediated device in process `pid`."""
     for number in find_files(pid, DEVICE_FILE):
         info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
         if re.search(f"^vfio-device-syspath:.*/{mdev.uuid}$", info, re.MULTILINE):
@@ -150,7 +149,7 @@ def find_device(pid, mdev):
 
 
 def bytes_left(pid):
-    """(initial, dirty) of the streams that process `pid` reads, or None."""
+    """Returns (initial, dirty) of the streams that process `pid` reads, or None."""
     total = None
     with contextlib.suppress(OSError):
         for number in find_files(pid, STREAM_FILE):
@@ -165,10 +164,10 @@ def bytes_left(pid):
 
 
 def finish_loading(pid, mdev):
-    """Takes a device of process `pid` from RESUMING to STOP.
+    """Changes the state of a device of process `pid` from RESUMING to STOP.
 
-    That puts in effect what was loaded, and is a part of the way to RUNNING
-    that the VMM goes next.
+    This puts the loaded state into effect, and is a part of the path to RUNNING
+    that the VMM takes next.
     """
     with borrow(pid, find_device(pid, mdev)) as fd:
         flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
@@ -177,9 +176,9 @@ def finish_loading(pid, mdev):
 
 
 def dma_under_way(registers):
-    """How many transfers are not at their end, and how many have none.
+    """Returns the numbers of unfinished finite transfers and of endless ones.
 
-    One that has an end may be half-way when the device stops.
+    A finite transfer may be in progress when the device stops.
     """
     ending = endless = 0
     for descriptor in DMA_DESCRIPTORS:
@@ -193,7 +192,7 @@ def dma_under_way(registers):
 
 
 def read_region(pid, mdev, index):
-    """All that region `index` of a device of process `pid` holds."""
+    """Returns the content of region `index` of a device of process `pid`."""
     with borrow(pid, find_device(pid, mdev)) as fd:
         # struct vfio_region_info
         info = bytearray(struct.pack("=IIIIQQ", 32, 0, index, 0, 0, 0))

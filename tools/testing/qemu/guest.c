@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The program that a guest of the demo runs as its /init: it keeps its vfio_mock
- * or vfio_minimal devices busy and keeps in its own memory a model of all that
- * they must hold. The model travels with the memory of the guest, the devices
- * by their own migration: when both agree on the target, the devices have
- * migrated whole. Two vfio_mock devices do DMA, too: see peers.c.
+ * Program that a guest of the demo runs as its /init. It keeps its vfio_mock or
+ * vfio_minimal devices busy, and has a model of their content in its own memory.
+ * The model migrates with the memory of the guest, the devices with their own
+ * migration. If both agree on the target, the devices have migrated completely.
+ * Two vfio_mock devices also do DMA, see peers.c.
  *
- * It reports on the second serial port, one line each, first a word with an @,
- * then key=value pairs, and takes commands there: "verify" compares the whole
- * devices with the model, "quit" turns the machine off.
+ * It reports on the second serial port. Each line has a word with an @, followed
+ * by key=value pairs. It accepts commands there: "verify" compares the whole
+ * devices with the model, "quit" powers the machine off.
  */
 #include <cpuid.h>
 #include <dirent.h>
@@ -42,12 +42,12 @@
 #define READBACK_PAGES	32
 #define BAD_PAGES_SHOWN	8
 
-/* The offset of the count of writes in a memory that has a header. */
+/* Offset of the number of writes in a memory with a header. */
 #define HEADER_WRITES	8
 
 static const struct kind kinds[] = {
 	{ .id = VFIO_MOCK_DEVICE_ID, .bar = 2, .engine = true },
-	/* vfio_minimal: the magic reads "MINIMAL", from the top byte down. */
+	/* vfio_minimal: the magic is "MINIMAL", starting at the top byte. */
 	{ .id = 0x10f1, .bar = 0, .header = 16, .magic = 0x4d494e494d414c00 },
 	{}
 };
@@ -105,16 +105,16 @@ __u64 now_ms(void)
 	return (__u64)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
-/* A number below @limit that depends on the generation and @salt alone. */
+/* Returns a number below @limit that only depends on the generation and @salt. */
 __u64 pick(const struct device *d, __u64 salt, __u64 limit)
 {
 	return vfio_mock_mix((d->generation << 16) + salt) % limit;
 }
 
 /*
- * Leaves the guest for a moment. KVM on an AMD processor that is itself
- * emulated by QEMU takes an access to a device for the delivery of the last
- * exception, and gives up, unless the guest was left in between.
+ * Forces a VM exit. KVM on an AMD processor that is itself emulated by QEMU
+ * mistakes an access to a device for the delivery of the last exception, and
+ * fails, unless there was an exit in between.
  */
 void leave_guest(void)
 {
@@ -206,7 +206,7 @@ static void mem_check(struct device *d, __u64 offset, unsigned int width)
 	      mmio_read(d->mem + offset, width));
 }
 
-/* The interrupts of @vector since the last time. */
+/* Returns the number of interrupts of @vector since the last call. */
 __u64 take_irqs(struct device *d, unsigned int vector)
 {
 	__u64 n;
@@ -214,7 +214,7 @@ __u64 take_irqs(struct device *d, unsigned int vector)
 	return read(d->irq[vector], &n, sizeof(n)) == sizeof(n) ? n : 0;
 }
 
-/* Waits until there is an interrupt of @vector. */
+/* Waits for an interrupt of @vector. */
 void await_irq(struct device *d, unsigned int vector)
 {
 	struct pollfd pfd = { .fd = d->irq[vector], .events = POLLIN };
@@ -223,7 +223,7 @@ void await_irq(struct device *d, unsigned int vector)
 		check(d, "lost-irq", vector, 1, 0);
 }
 
-/* Waits for the interrupt of @vector, and takes none of the others. */
+/* Waits for the interrupt of @vector, and does not consume others. */
 static void wait_irq(struct device *d, unsigned int vector)
 {
 	unsigned int i;
@@ -267,7 +267,7 @@ static void fill(struct device *d, __u64 addr, __u64 len)
 	d->count.filled += len;
 }
 
-/* Has the device sum up a range, and compares; true when the sums agree. */
+/* Compares the device's checksum of a range with the model; returns true if equal. */
 static bool checksum(struct device *d, __u64 addr, __u64 len)
 {
 	command(d, VFIO_MOCK_CMD_CHECKSUM, addr, len);
@@ -280,7 +280,7 @@ static __u64 hot_page(const struct device *d, unsigned int i)
 	return d->work / d->page * i / HOT_PAGES * d->page;
 }
 
-/* Another page each time, until all were written. */
+/* Returns another page each time, until all were written. */
 static __u64 cold_page(const struct device *d, __u64 generation)
 {
 	return generation * 1597 % (d->work / d->page) * d->page;
@@ -342,7 +342,7 @@ static void generation(struct device *d)
 	read_back(d);
 }
 
-/* The whole memory once, so that no page is empty. */
+/* Writes the whole memory once, so that no page is empty. */
 static void first_generation(struct device *d)
 {
 	__u64 offset;
@@ -376,7 +376,7 @@ static void check_registers(struct device *d)
 	check_reg(d, "error", VFIO_MOCK_REG_ERROR, 4, VFIO_MOCK_ERROR_NONE);
 }
 
-/* Tells which pages are not as the model has them, by the sum of each. */
+/* Reports pages with a checksum that differs from the model. */
 static __u64 bad_pages(struct device *d)
 {
 	__u64 page, bad = 0;
@@ -393,8 +393,8 @@ static __u64 bad_pages(struct device *d)
 }
 
 /*
- * Reads whole pages: all of a small device; of others the hot ones, the last
- * written ones, and some more.
+ * Reads whole pages: all pages of a small device; of other devices the hot pages,
+ * the last written ones, and some more.
  */
 static __u64 read_back_pages(struct device *d)
 {
@@ -417,7 +417,7 @@ static __u64 read_back_pages(struct device *d)
 	return i * d->page;
 }
 
-/* Compares registers, sums and interrupts; returns how many pages are bad. */
+/* Compares registers, checksums and interrupts; returns the number of bad pages. */
 static __u64 verify_engine(struct device *d)
 {
 	__u64 bad = 0;
@@ -588,7 +588,7 @@ __u64 guest_page(void)
 	return sysconf(_SC_PAGESIZE);
 }
 
-/* The group of a device without IOMMU, whose number vfio chooses. */
+/* Group of a device without IOMMU; vfio chooses its number. */
 static int open_group(const struct device *d)
 {
 	char path[512], link[256];
@@ -626,7 +626,7 @@ static int open_vfio(const struct device *d)
 	return device;
 }
 
-/* Memory on, and bus mastering, without which no MSI-X message leaves. */
+/* Enables memory space, and bus mastering, which MSI-X messages need. */
 static void enable_device(const struct device *d)
 {
 	char path[512];

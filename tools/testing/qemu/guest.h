@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the parts of the demo's guest program share. */
+/* Common declarations of the demo's guest program. */
 #ifndef GUEST_H
 #define GUEST_H
 
@@ -14,7 +14,7 @@
 #define PCI_DEVICES	"/sys/bus/pci/devices"
 #define IRQ_TIMEOUT_MS	20000
 
-/* What a device can do. */
+/* Features of a device. */
 struct kind {
 	__u16 id;		/* PCI device id */
 	unsigned int bar;	/* the one that is the memory */
@@ -35,7 +35,7 @@ struct counters {
 	__u64 mismatches;
 };
 
-/* What the registers must read as. */
+/* Expected values of the registers. */
 struct registers {
 	__u64 scratch;
 	__u64 addr;
@@ -67,7 +67,7 @@ struct device {
 
 extern FILE *report;
 
-/* A part of a line; the line ends, and leaves, with say(). */
+/* Adds a part of a line. say() completes and sends the line. */
 #define tell(...)	fprintf(report, __VA_ARGS__)
 
 #define say(...)				\
@@ -76,7 +76,7 @@ extern FILE *report;
 		end_line();			\
 	} while (0)
 
-/* Says why the guest cannot work, and leaves the machine up for its reader. */
+/* Reports why the guest cannot work, and keeps the machine running for the reader. */
 #define die(...)				\
 	do {					\
 		int __error = errno;		\

@@ -14,7 +14,7 @@ SOURCES = (HERE / "guest.c", HERE / "peers.c")
 HEADERS = (HERE / "guest.h", HERE.parent / "include" / "vfio_mock.h")
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 
-# What the guest needs for the interrupts of the device.
+# Modules that the guest needs for the interrupts of the device.
 MODULES = ("vfio-pci",)
 
 
@@ -28,11 +28,11 @@ def module_files(kdir):
 
 
 def in_order(names, files):
-    """The files of the named modules and of what they depend on, in order."""
+    """Returns the files of the named modules and of their dependencies, in order."""
     order = []
 
     def add(name):
-        # What is not a module is built in.
+        # Everything else is built in.
         path = files.get(name.replace("-", "_"))
         if path is None or path in order:
             return
@@ -47,7 +47,7 @@ def in_order(names, files):
 
 
 def cpio_member(name, mode, data=b"", rdev=(0, 0)):
-    """One member of an archive in the format the kernel unpacks (newc)."""
+    """Returns one member of an archive in the kernel's format (newc)."""
     path = name.encode() + b"\0"
     numbers = (0, mode, 0, 0, 1, 0, len(data), 0, 0, *rdev, len(path), 0)
     member = b"070701" + b"".join(b"%08x" % n for n in numbers) + path
@@ -82,7 +82,7 @@ def compile_init(cc):
 
 
 def build(kdir, folder):
-    """Returns the path of the initramfs, made unless it is there already.
+    """Returns the path of the initramfs, which is created if it does not exist.
 
     Its name tells what it is made of, so that two runs cannot disturb each
     other.

@@ -12,16 +12,16 @@ import time
 from qmp import Qmp, QmpError
 from view import size
 
-# A test kernel need not test itself again in every guest.
+# The built-in tests of the kernel need not run in every guest.
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 kunit.enable=0"
 
-# How long a QEMU that has closed its monitor may take to end.
+# Time limit in seconds for the exit of a QEMU that has closed its monitor.
 END_TIMEOUT = 5
 
 PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
 
-# What QEMU's trace tells of the DMA log that devices keep; the name of the
-# second event depends on the version.
+# Events in QEMU's trace about the DMA log of devices. The name of the second event
+# depends on the version.
 LOG_START = re.compile(r"vfio_device_dirty_tracking_start ")
 LOG_PAGES = re.compile(r"vfio_\w+_dirty_bitmap .* dirty_pages=(\d+)")
 TRACES = (
@@ -35,11 +35,11 @@ TRACES = (
 
 
 class Failure(Exception):
-    """Something is not as it must be; the scenario ends here."""
+    """A check failed; the scenario ends here."""
 
 
 class Guest:
-    """What guest.c reports. The object follows its guest to the target."""
+    """Reports of guest.c. The object follows its guest to the target."""
 
     def __init__(self):
         self.buffer = b""
@@ -50,7 +50,7 @@ class Guest:
         self.troubles = []
 
     def feed(self, data):
-        """Takes in bytes of the serial port, in whatever pieces they come."""
+        """Processes bytes of the serial port, in pieces of any size."""
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         for line in lines:
             self._line(line.decode(errors="replace"))
@@ -74,11 +74,11 @@ class Guest:
         return int(self.progress.get(name, 0))
 
     def reaches(self, **counters):
-        """True when each counter is as high as asked."""
+        """Returns whether each counter has reached the given value."""
         return all(self.count(k) >= v for k, v in counters.items())
 
     def work_done(self):
-        """The guest's work so far, for people."""
+        """Returns a readable summary of the guest's work so far."""
         written = size(self.count("written") + self.count("filled"))
         return (
             f"generation {self.count('gen')}, {written} written, "
@@ -126,12 +126,12 @@ class Machine:
 
     def _argv(self, options, plan, backend, report, monitor):
         argv = [options.qemu, "-nodefaults", "-display", "none"]
-        # A guest that ends, or resets itself, leaves a QEMU that can be asked.
+        # Keep QEMU running after a shutdown or reset of the guest, for queries.
         argv += ["-action", "reboot=shutdown,shutdown=pause"]
         argv += ["-machine", "q35", "-m", options.memory, "-S"]
         if os.access("/dev/kvm", os.R_OK | os.W_OK):
             argv += ["-accel", "kvm"]
-        # The plainest model runs where the real one, nested, does not.
+        # The basic CPU model works where the host model, nested, does not.
         argv += ["-cpu", "qemu64"]
         argv += ["-kernel", options.kernel, "-initrd", options.initramfs]
         argv += ["-append", f"{KERNEL_OPTIONS} {options.append}"]
@@ -161,7 +161,7 @@ class Machine:
         return self.process.pid
 
     def start(self, timeout):
-        """Waits until QEMU has made the machine."""
+        """Waits until QEMU has created the machine."""
         try:
             self.qmp.handshake(timeout)
         except QmpError as error:
@@ -173,7 +173,7 @@ class Machine:
         self.qmp.command("migrate-set-capabilities", {"capabilities": [state]})
 
     def poll(self):
-        """Takes in what guest and QEMU say, and notices when QEMU is gone."""
+        """Processes output of guest and QEMU, and detects when QEMU has exited."""
         self.qmp.poll()
         for event in self.qmp.take_events("VFIO_MIGRATION"):
             number = int(event["device-id"].removeprefix("device"))
@@ -199,16 +199,16 @@ class Machine:
             raise Failure(self.fate())
 
     def shutdown(self):
-        """Why the guest was shut down, None if it was not."""
+        """Returns the reason for the guest's shutdown, or None."""
         self.qmp.poll()
         for event in self.qmp.take_events("SHUTDOWN"):
             return event["reason"]
         return None
 
     def fate(self):
-        """What has become of QEMU."""
+        """Returns a description of QEMU's status."""
         try:
-            # Once it has closed its monitor it is about to end.
+            # QEMU has closed its monitor and is about to exit.
             status = self.process.wait(END_TIMEOUT if self.qmp.closed else 0)
         except subprocess.TimeoutExpired:
             return f"{self.name} QEMU runs"
@@ -218,7 +218,7 @@ class Machine:
         return f"{self.name} QEMU ended with status {status}"
 
     def dma_log(self):
-        """How often QEMU started the DMA logs, and the pages it found there."""
+        """Returns how many times QEMU started DMA logs, and the pages found in them."""
         trace = "\n".join(self.read("trace"))
         pages = sum(int(count) for count in LOG_PAGES.findall(trace))
         return len(LOG_START.findall(trace)), pages
@@ -228,7 +228,7 @@ class Machine:
         self.report.sendall(command.encode() + b"\n")
 
     def close(self):
-        """Ends QEMU, politely at first; returns once it is gone."""
+        """Ends QEMU, first with a request, and waits for its exit."""
         if self.closed:
             return
         self.closed = True
@@ -251,22 +251,22 @@ class Machine:
         return []
 
     def excuse(self):
-        """What QEMU complained of until now was to be expected."""
+        """Marks QEMU's messages so far as expected."""
         self.excused = len(self.read("stderr"))
 
     def complaints(self):
-        """What QEMU printed that was not to be expected."""
+        """Returns QEMU's unexpected messages."""
         return self.read("stderr")[self.excused :]
 
     def diagnostics(self):
-        """The last words of QEMU and of its guest."""
+        """Returns the last lines of output of QEMU and of its guest."""
         self.qmp.poll()
         yield self.fate()
         for event in self.qmp.events:
             what, data = event["event"], event.get("data", {})
             yield f"{self.name} event: {what} {data}"
         if not self.qmp.closed:
-            # Where a guest hangs; one that reset itself has forgotten it.
+            # Show where a guest hangs. After a reset this information is lost.
             line = {"command-line": "info registers"}
             with contextlib.suppress(QmpError):
                 for row in self.qmp.command(
@@ -289,7 +289,7 @@ def ends(lines, head=8, tail=20):
 
 
 def wait(machines, condition, timeout, what, patient=False):
-    """Polls the machines until `condition` holds; its value is returned.
+    """Polls the machines until `condition` is true, and returns its value.
 
     A guest that finds a mismatch ends the wait, unless told to be patient.
     """

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Two vfio_mock devices that do DMA into each other and into the memory of the
- * guest, without a pause: what is under way when the guest migrates must come
- * to its end on the target, once, and what was written before must be there.
+ * Two vfio_mock devices that continuously do DMA into each other and into the
+ * memory of the guest. A transfer under way when the guest migrates must complete
+ * on the target, once, and bytes that were written before must be there.
  *
- * Each device has a chain of transfers in its queue, in which each takes up
- * what those before it left, and three transfers that go on for ever. When the
- * chain has ended, the next one, with other data, in other places, starts at
- * once; then the guest compares what the last one left.
+ * Each device has a chain of transfers in its queue, where each transfer uses the
+ * results of the previous ones, and three endless transfers. When the chain has
+ * ended, the next one starts immediately, with other data in other places. Then
+ * the guest verifies the results of the last one.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -20,15 +20,15 @@
 
 #include "guest.h"
 
-/* A place that one transfer of a chain writes to, or one that goes on. */
+/* Destination of one transfer of a chain, or of an endless transfer. */
 #define SLOT		(32 * 1024ULL)
 /* Bytes by which a place is off the start of its slot, at most. */
 #define SHIFT_MAX	(SLOT / 8)
 
-/* Bytes of a transfer that is long enough for others to wait for it. */
+/* Size in bytes of a transfer that others have to wait for. */
 #define LONG_LEN	(32 * SLOT)
 
-/* Chains take turns in the use of slots: one under way, one to be compared. */
+/* Chains alternate between slots: one is under way, one is being verified. */
 #define SETS		2
 
 /* Slots at the end of the memory of a device. */
@@ -40,7 +40,7 @@ enum {
 	SLOTS,
 };
 
-/* Slots in guest memory for each device, and behind them its archive. */
+/* Slots in guest memory for each device, followed by its archive. */
 enum {
 	RAM_SOURCE,
 	RAM_COPY,
@@ -52,30 +52,30 @@ enum {
 };
 
 /*
- * Each chain also leaves an entry here, so that the guest can tell on the
- * target what of the last seconds on the source did not arrive.
+ * Each chain also adds an entry here, so that the guest can detect on the target
+ * which results of the last seconds on the source are missing.
  */
 #define ARCHIVE_ENTRIES	128
 #define ARCHIVE_ENTRY	3000ULL
 #define RAM_SIZE	(RAM_SLOTS * SLOT + ARCHIVE_ENTRIES * ARCHIVE_ENTRY)
 
-/* Descriptors: those of the chain, from 0 on, and those that go on. */
+/* Descriptors: those of the chain, starting at 0, and the endless ones. */
 #define CHAIN		9
 #define ENDLESS		3
 #define ENDLESS_FIRST	(VFIO_MOCK_DMA_DESCS - ENDLESS)
 #define ENDLESS_LEN	20021ULL
 #define ENDLESS_STEP	3001
 #define ENDLESS_PERIOD	10000
-/* Those to the peer are shorter, but there is nearly always one about to go. */
+/* Transfers to the peer are shorter, but nearly always one is about to start. */
 #define ENDLESS_PEER_STEP	601
 #define ENDLESS_PEER_PERIOD	2000
 
-/* The vectors of a chain; commands have those below. */
+/* Vectors of a chain; commands use the lower ones. */
 #define MIDDLE		2
 #define MIDDLE_VECTOR	2
 #define END_VECTOR	3
 
-/* Bytes that a transfer writes to or reads from. */
+/* Range of bytes that a transfer writes to or reads from. */
 struct place {
 	struct device *owner;	/* whose memory they are in; NULL: the guest's */
 	__u8 *bytes;
@@ -133,7 +133,7 @@ static struct place ram_place(const struct device *d, __u64 offset)
 	};
 }
 
-/* A number below @limit that depends on the chain and @salt alone. */
+/* Returns a number below @limit that only depends on the chain and @salt. */
 static __u64 choose(const struct chain *c, __u64 salt, __u64 limit)
 {
 	return vfio_mock_mix(c->seed + salt) % limit;
@@ -155,7 +155,7 @@ static struct place long_place(const struct device *d)
 	return ram_place(d, RAM_LONG * SLOT);
 }
 
-/* Chooses what the next chain does. */
+/* Chooses the transfers of the next chain. */
 static void plan_chain(struct device *d)
 {
 	struct peer *p = d->peer;
@@ -202,7 +202,7 @@ static void doorbell(struct device *d, unsigned int index)
 	mmio_write(d->regs + VFIO_MOCK_REG_DMA_DOORBELL, 4, index);
 }
 
-/* Writes down transfer @index of the chain. */
+/* Sets up transfer @index of the chain. */
 static void prepare(struct device *d, unsigned int index, __u32 op,
 		    const struct place *user, const struct place *own,
 		    __u64 len)
@@ -242,13 +242,13 @@ static void post_chain(struct device *d)
 	prepare(d, 6, VFIO_MOCK_DMA_FILL, &c->inbox[1], NULL, c->pattern_len);
 	prepare(d, 7, VFIO_MOCK_DMA_CHURN, NULL, &c->own[2], c->pattern_len);
 	prepare(d, 8, VFIO_MOCK_DMA_FILL, &c->archive, NULL, ARCHIVE_ENTRY);
-	/* All at once, so that they have to wait for each other. */
+	/* Start all at once, so that they have to wait for each other. */
 	for (i = 0; i < CHAIN; i++)
 		doorbell(d, i);
 	p->posted = now_ms();
 }
 
-/* How long transfer @index of the chain is. */
+/* Returns the length of transfer @index of the chain. */
 static __u64 transfer_len(const struct chain *c, unsigned int index)
 {
 	switch (index) {
@@ -261,7 +261,7 @@ static __u64 transfer_len(const struct chain *c, unsigned int index)
 	}
 }
 
-/* Checks how a descriptor ended; the error is in the upper half of @want. */
+/* Checks the result of a descriptor; the error is in the upper half of @want. */
 static void check_ended(struct device *d, unsigned int index, __u64 want)
 {
 	check(d, "dma-status", index, want,
@@ -278,7 +278,7 @@ static __u64 desc_pos(struct device *d, unsigned int index)
 			 8);
 }
 
-/* Compares a place with what must be there, which the model learns, too. */
+/* Compares a range with the expected content, and updates the model. */
 static void compare(struct device *d, const char *what,
 		    const struct place *place, const __u8 *want, __u64 len)
 {
@@ -311,7 +311,7 @@ static void compare_pattern(struct device *d, const char *what,
 	compare(d, what, place, want, len);
 }
 
-/* Compares what a chain that has ended left, but for its long transfer. */
+/* Verifies the results of a completed chain, except its long transfer. */
 static void compare_chain(struct device *d, const struct chain *c)
 {
 	__u64 len = c->len, pattern_len = c->pattern_len;
@@ -326,7 +326,7 @@ static void compare_chain(struct device *d, const struct chain *c)
 	compare_pattern(d, "dma-fill", &c->archive, c->seed + 8, ARCHIVE_ENTRY);
 }
 
-/* Takes the interrupts of a chain, each of which comes once. */
+/* Consumes the interrupts of a chain. Each one is signalled once. */
 static void take_vector(struct device *d, unsigned int vector)
 {
 	__u64 n;
@@ -337,7 +337,7 @@ static void take_vector(struct device *d, unsigned int vector)
 	d->count.dma_irqs += n;
 }
 
-/* Checks that the chain has ended as it must. */
+/* Checks the completion of the chain. */
 static void end_chain(struct device *d)
 {
 	struct peer *p = d->peer;
@@ -357,7 +357,7 @@ static void end_chain(struct device *d)
 	p->chains++;
 }
 
-/* Whether the interrupt at the end of the chain is there, or long overdue. */
+/* Returns whether the interrupt at the end of the chain has arrived or is overdue. */
 static bool chain_ended(const struct device *d)
 {
 	struct pollfd pfd = { .fd = d->irq[END_VECTOR], .events = POLLIN };
@@ -366,7 +366,7 @@ static bool chain_ended(const struct device *d)
 	       now_ms() - d->peer->posted > IRQ_TIMEOUT_MS;
 }
 
-/* Starts the next chain when one has ended, and looks what it left. */
+/* Starts the next chain when one has ended, and verifies the results of that one. */
 void peers_turn(struct device *d)
 {
 	struct chain done;
@@ -379,7 +379,7 @@ void peers_turn(struct device *d)
 	compare_chain(d, &done);
 }
 
-/* Where an endless transfer goes. */
+/* Returns the destination of an endless transfer. */
 static struct place endless_place(struct device *d, unsigned int i)
 {
 	switch (i) {
@@ -412,7 +412,7 @@ static void post_endless(struct device *d, unsigned int i)
 	doorbell(d, ENDLESS_FIRST + i);
 }
 
-/* Ends a transfer once it has been through its range. */
+/* Ends a transfer after a complete round through its range. */
 static void abort_endless(struct device *d, unsigned int index)
 {
 	const size_t field = offsetof(struct vfio_mock_dma_desc, status);
@@ -421,13 +421,13 @@ static void abort_endless(struct device *d, unsigned int index)
 	while (desc_pos(d, index) < ENDLESS_LEN && now_ms() < limit)
 		;
 	mmio_write(d->regs + VFIO_MOCK_REG_DMA_ABORT, 4, index);
-	/* What it is about to move it moves first. */
+	/* A piece that is being moved is completed first. */
 	while (mmio_read(desc_field(d, index, field), 4) ==
 	       VFIO_MOCK_DMA_ACTIVE && now_ms() < limit)
 		;
 }
 
-/* Ends an endless transfer, and compares what it left with how far it got. */
+/* Ends an endless transfer, and compares its results with its position. */
 static void end_endless(struct device *d, unsigned int i)
 {
 	static __u8 want[ENDLESS_LEN];
@@ -448,7 +448,7 @@ static void end_endless(struct device *d, unsigned int i)
 	compare(d, "dma-endless", &place, want, ENDLESS_LEN);
 }
 
-/* Compares what the last chains left in the archive. */
+/* Verifies the entries of the last chains in the archive. */
 static void compare_archive(struct device *d)
 {
 	__u64 number = d->peer->chains, entries = ARCHIVE_ENTRIES;
@@ -461,7 +461,7 @@ static void compare_archive(struct device *d)
 	}
 }
 
-/* Has the device begin with its transfers. */
+/* Starts the transfers of the device. */
 void peers_start(struct device *d)
 {
 	unsigned int i;
@@ -474,7 +474,7 @@ void peers_start(struct device *d)
 	post_chain(d);
 }
 
-/* Lets all transfers of the device end, and compares what they left. */
+/* Waits for all transfers of the device to end, and verifies their results. */
 void peers_stop(struct device *d)
 {
 	struct place far;
@@ -495,7 +495,7 @@ void peers_stop(struct device *d)
 	check_reg(d, "dma-bytes", VFIO_MOCK_REG_DMA_BYTES, 8, d->count.moved);
 }
 
-/* The address of a BAR on the bus, which is its address for other devices. */
+/* Returns the bus address of a BAR, which other devices use to access it. */
 static __u64 bar_address(const struct device *d, unsigned int bar)
 {
 	unsigned long long start = 0;
@@ -517,7 +517,7 @@ static __u64 bar_address(const struct device *d, unsigned int bar)
 /* In an entry of /proc/PID/pagemap, the number of the page frame. */
 #define PAGEMAP_FRAME	((1ULL << 55) - 1)
 
-/* The address of a page on the bus; 0 if the page is not there. */
+/* Returns the bus address of a page, or 0 if the page is not present. */
 static __u64 page_address(int pagemap, const __u8 *page)
 {
 	__u64 entry;
@@ -529,8 +529,8 @@ static __u64 page_address(int pagemap, const __u8 *page)
 }
 
 /*
- * Memory that is contiguous on the bus: some in a large range is. Nothing moves
- * pages that are locked, in a kernel without compaction.
+ * Allocates memory that is contiguous on the bus, by a search in a large range.
+ * A kernel without compaction does not move locked pages.
  */
 static __u8 *bus_alloc(__u64 size, __u64 *bus)
 {
@@ -578,6 +578,6 @@ void peers_open(struct device *one, struct device *other)
 {
 	open_peer(one, other, &peers[0]);
 	open_peer(other, one, &peers[1]);
-	/* So that they do not hold the same. */
+	/* Make their content differ. */
 	other->generation = 1ULL << 32;
 }

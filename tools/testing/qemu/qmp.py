@@ -6,7 +6,7 @@ import time
 
 
 class QmpError(Exception):
-    """QEMU refuses a command, or is gone."""
+    """QEMU refused a command, or has exited."""
 
 
 class Qmp:
@@ -26,7 +26,7 @@ class Qmp:
         self.command("qmp_capabilities", timeout=timeout)
 
     def poll(self):
-        """Takes in what has arrived, without waiting."""
+        """Processes the data received so far, without waiting."""
         while not self.closed:
             try:
                 data = self.sock.recv(65536)
@@ -65,7 +65,7 @@ class Qmp:
         try:
             self.sock.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
-            # What it said before it left is still to be read.
+            # Read the data that was sent before the connection was closed.
             self.poll()
             raise QmpError(f"{name}: {error}") from error
         reply = self._wait(timeout, name)

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0
 """Live migration of a guest that works with a device, end to end.
 
-Runs as root where the modules are loaded: the test machine, or your own. Two
-QEMU processes have a device each, or two; the guest of the first one keeps
-writing to its devices, migrates to the second one, and goes on there.
+Runs as root on a machine with the modules loaded, for example the test machine.
+Two QEMU processes have one or two devices each. The guest of the first one keeps
+writing to its devices, migrates to the second one, and continues there.
 """
 
 import argparse
@@ -34,16 +34,16 @@ MIGRATE_TIMEOUT = 240
 VERIFY_TIMEOUT = 240
 QUIT_TIMEOUT = 20
 
-# How many transfers each device of the guest does that have no end.
+# Number of endless transfers of each device of the guest.
 ENDLESS = 3
 
-# How often a guest is paused, at least, for its devices to be seen in P2P.
+# Minimum number of pauses of a guest, to see its devices in P2P states.
 PAUSES = 10
 
-# Enough for each device to have come to the end of what was under way.
+# Number of transfers after which no earlier one is under way on any device.
 TRANSFERS = 64
 
-# How often a migration is looked at: looking takes time from the guest.
+# Interval between polls of a migration in seconds. Polls take CPU time from the guest.
 LOOK_INTERVAL = 0.05
 
 HEADER = (
@@ -140,7 +140,7 @@ class Scenario:
         source.qmp.command("migrate", {"uri": path})
 
     def watch(self, source, target, until):
-        """Shows the migration until `until` tells the end of the watch."""
+        """Shows the migration until `until` returns true."""
         start = time.monotonic()
         last = None
         self.view.say(HEADER)
@@ -162,14 +162,14 @@ class Scenario:
         return sample
 
     def complete(self, source, target, verify=False, paused=False):
-        """Migrates, compares, and lets the guest go on; returns the facts.
+        """Migrates, compares, and continues the guest; returns the last sample.
 
-        With `verify` the first thing that the guest does is to check all.
-        With `paused` it does not run meanwhile.
+        With `verify`, the guest first checks everything. With `paused`, it does
+        not run during the migration.
         """
         if paused:
-            # QEMU measures how fast it sends, and a paused guest has nothing to
-            # send but what it must not before it knows that it is fast enough.
+            # QEMU measures its bandwidth. A paused guest has no data to measure
+            # it with, except data that QEMU only sends after the switchover.
             bandwidth = {
                 "avail-switchover-bandwidth": self.options.bandwidth << 20
             }
@@ -213,19 +213,19 @@ class Scenario:
         return sample
 
     def expect_log(self, source, paused):
-        """Checks that QEMU knew from the devices what their DMA wrote to."""
+        """Checks that QEMU got the pages written by DMA from the devices."""
         started, pages = source.dma_log()
         if not started:
             raise Failure("QEMU made no use of the devices' DMA logs")
-        # A device that has stopped writes nothing.
+        # A stopped device writes nothing.
         expect("DMA in the devices' logs", pages > 0, not paused)
         self.view.say(f"DMA logs: QEMU found {pages} pages in them")
 
     def pause_busy(self, machine):
-        """Pauses the guest at a moment when transfers wait in the devices.
+        """Pauses the guest while transfers wait in the devices.
 
-        It is paused more than once: a transfer that does not respect a P2P
-        state must also meet with a device that has stopped already.
+        It is paused more than once, so that a transfer that ignores a P2P
+        state also reaches a device that has stopped already.
         """
         deadline = time.monotonic() + WORK_TIMEOUT
         pauses = 0
@@ -254,7 +254,7 @@ class Scenario:
         raise Failure(f"no transfer waits at the end of {pauses} pauses")
 
     def compare(self, source, target):
-        """Compares all that both devices hold, while both stand still."""
+        """Compares the content of both devices, while both are stopped."""
         digest = hashlib.sha256()
         under_way = (0, 0)
         for pair in zip(source.mdevs, target.mdevs):
@@ -276,7 +276,7 @@ class Scenario:
         return digest.hexdigest()
 
     def _held(self, sides):
-        """What the regions of one device hold on the sides (pid, mdev)."""
+        """Returns the regions of one device on the sides (pid, mdev)."""
         kind = self.plan.kind
         try:
             device.finish_loading(*sides[1])
@@ -293,7 +293,7 @@ class Scenario:
         return held
 
     def work_on(self, machine):
-        """Checks that guest and devices go on working."""
+        """Checks that guest and devices continue to work."""
         wait(
             [machine],
             lambda: all(m.state() == "RUNNING" for m in machine.mdevs),
@@ -303,7 +303,7 @@ class Scenario:
         self._work(machine, generations=16, irqs=2)
 
     def _work(self, machine, generations, irqs, transfers=TRANSFERS):
-        """Waits for so much more work, of the kinds that the devices do."""
+        """Waits for this amount of additional work of each kind."""
         goal = {"gen": self.guest.count("gen") + generations}
         if self.plan.kind.interrupts:
             goal["irqs"] = self.guest.count("irqs") + irqs
@@ -317,13 +317,13 @@ class Scenario:
         )
 
     def verify(self, machine):
-        """Has the guest compare its whole device with its own model."""
+        """Makes the guest compare its whole device with its model."""
         known = len(self.guest.verdicts)
         machine.send("verify")
         self._verdict(machine, known)
 
     def _verdict(self, machine, known):
-        """Takes the guest's verdict that comes after the `known` ones."""
+        """Returns the guest's next result after the `known` ones."""
         wait(
             [machine],
             lambda: len(self.guest.verdicts) > known,
@@ -343,7 +343,7 @@ class Scenario:
             raise Failure(f"the guest's check fails: {self.guest.troubles[0]}")
 
     def quit(self, machine):
-        """Lets the guest turn its machine off."""
+        """Makes the guest power off."""
         machine.send("quit")
         reason = wait(
             [], machine.shutdown, QUIT_TIMEOUT, "the guest turns off"
@@ -352,7 +352,7 @@ class Scenario:
         self._drop(machine)
 
     def summary(self, sample):
-        """The one line that says it all."""
+        """Returns a summary in one line."""
         return (
             f"state {size(int(self.guest.ready['state_size']))}, "
             f"streamed {size(sample.sent)} in {sample.rounds} rounds, "
@@ -362,7 +362,7 @@ class Scenario:
 
 
 class Sample:
-    """A migration at one moment, as QEMU and the devices tell it."""
+    """State of a migration according to QEMU and the devices."""
 
     def __init__(self, source, target):
         self.state = states(source.mdevs)
@@ -371,7 +371,7 @@ class Sample:
         self.info = source.qmp.command("query-migrate")
         self.status = self.info.get("status", "none")
         self.sent = self.info.get("vfio", {}).get("transferred", 0)
-        # A round ends when QEMU asks all devices what they still have.
+        # A round ends when QEMU queries the remaining data of all devices.
         self.rounds = self.info.get("ram", {}).get("dirty-sync-count", 0)
 
     def __str__(self):
@@ -388,7 +388,7 @@ def states(mdevs):
 
 
 def source_states(features, paused=False):
-    """The way of a device that leaves, by the features it has."""
+    """Returns the states of a source device, according to its features."""
     p2p = "p2p" in features
     if paused:
         start = []
@@ -400,17 +400,17 @@ def source_states(features, paused=False):
 
 
 def target_states(features):
-    """The way of a device that arrives."""
+    """Returns the states of a target device."""
     if "p2p" in features:
         return ["RESUMING", "RUNNING_P2P", "RUNNING"]
     return ["RESUMING", "RUNNING"]
 
 
 def follow(what, machine, way, view):
-    """Fails unless all devices went that way, and none ahead of a P2P state.
+    """Fails unless all devices went through these states, in step at P2P states.
 
-    Only when all devices of a machine are in one may the first one leave it.
-    Names of states that are not the kernel's are QEMU's own business.
+    The first device may leave a P2P state only when all devices of the machine
+    are in it. Names of states that the kernel does not have are ignored.
     """
     known = [event for event in machine.states if event[1] in device.STATES]
     foreign = dict.fromkeys(
@@ -420,7 +420,7 @@ def follow(what, machine, way, view):
         view.say(f"{what}'s QEMU also tells of {', '.join(foreign)}")
     for number, _ in enumerate(machine.mdevs):
         went = [state for n, state in known if n == number]
-        # A state that is told of twice was entered once.
+        # A state that is reported twice was entered once.
         expect(f"{what}'s states", [state for state, _ in groupby(went)], way)
     order = [state for _, state in known]
     for state, then in pairwise(way):
@@ -429,7 +429,7 @@ def follow(what, machine, way, view):
 
 
 def expect_dma(registers, before):
-    """Checks that a device has DMA to do; adds to the numbers of others."""
+    """Checks that a device has pending DMA, and adds its numbers to `before`."""
     queued, endless = device.dma_under_way(registers)
     expect("transfers without end", endless, ENDLESS)
     return before[0] + queued, before[1] + endless
@@ -451,7 +451,7 @@ def expect(what, got, want):
 
 
 def same(what, one, other):
-    """Fails unless two regions hold the same bytes, and tells where not."""
+    """Fails unless two regions are equal, and reports the differences."""
     if one == other:
         return
     if len(one) != len(other):
@@ -515,16 +515,16 @@ def cancel(scenario):
 
 
 def peers(scenario):
-    """Two devices work on each other while they migrate, there and back.
+    """Two devices do DMA to each other while they migrate, there and back.
 
-    And there again, of a guest that was paused while transfers waited.
+    Then they migrate again with the guest paused and transfers waiting.
     """
     source = scenario.boot()
     for name, paused in (("target", False), ("third", False), ("last", True)):
         target = scenario.target(name)
         if paused:
             scenario.pause_busy(source)
-        # Before the guest writes over what its devices did on the source.
+        # Verify before the guest overwrites the results of the source.
         sample = scenario.complete(source, target, verify=True, paused=paused)
         source = target
     scenario.verify(source)
@@ -535,7 +535,7 @@ def peers(scenario):
 # Without a feature that migration needs, QEMU must not even start.
 REQUIRED = ("enable-migration=on",)
 
-# How a scenario goes, and what QEMU is told for it. The backends take turns.
+# Steps of a scenario and options of QEMU for it. The backends alternate.
 Plan = namedtuple(
     "Plan",
     "play title backends kind capabilities properties devices",
@@ -558,7 +558,7 @@ SCENARIOS = {
         "two devices, DMA into each other, to and fro over both backends",
         ["group", "iommufd"],
         device.PEER,
-        # As users have it: QEMU relies on the DMA logs, or does not migrate.
+        # Like for users: QEMU relies on the DMA logs, or does not migrate.
         properties=(),
         devices=2,
     ),
@@ -593,7 +593,7 @@ def run(name, options, view):
 
 
 def ended(scenario):
-    """What became of each QEMU that is not there any more, and of its guest."""
+    """Returns the exit status of each QEMU that has ended, and of its guest."""
     for machine in scenario.machines:
         reason = machine.shutdown()
         if reason:
@@ -603,7 +603,7 @@ def ended(scenario):
 
 
 def diagnose(scenario, view):
-    """Says all that may help to understand a failure."""
+    """Shows all information that may explain a failure."""
     for mdev in (*scenario.source_mdevs, *scenario.target_mdevs):
         view.say(f"device {mdev.uuid}: {mdev.state()}")
     for machine in scenario.machines:

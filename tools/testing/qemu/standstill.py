@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 """Stops all CPUs of a machine that QEMU emulates, many times per second.
 
-QEMU does a locked operation on an address that is not aligned with all other
-CPUs stopped. It is when they go on that guests of KVM in such a machine come to
-harm, see tools/testing/vm/leave-kvm-guest.
+QEMU stops all other CPUs for a locked operation on an unaligned address. When they
+continue, guests of KVM in such a machine may fail, see
+tools/testing/vm/leave-kvm-guest.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ def _address(area):
 
 
 def standstills(rate):
-    """Begins with `rate` of them per second, until the program ends."""
+    """Starts `rate` stops per second, until the program ends."""
     prot = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     code = mmap.mmap(-1, mmap.PAGESIZE, prot=prot)
     code.write(LOCKED_INC)

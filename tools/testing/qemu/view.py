@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""What the demo shows: lines that stay, and one that follows what happens."""
+"""Output of the demo: permanent lines, and a status line."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ INTERVAL = 0.5
 
 
 def size(count):
-    """A number of bytes, to be read by people."""
+    """Returns a readable number of bytes."""
     if count < 1024:
         return f"{count} B"
     if count < 1 << 20:
@@ -27,14 +27,14 @@ class View:
         self.next = 0.0
 
     def say(self, text):
-        """A line that stays."""
+        """Prints a permanent line."""
         if self.live:
             self._write("\r\033[K")
             self.live = ""
         self._write(f"{self.prefix}{text}\n")
 
     def follow(self, key, text):
-        """The newest state of things; one with a new key is always kept."""
+        """Updates the status line. A line with a new key is always kept."""
         if self.columns:
             if key != self.key:
                 self.settle()
@@ -46,7 +46,7 @@ class View:
         self.key = key
 
     def settle(self):
-        """Keeps the line that followed."""
+        """Makes the status line permanent."""
         if self.live:
             self.say(self.live)
         self.key = None
