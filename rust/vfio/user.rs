@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The user's side of a read() or write(): a buffer that may fault at any byte.
+//! User buffers of read() and write(), which may fault at any byte.
 
 use kernel::{
     error::to_result,
@@ -17,27 +17,27 @@ use kernel::{
 use crate::bindings;
 use core::ptr;
 
-/// How much a [`Block`] takes from the user at once.
+/// Number of bytes that a [`Block`] copies from the user at once.
 const BLOCK: usize = 64 << 10;
 
-/// Lets other tasks run, and tells whether the calling task is being killed.
+/// Reschedules if needed, and checks whether the calling task is being killed.
 ///
-/// For each round of a loop whose length is up to the user, in a method that a system call of the
-/// user leads to: a client that is killed must not be kept until the end of the loop. Returns
+/// Call it in each round of a loop with a length that the user controls, in methods that run in
+/// system calls of the user, so that a client can be killed before the end of the loop. Fails with
 /// `EINTR` if the task has a fatal signal. May sleep.
 pub fn cond_resched_killable() -> Result {
     // SAFETY: The caller may sleep.
     unsafe { bindings::cond_resched() };
-    // SAFETY: It is the current task.
+    // SAFETY: The task is the current one.
     match unsafe { bindings::fatal_signal_pending(Task::current_raw()) } {
         0 => Ok(()),
         _ => Err(EINTR),
     }
 }
 
-/// Acquires a mutex on behalf of a system call, however long the holder keeps it.
+/// Acquires a mutex on behalf of a system call. The wait is killable.
 ///
-/// Fails with `EINTR` if the task is being killed meanwhile. May sleep.
+/// Fails with `EINTR` if the task is killed while it waits. May sleep.
 pub(crate) fn lock_killable<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     let lock = ptr::from_ref(mutex).cast_mut().cast::<bindings::mutex>();
     // SAFETY: `Lock` is `repr(C)`, and its first field is the `struct mutex` in an `Opaque`, which
@@ -47,22 +47,22 @@ pub(crate) fn lock_killable<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     Ok(unsafe { MutexGuard::new(mutex, ()) })
 }
 
-/// The part of a user's buffer that a call has not reached yet.
+/// The remaining part of a user's buffer.
 ///
-/// Unlike the kernel crate's reader and writer, a fault in the middle is not the end: what was
-/// copied before it counts, so that a read() or write() can report it.
+/// Unlike with the kernel crate's reader and writer, the bytes copied before a fault are counted,
+/// so that a read() or write() can return their number.
 pub(crate) struct UserBuf {
     ptr: UserPtr,
     len: usize,
 }
 
 impl UserBuf {
-    /// Describes a buffer by what the system call was given.
+    /// Creates a buffer from the arguments of a system call.
     pub(crate) fn new(ptr: UserPtr, len: usize) -> Self {
         Self { ptr, len }
     }
 
-    /// Returns how many bytes are left.
+    /// Returns the number of remaining bytes.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
@@ -73,8 +73,8 @@ impl UserBuf {
         by
     }
 
-    /// Copies bytes to the user and returns how many were taken; fewer than offered at a fault or
-    /// at the end of the buffer.
+    /// Copies bytes to the user. Returns the number of bytes copied, which is lower than the size
+    /// of `from` at a fault or at the end of the buffer.
     ///
     /// May sleep and may fault.
     pub(crate) fn write(&mut self, from: &[u8]) -> usize {
@@ -86,8 +86,8 @@ impl UserBuf {
         self.advance(len - left as usize)
     }
 
-    /// Copies bytes from the user and returns how many came; fewer than `to` holds at a fault or
-    /// at the end of the buffer.
+    /// Copies bytes from the user. Returns the number of bytes copied, which is lower than the size
+    /// of `to` at a fault or at the end of the buffer.
     ///
     /// May sleep and may fault.
     pub(crate) fn read(&mut self, to: &mut [u8]) -> usize {
@@ -104,21 +104,21 @@ impl UserBuf {
     }
 }
 
-/// Room for what comes from a user, there from the first byte on.
+/// Kernel buffer for bytes from a user, which is allocated by the first copy.
 #[derive(Default)]
 pub(crate) struct Block(KVVec<u8>);
 
 impl Block {
-    /// Copies bytes from the user and returns those that came; fewer than there is room for at a
-    /// fault or at the end of the user's buffers.
+    /// Copies bytes from the user and returns them. These are fewer than 64 KiB at a fault or at
+    /// the end of the user's buffers.
     ///
-    /// May sleep and may fault. Fails with `ENOMEM` if there is no memory for the room.
+    /// May sleep and may fault. Fails with `ENOMEM` if the buffer cannot be allocated.
     pub(crate) fn read(&mut self, user: &mut IovIterSource<'_>) -> Result<&[u8]> {
         self.0.clear();
-        // Allocates the first time only.
+        // Allocates in the first call only.
         self.0.reserve(BLOCK, GFP_KERNEL_ACCOUNT)?;
         let copied = user.copy_from_iter_raw(self.0.spare_capacity_mut()).len();
-        // SAFETY: So many bytes of the spare capacity have been written.
+        // SAFETY: This number of bytes of the spare capacity has been written.
         unsafe { self.0.inc_len(copied) };
         Ok(&self.0)
     }

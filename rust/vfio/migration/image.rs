@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A saver and a loader of a state that is small enough to be in memory at once.
+//! Saver and loader of a state that is small enough to be copied as a whole.
 
 use super::{
     Chunk,
@@ -14,8 +14,8 @@ use kernel::prelude::*;
 
 /// A [`Saver`] of a state that was copied when the session began.
 ///
-/// It suits [`Migratable::save`], where the device is stopped. It does not notice what changes, so
-/// that it is not for [`Migratable::pre_copy`].
+/// Use it for [`Migratable::save`], where the device is stopped. It does not track changes, and
+/// must not be used for [`Migratable::pre_copy`].
 ///
 /// [`Migratable::save`]: super::Migratable::save
 /// [`Migratable::pre_copy`]: super::Migratable::pre_copy
@@ -30,7 +30,8 @@ use kernel::prelude::*;
 pub struct ImageSaver(KVVec<u8>);
 
 impl ImageSaver {
-    /// Makes a saver whose stream is all of `parts`, one after the other, which must not be empty.
+    /// Creates a saver with a stream that consists of `parts`, which must not be empty, in this
+    /// order.
     ///
     /// May sleep. Fails with `ENOMEM`.
     pub fn new(parts: &[&[u8]]) -> Result<Self> {
@@ -59,11 +60,11 @@ impl Saver for ImageSaver {
     }
 }
 
-/// A [`Loader`] that keeps a stream of known size until it is put into effect.
+/// A [`Loader`] that collects a stream of known size until it is put into effect.
 ///
 /// # Examples
 ///
-/// What is put into effect, for [`Migratable::loaded`].
+/// A driver puts the state into effect in [`Migratable::loaded`].
 ///
 /// ```
 /// fn loaded(chip: &Chip, loader: &ImageLoader) -> Result {
@@ -80,7 +81,7 @@ pub struct ImageLoader {
 }
 
 impl ImageLoader {
-    /// Makes a loader of a stream of `size` bytes. May sleep. Fails with `ENOMEM`.
+    /// Creates a loader of a stream of `size` bytes. May sleep. Fails with `ENOMEM`.
     pub fn new(size: usize) -> Result<Self> {
         Ok(Self {
             image: KVVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
@@ -88,7 +89,7 @@ impl ImageLoader {
         })
     }
 
-    /// Returns the whole stream. Fails with `EINVAL` if some of it is missing.
+    /// Returns the whole stream. Fails with `EINVAL` if a part of it is missing.
     pub fn image(&self) -> Result<&[u8]> {
         if self.image.len() < self.size {
             return Err(EINVAL);
@@ -98,7 +99,7 @@ impl ImageLoader {
 }
 
 impl Loader for ImageLoader {
-    /// Fails with `EINVAL` if there are more bytes than the stream has.
+    /// Fails with `EINVAL` if there are more bytes than the size of the stream.
     fn write(&mut self, bytes: &[u8]) -> Result {
         if bytes.len() > self.size - self.image.len() {
             return Err(EINVAL);
