@@ -109,6 +109,9 @@ help:			## print this
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
 	echo 'ONLY="name..."    the only mutations for selftest-mutations'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
+	echo 'KSRC=folder       source of Linux for series'
+	echo 'RUSTC=path        use this rustc, not /usr/bin/rustc'
+	echo 'VFIO_CACHE=folder use this folder, not ~/.cache/vfio-rust'
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict kdir vm shell demo
