@@ -120,7 +120,10 @@ impl Chip {
         self.dma.with(|queue| {
             let image = registers::dma_image(queue, paused);
             overlay(offset, to, registers::DMA, &image);
-            overlay(offset, to, registers::DMA_TABLE, &queue.table());
+            let skip = registers::DMA_TABLE.saturating_sub(offset);
+            if let Some(to) = to.get_mut(skip..) {
+                queue.read(offset + skip - registers::DMA_TABLE, to);
+            }
         });
     }
 
@@ -177,34 +180,33 @@ impl Chip {
     }
 
     /// Returns all of the device's state but its memory.
-    pub(crate) fn snapshot(&self) -> Snapshot {
+    pub(crate) fn snapshot(&self) -> Result<KVVec<u8>> {
+        let mut snapshot = KVVec::zeroed(SNAPSHOT_SIZE, GFP_KERNEL_ACCOUNT)?;
+        let (config, rest) = snapshot.split_at_mut(config_space::SIZE);
+        let (registers, rest) = rest.split_at_mut(registers::SNAPSHOT_SIZE);
+        let (msix, queue) = rest.split_at_mut(MSIX_SIZE);
         let front = self.front.lock();
-        let mut snapshot = [0; SNAPSHOT_SIZE];
-        let config = self.endpoint.save_config();
-        let registers = front.save();
-        let mut msix = [0; MSIX_SIZE];
-        self.endpoint.save_msix(&mut msix);
-        let queue = self.dma.with(|queue| queue.save());
-        let parts: [&[u8]; 4] = [&config, &registers, &msix, &queue];
-        for (to, from) in snapshot.iter_mut().zip(parts.into_iter().flatten()) {
-            *to = *from;
-        }
-        snapshot
+        config.copy_from_slice(&self.endpoint.save_config());
+        registers.copy_from_slice(&front.save());
+        self.endpoint.save_msix(msix);
+        self.dma.with(|from| from.save(queue));
+        Ok(snapshot)
     }
 
-    /// Reads what is in a stream, unless a device like this cannot be in such a state.
-    pub(crate) fn parse(&self, snapshot: &Snapshot) -> Option<State> {
+    /// Reads what is in a stream.
+    ///
+    /// Returns [`None`] if a device like this cannot be in such a state. What `state` holds then
+    /// means nothing.
+    pub(crate) fn parse(&self, snapshot: &Snapshot, state: &mut State) -> Option<()> {
         let (config, rest) = snapshot.split_first_chunk()?;
         let (registers, rest) = rest.split_first_chunk()?;
         let (msix, queue) = rest.split_first_chunk()?;
         if !self.endpoint.accepts_config(config) || !self.endpoint.accepts_msix(msix) {
             return None;
         }
-        Some(State {
-            registers: Registers::load(registers)?,
-            msix: *msix,
-            queue: Queue::load(queue.first_chunk()?)?,
-        })
+        state.registers = Registers::load(registers)?;
+        state.msix = *msix;
+        state.queue.load(queue.first_chunk()?)
     }
 
     /// Brings the device into a state. What `state` holds then means nothing.
@@ -223,6 +225,17 @@ pub(crate) struct State {
     registers: Registers,
     msix: [u8; MSIX_SIZE],
     queue: Queue,
+}
+
+impl State {
+    /// Makes the state of power on, in place.
+    pub(crate) fn new() -> impl Init<Self> {
+        init!(Self {
+            registers: Registers::default(),
+            msix: [0; MSIX_SIZE],
+            queue: Queue::POWER_ON,
+        })
+    }
 }
 
 /// Copies to `to`, which is what is read at `offset`, where it meets what is at `base`.

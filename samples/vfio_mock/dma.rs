@@ -23,6 +23,7 @@ use kernel::{
         Monotonic, //
     },
 };
+use pin_init::init_scope;
 use vfio::{
     dma::{
         Bus,
@@ -51,7 +52,10 @@ impl Engine {
     /// Makes an engine in the state of power on.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            queue <- new_mutex!(Queue::default(), "vfio_mock::dma::Engine::queue"),
+            queue <- new_mutex!(
+                init_scope(|| Ok(Queue::POWER_ON)),
+                "vfio_mock::dma::Engine::queue"
+            ),
             epoch: Instant::now(),
         })
     }
@@ -107,7 +111,7 @@ impl Engine {
 
     /// Brings the engine into the state of power on. No work is under way.
     pub(crate) fn power_on(&self) {
-        *self.queue.lock() = Queue::default();
+        *self.queue.lock() = Queue::POWER_ON;
     }
 }
 

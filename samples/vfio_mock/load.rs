@@ -28,7 +28,7 @@ use vfio::{
 /// known to be good.
 struct Target {
     chip: Arc<Chip>,
-    registers: Option<State>,
+    registers: State,
 }
 
 impl Sink for Target {
@@ -47,9 +47,8 @@ impl Sink for Target {
 
     fn registers(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         let snapshot = bytes.try_into().map_err(|_| StreamError::BadRegisters)?;
-        let state = self.chip.parse(&snapshot);
-        self.registers = Some(state.ok_or(StreamError::BadRegisters)?);
-        Ok(())
+        let parsed = self.chip.parse(snapshot, &mut self.registers);
+        parsed.ok_or(StreamError::BadRegisters)
     }
 }
 
@@ -70,11 +69,13 @@ impl MockLoader {
     pub(crate) fn new(chip: Arc<Chip>) -> Result<Self> {
         let table = VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
         let size = chip.memory.size() as u64;
-        let registers = None;
         Ok(Self(KBox::init(
             try_init!(Inner {
                 decoder: Decoder::new(size, SNAPSHOT_SIZE, table).ok_or(EINVAL)?,
-                target: Target { chip, registers },
+                target <- init!(Target {
+                    chip,
+                    registers <- State::new(),
+                }),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )?))
@@ -84,7 +85,7 @@ impl MockLoader {
     pub(crate) fn finish(&mut self) -> Result {
         self.0.decoder.finish().map_err(refused)?;
         let Target { chip, registers } = &mut self.0.target;
-        chip.restore(registers.as_mut().ok_or(EINVAL)?)
+        chip.restore(registers)
     }
 }
 

@@ -299,34 +299,29 @@ pub struct Queue {
     vectors: u32,
 }
 
-impl Default for Queue {
-    fn default() -> Self {
-        Self {
-            descriptors: [Descriptor::POWER_ON; DESCRIPTORS],
-            order: [0; DESCRIPTORS],
-            queued: 0,
-            refused: 0,
-            done: 0,
-            bytes: 0,
-            current: None,
-            due: [0; DESCRIPTORS],
-            periodic_last: false,
-            vectors: 0,
-        }
-    }
-}
-
 impl Queue {
-    /// Returns the descriptors as the user reads them.
-    pub fn table(&self) -> [u8; TABLE_SIZE] {
-        let mut table = [0; TABLE_SIZE];
-        for (to, from) in table
-            .chunks_exact_mut(DESCRIPTOR_SIZE)
-            .zip(&self.descriptors)
-        {
-            to.copy_from_slice(&from.bytes());
+    /// The queue at power on, a constant that need not be built on the stack.
+    pub const POWER_ON: Self = Self {
+        descriptors: [Descriptor::POWER_ON; DESCRIPTORS],
+        order: [0; DESCRIPTORS],
+        queued: 0,
+        refused: 0,
+        done: 0,
+        bytes: 0,
+        current: None,
+        due: [0; DESCRIPTORS],
+        periodic_last: false,
+        vectors: 0,
+    };
+
+    /// Copies what the user reads at `offset` of the descriptors. What is behind their end is left
+    /// as it is.
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
+        let descriptors = self.descriptors.iter().skip(offset / DESCRIPTOR_SIZE);
+        let bytes = descriptors.flat_map(Descriptor::bytes);
+        for (to, from) in to.iter_mut().zip(bytes.skip(offset % DESCRIPTOR_SIZE)) {
+            *to = from;
         }
-        table
     }
 
     /// Takes a write of any bytes at `offset` of the descriptors.
@@ -556,36 +551,35 @@ impl Queue {
         self.end(index, status, error);
     }
 
-    /// Returns the queue as it is in the stream. No piece is being moved.
-    pub fn save(&self) -> [u8; SNAPSHOT_SIZE] {
-        let mut snapshot = [0; SNAPSHOT_SIZE];
-        let table = self.table();
-        let all = table
-            .iter()
-            .copied()
-            .chain(self.order.into_iter().enumerate().map(|(index, number)| {
-                // What is behind the queue means nothing, and is the same for all.
-                if index < self.queued {
-                    number
-                } else {
-                    0
-                }
-            }))
+    /// Copies the queue as it is in the stream to `to`, which has [`SNAPSHOT_SIZE`] bytes. No piece
+    /// is being moved.
+    pub fn save(&self, to: &mut [u8]) {
+        let order = self.order.into_iter().enumerate().map(|(index, number)| {
+            // What is behind the queue means nothing, and is the same for all.
+            if index < self.queued {
+                number
+            } else {
+                0
+            }
+        });
+        let rest = order
             .chain((self.queued as u32).to_le_bytes())
             .chain(self.refused.to_le_bytes())
             .chain(self.done.to_le_bytes())
             .chain(self.bytes.to_le_bytes());
-        for (to, from) in snapshot.iter_mut().zip(all) {
+        self.read(0, to);
+        for (to, from) in to.iter_mut().skip(TABLE_SIZE).zip(rest) {
             *to = from;
         }
-        snapshot
     }
 
-    /// Returns the queue that is in the stream, unless it cannot be so.
-    pub fn load(snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<Self> {
-        let mut this = Self::default();
+    /// Replaces the queue by that in a stream.
+    ///
+    /// Returns [`None`] if no queue can be so. What this one holds then means nothing.
+    pub fn load(&mut self, snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<()> {
+        *self = Self::POWER_ON;
         let (table, rest) = snapshot.split_at_checked(TABLE_SIZE)?;
-        for (to, from) in this
+        for (to, from) in self
             .descriptors
             .iter_mut()
             .zip(table.chunks_exact(DESCRIPTOR_SIZE))
@@ -596,15 +590,15 @@ impl Queue {
         let (queued, rest) = rest.split_first_chunk()?;
         let (refused, rest) = rest.split_first_chunk()?;
         let (done, rest) = rest.split_first_chunk()?;
-        this.order = *order;
-        this.queued = u32::from_le_bytes(*queued) as usize;
-        this.refused = u32::from_le_bytes(*refused);
-        this.done = u64::from_le_bytes(*done);
-        this.bytes = u64::from_le_bytes(*rest.first_chunk()?);
+        self.order = *order;
+        self.queued = u32::from_le_bytes(*queued) as usize;
+        self.refused = u32::from_le_bytes(*refused);
+        self.done = u64::from_le_bytes(*done);
+        self.bytes = u64::from_le_bytes(*rest.first_chunk()?);
 
-        let queue = this.order.get(..this.queued)?;
-        let behind = this.order.get(this.queued..)?;
-        for (index, descriptor) in this.descriptors.iter().enumerate() {
+        let queue = self.order.get(..self.queued)?;
+        let behind = self.order.get(self.queued..)?;
+        for (index, descriptor) in self.descriptors.iter().enumerate() {
             let times = queue.iter().filter(|n| usize::from(**n) == index).count();
             let moved = descriptor.moved() > 0;
             // Without a period it is the device's until its only turn is over.
@@ -626,13 +620,13 @@ impl Queue {
                     aborted: false,
                 };
                 // There is one descriptor at most whose turn it is.
-                if this.current.replace(current).is_some() {
+                if self.current.replace(current).is_some() {
                     return None;
                 }
             }
         }
         let known = queue.iter().all(|n| usize::from(*n) < DESCRIPTORS);
         let blank = behind.iter().all(|n| *n == 0);
-        (known && blank && this.refused <= REFUSED_BUSY).then_some(this)
+        (known && blank && self.refused <= REFUSED_BUSY).then_some(())
     }
 }

@@ -144,8 +144,7 @@ impl MockSaver {
                 }
             },
             Step::Registers => {
-                let mut registers = KVVec::new();
-                registers.extend_from_slice(&self.chip.snapshot(), GFP_KERNEL_ACCOUNT)?;
+                let registers = self.chip.snapshot()?;
                 let registers_digest = registers_digest(&registers);
                 let chunk = Chunk::new(&registers_header(SNAPSHOT_SIZE))?.bytes(registers);
                 self.tally.record(registers_record(SNAPSHOT_SIZE));
