@@ -20,14 +20,19 @@ use core::ptr;
 /// Number of bytes that a [`Block`] copies from the user at once.
 const BLOCK: usize = 64 << 10;
 
+/// Reschedules if needed. May sleep.
+pub(crate) fn cond_resched() {
+    // SAFETY: The caller may sleep.
+    unsafe { bindings::cond_resched() };
+}
+
 /// Reschedules if needed, and checks whether the calling task is being killed.
 ///
 /// Call it in each round of a loop with a length that the user controls, in methods that run in
 /// system calls of the user, so that a client can be killed before the end of the loop. Fails with
 /// `EINTR` if the task has a fatal signal. May sleep.
 pub fn cond_resched_killable() -> Result {
-    // SAFETY: The caller may sleep.
-    unsafe { bindings::cond_resched() };
+    cond_resched();
     // SAFETY: The task is the current one.
     match unsafe { bindings::fatal_signal_pending(Task::current_raw()) } {
         0 => Ok(()),

@@ -13,9 +13,12 @@ use super::{
     GFP_MAYFAIL,
     WORD, //
 };
-use crate::migration::{
-    Notifier,
-    Phase, //
+use crate::{
+    migration::{
+        Notifier,
+        Phase, //
+    },
+    user::cond_resched, //
 };
 use core::ops::Range;
 use kernel::{
@@ -32,6 +35,9 @@ use kernel::{
         Delta, //
     },
 };
+
+/// How many words [`StateMemory::clear()`] writes before it lets other tasks run: 1 MiB.
+const CLEAR_WORDS: usize = (1 << 20) / WORD;
 
 /// How many pages there are to stream, and in how many runs of neighbours within 64 pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -326,9 +332,17 @@ impl StateMemory {
         }
     }
 
-    /// Sets every byte to zero and marks all pages. Does not sleep.
+    /// Sets every byte to zero and marks all pages. May sleep.
+    ///
+    /// Other tasks run in between. A fatal signal does not end it: it is for a reset, and a device
+    /// that is cleared in part is in no state that has a name.
     pub fn clear(&self) {
-        self.set_words(0, core::iter::repeat([0; 8]), |_| ());
+        let words = self.size() / WORD;
+        for start in (0..words).step_by(CLEAR_WORDS) {
+            let groups = (words - start).min(CLEAR_WORDS) / 8;
+            self.set_words(start, core::iter::repeat_n([0; 8], groups), |_| ());
+            cond_resched();
+        }
     }
 
     /// Lets all pages count as never streamed, because the device has initialised itself anew.
