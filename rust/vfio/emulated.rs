@@ -182,8 +182,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// called when the writes under way have returned.
     ///
     /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
-    /// bytes arrives in one piece, as it would on a bus. A failure is returned from the write(),
-    /// unless a part of it was served before.
+    /// bytes arrives in one piece, as it would on a bus; a longer one arrives in blocks of at most
+    /// 64 KiB. A failure is returned from the write(), unless a part of it was served before.
     fn write(open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
 
     /// Returns the memory that is the content of a BAR and may be mapped by mmap(), if there is.

@@ -281,7 +281,10 @@ pub trait Migratable: Send + Sync + 'static {
     /// Brings the device into the state of power on, running. For `VFIO_DEVICE_RESET`.
     ///
     /// Called in any state, when the session has ended. If it fails the state is `ERROR`, and the
-    /// ioctl fails with the same error.
+    /// ioctl fails with the same error. May sleep.
+    ///
+    /// Waits for nothing that depends on a user: state changes wait for it, and so does the close.
+    /// A fatal signal need not end it, since it takes no longer than the device is large.
     fn reset(&self) -> Result;
 }
 
@@ -387,6 +390,10 @@ pub trait Saver: Send + Unpin + 'static {
 }
 
 /// Takes a stream in.
+///
+/// A loader may change the device before the image is complete: only [`Migratable::loaded`],
+/// [`Migratable::reset`] or the last close lead out of `RESUMING`, so that a device with half of an
+/// image never runs.
 ///
 /// The methods run one at a time, under the session's lock. They may sleep but must not wait for
 /// the user, nor for anything that waits for a state change.
