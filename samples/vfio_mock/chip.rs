@@ -3,8 +3,18 @@
 //! The device behind its bus.
 
 use crate::{
-    delay::SaveDelay,
     dma::Engine,
+    migration::{
+        delay::SaveDelay,
+        stream::{
+            lanes,
+            page_digest,
+            pattern_word,
+            words,
+            Digest,
+            PageDigest, //
+        },
+    },
     queue::{
         self,
         Queue, //
@@ -13,14 +23,6 @@ use crate::{
         self,
         Command,
         Registers, //
-    },
-    stream::{
-        lanes,
-        page_digest,
-        pattern_word,
-        words,
-        Digest,
-        PageDigest, //
     },
 };
 use core::{

@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The driver: what VFIO asks of the mock device.
+//! The driver: device types, configuration space and BARs.
 
 use crate::{
-    chip::Chip,
-    config_space,
-    delay::SaveDelay,
-    load::MockLoader,
-    migration_flags,
-    save::{
-        self,
-        MockSaver, //
+    chip::{
+        Chip,
+        VECTORS, //
     },
+    migration::delay::SaveDelay,
+    migration_flags,
+    registers, //
 };
 use kernel::{
     page::PAGE_SIZE,
@@ -19,7 +17,10 @@ use kernel::{
     sync::Arc, //
 };
 use vfio::{
-    config_space::ConfigSpace,
+    config_space::{
+        ConfigSpace,
+        Id, //
+    },
     dma::Bus,
     emulated::{
         self,
@@ -28,27 +29,31 @@ use vfio::{
     endpoint::Endpoint,
     mdev,
     memory::StateMemory,
-    migration::{
-        Flags,
-        Migratable,
-        Notifier, //
-    },
+    migration::Flags,
     region::{
         self,
         Position, //
     },
 };
 
-/// The sizes of state memory of [`mdev::Driver::TYPES`], in bytes.
+/// PCI ID from the range that QEMU reserves for experiments (`1af4:10f0` to `1af4:10ff`), and the
+/// class code of devices that fit no class.
+const ID: Id = Id {
+    vendor: 0x1af4,
+    device: 0x10f0,
+    class: 0xff_0000,
+};
+
+/// Sizes of the state memory of [`mdev::Driver::TYPES`] in bytes.
 const SIZES: [usize; 5] = [64 << 10, 1 << 20, 16 << 20, 256 << 20, 1 << 30];
 
-// All of them are powers of two, so the others have whole pages if the smallest one has.
+// All sizes are powers of two: if the smallest one has whole pages, the others have.
 static_assert!(SIZES[0] % PAGE_SIZE == 0);
 
 /// A mock device, from its creation to its removal.
 pub(crate) struct Mock {
     flags: Flags,
-    /// The size of the state memory in bytes.
+    /// Size of the state memory in bytes.
     state_size: usize,
     save_delay: Arc<SaveDelay>,
 }
@@ -118,7 +123,15 @@ impl emulated::Operations for Mock {
     }
 
     fn config_space(&self) -> Result<ConfigSpace> {
-        config_space::power_on(self.state_size)
+        ConfigSpace::new(ID)
+            .memory_bar(region::BAR0 as usize, u64::from(registers::BAR_SIZE), false)?
+            .memory_bar(region::BAR2 as usize, self.state_size as u64, true)?
+            .msix(
+                VECTORS,
+                region::BAR0,
+                registers::MSIX_TABLE,
+                registers::MSIX_PBA,
+            )
     }
 
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
@@ -153,54 +166,5 @@ impl emulated::Operations for Mock {
 
     fn work(chip: &Chip, bus: &Bus<'_>) -> Work {
         chip.work(bus)
-    }
-}
-
-#[vtable]
-impl Migratable for Chip {
-    type Saver = MockSaver;
-    type Loader = MockLoader;
-    const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
-
-    // The crate lets no work and no write begin, and waits for those under way.
-    fn quiesce_p2p(&self) -> Result {
-        Ok(())
-    }
-
-    fn resume_p2p(&self) -> Result {
-        Ok(())
-    }
-
-    fn stop(&self) -> Result {
-        Ok(())
-    }
-
-    fn start(&self) -> Result {
-        Ok(())
-    }
-
-    fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {
-        Self::save(this, notifier)
-    }
-
-    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {
-        MockSaver::new(this.clone(), notifier)
-    }
-
-    fn load(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<MockLoader> {
-        MockLoader::new(this.clone())
-    }
-
-    fn loaded(&self, loader: &mut MockLoader) -> Result {
-        loader.finish()
-    }
-
-    fn data_size(&self) -> Result<u64> {
-        Ok(save::image_size(self.memory.pages()))
-    }
-
-    fn reset(&self) -> Result {
-        self.power_on();
-        Ok(())
     }
 }

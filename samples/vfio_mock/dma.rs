@@ -3,6 +3,7 @@
 //! The DMA engine: serves the queue on the device's own thread.
 
 use crate::{
+    migration::stream::pattern_word,
     queue::{
         Failure,
         Next,
@@ -10,7 +11,6 @@ use crate::{
         Piece,
         Queue, //
     },
-    stream::pattern_word, //
 };
 use kernel::{
     alloc::AllocError,

@@ -2,22 +2,20 @@
 
 //! A migratable VFIO device without hardware.
 //!
-//! For who writes a driver of a migratable device, to read and to copy, and for who writes a
-//! virtual machine monitor, to migrate at will. The device looks like a PCI endpoint: BAR0 has
-//! registers, BAR2 is its state memory. Create one, of 1 MiB, with:
+//! An example for driver authors, and a test device for VMM developers. The device is a PCI
+//! function: BAR0 has registers, BAR2 is the state memory. Create one with 1 MiB:
 //!
 //! ```sh
 //! echo $(uuidgen) > /sys/class/mdev_bus/vfio_mock/mdev_supported_types/vfio_mock-1M/create
 //! ```
 //!
-//! What is where:
+//! Modules:
 //!
-//! * `device`: the driver: types, BARs, and what the migration engine asks for.
-//! * `chip`: the device behind its bus.
-//! * `registers`, `config_space`: what the bus sees of it.
-//! * `dma`: the DMA engine; [`queue`]: its descriptors; pure, without the kernel.
-//! * `save`, `load`: the device's state as a stream, and back; `delay`: how slow that may be.
-//! * [`stream`]: the format of the stream; pure, without the kernel.
+//! * `device`: the driver: device types, configuration space and BARs.
+//! * [`migration`]: saving and loading of the device state.
+//! * `chip`: the device: its registers, commands and state memory.
+//! * `registers`: layout of the registers.
+//! * `dma`: the DMA engine; [`queue`]: its descriptors, without the kernel.
 
 use kernel::{
     prelude::*,
@@ -29,15 +27,11 @@ use vfio::{
 };
 
 mod chip;
-mod config_space;
-mod delay;
 mod device;
 mod dma;
-mod load;
+pub mod migration;
 pub mod queue;
 mod registers;
-mod save;
-pub mod stream;
 
 use device::Mock;
 
@@ -50,12 +44,12 @@ module! {
     params: {
         migration_flags: u64 {
             default: 7,
-            description: "What the devices support: 1 (STOP_COPY) + 2 (P2P) + 4 (PRE_COPY)",
+            description: "Supported migration features: 1 (STOP_COPY) + 2 (P2P) + 4 (PRE_COPY)",
         },
     },
 }
 
-/// Returns the migration states that the devices support, as the module's parameter says.
+/// Returns the migration features in the module parameter, or [`None`] if they are invalid.
 fn migration_flags() -> Option<Flags> {
     Flags::from_raw(module_parameters::migration_flags.value())
 }

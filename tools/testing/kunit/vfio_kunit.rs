@@ -14,7 +14,7 @@ pub mod dirty_map;
 pub mod fsm;
 #[path = "../../../rust/vfio/irq/msix.rs"]
 pub mod msix;
-#[path = "../../../samples/vfio_mock/stream.rs"]
+#[path = "../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;
 
 mod engine;

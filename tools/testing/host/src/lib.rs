@@ -15,5 +15,5 @@ pub mod fsm;
 pub mod msix;
 #[path = "../../../../samples/vfio_mock/queue.rs"]
 pub mod queue;
-#[path = "../../../../samples/vfio_mock/stream.rs"]
+#[path = "../../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;

@@ -8,7 +8,7 @@ use crate::{
         State,
         SNAPSHOT_SIZE, //
     },
-    stream::{
+    migration::stream::{
         Decoder,
         Error as StreamError,
         Sink, //

@@ -7,20 +7,22 @@ use crate::{
         Chip,
         SNAPSHOT_SIZE, //
     },
-    delay::Delay,
-    stream::{
-        registers_digest,
-        registers_header,
-        registers_record,
-        run_header,
-        run_records,
-        Digests,
-        Identity,
-        Tally,
-        Trailer,
-        IDENTITY_RECORD,
-        RUN_PAGES,
-        TRAILER_RECORD, //
+    migration::{
+        delay::Delay,
+        stream::{
+            registers_digest,
+            registers_header,
+            registers_record,
+            run_header,
+            run_records,
+            Digests,
+            Identity,
+            Tally,
+            Trailer,
+            IDENTITY_RECORD,
+            RUN_PAGES,
+            TRAILER_RECORD, //
+        },
     },
 };
 use kernel::{
