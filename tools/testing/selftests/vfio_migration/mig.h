@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A small library over the VFIO migration uAPI for the tests beside it: devices
- * of either backend, the features and ioctls, whole streams in memory, and a
- * model of the state machine.
+ * A small library over the VFIO migration uAPI for the tests in this directory:
+ * devices of either backend, the features and ioctls, whole streams in memory,
+ * and a model of the state machine.
  *
- * Functions return 0 (or a count) or a negative errno; none of them judges.
+ * Functions return 0 (or a count) or a negative errno; they do not fail the test.
  */
 #ifndef MIG_H
 #define MIG_H
@@ -16,20 +16,20 @@
 #include <linux/types.h>
 #include <linux/vfio.h>
 
-/* The number under which the draft of the pre-copy series had this ioctl. */
+/* The number of this ioctl in the draft of the pre-copy series. */
 #define MIG_DRAFT_PRECOPY_INFO	_IO(VFIO_TYPE, VFIO_BASE + 22)
 
 #define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
 
 /* The page size of the kernel in bytes. */
-__u64 mig_page_size(void) __attribute__((const));
+__u64 __attribute__((const)) mig_page_size(void);
 
-/* How many times as long as usual everything may take: VFIO_PATIENCE, or 1. */
+/* The factor for all timeouts: VFIO_PATIENCE, or 1. */
 int mig_patience(void);
 
 /*
- * Upper bound for anything that must happen at once: a guard against hangs. The
- * environment variable VFIO_HANG_SECONDS overrides it.
+ * Upper bound in seconds for operations that do not wait: a guard against hangs.
+ * The environment variable VFIO_HANG_SECONDS overrides it.
  */
 int mig_hang_seconds(void);
 
@@ -47,41 +47,41 @@ struct mig_device {
 	__u32 ioas;		/* in the iommufd */
 	__u64 flags;		/* of VFIO_DEVICE_FEATURE_MIGRATION, 0: none */
 	struct vfio_device_info info;
-	char why[256];		/* what mig_open() stumbled over */
+	char why[256];		/* reason for the failure of mig_open() */
 };
 
 /*
- * Opens the device at @sysfs and asks its migration flags. -EOPNOTSUPP means
- * that device or kernel do not offer @backend; dev->why says what is missing.
+ * Opens the device at @sysfs and queries its migration flags. -EOPNOTSUPP means
+ * that the device or the kernel does not offer @backend; dev->why has the reason.
  */
 int mig_open(struct mig_device *dev, const char *sysfs, enum mig_backend backend);
 void mig_close(struct mig_device *dev);
 
-/* The first step of it alone: the group, in no container; the device, not bound. */
+/* Only the first step: the group outside a container, or the device not bound. */
 int mig_open_group(struct mig_device *dev, const char *sysfs);
 int mig_open_unbound(struct mig_device *dev, const char *sysfs);
-/* The rest of the latter. */
+/* Completes mig_open_unbound(). */
 int mig_bind(struct mig_device *dev);
 
-/* Closes and opens the device alone: the container or iommufd stays. */
+/* Closes and reopens the device only: the container or iommufd stays open. */
 void mig_close_device(struct mig_device *dev);
 int mig_reopen_device(struct mig_device *dev);
 
-/* One VFIO_DEVICE_FEATURE call: @size bytes at @data go in and come back. */
+/* One VFIO_DEVICE_FEATURE call with @size bytes at @data, in both directions. */
 int mig_feature(const struct mig_device *dev, __u32 flags, void *data, size_t size);
 /* The same with an argsz that does not match the buffer. */
 int mig_feature_argsz(const struct mig_device *dev, __u32 flags, void *data,
 		      size_t size, __u32 argsz);
 
 int mig_get_state(const struct mig_device *dev, __u32 *state);
-/* @data_fd may be NULL: a descriptor that comes is closed then. */
+/* @data_fd may be NULL: a new descriptor is closed then. */
 int mig_set_state(const struct mig_device *dev, __u32 state, int *data_fd);
 int mig_data_size(const struct mig_device *dev, __u64 *size);
 int mig_opt_in_v2(const struct mig_device *dev);
 int mig_reset(const struct mig_device *dev);
 /*
- * Switches memory space and bus mastering on in the command register, as a VMM does
- * for its guest. mig_open(), mig_reopen_device() and mig_reset() do so.
+ * Enables memory space and bus mastering in the command register, like a VMM for
+ * its guest. Called by mig_open(), mig_reopen_device() and mig_reset().
  */
 int mig_enable(const struct mig_device *dev);
 int mig_precopy_info(int data_fd, struct vfio_precopy_info *info);
@@ -93,14 +93,14 @@ int mig_log_stop(const struct mig_device *dev);
 int mig_log_report(const struct mig_device *dev, __u64 iova, __u64 length,
 		   __u64 page_size, __u64 *bitmap);
 
-/* What the device may do to a mapping of the caller's memory. */
+/* Access rights of the device to a mapping of this process's memory. */
 #define MIG_DMA_READ	1
 #define MIG_DMA_WRITE	2
 
 int mig_dma_map(const struct mig_device *dev, __u64 iova, void *at, __u64 len,
 		unsigned int prot);
 int mig_dma_unmap(const struct mig_device *dev, __u64 iova, __u64 len);
-/* Takes the device out of its IOAS, and back in; iommufd only. */
+/* Detaches the device from its IOAS, and attaches it again; iommufd only. */
 int mig_dma_detach(const struct mig_device *dev);
 int mig_dma_attach(const struct mig_device *dev);
 
@@ -111,20 +111,20 @@ int mig_irq_info(const struct mig_device *dev, __u32 index,
 int mig_set_irqs(const struct mig_device *dev, __u32 index, __u32 flags,
 		 __u32 start, __u32 count, const void *data, size_t size);
 
-/* One access to a region at @at bytes from its start: its count or -errno. */
+/* One access to a region at offset @at: the number of bytes or -errno. */
 ssize_t mig_region_read(const struct mig_device *dev, __u32 index, __u64 at,
 			void *data, size_t len);
 ssize_t mig_region_write(const struct mig_device *dev, __u32 index, __u64 at,
 			 const void *data, size_t len);
 
 /*
- * Maps @len bytes of a region. -EOPNOTSUPP: the region, or this part of it, is
- * not to be mapped.
+ * Maps @len bytes of a region. -EOPNOTSUPP: the region, or this part of it,
+ * cannot be mapped.
  */
 int mig_region_map(const struct mig_device *dev, __u32 index, __u64 at, size_t len,
 		   void **map);
 
-/* Memory of the device that the tests may write to; len is 0 if there is none. */
+/* Memory of the device that the tests may write to; len is 0 without it. */
 struct mig_scratch {
 	__u32 region;
 	__u64 offset;		/* in the region */
@@ -138,7 +138,7 @@ int mig_scratch_read(const struct mig_device *dev, const struct mig_scratch *s,
 int mig_scratch_write(const struct mig_device *dev, const struct mig_scratch *s,
 		      const __u8 *data);
 
-/* A stream, or a part of one, in memory. */
+/* A stream, or part of a stream, in memory. */
 struct mig_stream {
 	__u8 *data;
 	size_t len;
@@ -149,28 +149,28 @@ void mig_stream_free(struct mig_stream *s);
 int mig_stream_add(struct mig_stream *s, const void *data, size_t len);
 int mig_stream_copy(struct mig_stream *to, const struct mig_stream *from);
 
-/* One read() of at most @max bytes, appended: its count or -errno. */
+/* Appends one read() of at most @max bytes: the number of bytes or -errno. */
 ssize_t mig_read(int data_fd, struct mig_stream *s, size_t max);
 
 /*
  * Reads to the end of the stream: 0 at a permanent end, -ENOMSG at a temporary
- * one, -EFBIG when @limit bytes have come and there is no end.
+ * end, -EFBIG after @limit bytes without an end.
  */
 int mig_save(int data_fd, struct mig_stream *s, size_t limit);
 
 /*
- * Writes @len bytes in pieces of @chunk (0: in one piece). @done, which may be
- * NULL, receives how many bytes were taken.
+ * Writes @len bytes in pieces of @chunk (0: in one piece). @done may be NULL; it
+ * receives the number of bytes written.
  */
 int mig_load(int data_fd, const void *data, size_t len, size_t chunk, size_t *done);
 
 /* The events of one poll(), or -errno. */
 int mig_poll(int data_fd, short events, int timeout_ms);
 
-/* Is the session of this descriptor over, that is, does it say ENODEV? */
+/* Has the session of this descriptor ended, so that calls return ENODEV? */
 bool mig_fd_is_dead(int data_fd);
 
-/* Another process, which uses descriptors that it is sent over a socket. */
+/* A process that uses descriptors received over a socket. */
 struct mig_helper {
 	pid_t pid;
 	int sock;
@@ -178,12 +178,12 @@ struct mig_helper {
 
 int mig_helper_start(struct mig_helper *helper);
 void mig_helper_stop(struct mig_helper *helper);
-/* One read() or write() by that process: its count or -errno. */
+/* One read() or write() by that process: the number of bytes or -errno. */
 ssize_t mig_helper_read(struct mig_helper *helper, int fd, void *data, size_t len);
 ssize_t mig_helper_write(struct mig_helper *helper, int fd, const void *data,
 			 size_t len);
 
-/* What one of several readers got, read by read. */
+/* The data of one of several readers, and the length of each read(). */
 struct mig_pieces {
 	struct mig_stream data;
 	size_t *len;
@@ -193,15 +193,15 @@ struct mig_pieces {
 ssize_t mig_pieces_read(int data_fd, struct mig_pieces *p, size_t max);
 
 /*
- * Do the pieces of both readers, each reader's in its order, make up @whole? 1 or
- * 0, or -ENOMEM.
+ * Can the pieces of both readers, in the order of each reader, be merged to @whole?
+ * 1 or 0, or -ENOMEM.
  */
 int mig_pieces_make_up(const struct mig_stream *whole, const struct mig_pieces *a,
 		       const struct mig_pieces *b);
 
 /*
- * A page on which the kernel waits for as long as it is wanted, and before it one
- * of which the kernel has no need to wait.
+ * A page on which the kernel blocks until it is resolved, preceded by a page that
+ * is always present.
  */
 struct mig_stall {
 	int uffd;
@@ -209,32 +209,32 @@ struct mig_stall {
 	size_t len;
 };
 
-/* -EOPNOTSUPP: there is no userfaultfd for this user. */
+/* -EOPNOTSUPP: this user cannot use userfaultfd. */
 int mig_stall_start(struct mig_stall *stall);
-/* Waits until somebody waits for the page. */
+/* Waits until a task has faulted on the page. */
 int mig_stall_wait(struct mig_stall *stall);
-/* Makes the page one with this content. */
+/* Resolves the page with this content. */
 int mig_stall_end(struct mig_stall *stall, const void *content);
-/* The same, but wakes nothing: what waits goes on when something else wakes it. */
+/* The same without a wake-up: the task continues when it is woken otherwise. */
 int mig_stall_fill(struct mig_stall *stall, const void *content);
-/* Makes the page one of zeroes. */
+/* Resolves the page with zeroes. */
 int mig_stall_end_zero(struct mig_stall *stall);
 void mig_stall_free(struct mig_stall *stall);
 
-/* Once before the following. */
+/* To be called once before mig_touch(). */
 void mig_touch_begin(void);
 /*
- * The signal that a load, or a store of the byte 0x5a, leads to, or 0. Makes no
- * system call.
+ * Returns the signal raised by a load, or by a store of the byte 0x5a, or 0. Makes
+ * no system call.
  */
 int mig_touch(void *at, bool write);
 
 /*
- * Eight threads do @count things each, at once, to the device and its data_fd:
- * SET_STATE, RESET, GET, read(), write(), PRECOPY_INFO, poll() and close of the
- * data_fd, and accesses to regions. They close the device as well; it is for the
- * caller to open it again. @why says what answered with an error that is none
- * of its own, or nothing.
+ * Eight threads make @count random calls each to the device and its data_fd, all at
+ * the same time: SET_STATE, RESET, GET, read(), write(), PRECOPY_INFO, poll() and
+ * close of the data_fd, and region accesses. They also close the device, which the
+ * caller has to open again. @why receives the call that failed with an unexpected
+ * error, or an empty string.
  */
 int mig_hammer(struct mig_device *dev, const struct mig_stream *image,
 	       const struct mig_scratch *scratch, unsigned int count, __u32 seed,
@@ -245,8 +245,8 @@ bool mig_fsm_exists(__u64 flags, __u32 state);
 bool mig_fsm_saving(__u32 state);
 
 /*
- * Does SET_STATE from @from to @to succeed, and with a new data_fd? @path, which
- * may be NULL, receives the states after @from, ended by ERROR.
+ * Does SET_STATE from @from to @to succeed, and does it return a new data_fd?
+ * @path may be NULL; it receives the states after @from, terminated by ERROR.
  */
 bool mig_fsm_move(__u64 flags, __u32 from, __u32 to, bool *new_fd,
 		  __u32 path[MIG_STATE_NR]);

@@ -447,7 +447,7 @@ ssize_t mig_region_write(const struct mig_device *dev, __u32 index, __u64 at,
 	return ret < 0 ? -errno : ret;
 }
 
-/* Does a capability of the region allow only parts of it to be mapped, not this? */
+/* Does the region restrict mappings to areas that do not contain this part? */
 static bool is_left_out(const struct vfio_region_info *info, __u64 at, size_t len)
 {
 	const struct vfio_region_info_cap_sparse_mmap *sparse;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A model of the migration state machine, written from the text above enum
- * vfio_device_mig_state in include/uapi/linux/vfio.h and from nothing else: the
- * arcs as the text lists them, and a search for the shortest path.
+ * A model of the migration state machine, written only from the text above enum
+ * vfio_device_mig_state in include/uapi/linux/vfio.h: the arcs listed in the text,
+ * and a search for the shortest path.
  */
 #include "kselftest.h"
 #include "mig.h"
@@ -60,7 +60,7 @@ static __u32 fold(__u64 flags, __u32 state)
 	return state;
 }
 
-/* The states that SET_STATE may name and a device may be in. */
+/* The states that are valid for SET_STATE on this device. */
 bool mig_fsm_exists(__u64 flags, __u32 state)
 {
 	switch (state) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Threads that do everything at once to a device and its data_fd, a bounded
- * number of times. What they do is drawn from a generator with a fixed seed;
- * only who comes first differs from run to run.
+ * Threads that make random calls to a device and its data_fd concurrently, a
+ * bounded number of times. The calls come from a generator with a fixed seed; only
+ * their interleaving differs between runs.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -25,12 +25,12 @@ struct hammer {
 	unsigned int count;
 	pthread_mutex_t lock;
 	int data_fd;		/* the newest, or -1 */
-	char why[128];		/* the first call that answered what it must not */
+	char why[128];		/* the first call with an unexpected result */
 };
 
 struct worker {
 	struct hammer *h;
-	struct mig_device dev;	/* a descriptor of its own for the same opening */
+	struct mig_device dev;	/* a descriptor of its own for the shared opening */
 	pthread_t thread;
 	unsigned int number;
 	__u32 random;
@@ -61,8 +61,8 @@ accuse(struct hammer *h, const char *fmt, ...)
 }
 
 /*
- * A descriptor of one's own for the data_fd: the number that another thread
- * closes may be that of a new file before this thread comes to use it.
+ * Returns a descriptor of this thread's own for the data_fd: another thread may
+ * close the shared number, which may then be reused for another file.
  */
 static int take_data_fd(struct hammer *h)
 {
@@ -92,7 +92,7 @@ static void set_state(struct worker *w)
 	__u32 state = draw(w, MIG_STATE_NR + 1);
 	int fd = -1;
 
-	/* May fail, for who knows which state this comes from. */
+	/* May fail: the current state is unknown. */
 	if (!mig_set_state(&w->dev, state, &fd) && fd >= 0)
 		put_data_fd(w->h, fd);
 }
@@ -116,7 +116,7 @@ static void access_regions(struct worker *w)
 	const struct mig_scratch *s = w->h->scratch;
 	size_t len = 1 + draw(w, BUFFER), at;
 
-	/* Of a PCI device, the header can be read without harm. */
+	/* The header of a PCI device can be read without side effects. */
 	if (w->dev.info.flags & VFIO_DEVICE_FLAGS_PCI)
 		mig_region_read(&w->dev, VFIO_PCI_CONFIG_REGION_INDEX, 0, w->buffer, 64);
 	if (!s->len)
@@ -150,7 +150,7 @@ static void use_data_fd(struct worker *w)
 		mig_poll(fd, POLLIN | POLLOUT, 0);
 		break;
 	case 2:
-		/* The others go on with theirs until they close it. */
+		/* Other threads keep their duplicates until they close them. */
 		put_data_fd(w->h, -1);
 		break;
 	case 3:
@@ -158,7 +158,7 @@ static void use_data_fd(struct worker *w)
 		at = draw(w, image->len);
 		if (len > image->len - at)
 			len = image->len - at;
-		/* Any refusal is right: what comes here is no image. */
+		/* Any error is valid: the data is not an image. */
 		if (write(fd, image->data + at, len) < 0 && errno == EFAULT)
 			accuse(w->h, "write() of readable memory: EFAULT");
 		break;
@@ -178,7 +178,7 @@ static void *worker_main(void *arg)
 	unsigned int i, open = h->count * (w->number + 1) / THREADS;
 
 	for (i = 0; i < h->count; i++) {
-		/* They let go of the device one after the other. */
+		/* The threads close the device one after the other. */
 		if (i == open)
 			mig_close_device(&w->dev);
 		if (w->dev.fd < 0) {
@@ -238,7 +238,7 @@ int mig_hammer(struct mig_device *dev, const struct mig_stream *image,
 		if (ret)
 			break;
 	}
-	/* The last of them closes the device, with all that goes on then. */
+	/* The last thread closes the device while the others use the data_fd. */
 	mig_close_device(dev);
 	for (i = 0; i < started; i++) {
 		pthread_join(workers[i].thread, NULL);

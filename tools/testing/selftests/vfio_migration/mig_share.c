@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * One data_fd in several hands: another process that uses it, readers that share
- * it, a fault that does not end, and one that may end in a signal.
+ * Shared use of a data_fd: another process with the descriptor, parallel readers, a
+ * page fault that stalls, and one that may end in a signal.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,7 +24,7 @@
 
 /* ---- Another process ---- */
 
-/* What the other process is asked, and what it answers. */
+/* A request to the other process, and its answer. */
 struct message {
 	bool write;
 	size_t len;
@@ -190,8 +190,8 @@ static bool fits(const struct mig_stream *whole, size_t at,
 }
 
 /*
- * Both readers' pieces, each reader's in its order, laid end to end: a table of
- * how many of each may make up the beginning.
+ * Merges the pieces of both readers, each in its order: a table of the pairs of
+ * counts that can make up the beginning.
  */
 int mig_pieces_make_up(const struct mig_stream *whole, const struct mig_pieces *a,
 		       const struct mig_pieces *b)
@@ -243,7 +243,7 @@ ssize_t mig_pieces_read(int data_fd, struct mig_pieces *p, size_t max)
 	return ret;
 }
 
-/* ---- A fault that does not end ---- */
+/* ---- A fault that stalls ---- */
 
 int mig_stall_start(struct mig_stall *stall)
 {
@@ -258,7 +258,7 @@ int mig_stall_start(struct mig_stall *stall)
 	if (before == MAP_FAILED)
 		return -errno;
 	stall->page = (char *)before + stall->len;
-	/* Without UFFD_USER_MODE_ONLY: it is the kernel that is to fault. */
+	/* Without UFFD_USER_MODE_ONLY: the fault occurs in the kernel. */
 	stall->uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	if (stall->uffd < 0)
 		return -EOPNOTSUPP;
@@ -333,7 +333,7 @@ static void on_fault(int sig)
 
 void mig_touch_begin(void)
 {
-	/* Without a mask of signals, touching needs no system call. */
+	/* SA_NODEFER: without a signal mask to restore, no system call is needed. */
 	struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_NODEFER };
 
 	sigaction(SIGSEGV, &action, NULL);

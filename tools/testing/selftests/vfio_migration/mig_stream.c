@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Migration streams in memory: reading them out of a data_fd and writing them
- * into one.
+ * Migration streams in memory: reading them from a data_fd and writing them to
+ * one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -92,7 +92,7 @@ int mig_load(int data_fd, const void *data, size_t len, size_t chunk, size_t *do
 			    chunk && chunk < len - at ? chunk : len - at);
 		if (ret < 0)
 			ret = -errno;
-		/* A write() that takes nothing would be asked for ever. */
+		/* Do not repeat a write() of nothing endlessly. */
 		if (ret == 0)
 			ret = -EIO;
 		if (ret < 0)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the test programs share on top of kselftest_harness.h: failure messages
- * that quote the promise, and the moves every test makes.
+ * Shared by the test programs on top of kselftest_harness.h: failure messages that
+ * quote the promise, and the steps that every test takes.
  */
 #ifndef MIG_TEST_H
 #define MIG_TEST_H
@@ -30,12 +30,12 @@
 #define PRE_COPY	((__u32)VFIO_DEVICE_STATE_PRE_COPY)
 #define PRE_COPY_P2P	((__u32)VFIO_DEVICE_STATE_PRE_COPY_P2P)
 
-/* Follows an EXPECT or ASSERT: the promise that its failure breaks. */
+/* Follows an EXPECT or ASSERT: the promise that the failure breaks. */
 #define PROMISE(fmt, ...) TH_LOG("  promise broken: " fmt, ##__VA_ARGS__)
-/* The same for a step that is not itself what the test is about. */
+/* The same for a step that is not the subject of the test. */
 #define STEP(fmt, ...) TH_LOG("  could not " fmt, ##__VA_ARGS__)
 
-/* Writes one word to a file of the kernel; 0 or -errno. */
+/* Writes one word to a file in sysfs, procfs or debugfs; 0 or -errno. */
 static inline int write_word(const char *path, const char *word)
 {
 	int fd = open(path, O_WRONLY | O_CLOEXEC), ret;
@@ -47,7 +47,7 @@ static inline int write_word(const char *path, const char *word)
 	return ret;
 }
 
-/* How often to do what is repeated: VFIO_MIGRATION_ROUNDS times as often as usual. */
+/* The number of repetitions: @usual, multiplied by VFIO_MIGRATION_ROUNDS. */
 static inline unsigned int mig_times(unsigned int usual)
 {
 	const char *value = getenv("VFIO_MIGRATION_ROUNDS");
@@ -56,7 +56,7 @@ static inline unsigned int mig_times(unsigned int usual)
 	return rounds ? rounds * usual : usual;
 }
 
-/* Where everything takes longer, VFIO_PATIENCE=N allows each test N times its time. */
+/* For slow machines: VFIO_PATIENCE=N multiplies the timeout of each test by N. */
 #define MIG_BE_PATIENT() do {							\
 	struct __fixture_metadata *__f;						\
 	struct __test_metadata *__t;						\
@@ -110,7 +110,7 @@ static inline void expect_state(struct __test_metadata *_metadata,
 		       mig_state_name(state), mig_state_name(want));
 }
 
-/* Back to RUNNING with no session, by RESET where one is needed. */
+/* Returns to RUNNING without a session, by a reset if possible. */
 static inline void go_home(struct __test_metadata *_metadata,
 			   const struct mig_device *dev)
 {
@@ -122,12 +122,12 @@ static inline void go_home(struct __test_metadata *_metadata,
 		return;
 	if (mig_reset(dev)) {
 		ASSERT_EQ(0, mig_set_state(dev, RUNNING, NULL))
-			STEP("come back from %s to RUNNING", mig_state_name(state));
+			STEP("return from %s to RUNNING", mig_state_name(state));
 	}
-	expect_state(_metadata, dev, RUNNING, "after the way home");
+	expect_state(_metadata, dev, RUNNING, "after the return to RUNNING");
 }
 
-/* From RUNNING to @state; the descriptor of its session or -1. */
+/* Goes from RUNNING to @state; returns the descriptor of the session or -1. */
 static inline int go(struct __test_metadata *_metadata,
 		     const struct mig_device *dev, __u32 state)
 {
@@ -144,7 +144,7 @@ static inline int go(struct __test_metadata *_metadata,
 	return fd;
 }
 
-/* On within one test: SET_STATE that must succeed and bring no descriptor. */
+/* Continues to @state; SET_STATE must succeed and return no descriptor. */
 static inline void move_on(struct __test_metadata *_metadata,
 			   const struct mig_device *dev, __u32 state)
 {
@@ -152,13 +152,13 @@ static inline void move_on(struct __test_metadata *_metadata,
 
 	ret = mig_set_state(dev, state, &fd);
 	ASSERT_EQ(0, ret)
-		STEP("go on to %s: %s", mig_state_name(state), strerror(-ret));
+		STEP("continue to %s: %s", mig_state_name(state), strerror(-ret));
 	EXPECT_EQ(-1, fd)
 		PROMISE("no new session starts on this arc to %s",
 			mig_state_name(state));
 }
 
-/* A whole image into a descriptor of RESUMING. */
+/* Loads a whole image into a descriptor of RESUMING. */
 static inline void load_all(struct __test_metadata *_metadata, int fd,
 			    const struct mig_stream *image)
 {
@@ -168,7 +168,7 @@ static inline void load_all(struct __test_metadata *_metadata, int fd,
 		STEP("load a good image: %s", strerror(-ret));
 }
 
-/* More than any honest stream of this device. */
+/* An upper bound for any valid stream of this device. */
 static inline size_t stream_limit(const struct mig_device *dev)
 {
 	__u64 size = 0;
@@ -177,7 +177,7 @@ static inline size_t stream_limit(const struct mig_device *dev)
 	return 2 * size + (64 << 20);
 }
 
-/* A whole image of the stopped device, which comes home afterwards. */
+/* Takes a whole image of the stopped device, and returns it to RUNNING. */
 static inline void take_image(struct __test_metadata *_metadata,
 			      const struct mig_device *dev, struct mig_stream *image)
 {
@@ -215,7 +215,7 @@ static inline void load_and_run(struct __test_metadata *_metadata,
 	close(fd);
 }
 
-/* A thread that sleeps in poll() until something wakes it. */
+/* A thread that sleeps in poll() until it is woken. */
 struct poller {
 	pthread_t thread;
 	int fd;
@@ -234,7 +234,7 @@ static inline void *poller_main(void *arg)
 	return NULL;
 }
 
-/* Returns when the thread sleeps, or when it is done already. */
+/* Returns when the thread sleeps, or has ended. */
 static inline void wait_until_asleep(struct poller *p)
 {
 	char path[64], line[256], *paren;
@@ -254,7 +254,7 @@ static inline void wait_until_asleep(struct poller *p)
 		fclose(file);
 		line[len] = 0;
 		paren = strrchr(line, ')');
-		/* In a killable wait, too. */
+		/* D: a killable wait. */
 		if (paren && (!strncmp(paren, ") S", 3) || !strncmp(paren, ") D", 3)))
 			break;
 	}
@@ -268,7 +268,7 @@ static inline void poller_start(struct __test_metadata *_metadata,
 	wait_until_asleep(p);
 }
 
-/* Waits for the end of a thread, and fails when nothing ends it. */
+/* Waits for the end of a thread; false if it does not end. */
 static inline bool joined(pthread_t thread)
 {
 	struct timespec deadline;
@@ -279,8 +279,8 @@ static inline bool joined(pthread_t thread)
 }
 
 /*
- * The events that woke the poller; 0 when nothing did. A poll() with a timeout
- * would not tell: it looks once more when its time is over.
+ * The events that woke the poller; 0 if it was not woken. A poll() with a timeout
+ * would be no test: it checks the events again when the time is over.
  */
 static inline int poller_join(struct poller *p)
 {

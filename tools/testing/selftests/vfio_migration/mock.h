@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A vfio_mock device as the tests drive it: registers, state memory, config
- * space and commands, beside a copy of what the memory must hold.
+ * Helpers for the tests of a vfio_mock device: registers, state memory, config
+ * space and commands, and a copy of the expected content of the memory.
  */
 #ifndef MOCK_H
 #define MOCK_H
@@ -18,13 +18,13 @@
 #define PAGE	mig_page_size()
 
 /*
- * The environment names the devices of these sizes, and of 16M and 1G: VFIO_MOCK_SMALL
- * and VFIO_MOCK_MEDIUM are of the smallest types with so many pages of the kernel.
+ * Sizes of devices named in the environment, besides 16M and 1G: VFIO_MOCK_SMALL and
+ * VFIO_MOCK_MEDIUM have the smallest types with this number of kernel pages.
  */
 #define SMALL_PAGES	16
 #define MEDIUM_PAGES	256
 
-/* All of the device that software sees, but its state memory. */
+/* All state visible to software, except for the state memory. */
 struct mock_front {
 	__u8 registers[VFIO_MOCK_REGS_END];
 	__u8 msix_table[VFIO_MOCK_MSIX_VECTORS * 16];
@@ -36,13 +36,13 @@ struct mock {
 	struct mig_device dev;
 	char path[PATH_MAX];
 	__u64 offset[VFIO_PCI_NUM_REGIONS];
-	struct mock_front fresh;	/* how it was when it was opened */
+	struct mock_front fresh;	/* the state after open */
 	__u64 size;		/* of the state memory */
-	__u8 *want;		/* what the state memory must hold */
+	__u8 *want;		/* the expected content of the state memory */
 	__u8 *seen;
 };
 
-/* One access; its count or -errno. */
+/* One access; the number of bytes or -errno. */
 static inline ssize_t mock_read(const struct mock *m, int region, __u64 at,
 				void *buf, size_t len)
 {
@@ -73,7 +73,7 @@ static inline int mock_read_front(const struct mock *m, struct mock_front *front
 	return 0;
 }
 
-/* What there is to know of a device that was just opened. */
+/* Reads the properties of a device that was just opened. */
 static inline int mock_get_to_know(struct mock *m)
 {
 	struct vfio_region_info info;
@@ -107,8 +107,8 @@ static inline int mock_open_path(struct mock *m, const char *path, enum mig_back
 }
 
 /*
- * Opens a path in the environment variable @name: the first one, if @which is 0,
- * the second one, and so on. -ENODEV: the variable has no such path.
+ * Opens a path in the environment variable @name: the first one if @which is 0, and
+ * so on. -ENODEV: the variable has no such path.
  */
 static inline int mock_open(struct mock *m, const char *name, int which,
 			    enum mig_backend backend)
@@ -155,7 +155,7 @@ static inline __u64 mock_type_size(const struct mock *m)
 
 #define MOCK_TYPE	"/sys/class/mdev_bus/vfio_mock/mdev_supported_types/vfio_mock-"
 
-/* The folder in sysfs of the smallest type that has @pages pages of the kernel. */
+/* The directory in sysfs of the smallest type with at least @pages kernel pages. */
 static inline const char *mock_type(__u64 pages)
 {
 	static const struct {
@@ -173,7 +173,7 @@ static inline const char *mock_type(__u64 pages)
 	return types[i].path;
 }
 
-/* The core has the bitmaps of a DMA log from iommufd: without it there is no log. */
+/* The core takes the bitmaps of a DMA log from iommufd: without it there is no log. */
 static inline bool mock_has_log(void)
 {
 	return !access("/dev/iommu", F_OK);
@@ -230,7 +230,7 @@ static inline void put(struct __test_metadata *_metadata, const struct mock *m,
 #define set32(m, name, value)	put(_metadata, m, BAR0, VFIO_MOCK_REG_##name, value, 4)
 #define set64(m, name, value)	put(_metadata, m, BAR0, VFIO_MOCK_REG_##name, value, 8)
 
-/* Rings the doorbell; whether the command is accepted is the caller's matter. */
+/* Rings the doorbell; the caller checks whether the command is accepted. */
 static inline void command(struct __test_metadata *_metadata, const struct mock *m,
 			   __u32 cmd, __u64 at, __u64 len, __u64 seed)
 {
@@ -240,7 +240,7 @@ static inline void command(struct __test_metadata *_metadata, const struct mock 
 	set32(m, DOORBELL, cmd);
 }
 
-/* The device fills a range by itself. */
+/* Lets the device fill a range. */
 static inline void fill(struct __test_metadata *_metadata, struct mock *m,
 			__u64 at, __u64 len, __u64 seed)
 {
@@ -251,7 +251,7 @@ static inline void fill(struct __test_metadata *_metadata, struct mock *m,
 	vfio_mock_pattern(m->want + at, seed, at, len);
 }
 
-/* The driver of the device writes a range. */
+/* Writes to a range, like the guest's driver. */
 static inline void store(struct __test_metadata *_metadata, struct mock *m,
 			 __u64 at, const void *data, size_t len)
 {
@@ -297,7 +297,7 @@ static inline void expect_memory(struct __test_metadata *_metadata, struct mock 
 	for (i = 0; m->seen[i] == want[i]; i++)
 		;
 	EXPECT_EQ(want[i], m->seen[i])
-		PROMISE("%s: the state memory differs from byte %#zx on (page %zu)",
+		PROMISE("%s: the state memory differs from byte %#zx (page %zu)",
 			when, i, (size_t)(i / PAGE));
 }
 
@@ -318,7 +318,7 @@ static inline void read_front(struct __test_metadata *_metadata,
 		PROMISE("block accesses read all registers and the config space");
 }
 
-/* What migrates, by what it was before and is now. */
+/* Compares the migrated state, except for the memory, before and after. */
 static inline void expect_same_front(struct __test_metadata *_metadata,
 				     const struct mock_front *before,
 				     const struct mock_front *now, const char *when)
@@ -347,15 +347,15 @@ static inline void expect_same_front(struct __test_metadata *_metadata,
 	for (i = 0; i < ARRAY_SIZE(regs); i++) {
 		EXPECT_EQ(0, memcmp(before->registers + regs[i].at,
 				    now->registers + regs[i].at, regs[i].len))
-			PROMISE("%s: register %s is what it was", when, regs[i].name);
+			PROMISE("%s: register %s is unchanged", when, regs[i].name);
 	}
 	EXPECT_EQ(0, memcmp(before->msix_table, now->msix_table, sizeof(now->msix_table)))
-		PROMISE("%s: the MSI-X table is what it was", when);
+		PROMISE("%s: the MSI-X table is unchanged", when);
 	EXPECT_EQ(0, memcmp(before->msix_pba, now->msix_pba, sizeof(now->msix_pba)))
-		PROMISE("%s: the interrupts that wait are what they were", when);
+		PROMISE("%s: the pending interrupts are unchanged", when);
 	for (i = 0; i < sizeof(now->config); i++) {
 		EXPECT_EQ(before->config[i], now->config[i])
-			PROMISE("%s: config space is what it was at %#x", when, i);
+			PROMISE("%s: config space is unchanged at %#x", when, i);
 	}
 }
 
@@ -398,7 +398,7 @@ static inline void expect_fresh(struct __test_metadata *_metadata, struct mock *
 	expect_zero_memory(_metadata, m, when);
 }
 
-/* Gives each byte and each register a value that would be missed. */
+/* Gives each byte and each register a value whose loss would be noticed. */
 static inline void populate(struct __test_metadata *_metadata, struct mock *m, __u64 seed)
 {
 	unsigned int i;
@@ -419,10 +419,10 @@ static inline void populate(struct __test_metadata *_metadata, struct mock *m, _
 	put(_metadata, m, CONFIG, VFIO_MOCK_MSIX_CAP + 3, 0x80, 1);
 	command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 3, m->size - 5, seed);
 	EXPECT_EQ(vfio_mock_checksum(m->want + 3, m->size - 5), reg64(m, RESULT))
-		PROMISE("CHECKSUM sees what was written");
+		PROMISE("CHECKSUM covers the written data");
 }
 
-/* Stops @m and streams the rest; the bytes are as many as was said. */
+/* Stops @m and streams the rest; the length must be the announced one. */
 static inline void stop_and_save(struct __test_metadata *_metadata,
 				 const struct mock *m, int *fd,
 				 struct mig_stream *image)
@@ -443,7 +443,7 @@ static inline void stop_and_save(struct __test_metadata *_metadata,
 		PROMISE("MIG_DATA_SIZE in STOP_COPY is exact");
 }
 
-/* Writes to the configuration space what a VMM restores: all of it. */
+/* Writes the whole configuration space, like a VMM that restores it. */
 static inline void restore_config(struct __test_metadata *_metadata,
 				  const struct mock *m, const struct mock_front *front)
 {
@@ -452,7 +452,7 @@ static inline void restore_config(struct __test_metadata *_metadata,
 		STEP("write the configuration space of the source to the target");
 }
 
-/* Loads @image into @dst, which then is what @src was, stopped and running. */
+/* Loads @image into @dst and compares it with the source, stopped and running. */
 static inline void load_and_compare(struct __test_metadata *_metadata,
 				    struct mock *dst, const struct mig_stream *image,
 				    size_t chunk, const __u8 *want,
@@ -478,7 +478,7 @@ static inline void load_and_compare(struct __test_metadata *_metadata,
 	expect_memory(_metadata, dst, want, "running on the target");
 }
 
-/* A device that lives for one test. */
+/* A device that exists during one test. */
 struct guest {
 	struct mig_device dev;
 	char path[64];
@@ -487,7 +487,7 @@ struct guest {
 	int ret;
 };
 
-/* Creates one of the type whose folder is @type, and does not open it; 0 or -errno. */
+/* Creates a device of the type at @type without opening it; 0 or -errno. */
 static inline int mock_create(struct guest *g, const char *type)
 {
 	char uuid[37] = "", create[PATH_MAX + 32];
@@ -516,7 +516,7 @@ static inline void create_guest(struct __test_metadata *_metadata,
 		STEP("open the new device: %s", g->dev.why);
 }
 
-/* Writes a setting of the device on its host; 0 or -errno. */
+/* Writes a host setting of the device; 0 or -errno. */
 static inline int mock_set(const struct mock *m, const char *name, const char *value)
 {
 	char path[PATH_MAX + 32];

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The DMA engine of vfio_mock as the tests drive it, memory for it to work on,
- * and a model of what it does.
+ * Helpers for the tests of the DMA engine of vfio_mock, memory as its target, and
+ * a model of its operation.
  */
 #ifndef MOCK_DMA_H
 #define MOCK_DMA_H
@@ -23,7 +23,7 @@
 /* A period that does not pass during a test, in microseconds. */
 #define FOREVER		0xffffffffU
 
-/* It is written often here. */
+/* A short name. */
 #define dma_desc	vfio_mock_dma_desc
 
 static inline struct dma_desc dma_get(struct __test_metadata *_metadata,
@@ -37,7 +37,7 @@ static inline struct dma_desc dma_get(struct __test_metadata *_metadata,
 	return d;
 }
 
-/* Writes what software owns of a descriptor. */
+/* Writes the fields of a descriptor that belong to software. */
 static inline void dma_set(struct __test_metadata *_metadata, const struct mock *m,
 			   unsigned int n, const struct dma_desc *d)
 {
@@ -52,7 +52,7 @@ static inline void dma_ring(struct __test_metadata *_metadata, const struct mock
 {
 	set32(m, DMA_DOORBELL, n);
 	ASSERT_EQ(0U, reg32(m, DMA_ERROR))
-		PROMISE("descriptor %u is not the device's: it can be queued", n);
+		PROMISE("descriptor %u is owned by software: it can be queued", n);
 }
 
 static inline bool dma_owned(const struct dma_desc *d)
@@ -68,7 +68,7 @@ static inline bool hang_is_over(const struct timespec *start)
 	return now.tv_sec > start->tv_sec + mig_hang_seconds();
 }
 
-/* Repeats until @condition holds; a test in which it never does fails. */
+/* Waits until @condition holds, and fails the test if it never does. */
 #define WAIT_FOR(condition, fmt, ...) do {					\
 	struct timespec __start;						\
 	bool __met;								\
@@ -80,14 +80,14 @@ static inline bool hang_is_over(const struct timespec *start)
 		PROMISE(fmt, ##__VA_ARGS__);					\
 } while (0)
 
-/* The descriptor, when it is software's again. */
+/* Waits until software owns the descriptor again, and returns it. */
 static inline struct dma_desc dma_wait(struct __test_metadata *_metadata,
 				       const struct mock *m, unsigned int n)
 {
 	struct dma_desc d;
 
 	WAIT_FOR((d = dma_get(_metadata, m, n), !dma_owned(&d)),
-		 "a descriptor (%u) that is queued ends", n);
+		 "queued descriptor %u ends", n);
 	return d;
 }
 
@@ -109,7 +109,7 @@ static inline struct dma_desc dma_wait_moved(struct __test_metadata *_metadata,
 	WAIT_FOR((d = dma_get(_metadata, m, n), d.pos >= bytes || !dma_owned(&d)),
 		 "continuous descriptor %u moves", n);
 	EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
-		PROMISE("a continuous descriptor is active for ever (error %u)", d.error);
+		PROMISE("a continuous descriptor stays active (error %u)", d.error);
 	return d;
 }
 
@@ -122,17 +122,17 @@ static inline struct dma_desc dma_abort(struct __test_metadata *_metadata,
 	return dma_wait(_metadata, m, n);
 }
 
-/* Expects how a descriptor ended. */
+/* Checks the result of a descriptor. */
 static inline void expect_ended(struct __test_metadata *_metadata, const struct dma_desc *d,
 				__u32 status, __u32 error, __u64 pos, const char *what)
 {
 	EXPECT_EQ(status, d->status)
-		PROMISE("%s: the descriptor ends so (error %u at %llu)", what,
+		PROMISE("%s: the descriptor has this status (error %u at %llu)", what,
 			d->error, d->pos);
 	EXPECT_EQ(error, d->error)
-		PROMISE("%s: the descriptor says why it ended", what);
+		PROMISE("%s: the descriptor reports the reason", what);
 	EXPECT_EQ(pos, d->pos)
-		PROMISE("%s: POS is how many bytes were moved", what);
+		PROMISE("%s: POS is the number of bytes moved", what);
 }
 
 static inline void expect_complete(struct __test_metadata *_metadata,
@@ -143,8 +143,8 @@ static inline void expect_complete(struct __test_metadata *_metadata,
 }
 
 /*
- * What the first @bytes of one run of @d do to a model of the state memory and
- * of the user memory, of which @user is at the IOVA of the descriptor.
+ * Applies the first @bytes of one run of @d to a model of the state memory and of
+ * the user memory. @user is the model's memory at the IOVA of the descriptor.
  */
 static inline void dma_apply(const struct dma_desc *d, __u8 *state, __u8 *user, __u64 bytes)
 {
@@ -164,7 +164,7 @@ static inline void dma_apply(const struct dma_desc *d, __u8 *state, __u8 *user, 
 	}
 }
 
-/* The same for a continuous descriptor that has moved so many bytes as it says. */
+/* The same for a continuous descriptor that has moved d->pos bytes. */
 static inline void dma_apply_rounds(const struct dma_desc *d, __u8 *state, __u8 *user)
 {
 	struct dma_desc round = *d;
@@ -177,10 +177,10 @@ static inline void dma_apply_rounds(const struct dma_desc *d, __u8 *state, __u8 
 	dma_apply(&round, state, user, d->pos % d->len);
 }
 
-/* Memory of this process that devices reach. */
+/* Memory of this process as a target for DMA. */
 struct ram {
 	__u8 *mem;
-	__u8 *want;		/* what it must hold */
+	__u8 *want;		/* the expected content */
 	__u64 iova;
 	__u64 size;
 };
@@ -197,7 +197,7 @@ static inline void ram_make(struct __test_metadata *_metadata, struct ram *ram,
 	ASSERT_NE(NULL, ram->want);
 }
 
-/* Lets a device reach all of it. */
+/* Maps all of it for a device. */
 static inline void ram_map(struct __test_metadata *_metadata, const struct ram *ram,
 			   const struct mock *m)
 {
@@ -207,7 +207,7 @@ static inline void ram_map(struct __test_metadata *_metadata, const struct ram *
 		STEP("map memory for DMA: %s", strerror(-ret));
 }
 
-/* What the model has at an IOVA of this memory. */
+/* The expected content at an IOVA of this memory. */
 static inline __u8 *ram_want(const struct ram *ram, __u64 iova)
 {
 	return ram->want + (iova - ram->iova);
@@ -223,7 +223,7 @@ static inline void expect_bytes(struct __test_metadata *_metadata, const __u8 *w
 	for (i = 0; want[i] == seen[i]; i++)
 		;
 	EXPECT_EQ(want[i], seen[i])
-		PROMISE("%s differs from byte %#llx on (page %llu)", what, i, i / PAGE);
+		PROMISE("%s differs from byte %#llx (page %llu)", what, i, i / PAGE);
 }
 
 static inline void expect_ram(struct __test_metadata *_metadata, const struct ram *ram,
@@ -235,7 +235,7 @@ static inline void expect_ram(struct __test_metadata *_metadata, const struct ra
 	expect_bytes(_metadata, ram->want, ram->mem, ram->size, what);
 }
 
-/* Looks at a part of the state memory alone. */
+/* Compares only a part of the state memory. */
 static inline void expect_state_range(struct __test_metadata *_metadata,
 				      const struct mock *m, __u64 at, __u64 len,
 				      const char *when)
@@ -254,7 +254,7 @@ static inline void expect_state_range(struct __test_metadata *_metadata,
 	expect_bytes(_metadata, m->want + at, m->seen + at, len, what);
 }
 
-/* All vectors of a device as eventfds. */
+/* Eventfds for all vectors of a device. */
 static inline void open_vectors(struct __test_metadata *_metadata,
 				const struct mock *m, int fds[VFIO_MOCK_MSIX_VECTORS])
 {
@@ -271,7 +271,7 @@ static inline void open_vectors(struct __test_metadata *_metadata,
 		STEP("set an eventfd for each vector");
 }
 
-/* How often an eventfd was signalled since it was asked last. */
+/* The number of signals of an eventfd since the last call. */
 static inline __u64 taken(int fd)
 {
 	__u64 count;
@@ -292,8 +292,8 @@ static inline __u8 *bar2_map(struct __test_metadata *_metadata, const struct moc
 }
 
 /*
- * Reads a round of pre-copy to its end, and expects that the pages in it are
- * those marked in @dirty, one byte for each page, with what the model holds.
+ * Reads a round of pre-copy to its end. It must contain the pages marked in @dirty
+ * (one byte for each page), with the content of the model.
  */
 static inline void expect_round(struct __test_metadata *_metadata,
 				const struct mock *m, int fd, const __u8 *dirty,
@@ -308,10 +308,10 @@ static inline void expect_round(struct __test_metadata *_metadata,
 	ASSERT_NE(NULL, content);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &round, 2 * m->size + (1 << 20)));
 	ASSERT_EQ(0, mock_round_parse(&round, sent, content, pages))
-		PROMISE("%s: a round is made of pages", what);
+		PROMISE("%s: a round consists of pages", what);
 	for (page = 0; page < pages; page++) {
 		EXPECT_EQ(!!dirty[page], sent[page])
-			PROMISE("%s: page %llu is streamed once if it was written, and else not at all",
+			PROMISE("%s: page %llu is streamed once if it was written, otherwise never",
 				what, page);
 		if (sent[page] && dirty[page])
 			expect_bytes(_metadata, m->want + page * PAGE,

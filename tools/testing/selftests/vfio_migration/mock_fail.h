@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Failures that the kernel injects into one thing after the other that can fail in
- * a thread, by /proc/thread-self/fail-nth; and after that into all that follow, by
- * /proc/thread-self/make-it-fail, as there are second attempts: an allocation that
- * fails in a slab is tried with whole pages.
+ * Fault injection: each failure point of an operation fails in turn, by
+ * /proc/thread-self/fail-nth. After that all points from the Nth on fail, by
+ * /proc/thread-self/make-it-fail: a failed allocation may be retried in another
+ * way, as SLUB does with smaller slabs.
  */
 #ifndef MOCK_FAIL_H
 #define MOCK_FAIL_H
@@ -15,10 +15,10 @@
 
 #include "mig_test.h"
 
-/* More than any operation here has to fail. */
+/* Upper bound for the number of failure points of an operation. */
 #define MOST_FAILURES	5000U
 
-/* Turns a knob of debugfs, if there is one. */
+/* Sets a knob in debugfs, if it exists. */
 static inline int knob(const char *attribute, const char *name, const char *value)
 {
 	char path[128];
@@ -27,7 +27,7 @@ static inline int knob(const char *attribute, const char *name, const char *valu
 	return write_word(path, value);
 }
 
-/* The files of a thread by which it is made to fail. */
+/* The fault injection files of a thread. */
 struct injector {
 	int nth;
 	int all;
@@ -39,7 +39,7 @@ static inline void injector_close(const struct injector *in)
 	close(in->all);
 }
 
-/* Opens those in a folder of /proc; -errno if there are none. */
+/* Opens the files in a directory of /proc; -errno if there are none. */
 static inline int injector_open(struct injector *in, const char *folder)
 {
 	char path[64];
@@ -58,11 +58,11 @@ struct nth {
 	const char *what;
 	const struct injector *in;
 	unsigned int n;
-	bool all;		/* not the Nth alone, but all from there on */
-	bool single;		/* never so */
+	bool all;		/* fail from the Nth on, not only the Nth */
+	bool single;		/* never do that */
 	bool injected;
 	int ret;
-	int also;		/* an errno that the operation may say, too */
+	int also;		/* another valid errno of the operation */
 };
 
 static inline void nth_write(const struct nth *nth, int fd, unsigned int number)
@@ -72,7 +72,7 @@ static inline void nth_write(const struct nth *nth, int fd, unsigned int number)
 	int len = snprintf(text, sizeof(text), "%u", number);
 	ssize_t ret = pwrite(fd, text, len, 0);
 
-	/* It may have been this write that failed. */
+	/* The injected failure may have hit this write. */
 	if (ret < 0 && errno == EFAULT)
 		ret = pwrite(fd, text, len, 0);
 	ASSERT_EQ(len, ret)
@@ -87,45 +87,45 @@ static inline void nth_start(struct nth *nth, struct __test_metadata *_metadata,
 	};
 }
 
-/* Begins the next round; false when the last one met no failure. */
+/* Begins the next round; false if nothing failed in the last one. */
 static inline bool nth_next(struct nth *nth)
 {
 	struct __test_metadata *_metadata = nth->_metadata;
 
 	if (nth->n && !nth->injected) {
 		EXPECT_EQ(0, nth->ret)
-			PROMISE("%s works when nothing fails: %s", nth->what,
+			PROMISE("%s succeeds without failures: %s", nth->what,
 				strerror(-nth->ret));
 		EXPECT_LT(1U, nth->n)
-			TH_LOG("  %s met no failure at all", nth->what);
+			TH_LOG("  %s had no failure at all", nth->what);
 		TH_LOG("  %s: %u %s", nth->what, nth->n - 1,
-		       nth->all ? "beginnings of failures" : "failures");
+		       nth->all ? "first failures" : "failures");
 		if (nth->all || nth->single)
 			return false;
 		nth->all = true;
 		nth->n = 0;
 	}
 	ASSERT_GT(MOST_FAILURES, ++nth->n)
-		TH_LOG("  %s fails for ever", nth->what);
+		TH_LOG("  %s fails in every round", nth->what);
 	return true;
 }
 
-/* From here on the Nth thing that can fail in this thread fails. */
+/* Starts injection: the Nth failure point of this thread fails. */
 static inline void nth_begin(struct nth *nth)
 {
-	/* Nothing but the Nth fails before the Nth. */
+	/* The points before the Nth succeed. */
 	if (nth->all)
 		nth_write(nth, nth->in->all, 1);
 	nth_write(nth, nth->in->nth, nth->n);
 }
 
-/* And from here on nothing. @ret is what the operation said. */
+/* Stops injection. @ret is the result of the operation. */
 static inline void nth_end(struct nth *nth, int ret)
 {
 	struct __test_metadata *_metadata = nth->_metadata;
 	char text[16] = {};
 
-	/* The number is counted down to 0 by what fails, which may be this read. */
+	/* The failure that takes the count to 0 may be in this read. */
 	if (pread(nth->in->nth, text, sizeof(text) - 1, 0) < 0) {
 		ASSERT_EQ(EFAULT, errno);
 		nth->injected = false;
@@ -141,7 +141,7 @@ static inline void nth_end(struct nth *nth, int ret)
 			PROMISE("%s, failure %u: ENOMEM or EFAULT, not %s", nth->what,
 				nth->n, strerror(-ret));
 		EXPECT_TRUE(nth->injected)
-			PROMISE("%s, failure %u: nothing failed, but it did", nth->what,
+			PROMISE("%s, failure %u: no error without an injected failure", nth->what,
 				nth->n);
 	}
 }
@@ -149,11 +149,11 @@ static inline void nth_end(struct nth *nth, int ret)
 #define for_each_failure(nth, text) \
 	for (nth_start(nth, _metadata, text, &self->in, false); nth_next(nth);)
 
-/* For what is tried again and again until it succeeds. */
+/* For operations that retry until they succeed. */
 #define for_each_single_failure(nth, text) \
 	for (nth_start(nth, _metadata, text, &self->in, true); nth_next(nth);)
 
-/* What can be made to fail, each a folder of debugfs. */
+/* The kinds of injected failures, directories in debugfs. */
 static const char *const fail_attributes[] = {
 	"failslab", "fail_page_alloc", "fail_usercopy",
 };
@@ -166,7 +166,7 @@ static inline void fail_set_all(const char *name, const char *value)
 		knob(fail_attributes[i], name, value);
 }
 
-/* Where a function is, and where the next one begins. */
+/* The addresses of a function and of the next one. */
 static inline bool find_function(const char *name, unsigned long long *start,
 				 unsigned long long *end)
 {
@@ -193,14 +193,14 @@ static inline bool find_function(const char *name, unsigned long long *start,
 	return *start && *end != ~0ULL;
 }
 
-/* Lets nothing of a kind fail below a function; or why this cannot be done. */
+/* Exempts callees of @function from failures; NULL, or the reason why it cannot. */
 static inline const char *fail_spare(const char *attribute, const char *function)
 {
 	unsigned long long start, end;
 	char path[64], text[32];
 	FILE *file;
 
-	/* As the last test has left it: it takes long to find a function. */
+	/* Set by an earlier test: the search for a function takes long. */
 	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/reject-start", attribute);
 	file = fopen(path, "r");
 	start = 0;
@@ -213,7 +213,7 @@ static inline const char *fail_spare(const char *attribute, const char *function
 	if (knob(attribute, "stacktrace-depth", "32"))
 		return "the kernel has no CONFIG_FAULT_INJECTION_STACKTRACE_FILTER";
 	if (!find_function(function, &start, &end))
-		return "what is to be spared is not in /proc/kallsyms";
+		return "the function to exempt is not in /proc/kallsyms";
 	snprintf(text, sizeof(text), "%llu", start);
 	knob(attribute, "reject-start", text);
 	snprintf(text, sizeof(text), "%llu", end);
@@ -221,7 +221,7 @@ static inline const char *fail_spare(const char *attribute, const char *function
 	return NULL;
 }
 
-/* Lets all fail that can in this thread; returns 0, or -1 and why not. */
+/* Enables all kinds of failures in this thread; 0, or -1 and the reason. */
 static inline int fail_open(struct injector *in, const char **why)
 {
 	if (injector_open(in, "/proc/thread-self")) {
@@ -234,12 +234,12 @@ static inline int fail_open(struct injector *in, const char **why)
 	}
 	knob("fail_page_alloc", "ignore-gfp-wait", "N");
 	knob("fail_page_alloc", "min-order", "0");
-	/* When a slab needs pages has nothing to do with who happens to ask it. */
+	/* SLUB may need pages in any allocation, independent of the operation. */
 	fail_spare("fail_page_alloc", "new_slab");
 	fail_set_all("verbose", "0");
 	fail_set_all("task-filter", "Y");
 	fail_set_all("times", "-1");
-	/* User memory is always there or not: that is no matter of a second attempt. */
+	/* A failed user copy is not retried: leave fail_usercopy's probability. */
 	knob("failslab", "probability", "100");
 	knob("fail_page_alloc", "probability", "100");
 	return 0;

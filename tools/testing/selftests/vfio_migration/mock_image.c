@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The migration stream of vfio_mock, written from its documentation and not
- * from the driver.
+ * The migration stream of vfio_mock, written from its documentation,
+ * independently of the driver.
  */
 #include <errno.h>
 #include <stdarg.h>
@@ -14,7 +14,7 @@
 
 #define PAGE	mig_page_size()
 
-/* Never 0, which stands for a page that was not sent. */
+/* Never 0, which marks a page that was not sent. */
 static __u64 page_digest(__u64 page, const void *content)
 {
 	__u64 lanes[4], start = page + 0x100, digest, word;
@@ -154,7 +154,7 @@ static int parse(struct mock_image *image, const struct mig_stream *s,
 	if (at != s->len)
 		return bad(image, "%zu bytes follow TRAILER", s->len - at);
 	if (!image->registers)
-		return bad(image, "no REGISTERS");
+		return bad(image, "REGISTERS is missing");
 	for (page = 0; page < image->identity.state_size / PAGE; page++)
 		if (!(*digests)[page])
 			return bad(image, "page %llu was never sent", page);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The migration stream of vfio_mock: taking one apart, strictly, and building
- * one that is wrong in a chosen place and consistent in all others.
+ * The migration stream of vfio_mock: a strict parser, and a writer of streams that
+ * are wrong in a chosen place and consistent otherwise.
  */
 #ifndef MOCK_IMAGE_H
 #define MOCK_IMAGE_H
@@ -51,7 +51,7 @@ struct mock_trailer {
 	__u64 bytes;
 };
 
-/* A stream taken apart. */
+/* A parsed stream. */
 struct mock_image {
 	struct mock_identity identity;
 	struct mock_trailer trailer;
@@ -61,16 +61,16 @@ struct mock_image {
 	/* Bytes that are not page contents, in ascending order. */
 	size_t *header_bytes;
 	size_t nr_header_bytes;
-	char why[128];		/* what is wrong with the stream */
+	char why[128];		/* reason for the failure */
 };
 
-/* 0, or -EBADMSG when the stream breaks its format; image->why tells how. */
+/* 0, or -EBADMSG for an invalid stream; image->why has the reason. */
 int mock_image_parse(struct mock_image *image, const struct mig_stream *stream);
 void mock_image_free(struct mock_image *image);
 
 /*
- * Takes apart what a round of pre-copy after the first one streamed: how often
- * each page came, and its last content.
+ * Parses a round of pre-copy after the first one: the number of times that each
+ * page was sent, and its last content.
  */
 int mock_round_parse(const struct mig_stream *round, __u8 *sent, __u8 *content,
 		     __u64 pages);
@@ -94,7 +94,7 @@ void mock_put_identity(struct mock_writer *w, const struct mock_identity *identi
 void mock_put_pages(struct mock_writer *w, __u64 offset, const void *pages, __u64 nr);
 void mock_put_all_pages(struct mock_writer *w, const struct mock_image *image);
 void mock_put_registers(struct mock_writer *w, const void *payload, size_t len);
-/* The trailer that fits what was put so far. */
+/* The trailer that fits the records so far. */
 struct mock_trailer mock_trailer_of(const struct mock_writer *w);
 void mock_put_trailer(struct mock_writer *w);
 

@@ -6,24 +6,24 @@
  *	VFIO_DEVICE=/sys/bus/mdev/devices/UUID ./vfio_migration_test
  *	./vfio_migration_test /sys/bus/pci/devices/0000:01:00.1 [TARGET]
  *
- * The device is bound to a VFIO driver and used by nobody else: the tests reset
- * it and load images into it, good ones and bad ones. How to run them on real
- * hardware is in Documentation/vfio_migration_test.rst. A test skips, with its
- * reason, what the device does not claim or what it was not given:
+ * The device must be bound to a VFIO driver and not be in use: the tests reset it
+ * and load images into it, valid and invalid ones. For real hardware see
+ * Documentation/vfio_migration_test.rst. A test for a feature that the device does
+ * not claim, or that needs a variable that is not set, skips with this reason:
  *
- *	VFIO_DEVICE2		a compatible device that images migrate to, which a
- *				second path names as well; without it the same device
- *				is the target, after a reset
- *	VFIO_DEVICE_OTHER	a device whose images do not fit
+ *	VFIO_DEVICE2		a compatible device as the target of migrations, also
+ *				given by a second path; without it the same device is
+ *				the target, after a reset
+ *	VFIO_DEVICE_OTHER	a device with incompatible images
  *	VFIO_SCRATCH		REGION:OFFSET:LENGTH, memory of the device that the
  *				tests may write to and that is part of its state
- *	VFIO_READ_REGIONS	set: reading all of a region does no harm
- *	VFIO_MIGRATION_ROUNDS	how often to do what is done more than once
- *	VFIO_HANG_SECONDS	how long to wait for what must happen at once
+ *	VFIO_READ_REGIONS	set: reading all regions has no side effects
+ *	VFIO_MIGRATION_ROUNDS	factor for the number of repetitions
+ *	VFIO_HANG_SECONDS	time limit for operations that do not wait
  *
- * "-V iommufd" leaves a backend out, "-t NAME" chooses a test, "-l" lists them.
+ * "-V iommufd" excludes a backend, "-t NAME" selects a test, "-l" lists them.
  *
- * Nothing in this file knows what device it tests.
+ * This file contains no knowledge of a specific device.
  */
 #include <limits.h>
 #include <sched.h>
@@ -40,7 +40,7 @@
 #define SET			VFIO_DEVICE_FEATURE_SET
 #define PROBE			VFIO_DEVICE_FEATURE_PROBE
 
-/* An ioctl number that no data_fd has. */
+/* An ioctl number that no data_fd supports. */
 #define NO_SUCH_IOCTL		_IO(VFIO_TYPE, VFIO_BASE + 99)
 
 static const __u32 set_state_values[] = {
@@ -74,19 +74,19 @@ FIXTURE_TEARDOWN(device)
 	mig_close(&self->dev);
 }
 
-/* Can the device be reset? Tests that break a session on purpose need it. */
+/* Tests that break a session on purpose need a device with a working reset. */
 #define NEED_RESET(dev) do {							\
 	if (mig_reset(dev))							\
 		SKIP(return, "VFIO_DEVICE_RESET does not work on the device");	\
 } while (0)
 
-/* Does somebody name memory of the device that the tests may write to? */
+/* Skips the test unless the device has memory that the tests may write to. */
 #define NEED_SCRATCH(self) do {							\
 	if (!(self)->scratch.len)						\
 		SKIP(return, "VFIO_SCRATCH names no memory of the device");	\
 } while (0)
 
-/* How much more than usual the slow tests are to do. */
+/* Factor for the number of rounds of the slow tests. */
 static unsigned int rounds(void)
 {
 	const char *value = getenv("VFIO_MIGRATION_ROUNDS");
@@ -96,8 +96,8 @@ static unsigned int rounds(void)
 }
 
 /*
- * The device that images migrate to: the second one, or the same one after a
- * reset, which then must not be asked for more images.
+ * Returns the target of a migration: the second device, or the same one after a
+ * reset, which then cannot be the source of more images.
  */
 static struct mig_device *open_target(struct __test_metadata *_metadata,
 				      struct mig_device *dev,
@@ -116,8 +116,8 @@ static struct mig_device *open_target(struct __test_metadata *_metadata,
 }
 
 /*
- * An image of the device as it is, which goes on running then. Tells whether a
- * second one was the same: nobody promises that.
+ * Saves an image of the device, which continues to run afterwards. Returns whether a
+ * second image was identical, which is not guaranteed.
  */
 static bool save_steady(struct __test_metadata *_metadata,
 			const struct mig_device *dev, struct mig_stream *image)
@@ -144,8 +144,8 @@ static bool save_steady(struct __test_metadata *_metadata,
 	"when read() is done on this temporary end of stream the kernel driver should return ENOMSG"
 
 /*
- * Reads to the temporary end. A device that never becomes quiet, because it
- * dirties its own state all the time, skips the test.
+ * Reads to the temporary end. Skips the test if the device never becomes quiet
+ * because it always dirties its own state.
  */
 #define DRAIN_OR_SKIP(dev, fd, stream) do {					\
 	int __ret = mig_save(fd, stream, stream_limit(dev));			\
@@ -157,10 +157,10 @@ static bool save_steady(struct __test_metadata *_metadata,
 			__ret ? strerror(-__ret) : "0", (stream)->len);		\
 } while (0)
 
-/* Each byte of an image of this size is tried, and of a larger one a part. */
+/* Up to this size each byte of an image is tested, above it a sample. */
 #define SMALL_IMAGE	4096
 
-/* A page, followed by one that faults. */
+/* A page followed by an unmapped one. */
 static void *page_before_a_hole(void)
 {
 	size_t page = mig_page_size();
@@ -182,14 +182,14 @@ TEST_F(device, migration_flags)
 	EXPECT_EQ(0U, self->dev.flags & ~known)
 		PROMISE("other combinations of flags have behavior to be defined in the future");
 	EXPECT_EQ(0, mig_feature(&self->dev, PROBE | GET | FEATURE_MIGRATION, NULL, 0))
-		PROMISE("PROBE tells that GET of VFIO_DEVICE_FEATURE_MIGRATION is supported");
+		PROMISE("PROBE returns that GET of VFIO_DEVICE_FEATURE_MIGRATION is supported");
 	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, PROBE | SET | FEATURE_MIGRATION, NULL, 0))
-		PROMISE("VFIO_DEVICE_FEATURE_MIGRATION is for GET alone");
+		PROMISE("VFIO_DEVICE_FEATURE_MIGRATION supports only GET");
 	EXPECT_EQ(0, mig_feature(&self->dev, PROBE | GET | SET | FEATURE_STATE, NULL, 0))
-		PROMISE("PROBE tells that GET and SET of MIG_DEVICE_STATE are supported");
+		PROMISE("PROBE returns that GET and SET of MIG_DEVICE_STATE are supported");
 }
 
-/* What is the same for each feature that reads: every way to ask wrongly. */
+/* Checks common to all features with GET: valid and invalid arguments. */
 static void check_get_arguments(struct __test_metadata *_metadata,
 				const struct mig_device *dev, __u32 feature,
 				size_t size)
@@ -221,7 +221,7 @@ static void check_get_arguments(struct __test_metadata *_metadata,
 
 	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, NULL));
 	EXPECT_EQ(EFAULT, errno)
-		PROMISE("a pointer to nothing is EFAULT");
+		PROMISE("an invalid pointer is EFAULT");
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
 	hole = (void *)((char *)hole + mig_page_size() - head);
@@ -229,7 +229,7 @@ static void check_get_arguments(struct __test_metadata *_metadata,
 	hole->flags = GET | feature;
 	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, hole));
 	EXPECT_EQ(EFAULT, errno)
-		PROMISE("feature %u: data that cannot be written is EFAULT", feature);
+		PROMISE("feature %u: a buffer that cannot be written is EFAULT", feature);
 }
 
 TEST_F(device, feature_arguments)
@@ -258,7 +258,7 @@ TEST_F(device, set_state_arguments)
 	EXPECT_EQ(0, mig_feature(&self->dev, PROBE | SET | FEATURE_STATE, &mig,
 				 sizeof(mig)));
 	expect_state(_metadata, &self->dev, RUNNING,
-		     "after PROBE, which only tells whether SET is supported");
+		     "after PROBE, which only returns whether SET is supported");
 
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
@@ -267,11 +267,11 @@ TEST_F(device, set_state_arguments)
 	hole->flags = SET | FEATURE_STATE;
 	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, hole));
 	EXPECT_EQ(EFAULT, errno)
-		PROMISE("a state that cannot be read is EFAULT");
+		PROMISE("a buffer that cannot be read is EFAULT");
 	expect_state(_metadata, &self->dev, RUNNING, "after EFAULT");
 }
 
-/* The descriptor cannot be handed over, and the state has changed by then. */
+/* The state has changed by the time the descriptor cannot be returned. */
 TEST_F(device, set_state_that_cannot_return_its_fd)
 {
 	size_t len = sizeof(struct vfio_device_feature) +
@@ -316,14 +316,14 @@ TEST_F(device, precopy_info_v2_arguments)
 	int want = self->dev.flags & VFIO_MIGRATION_PRE_COPY ? 0 : -EINVAL;
 
 	EXPECT_EQ(want, mig_feature(&self->dev, PROBE | SET | FEATURE_V2, NULL, 0))
-		PROMISE("PRECOPY_INFOv2 is there exactly when PRE_COPY is");
+		PROMISE("PRECOPY_INFOv2 is available exactly if PRE_COPY is");
 	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, PROBE | GET | FEATURE_V2, NULL, 0))
-		PROMISE("PRECOPY_INFOv2 is for SET alone");
+		PROMISE("PRECOPY_INFOv2 supports only SET");
 	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, GET | FEATURE_V2, NULL, 0))
-		PROMISE("PRECOPY_INFOv2 is for SET alone");
+		PROMISE("PRECOPY_INFOv2 supports only SET");
 	EXPECT_EQ(want, mig_opt_in_v2(&self->dev));
 	EXPECT_EQ(want, mig_opt_in_v2(&self->dev))
-		PROMISE("opting in again changes nothing");
+		PROMISE("a second opt-in changes nothing");
 }
 
 TEST_F(device, get_state_brings_no_fd)
@@ -372,15 +372,15 @@ static void check_move(struct __test_metadata *_metadata,
 	EXPECT_EQ(allowed ? to : from, state)
 		PROMISE("%s -> %s (%d): the device is in %s afterwards",
 			mig_state_name(from), mig_state_name(to), to,
-			allowed ? "the new state" : "the state it was in");
+			allowed ? "the new state" : "the old state");
 	EXPECT_EQ(wants_fd, fd >= 0)
-		PROMISE("%s -> %s (%d): a new data_fd comes %s", mig_state_name(from),
+		PROMISE("%s -> %s (%d): a new data_fd is returned %s", mig_state_name(from),
 			mig_state_name(to), to, wants_fd ? "back" :
-			"only with a new data transfer session");
+			"only for a new data transfer session");
 	if (wants_fd && fd >= 0) {
 		mode = fcntl(fd, F_GETFL) & O_ACCMODE;
 		EXPECT_EQ(to == RESUMING ? O_WRONLY : O_RDONLY, mode)
-			PROMISE("the data_fd of %s goes one way", mig_state_name(to));
+			PROMISE("the data_fd of %s has one direction", mig_state_name(to));
 		EXPECT_FALSE(mig_fd_is_dead(fd))
 			PROMISE("%s -> %s: the data_fd of the new session works",
 				mig_state_name(from), mig_state_name(to));
@@ -414,7 +414,7 @@ TEST_F_TIMEOUT(device, every_transition, 120)
 	}
 }
 
-/* A stream begun in PRE_COPY goes on, on the same descriptor, to its end. */
+/* A stream begun in PRE_COPY continues on the same descriptor to its end. */
 TEST_F(device, saving_group_shares_one_session)
 {
 	struct mig_stream image = {};
@@ -456,11 +456,11 @@ TEST_F(device, data_fd_is_a_stream_with_one_direction)
 		if (states[i] == RESUMING) {
 			EXPECT_EQ(-1, read(fd, &byte, 1));
 			EXPECT_EQ(EBADF, errno)
-				PROMISE("the data_fd of RESUMING is not for reading");
+				PROMISE("the data_fd of RESUMING cannot be read");
 		} else {
 			EXPECT_EQ(-1, write(fd, &byte, 1));
 			EXPECT_EQ(EBADF, errno)
-				PROMISE("the data_fd of %s is not for writing",
+				PROMISE("the data_fd of %s cannot be written",
 					mig_state_name(states[i]));
 		}
 		EXPECT_EQ(-1, lseek(fd, 0, SEEK_SET));
@@ -485,13 +485,13 @@ TEST_F(device, data_fd_is_a_stream_with_one_direction)
 				mig_state_name(states[i]));
 		EXPECT_EQ(-1, ioctl(fd, NO_SUCH_IOCTL, &byte));
 		EXPECT_EQ(ENOTTY, errno)
-			PROMISE("an ioctl that a data_fd does not have is ENOTTY (%s)",
+			PROMISE("an ioctl that the data_fd does not support is ENOTTY (%s)",
 				mig_state_name(states[i]));
 		close(fd);
 	}
 }
 
-/* Nothing asked, nothing consumed: the image is still whole. */
+/* Nothing is consumed: the image is still complete afterwards. */
 TEST_F(device, reads_of_nothing_consume_nothing)
 {
 	struct mig_device second = { .fd = -1 }, *to;
@@ -509,14 +509,14 @@ TEST_F(device, reads_of_nothing_consume_nothing)
 	EXPECT_EQ(0, read(fd, &byte, 0));
 	EXPECT_EQ(-1, read(fd, edge, 64));
 	EXPECT_EQ(EFAULT, errno)
-		PROMISE("a read to nowhere is EFAULT");
+		PROMISE("a read into an invalid buffer is EFAULT");
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
 	EXPECT_EQ(0, read(fd, &byte, 0));
 	to = open_target(_metadata, &self->dev, &second);
 	load_and_run(_metadata, to, &image, 0);
 }
 
-/* A buffer that ends at a hole takes a part; the rest comes with the next read. */
+/* A read across an unmapped page returns a part; the next read returns the rest. */
 TEST_F(device, short_read_at_a_hole_loses_nothing)
 {
 	struct mig_device second = { .fd = -1 }, *to;
@@ -532,13 +532,13 @@ TEST_F(device, short_read_at_a_hole_loses_nothing)
 	fd = go(_metadata, &self->dev, STOP_COPY);
 	do {
 		ret = read(fd, edge - 13, 64);
-		/* Either what fitted was delivered, or nothing was taken. */
+		/* Either the part that fits was delivered, or nothing was consumed. */
 		if (ret < 0) {
 			EXPECT_EQ(EFAULT, errno);
 			ret = read(fd, edge - 13, 13);
 		}
 		EXPECT_GE(13, ret)
-			PROMISE("only what was stored is counted");
+			PROMISE("only the bytes copied are counted");
 		ASSERT_EQ(0, mig_stream_add(&image, edge - 13, ret > 0 ? ret : 0));
 	} while (ret > 0 && image.len < SMALL_IMAGE);
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
@@ -547,7 +547,7 @@ TEST_F(device, short_read_at_a_hole_loses_nothing)
 	load_and_run(_metadata, to, &image, 0);
 }
 
-/* The bytes of a readv(), in the order of its buffers: its count or -errno. */
+/* The bytes of a readv(), in the order of its buffers: their number or -errno. */
 static ssize_t read_vector(int fd, struct mig_stream *s, const struct iovec *iov,
 			   unsigned int nr)
 {
@@ -565,7 +565,7 @@ static ssize_t read_vector(int fd, struct mig_stream *s, const struct iovec *iov
 	return left ? -EOVERFLOW : ret;
 }
 
-/* Buffers of several sizes are filled one after the other, up to one that faults. */
+/* Buffers of several sizes are filled in order, up to one that faults. */
 TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 {
 	static __u8 first[1], second[4095], third[7], fourth[65536];
@@ -590,14 +590,14 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 	fd = go(_metadata, &self->dev, STOP_COPY);
 	ret = read_vector(fd, &image, hole, 2);
 	ASSERT_LT(0, ret)
-		PROMISE("what a readv() copied before a fault is returned (%s)",
+		PROMISE("a readv() returns the bytes copied before a fault (%s)",
 			strerror(-ret));
 	ASSERT_GE(13, ret)
-		PROMISE("only what was stored is counted");
+		PROMISE("only the bytes copied are counted");
 	do {
 		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
 		ASSERT_LE(0, ret)
-			PROMISE("readv() reads as read() does (%s)", strerror(-ret));
+			PROMISE("readv() reads like read() (%s)", strerror(-ret));
 		ASSERT_LT(image.len, stream_limit(&self->dev));
 	} while (ret > 0);
 	EXPECT_EQ(0, read_vector(fd, &image, iov, ARRAY_SIZE(iov)))
@@ -609,10 +609,10 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 	memcpy(edge - 13, image.data, 13);
 	ret = writev(fd, hole, 2);
 	ASSERT_LT(0, ret)
-		PROMISE("what a writev() took before a fault is returned (%s)",
+		PROMISE("a writev() returns the bytes taken before a fault (%s)",
 			strerror(errno));
 	ASSERT_GE(13, ret)
-		PROMISE("only what could be read is counted");
+		PROMISE("only the bytes taken are counted");
 	for (at = ret; at < image.len; at += ret) {
 		part = image.len - at;
 		iov[0] = (struct iovec){ image.data + at, part ? 1 : 0 };
@@ -622,15 +622,15 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 					 part > 8192 ? 4089 : 0 };
 		ret = writev(fd, iov, ARRAY_SIZE(iov));
 		ASSERT_LT(0, ret)
-			PROMISE("writev() writes as write() does (%s)", strerror(errno));
+			PROMISE("writev() writes like write() (%s)", strerror(errno));
 	}
 	ASSERT_EQ(0, mig_set_state(to, STOP, NULL))
-		PROMISE("readv() and writev() lose nothing and take nothing twice");
+		PROMISE("readv() and writev() neither lose nor repeat bytes");
 	move_on(_metadata, to, RUNNING);
 	close(fd);
 }
 
-/* The end is told by the next call, not by one that has bytes. */
+/* The call after the last byte returns ENOMSG, not the call with the last bytes. */
 TEST_F_TIMEOUT(device, readv_before_the_temporary_end, 60)
 {
 	static __u8 first[100], second[8192];
@@ -658,19 +658,19 @@ TEST_F_TIMEOUT(device, readv_before_the_temporary_end, 60)
 	}
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.initial_bytes + info.dirty_bytes)
-		PROMISE("the temporary end is reached when both initial_bytes and dirty_bytes are zero");
+		PROMISE("temporary end: both initial_bytes and dirty_bytes are zero");
 
 	move_on(_metadata, &self->dev, STOP_COPY);
 	do {
 		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
 	} while (ret > 0);
 	ASSERT_EQ(0, ret)
-		PROMISE("once in STOP_COPY the end of stream is permanent; ENOMSG may not be returned");
+		PROMISE("in STOP_COPY the end is permanent; ENOMSG may not be returned");
 	to = open_target(_metadata, &self->dev, &other);
 	load_and_run(_metadata, to, &image, 0);
 }
 
-/* Moves the stream through a pipe, or EINVAL and nothing has happened. */
+/* splice() moves the stream through a pipe, or fails with EINVAL without effect. */
 TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 {
 	struct mig_device other = { .fd = -1 }, *to;
@@ -693,9 +693,9 @@ TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 	} while (in > 0);
 	if (in < 0) {
 		ASSERT_EQ(EINVAL, errno)
-			PROMISE("a data_fd without splice() refuses it");
+			PROMISE("a data_fd without splice() returns EINVAL");
 		ASSERT_EQ(0U, image.len)
-			PROMISE("a data_fd that refuses splice() does so from the start");
+			PROMISE("a data_fd without splice() returns EINVAL from the start");
 		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
 	}
 	EXPECT_EQ(0, read(fd, &byte, 1))
@@ -711,17 +711,17 @@ TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 		if (ret < 0)
 			break;
 		ASSERT_EQ(in, ret)
-			PROMISE("a data_fd takes all that splice() has for it");
+			PROMISE("a data_fd takes all data of a splice()");
 	}
 	if (out < (ssize_t)image.len) {
 		ASSERT_EQ(EINVAL, errno)
-			PROMISE("a data_fd without splice() refuses it");
+			PROMISE("a data_fd without splice() returns EINVAL");
 		ASSERT_EQ(0, out)
-			PROMISE("a data_fd that refuses splice() does so from the start");
+			PROMISE("a data_fd without splice() returns EINVAL from the start");
 		ASSERT_EQ(0, mig_load(fd, image.data, image.len, 0, NULL));
 	}
 	ASSERT_EQ(0, mig_set_state(to, STOP, NULL))
-		PROMISE("splice() loses nothing and takes nothing twice");
+		PROMISE("splice() neither loses nor repeats bytes");
 	move_on(_metadata, to, RUNNING);
 	close(fd);
 	close(pipes[0]);
@@ -744,18 +744,18 @@ TEST_F(device, poll_in_every_state)
 			PROMISE("the data_fd of a new %s session is %s", mig_state_name(states[i]),
 				want == POLLIN ? "readable" : "writable");
 		EXPECT_EQ(0, events & (POLLERR | POLLHUP | POLLNVAL))
-			PROMISE("nothing is wrong with a new %s session (%#x)",
+			PROMISE("a new %s session has no error (%#x)",
 				mig_state_name(states[i]), events);
 		if (mig_reset(&self->dev))
 			mig_set_state(&self->dev, RUNNING, NULL);
 		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0))
-			PROMISE("nobody waits in poll for a %s session that is over",
+			PROMISE("poll does not wait for a %s session that has ended",
 				mig_state_name(states[i]));
 		close(fd);
 	}
 }
 
-/* Writes that fault take what they could read, or nothing, and the rest later. */
+/* A write that faults takes the readable part or nothing; the rest can follow. */
 TEST_F(device, writes_of_nothing_consume_nothing)
 {
 	struct mig_device second = { .fd = -1 }, *to;
@@ -775,28 +775,28 @@ TEST_F(device, writes_of_nothing_consume_nothing)
 		PROMISE("a write of zero bytes returns 0");
 	EXPECT_EQ(-1, write(fd, edge, 16));
 	EXPECT_EQ(EFAULT, errno)
-		PROMISE("a write from nowhere is EFAULT");
+		PROMISE("a write from an invalid buffer is EFAULT");
 	while (at < image.len) {
 		part = image.len - at < 1000 ? image.len - at : 1000;
 		memcpy(edge - part, image.data + at, part);
 		ret = -1;
-		/* Past the end of the image there is nothing more to offer. */
+		/* The image ends before the unmapped page. */
 		if (part < image.len - at)
 			ret = write(fd, edge - part, part + 16);
 		if (ret < 0)
 			ret = write(fd, edge - part, part);
 		ASSERT_LT(0, ret)
-			PROMISE("what can be read is taken: %s", strerror(errno));
+			PROMISE("readable bytes are taken: %s", strerror(errno));
 		ASSERT_GE((ssize_t)part, ret)
-			PROMISE("only what could be read is counted");
+			PROMISE("only the bytes taken are counted");
 		at += ret;
 	}
 	EXPECT_EQ(0, write(fd, image.data, 0));
 	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
-		PROMISE("faults lose no byte and take none twice: the image is whole");
+		PROMISE("faults neither lose nor repeat bytes: the image is complete");
 }
 
-/* A thread that reads or writes its part of a stream which it shares. */
+/* A thread that reads or writes a part of a shared stream. */
 struct sharer {
 	pthread_t thread;
 	int fd;
@@ -804,9 +804,9 @@ struct sharer {
 	struct mig_pieces got;		/* of a reader */
 	const __u8 *from;		/* of a writer */
 	size_t len;
-	struct sharer *after;		/* begins when that one has begun, or NULL */
+	struct sharer *after;		/* starts after that one, or NULL */
 	atomic_bool begun;
-	struct poller poller;		/* of a reader, to know when it sleeps */
+	struct poller poller;		/* of a reader, to find out whether it sleeps */
 	int err;
 };
 
@@ -858,13 +858,13 @@ TEST_F_TIMEOUT(device, parallel_readers_get_disjoint_ordered_bytes, 120)
 		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
 			pthread_join(sharers[i].thread, NULL);
 			EXPECT_EQ(0, sharers[i].err)
-				PROMISE("each reader comes to the permanent end: %s",
+				PROMISE("each reader reaches the permanent end: %s",
 					strerror(-sharers[i].err));
 		}
 		EXPECT_EQ(image.len, sharers[0].got.data.len + sharers[1].got.data.len)
-			PROMISE("parallel readers get each byte once");
+			PROMISE("each byte goes to exactly one of the parallel readers");
 		EXPECT_EQ(1, mig_pieces_make_up(&image, &sharers[0].got, &sharers[1].got))
-			PROMISE("parallel readers get bytes that follow each other, in order");
+			PROMISE("each of the parallel readers gets its bytes in order");
 		close(fd);
 		move_on(_metadata, &self->dev, RUNNING);
 	}
@@ -893,7 +893,7 @@ TEST_F_TIMEOUT(device, parallel_writers_keep_the_image_whole_or_refused, 120)
 			sharers[i].from = image.data + i * (image.len / 2);
 			sharers[i].len = i ? image.len - image.len / 2 : image.len / 2;
 		}
-		/* Every other time it is sure that the order is wrong. */
+		/* In every second round the order is certainly wrong. */
 		if (r % 2)
 			sharers[0].after = &sharers[1];
 		for (i = 0; i < ARRAY_SIZE(sharers); i++)
@@ -915,15 +915,15 @@ TEST_F_TIMEOUT(device, parallel_writers_keep_the_image_whole_or_refused, 120)
 		if (!save_steady(_metadata, &self->dev, &now) || !steady)
 			continue;
 		EXPECT_TRUE(now.len == whole.len && !memcmp(now.data, whole.data, now.len))
-			PROMISE("two writers leave the image either whole or refused");
+			PROMISE("parallel writers load a valid image or cause an error");
 	}
 	EXPECT_NE(0U, refused)
-		PROMISE("inconsistent data, the second half first, is refused");
+		PROMISE("inconsistent data (second half first) is refused");
 	ASSERT_EQ(0, mig_reset(&self->dev));
 	load_and_run(_metadata, &self->dev, &image, 0);
 }
 
-/* One read() or write() by a child process that inherits the descriptor. */
+/* One read() or write() by a child process with an inherited descriptor. */
 static ssize_t in_child(int fd, __u8 *shared, size_t len, bool write_it)
 {
 	ssize_t *ret = (ssize_t *)shared;
@@ -962,12 +962,12 @@ TEST_F(device, duplicates_share_one_stream)
 			PROMISE("a descriptor and its duplicates read one stream");
 		ret = in_child(fd, shared, 4, false);
 		ASSERT_LT(0, ret)
-			PROMISE("a forked process reads on in the same stream");
+			PROMISE("a forked process continues reading the same stream");
 		ASSERT_EQ(0, mig_stream_add(&image, shared + sizeof(ssize_t), ret));
 	}
 	close(fd);
 	ASSERT_EQ(0, mig_save(copy, &image, stream_limit(&self->dev)))
-		PROMISE("a duplicate outlives the descriptor it was made from");
+		PROMISE("a duplicate stays valid after the original is closed");
 	close(copy);
 
 	to = open_target(_metadata, &self->dev, &second);
@@ -978,7 +978,7 @@ TEST_F(device, duplicates_share_one_stream)
 		EXPECT_EQ(0, mig_load(copy, image.data + at + 5, 3, 0, NULL));
 		memcpy(shared + sizeof(ssize_t), image.data + at + 8, 4);
 		EXPECT_EQ(4, in_child(fd, shared, 4, true))
-			PROMISE("a forked process writes on in the same stream");
+			PROMISE("a forked process continues writing the same stream");
 		at += 12;
 	}
 	close(fd);
@@ -1003,7 +1003,7 @@ TEST_F(device, data_fd_in_another_process)
 		EXPECT_LE(0, mig_read(fd, &image, 9));
 		ret = mig_helper_read(&helper, fd, buffer, sizeof(buffer));
 		ASSERT_LE(0, ret)
-			PROMISE("a process that was sent the data_fd reads from it: %s",
+			PROMISE("a process that received the data_fd can read from it: %s",
 				strerror(-ret));
 		ASSERT_EQ(0, mig_stream_add(&image, buffer, ret));
 	} while (ret > 0);
@@ -1015,7 +1015,7 @@ TEST_F(device, data_fd_in_another_process)
 		part = image.len - at < sizeof(buffer) ? image.len - at : sizeof(buffer);
 		ret = mig_helper_write(&helper, fd, image.data + at, part);
 		ASSERT_LT(0, ret)
-			PROMISE("a process that was sent the data_fd writes to it: %s",
+			PROMISE("a process that received the data_fd can write to it: %s",
 				strerror(-ret));
 		at += ret;
 		part = image.len - at < 9 ? image.len - at : 9;
@@ -1023,7 +1023,7 @@ TEST_F(device, data_fd_in_another_process)
 		at += part;
 	}
 	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
-		PROMISE("what two processes read and wrote in turns is a whole image");
+		PROMISE("two processes in turns transfer a whole image");
 	mig_helper_stop(&helper);
 }
 
@@ -1048,19 +1048,19 @@ TEST_F_TIMEOUT(device, temporary_end, 60)
 		EXPECT_EQ(ENOMSG, errno)
 			PROMISE(TEMPORARY_END);
 		EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
-			PROMISE("userspace can wait for more data by using poll: not readable at the temporary end");
+			PROMISE("poll waits for more data: not readable at the temporary end");
 	}
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.initial_bytes)
-		PROMISE("the temporary end is reached when both initial_bytes and dirty_bytes are zero");
+		PROMISE("temporary end: both initial_bytes and dirty_bytes are zero");
 	EXPECT_EQ(0U, info.dirty_bytes)
-		PROMISE("the temporary end is reached when both initial_bytes and dirty_bytes are zero");
+		PROMISE("temporary end: both initial_bytes and dirty_bytes are zero");
 
 	move_on(_metadata, &self->dev, STOP_COPY);
 	EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0) & POLLIN)
 		PROMISE("once in STOP_COPY poll always returns readable");
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)))
-		PROMISE("once in STOP_COPY the end of stream is permanent; ENOMSG may not be returned");
+		PROMISE("in STOP_COPY the end is permanent; ENOMSG may not be returned");
 	to = open_target(_metadata, &self->dev, &second);
 	load_and_run(_metadata, to, &image, 0);
 }
@@ -1122,7 +1122,7 @@ TEST_F_TIMEOUT(device, poller_wakes_on_stop_copy, 60)
 		PROMISE("a poller that waits in PRE_COPY wakes when the device enters STOP_COPY");
 }
 
-/* Leaving the saving group by @state: the waiting poller learns of it. */
+/* Leaves the saving group by @state, which must wake the poller. */
 static void check_wake_by(struct __test_metadata *_metadata,
 			  const struct mig_device *dev, int fd, __u32 state)
 {
@@ -1138,7 +1138,7 @@ static void check_wake_by(struct __test_metadata *_metadata,
 			state == ERROR ? "RESET" : mig_state_name(state));
 	EXPECT_EQ(-1, read(fd, &byte, 1));
 	EXPECT_EQ(ENODEV, errno)
-		PROMISE("the session is over: read() fails with ENODEV");
+		PROMISE("the session has ended: read() fails with ENODEV");
 }
 
 TEST_F_TIMEOUT(device, poller_wakes_on_running, 60)
@@ -1181,7 +1181,7 @@ TEST_F_TIMEOUT(device, poller_wakes_on_close, 60)
 
 /* ---- Pre-copy accounting ---- */
 
-/* A read() of a large stream, in bytes, is at least so large. */
+/* The minimum number of bytes of a read() from a large stream. */
 #define READ_MIN	4096
 
 TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
@@ -1284,7 +1284,7 @@ TEST_F(device, precopy_info_only_in_pre_copy)
 			EXPECT_EQ(-EINVAL, ret)
 				PROMISE("this ioctl is valid only in PRE_COPY states and the kernel driver should return EINVAL from STOP_COPY");
 		} else {
-			/* The session is over as well: both errors are true. */
+			/* The session has ended as well: both errors are valid. */
 			EXPECT_TRUE(ret == -EINVAL || ret == -ENODEV)
 				PROMISE("this ioctl is valid only in PRE_COPY states (%d in %s)",
 					ret, mig_state_name(states[i]));
@@ -1294,7 +1294,7 @@ TEST_F(device, precopy_info_only_in_pre_copy)
 
 	fd = go(_metadata, &self->dev, STOP_COPY);
 	EXPECT_EQ(-EINVAL, mig_precopy_info(fd, &info))
-		PROMISE("a session begun in STOP_COPY has no pre-copy information");
+		PROMISE("a session that starts in STOP_COPY has no pre-copy information");
 	close(fd);
 	fd = go(_metadata, &self->dev, RESUMING);
 	ret = mig_precopy_info(fd, &info);
@@ -1314,15 +1314,15 @@ TEST_F(device, precopy_info_flags)
 	fd = go(_metadata, &self->dev, PRE_COPY);
 	ASSERT_EQ(0, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
 	EXPECT_EQ(0xdeadbeef, info.flags)
-		PROMISE("without the opt-in to PRECOPY_INFOv2 the flags field is left alone");
+		PROMISE("without the opt-in to PRECOPY_INFOv2 the flags field is unchanged");
 	ASSERT_EQ(0, mig_opt_in_v2(&self->dev));
 	info.flags = 0xdeadbeef;
 	ASSERT_EQ(0, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
 	EXPECT_EQ(0U, info.flags)
-		PROMISE("with PRECOPY_INFOv2 flags is a valid output field: nothing was re-initialised");
+		PROMISE("with PRECOPY_INFOv2 flags is an output field: no re-initialization");
 	close(fd);
 
-	/* The opt-in belongs to this opening of the device. */
+	/* The opt-in ends with this opening of the device. */
 	mig_close_device(&self->dev);
 	ASSERT_EQ(0, mig_reopen_device(&self->dev));
 	fd = go(_metadata, &self->dev, PRE_COPY);
@@ -1340,11 +1340,11 @@ TEST_F(device, precopy_info_under_the_draft_number)
 	NEED_PRE_COPY(&self->dev);
 	fd = go(_metadata, &self->dev, PRE_COPY);
 	if (ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft) && errno == ENOTTY)
-		SKIP(return, "the device has the ioctl under the number of mainline only");
+		SKIP(return, "the device supports only mainline's number of the ioctl");
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(info.initial_bytes, draft.initial_bytes);
 	EXPECT_EQ(info.dirty_bytes, draft.dirty_bytes)
-		PROMISE("both ioctl numbers tell the same");
+		PROMISE("both ioctl numbers return the same values");
 }
 
 /* ---- MIG_DATA_SIZE ---- */
@@ -1364,7 +1364,7 @@ TEST_F(device, data_size_in_every_state)
 	}
 }
 
-/* Asks in @from, stops, and streams: the answer was not too small. */
+/* Queries the size in @from, stops and streams: the size must not be too small. */
 static void check_data_size(struct __test_metadata *_metadata,
 			    const struct mig_device *dev, __u32 from, int fd)
 {
@@ -1379,10 +1379,10 @@ static void check_data_size(struct __test_metadata *_metadata,
 	ASSERT_EQ(0, mig_data_size(dev, &stopped));
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(dev)));
 	EXPECT_GE(before, image.len)
-		PROMISE("MIG_DATA_SIZE, asked in %s, is what will be required to complete stop copy",
+		PROMISE("MIG_DATA_SIZE in %s is what will be required to complete stop copy",
 			mig_state_name(from));
 	EXPECT_GE(stopped, image.len)
-		PROMISE("MIG_DATA_SIZE, asked in STOP_COPY, is what will be required to complete stop copy");
+		PROMISE("MIG_DATA_SIZE in STOP_COPY is what will be required to complete it");
 	mig_stream_free(&image);
 	close(fd);
 }
@@ -1424,19 +1424,19 @@ TEST_F_TIMEOUT(device, image_loads_in_any_chunks, 120)
 	take_image(_metadata, &self->dev, &image);
 	to = open_target(_metadata, &self->dev, &second);
 	for (i = 0; i < ARRAY_SIZE(chunks); i++) {
-		/* A system call for each byte of a large image takes too long. */
+		/* For a large image a system call for each byte takes too long. */
 		if (chunks[i] && image.len / chunks[i] > (1 << 18))
 			continue;
 		load_and_run(_metadata, to, &image, chunks[i]);
 	}
-	/* The target is as good a source as the source was. */
+	/* The target must be a valid source. */
 	take_image(_metadata, to, &again);
 	load_and_run(_metadata, &self->dev, &again, 0);
 }
 
 /*
- * Writes @len bytes of a bad image and asks for STOP. Tells whether it was
- * refused, and checks that a refusal keeps the device where it is.
+ * Writes @len bytes of an invalid image and requests STOP. Returns whether this
+ * failed, and checks that a failure keeps the state.
  */
 static bool offer(struct __test_metadata *_metadata, const struct mig_device *dev,
 		  const void *data, size_t len)
@@ -1450,24 +1450,24 @@ static bool offer(struct __test_metadata *_metadata, const struct mig_device *de
 	ASSERT_EQ(0, mig_get_state(dev, &state));
 	if (written) {
 		EXPECT_NE(0, ret)
-			PROMISE("data that write() refused (%s) is not incorporated into the device state",
+			PROMISE("data after a failed write() (%s) is not part of the device state",
 				strerror(-written));
 	}
 	if (ret) {
 		EXPECT_TRUE(state == RESUMING || state == ERROR)
-			PROMISE("after a failed RESUMING -> STOP the device is in the original state or in ERROR, not in %s",
+			PROMISE("after a failed RESUMING -> STOP the state is RESUMING or ERROR, not %s",
 				mig_state_name(state));
 		EXPECT_NE(0, mig_set_state(dev, RUNNING, NULL))
-			PROMISE("a device whose data was refused does not run");
+			PROMISE("a device with refused data does not run");
 		ASSERT_EQ(0, mig_reset(dev))
 			PROMISE("to abort a RESUMING session the device must be reset");
-		expect_state(_metadata, dev, RUNNING, "after RESET of a refused load");
+		expect_state(_metadata, dev, RUNNING, "after a reset that ends a refused load");
 	}
 	close(fd);
 	return ret != 0;
 }
 
-/* After each refusal a good image loads; tried once at the end if that takes long. */
+/* After each refusal a good image loads; large images are loaded only once. */
 static void load_after_refusal(struct __test_metadata *_metadata,
 			       const struct mig_device *dev, const struct mig_stream *image)
 {
@@ -1485,7 +1485,7 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 	take_image(_metadata, &self->dev, &image);
 	to = open_target(_metadata, &self->dev, &second);
 
-	/* Every point of a small image; of a large one its beginning and a sample. */
+	/* Each length of a small image; for a large one the shortest and a sample. */
 	all = image.len <= SMALL_IMAGE ? image.len : 64 * rounds();
 	if (all > image.len)
 		all = image.len;
@@ -1496,7 +1496,7 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 		if (i == all + 16 * rounds())
 			at = image.len - 1;
 		EXPECT_TRUE(offer(_metadata, to, image.data, at))
-			PROMISE("if the user provided data is found to be incomplete the migration driver must fail SET_STATE (%zu of %zu bytes)",
+			PROMISE("incomplete user data must fail SET_STATE (%zu of %zu bytes)",
 				at, image.len);
 		go_home(_metadata, to);
 		load_after_refusal(_metadata, to, &image);
@@ -1504,7 +1504,7 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 	load_and_run(_metadata, to, &image, 0);
 }
 
-/* Whether such a change matters, only the device knows; it must survive it. */
+/* Whether a change is an error depends on the device, which must survive it. */
 TEST_F_TIMEOUT(device, damaged_image_is_survived, 120)
 {
 	struct mig_device second = { .fd = -1 }, *to;
@@ -1525,7 +1525,7 @@ TEST_F_TIMEOUT(device, damaged_image_is_survived, 120)
 		load_after_refusal(_metadata, to, &image);
 	}
 	EXPECT_NE(0U, refused)
-		PROMISE("if the user provided data is found to be invalid the migration driver must fail SET_STATE (%zu damaged bytes went unnoticed)",
+		PROMISE("invalid user data must fail SET_STATE (%zu damaged bytes went unnoticed)",
 			i);
 	load_and_run(_metadata, to, &image, 0);
 }
@@ -1540,9 +1540,9 @@ TEST_F(device, refused_image_is_not_resumed_by_more_data)
 	fd = go(_metadata, &self->dev, RESUMING);
 	EXPECT_EQ(0, mig_load(fd, image.data, image.len / 2, 0, NULL));
 	EXPECT_NE(0, mig_set_state(&self->dev, STOP, NULL));
-	/* The session may be over or go on; the device must not run on half. */
+	/* The session may have ended or not; the device must not run on half an image. */
 	EXPECT_NE(0, mig_set_state(&self->dev, RUNNING, NULL))
-		PROMISE("a device whose data was refused does not run");
+		PROMISE("a device with refused data does not run");
 	ASSERT_EQ(0, mig_reset(&self->dev));
 	EXPECT_TRUE(mig_fd_is_dead(fd))
 		PROMISE("RESET ends the RESUMING session");
@@ -1567,7 +1567,7 @@ TEST_F(device, bytes_after_the_end_are_refused)
 		written = mig_load(fd, image.data, extra[i], 0, NULL);
 		ret = mig_set_state(&self->dev, STOP, NULL);
 		EXPECT_TRUE(written || ret)
-			PROMISE("an image with %zu bytes after its end is invalid: write() or SET_STATE must fail",
+			PROMISE("an image followed by %zu bytes is invalid: write() or SET_STATE must fail",
 				extra[i]);
 		ASSERT_EQ(0, mig_reset(&self->dev));
 		close(fd);
@@ -1590,7 +1590,7 @@ TEST_F(device, good_image_after_an_error_is_refused)
 	written = mig_load(fd, bad.data, bad.len, 0, NULL);
 	mig_load(fd, image.data, image.len, 0, NULL);
 	EXPECT_NE(0, mig_set_state(&self->dev, STOP, NULL))
-		PROMISE("a session whose data was invalid (write() said %s) is not mended by a good image",
+		PROMISE("a good image does not repair a session with invalid data (write(): %s)",
 			written ? strerror(-written) : "nothing");
 	ASSERT_EQ(0, mig_reset(&self->dev));
 	close(fd);
@@ -1605,17 +1605,17 @@ TEST_F(device, image_of_another_shape_is_refused)
 
 	NEED_RESET(&self->dev);
 	if (!path)
-		SKIP(return, "VFIO_DEVICE_OTHER names no device whose images do not fit");
+		SKIP(return, "VFIO_DEVICE_OTHER names no device with incompatible images");
 	ASSERT_EQ(0, mig_open(&other, path, self->dev.backend))
 		STEP("open the other device: %s", other.why);
 	take_image(_metadata, &self->dev, &image);
 	take_image(_metadata, &other, &foreign);
 	EXPECT_TRUE(offer(_metadata, &self->dev, foreign.data, foreign.len))
-		PROMISE("the image of a device of another shape is invalid: SET_STATE must fail");
+		PROMISE("the image of an incompatible device is invalid: SET_STATE must fail");
 	go_home(_metadata, &self->dev);
 	load_and_run(_metadata, &self->dev, &image, 0);
 	EXPECT_TRUE(offer(_metadata, &other, image.data, image.len))
-		PROMISE("the image of a device of another shape is invalid: SET_STATE must fail");
+		PROMISE("the image of an incompatible device is invalid: SET_STATE must fail");
 	go_home(_metadata, &other);
 	load_and_run(_metadata, &other, &foreign, 0);
 }
@@ -1643,11 +1643,11 @@ TEST_F(device, old_fd_never_sees_a_new_session)
 				mig_state_name(states[i]));
 		fd = go(_metadata, &self->dev, states[i]);
 		EXPECT_TRUE(mig_fd_is_dead(old))
-			PROMISE("the fd of the last %s session does not see the new one: ENODEV",
+			PROMISE("the fd of an ended %s session does not see the new one: ENODEV",
 				mig_state_name(states[i]));
 		if (states[i] == PRE_COPY) {
 			EXPECT_EQ(-ENODEV, mig_precopy_info(old, &info))
-				PROMISE("the fd of the last session tells nothing of the new one: ENODEV");
+				PROMISE("the fd of an ended session has no data of the new one: ENODEV");
 		}
 		EXPECT_FALSE(mig_fd_is_dead(fd))
 			PROMISE("the new %s session works", mig_state_name(states[i]));
@@ -1674,10 +1674,10 @@ TEST_F(device, fd_after_close_of_the_device)
 			PROMISE("the data_fd of %s fails with ENODEV after the device is closed",
 				mig_state_name(states[i]));
 		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0))
-			PROMISE("nobody waits for a closed device in poll");
+			PROMISE("poll does not wait for a closed device");
 		EXPECT_GT(0, mig_precopy_info(fd, &info));
 		ASSERT_EQ(0, mig_reopen_device(&self->dev))
-			STEP("open the device again: %s", self->dev.why);
+			STEP("reopen the device: %s", self->dev.why);
 		EXPECT_TRUE(mig_fd_is_dead(fd))
 			PROMISE("an old data_fd stays dead for the next opener");
 		close(fd);
@@ -1711,7 +1711,7 @@ TEST_F(device, data_fd_closed_first)
 TEST_F(device, reset_is_advertised)
 {
 	EXPECT_NE(0U, self->dev.info.flags & VFIO_DEVICE_FLAGS_RESET)
-		PROMISE("to recover from ERROR VFIO_DEVICE_RESET must be used: the device has it");
+		PROMISE("to recover from ERROR VFIO_DEVICE_RESET must be used: it is supported");
 }
 
 TEST_F_TIMEOUT(device, reset_in_every_state, 60)
@@ -1730,7 +1730,7 @@ TEST_F_TIMEOUT(device, reset_in_every_state, 60)
 			PROMISE("RESET works in %s", mig_state_name(state));
 		ASSERT_EQ(0, mig_get_state(&self->dev, &now));
 		EXPECT_EQ(RUNNING, now)
-			PROMISE("VFIO_DEVICE_RESET returns the device_state from %s back to RUNNING",
+			PROMISE("VFIO_DEVICE_RESET returns the device from %s to RUNNING",
 				mig_state_name(state));
 		if (fd >= 0) {
 			EXPECT_TRUE(mig_fd_is_dead(fd))
@@ -1754,9 +1754,9 @@ TEST_F_TIMEOUT(device, close_in_every_state, 60)
 			close(fd);
 		mig_close_device(&self->dev);
 		ASSERT_EQ(0, mig_reopen_device(&self->dev))
-			STEP("open the device again: %s", self->dev.why);
+			STEP("reopen the device: %s", self->dev.why);
 		ASSERT_EQ(0, mig_get_state(&self->dev, &now));
-		/* Nothing more can be asked of a device that failed this. */
+		/* After this failure the device may be in any state. */
 		ASSERT_EQ(RUNNING, now)
 			PROMISE("a device that was closed in %s is RUNNING for the next opener",
 				mig_state_name(state));
@@ -1765,7 +1765,7 @@ TEST_F_TIMEOUT(device, close_in_every_state, 60)
 	}
 }
 
-/* The next opener does not ask for the state, which is RUNNING, before it acts. */
+/* The next opener relies on RUNNING without a GET of the state. */
 TEST_F_TIMEOUT(device, next_opener_goes_anywhere, 60)
 {
 	static const __u32 targets[] = { STOP, STOP_COPY, RESUMING };
@@ -1782,16 +1782,16 @@ TEST_F_TIMEOUT(device, next_opener_goes_anywhere, 60)
 				close(fd);
 			mig_close_device(&self->dev);
 			ASSERT_EQ(0, mig_reopen_device(&self->dev))
-				STEP("open the device again: %s", self->dev.why);
+				STEP("reopen the device: %s", self->dev.why);
 			ret = mig_set_state(&self->dev, targets[i], &fd);
 			EXPECT_EQ(0, ret)
-				PROMISE("a device that was closed in %s is RUNNING for the next opener, who can go to %s: %s",
+				PROMISE("a device closed in %s is RUNNING for the next opener, which can go to %s: %s",
 					mig_state_name(state), mig_state_name(targets[i]),
 					strerror(-ret));
 			ASSERT_EQ(0, mig_get_state(&self->dev, &now));
 			EXPECT_EQ(targets[i], now);
 			EXPECT_EQ(targets[i] != STOP, fd >= 0)
-				PROMISE("a new session after the device was closed in %s has a new data_fd",
+				PROMISE("a session after a close in %s has a new data_fd",
 					mig_state_name(state));
 			if (fd >= 0)
 				close(fd);
@@ -1799,14 +1799,14 @@ TEST_F_TIMEOUT(device, next_opener_goes_anywhere, 60)
 	}
 }
 
-/* A device made for one test, of the type of a mediated device. */
+/* A device created for one test, of the type of the device under test. */
 struct guest {
 	struct mig_device dev;
 	char path[PATH_MAX];
 	char remove[PATH_MAX + 16];
 };
 
-/* -EOPNOTSUPP: the device is not a mediated one, or there cannot be one more. */
+/* -EOPNOTSUPP: not a mediated device, or no more devices can be created. */
 static int create_guest(const struct mig_device *like, struct guest *g)
 {
 	char uuid[37] = "", create[PATH_MAX];
@@ -1831,9 +1831,9 @@ static int create_guest(const struct mig_device *like, struct guest *g)
 	int __ret = create_guest(like, g);					\
 										\
 	if (__ret == -EOPNOTSUPP)						\
-		SKIP(return, "there is no mediated device to create and remove"); \
+		SKIP(return, "no mediated device can be created and removed");	\
 	ASSERT_EQ(0, __ret)							\
-		STEP("create and open one more device: %s", (g)->dev.why);	\
+		STEP("create and open another device: %s", (g)->dev.why);	\
 } while (0)
 
 TEST_F(device, fd_after_removal_of_the_device)
@@ -1857,13 +1857,13 @@ TEST_F(device, fd_after_removal_of_the_device)
 			PROMISE("the data_fd of %s outlives the device: ENODEV",
 				mig_state_name(states[i]));
 		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0))
-			PROMISE("nobody waits for a device that is gone in poll");
+			PROMISE("poll does not wait for a removed device");
 		EXPECT_GT(0, mig_precopy_info(fd, &info));
 		close(fd);
 	}
 }
 
-/* ---- Many at once ---- */
+/* ---- Concurrency ---- */
 
 TEST_F_TIMEOUT(device, hammered_by_eight_threads, 300)
 {
@@ -1877,16 +1877,16 @@ TEST_F_TIMEOUT(device, hammered_by_eight_threads, 300)
 		ASSERT_EQ(0, mig_hammer(&self->dev, &image, &self->scratch, 400, r,
 					why, sizeof(why)));
 		EXPECT_STREQ("", why)
-			PROMISE("a call among others works or fails with an error of its own");
+			PROMISE("a concurrent call succeeds or fails with a valid error");
 		ASSERT_EQ(0, mig_reopen_device(&self->dev))
-			STEP("open the device again: %s", self->dev.why);
+			STEP("reopen the device: %s", self->dev.why);
 		expect_state(_metadata, &self->dev, RUNNING, "after close and open");
 		ASSERT_EQ(0, mig_reset(&self->dev));
 		load_and_run(_metadata, &self->dev, &image, 0);
 	}
 }
 
-/* A read() or write() that a fault of its buffer keeps from going on. */
+/* A read() or write() that is stalled by a page fault of its buffer. */
 struct stalled {
 	struct mig_stall stall;
 	pthread_t thread;
@@ -1911,7 +1911,7 @@ enum how { BY_SET_STATE, BY_RESET, BY_CLOSE, BY_REMOVAL, HOW_NR };
 
 static const char *const how_name[] = { "SET_STATE", "RESET", "close", "removal" };
 
-/* What must not wait for the stalled one. */
+/* A call that must not wait for the stalled one. */
 struct ender {
 	pthread_t thread;
 	struct guest *guest;
@@ -1941,7 +1941,7 @@ static void *ender_main(void *arg)
 	return NULL;
 }
 
-/* While one reader is kept from going on, another reads all that it can get. */
+/* While one reader is stalled, another reads up to the end. */
 TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
 {
 	struct mig_pieces first = {};
@@ -1956,12 +1956,12 @@ TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
 		SKIP(return, "two images of the stopped device differ");
 	ret = mig_stall_start(&ahead.stall);
 	if (ret == -EOPNOTSUPP)
-		SKIP(return, "there is no userfaultfd that stalls the kernel");
+		SKIP(return, "no userfaultfd that stalls the kernel is available");
 	ASSERT_EQ(0, ret);
 	content = calloc(1, ahead.stall.len);
 	ASSERT_NE(NULL, content);
 
-	/* In the middle, where a device that works in blocks is inside of one. */
+	/* In the middle of the stream, inside of a block if the device uses blocks. */
 	ahead.fd = go(_metadata, &self->dev, STOP_COPY);
 	while (first.data.len < image.len / 2)
 		ASSERT_LT(0, mig_read(ahead.fd, &first.data, image.len / 2 - first.data.len));
@@ -1974,7 +1974,7 @@ TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
 	behind.fd = ahead.fd;
 	behind.chunk = image.len / 10 + 1;
 	ASSERT_EQ(0, pthread_create(&behind.thread, NULL, reader_main, &behind));
-	/* It waits for its turn, or has come to the end. */
+	/* It waits for the stalled reader, or has reached the end. */
 	wait_until_asleep(&behind.poller);
 	ASSERT_EQ(0, mig_stall_end(&ahead.stall, content));
 	ASSERT_TRUE(joined(ahead.thread));
@@ -1982,7 +1982,7 @@ TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
 	ASSERT_LT(0, ahead.ret)
 		STEP("read with a fault: %s", strerror(-ahead.ret));
 	EXPECT_EQ(0, behind.err)
-		PROMISE("the reader behind comes to the permanent end: %s",
+		PROMISE("the second reader reaches the permanent end: %s",
 			strerror(-behind.err));
 
 	ASSERT_EQ(0, mig_stream_add(&first.data, ahead.stall.page, ahead.ret));
@@ -1990,7 +1990,7 @@ TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
 	first.len = len;
 	first.nr = 2;
 	EXPECT_EQ(1, mig_pieces_make_up(&image, &first, &behind.got))
-		PROMISE("parallel readers get bytes that follow each other, in order (%zd and %zu of %zu)",
+		PROMISE("each of the parallel readers gets its bytes in order (%zd and %zu of %zu)",
 			ahead.ret, behind.got.data.len, image.len);
 }
 
@@ -2005,9 +2005,9 @@ static void check_stalled(struct __test_metadata *_metadata, struct guest *g,
 
 	ret = mig_stall_start(&s.stall);
 	if (ret == -EOPNOTSUPP)
-		SKIP(return, "there is no userfaultfd that stalls the kernel");
+		SKIP(return, "no userfaultfd that stalls the kernel is available");
 	ASSERT_EQ(0, ret)
-		STEP("make a page that stalls: %s", strerror(-ret));
+		STEP("create a page that stalls: %s", strerror(-ret));
 	content = calloc(1, s.stall.len);
 	ASSERT_NE(NULL, content);
 	s.len = image->len < s.stall.len ? image->len : s.stall.len;
@@ -2021,10 +2021,10 @@ static void check_stalled(struct __test_metadata *_metadata, struct guest *g,
 	ASSERT_EQ(0, pthread_create(&ender.thread, NULL, ender_main, &ender));
 	waited_for = !joined(ender.thread);
 	EXPECT_FALSE(waited_for)
-		PROMISE("a %s that is stalled in %s delays no %s",
+		PROMISE("a %s that is stalled in %s does not block %s",
 			s.writes ? "writer" : "reader", mig_state_name(from), how_name[how]);
 	EXPECT_EQ(0, ender.ret)
-		PROMISE("%s works beside a stalled %s", how_name[how],
+		PROMISE("%s succeeds during a stalled %s", how_name[how],
 			s.writes ? "writer" : "reader");
 
 	ASSERT_EQ(0, mig_stall_end(&s.stall, content));
@@ -2033,12 +2033,12 @@ static void check_stalled(struct __test_metadata *_metadata, struct guest *g,
 	if (waited_for)
 		pthread_join(ender.thread, NULL);
 	EXPECT_TRUE(s.ret == -ENODEV || s.ret == -EFAULT || s.ret > 0)
-		PROMISE("a call whose session has ended tells so, or what it did before (%zd)",
+		PROMISE("a call whose session has ended returns ENODEV or its bytes so far (%zd)",
 			s.ret);
 	close(s.fd);
 	free(content);
 	mig_stall_free(&s.stall);
-	/* The next way to end it would wait as well. */
+	/* The next call to end it would wait as well. */
 	ASSERT_FALSE(waited_for);
 }
 
@@ -2056,11 +2056,11 @@ static void check_all_stalls(struct __test_metadata *_metadata, struct mig_devic
 			continue;
 		if (how == BY_REMOVAL) {
 			ret = create_guest(dev, &guest);
-			/* Only mediated devices come and go. */
+			/* Only mediated devices can be created and removed. */
 			if (ret == -EOPNOTSUPP)
 				break;
 			ASSERT_EQ(0, ret)
-				STEP("create and open one more device: %s", guest.dev.why);
+				STEP("create and open another device: %s", guest.dev.why);
 			check_stalled(_metadata, &guest, from, how, &image);
 			break;
 		}
@@ -2068,7 +2068,7 @@ static void check_all_stalls(struct __test_metadata *_metadata, struct mig_devic
 		*dev = self.dev;
 		if (how == BY_CLOSE) {
 			ASSERT_EQ(0, mig_reopen_device(dev))
-				STEP("open the device again: %s", dev->why);
+				STEP("reopen the device: %s", dev->why);
 		}
 		go_home(_metadata, dev);
 		self.dev = *dev;
@@ -2093,7 +2093,7 @@ TEST_F_TIMEOUT(device, stalled_writer_delays_nobody, 120)
 	check_all_stalls(_metadata, &self->dev, RESUMING);
 }
 
-/* ---- What is in the device ---- */
+/* ---- Content of the device ---- */
 
 static __u8 *pattern(struct __test_metadata *_metadata, size_t len, __u8 number)
 {
@@ -2106,12 +2106,12 @@ static __u8 *pattern(struct __test_metadata *_metadata, size_t len, __u8 number)
 		seed = seed * 1664525 + 1013904223;
 		data[i] = seed >> 24;
 	}
-	/* Sure to differ from what another seed made. */
+	/* Differs from the pattern of any other seed. */
 	data[0] = number;
 	return data;
 }
 
-/* Writes a pattern into the scratch memory, and returns it. */
+/* Writes a pattern to the scratch memory, and returns it. */
 static __u8 *scribble(struct __test_metadata *_metadata, const struct mig_device *dev,
 		      const struct mig_scratch *s, __u8 number)
 {
@@ -2119,7 +2119,7 @@ static __u8 *scribble(struct __test_metadata *_metadata, const struct mig_device
 	int ret = mig_scratch_write(dev, s, data);
 
 	ASSERT_EQ(0, ret)
-		STEP("write to the memory that VFIO_SCRATCH names: %s", strerror(-ret));
+		STEP("write to the memory of VFIO_SCRATCH: %s", strerror(-ret));
 	return data;
 }
 
@@ -2134,7 +2134,7 @@ static void expect_scratch(struct __test_metadata *_metadata,
 	ASSERT_NE(NULL, seen);
 	ret = mig_scratch_read(dev, s, seen);
 	ASSERT_EQ(0, ret)
-		STEP("read the memory that VFIO_SCRATCH names: %s", strerror(-ret));
+		STEP("read the memory of VFIO_SCRATCH: %s", strerror(-ret));
 	for (i = 0; i < s->len && seen[i] == want[i]; i++)
 		;
 	EXPECT_EQ(s->len, i)
@@ -2143,7 +2143,7 @@ static void expect_scratch(struct __test_metadata *_metadata,
 	free(seen);
 }
 
-/* The rest of the session in @fd, into the target; both run then. */
+/* Moves the rest of the session @fd to the target; both devices run afterwards. */
 static void finish_migration(struct __test_metadata *_metadata,
 			     const struct mig_device *from, const struct mig_device *to,
 			     int fd, struct mig_stream *image)
@@ -2175,7 +2175,7 @@ TEST_F(device, content_survives_migration)
 		       "after a migration by STOP_COPY");
 }
 
-/* What is written behind the reader's back gets to the target all the same. */
+/* Writes between reads of the data_fd reach the target. */
 TEST_F(device, content_written_in_pre_copy_survives_migration)
 {
 	struct mig_device second = { .fd = -1 }, *to;
@@ -2193,10 +2193,10 @@ TEST_F(device, content_written_in_pre_copy_survives_migration)
 	want = scribble(_metadata, &self->dev, &self->scratch, 3);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.initial_bytes)
-		PROMISE("what was streamed and changes then is dirty, not initial");
+		PROMISE("streamed state that changes again is dirty, not initial");
 	if (info.dirty_bytes) {
 		EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0) & POLLIN)
-			PROMISE("poll tells of dirty_bytes that can be read");
+			PROMISE("poll reports dirty_bytes that can be read");
 		ASSERT_LT(0, mig_read(fd, &image, 100))
 			PROMISE("dirty_bytes can be read");
 		want = scribble(_metadata, &self->dev, &self->scratch, 4);
@@ -2223,10 +2223,10 @@ TEST_F_TIMEOUT(device, poller_wakes_when_content_changes, 60)
 	if (!info.dirty_bytes) {
 		mig_set_state(&self->dev, RUNNING, NULL);
 		poller_join(&poller);
-		SKIP(return, "the device does not stream again what changes in PRE_COPY");
+		SKIP(return, "the device does not stream changes in PRE_COPY again");
 	}
 	EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
-		PROMISE("userspace can wait for more data by using poll: it wakes when state gets dirty");
+		PROMISE("poll waits for more data: it wakes when state gets dirty");
 }
 
 TEST_F(device, content_is_gone_after_reset_and_close)
@@ -2253,7 +2253,7 @@ TEST_F(device, content_is_gone_after_reset_and_close)
 		if (fd >= 0)
 			close(fd);
 		ASSERT_EQ(0, mig_reopen_device(&self->dev))
-			STEP("open the device again: %s", self->dev.why);
+			STEP("reopen the device: %s", self->dev.why);
 		expect_scratch(_metadata, &self->dev, &self->scratch, fresh,
 			       "for the next opener");
 	}
@@ -2261,7 +2261,7 @@ TEST_F(device, content_is_gone_after_reset_and_close)
 
 #define REGION_MAX	(16UL << 20)
 
-/* All that can be read of one region, empty when it cannot be. */
+/* The readable content of a region, empty if it cannot be read. */
 static void read_region(struct __test_metadata *_metadata, const struct mig_device *dev,
 			__u32 index, struct mig_stream *content)
 {
@@ -2294,7 +2294,7 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	int fd;
 
 	if (!getenv("VFIO_READ_REGIONS"))
-		SKIP(return, "VFIO_READ_REGIONS does not allow to read all of the device");
+		SKIP(return, "VFIO_READ_REGIONS, which allows reads of all regions, is not set");
 	to = open_target(_metadata, &self->dev, &second);
 	if (self->scratch.len)
 		scribble(_metadata, &self->dev, &self->scratch, 30);
@@ -2319,7 +2319,7 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 		for (at = 0; at < now.len && now.data[at] == regions[i].data[at]; at++)
 			;
 		EXPECT_EQ(now.len, at)
-			PROMISE("region %u of the target is as the source's was: byte %#zx is %#x instead of %#x",
+			PROMISE("region %u of the target equals that of the source: byte %#zx is %#x, not %#x",
 				i, at, at < now.len ? now.data[at] : 0,
 				at < now.len ? regions[i].data[at] : 0);
 		compared++;
@@ -2332,7 +2332,7 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	int __ret = mig_region_map(dev, (s)->region, (s)->offset, (s)->len, map); \
 										\
 	if (__ret == -EOPNOTSUPP)						\
-		SKIP(return, "the memory that VFIO_SCRATCH names is not to be mapped"); \
+		SKIP(return, "the memory of VFIO_SCRATCH cannot be mapped");	\
 	ASSERT_EQ(0, __ret)							\
 		PROMISE("a region with VFIO_REGION_INFO_FLAG_MMAP supports mmap: %s", \
 			strerror(-__ret));					\
@@ -2348,7 +2348,7 @@ TEST_F(device, mapped_memory_is_the_region)
 	MAP_OR_SKIP(&self->dev, s, &map);
 	want = scribble(_metadata, &self->dev, s, 40);
 	EXPECT_EQ(0, memcmp(map, want, s->len))
-		PROMISE("what was written to a region is in its mapping");
+		PROMISE("a write to a region is visible in its mapping");
 	want = pattern(_metadata, s->len, 41);
 	memcpy(map, want, s->len);
 	expect_scratch(_metadata, &self->dev, s, want, "after a write to the mapping");
@@ -2374,15 +2374,15 @@ TEST_F(device, mapped_writes_survive_migration)
 		want = pattern(_metadata, s->len, 43);
 		memcpy(map, want, s->len);
 		ASSERT_LE(0, mig_read(fd, &image, 100))
-			PROMISE("a write to the mapping in PRE_COPY makes state dirty");
+			PROMISE("a write to the mapping in PRE_COPY dirties state");
 		want = pattern(_metadata, s->len, 44);
 		memcpy(map, want, s->len);
 	}
 	finish_migration(_metadata, &self->dev, to, fd, &image);
-	expect_scratch(_metadata, to, s, want, "after a migration of what the mapping wrote");
+	expect_scratch(_metadata, to, s, want, "after a migration of writes to the mapping");
 }
 
-/* A stream into or out of the memory of the device it belongs to. */
+/* A data_fd is read into or written from mapped memory of the same device. */
 TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
 {
 	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
@@ -2403,7 +2403,7 @@ TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
 		io.fd = go(_metadata, &self->dev, states[i]);
 		ASSERT_EQ(0, pthread_create(&io.thread, NULL, stalled_main, &io));
 		ASSERT_TRUE(joined(io.thread))
-			PROMISE("%s() with a buffer in the device's own mapped memory comes back (in %s)",
+			PROMISE("%s() with a buffer in the device's own mapped memory returns (in %s)",
 				io.writes ? "write" : "read", mig_state_name(states[i]));
 		EXPECT_EQ(0, mig_reset(&self->dev));
 		close(io.fd);
@@ -2412,7 +2412,7 @@ TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
 
 /* ---- DMA logging ---- */
 
-/* As many pages as a bitmap of 4 words has bits. */
+/* A length of as many pages as the bits in a bitmap of 4 words. */
 #define LOG_LEN		(256 * mig_page_size())
 
 static int start_log_of(const struct mig_device *dev, __u64 iova, __u64 length,
@@ -2425,7 +2425,7 @@ static int start_log_of(const struct mig_device *dev, __u64 iova, __u64 length,
 	return mig_log_start(dev, page_size, &range, 1);
 }
 
-/* Starts to log [0, LOG_LEN), if possible in pages of the kernel. */
+/* Starts logging of [0, LOG_LEN), if possible in kernel pages. */
 static int start_log(const struct mig_device *dev)
 {
 	__u64 page_size = mig_page_size();
@@ -2433,7 +2433,7 @@ static int start_log(const struct mig_device *dev)
 	return start_log_of(dev, 0, LOG_LEN, &page_size);
 }
 
-/* Reports [0, LOG_LEN), one bit for a page of the kernel. */
+/* Reports [0, LOG_LEN), one bit for each kernel page. */
 static int report_log(const struct mig_device *dev, __u64 *bitmap)
 {
 	return mig_log_report(dev, 0, LOG_LEN, mig_page_size(), bitmap);
@@ -2456,11 +2456,11 @@ TEST_F(device, dma_logging_starts_once)
 	EXPECT_NE(0U, page_size)
 		PROMISE("on output the device will return the page size it selected");
 	EXPECT_EQ(0U, page_size & (page_size - 1))
-		PROMISE("the page size the device selected is one");
+		PROMISE("the page size selected by the device is a power of two");
 	EXPECT_NE(0, start_log(&self->dev))
-		PROMISE("a single START can be issued; another start is not allowed in the meantime");
+		PROMISE("a single START can be issued; another START is refused until STOP");
 	EXPECT_EQ(0, report_log(&self->dev, bitmap))
-		PROMISE("a refused second START does not end the logging");
+		PROMISE("a refused second START does not end logging");
 	EXPECT_EQ(0, mig_log_stop(&self->dev));
 	EXPECT_NE(0, report_log(&self->dev, bitmap))
 		PROMISE("if DMA logging is not enabled, an error will be returned by REPORT");
@@ -2481,16 +2481,16 @@ TEST_F(device, dma_logging_page_sizes)
 	NEED_LOGGING(&self->dev);
 	for (i = 0; i < ARRAY_SIZE(sizes); i++) {
 		size = sizes[i];
-		/* The core's own check lets only the empty range pass with 0. */
+		/* The core refuses 0 for all ranges but empty ones. */
 		ret = start_log_of(&self->dev, 0, size ? LOG_LEN : 0, &size);
 		if (ret) {
 			EXPECT_TRUE(!sizes[i] || sizes[i] & (sizes[i] - 1))
-				PROMISE("page_size %llu is a hint; the driver picks what it supports (%s)",
+				PROMISE("page_size %llu is a hint; the driver selects a supported one (%s)",
 					sizes[i], strerror(-ret));
 			continue;
 		}
 		EXPECT_TRUE(size && !(size & (size - 1)))
-			PROMISE("asked for page_size %llu, the device selected %llu, which is none",
+			PROMISE("for page_size %llu, the device selected the invalid size %llu",
 				sizes[i], size);
 		EXPECT_EQ(0, mig_log_stop(&self->dev));
 	}
@@ -2564,12 +2564,12 @@ TEST_F(device, dma_logging_stop_without_start_is_harmless)
 	mig_close_device(&self->dev);
 	ASSERT_EQ(0, mig_reopen_device(&self->dev));
 	EXPECT_NE(0, report_log(&self->dev, bitmap))
-		PROMISE("logging of the last opener does not go on for the next");
+		PROMISE("logging does not continue for the next opener");
 	EXPECT_EQ(0, start_log(&self->dev))
-		PROMISE("logging of the last opener is not in the way of the next");
+		PROMISE("the logging of an opener does not prevent that of the next one");
 }
 
-/* What the core lets pass and no device can log: it may refuse, and goes on. */
+/* The core accepts this, but no device can log it: the device may refuse it. */
 TEST_F(device, dma_logging_empty_range)
 {
 	const __u64 page = mig_page_size();
@@ -2586,10 +2586,10 @@ TEST_F(device, dma_logging_empty_range)
 		}
 	}
 	EXPECT_EQ(0, start_log(&self->dev))
-		PROMISE("a START without anything to log leaves logging usable");
+		PROMISE("a START of an empty range leaves logging usable");
 	mig_log_report(&self->dev, 0, 0, page, bitmap);
 	EXPECT_EQ(0, report_log(&self->dev, bitmap))
-		PROMISE("a REPORT of nothing leaves logging usable");
+		PROMISE("a REPORT of an empty range leaves logging usable");
 }
 
 TEST_F(device, dma_logging_bad_bitmap)
@@ -2604,18 +2604,20 @@ TEST_F(device, dma_logging_bad_bitmap)
 	hole += mig_page_size();
 	ASSERT_EQ(0, start_log(&self->dev));
 	for (i = 0; i < 3; i++) {
-		static const char *const what[] = { "NULL", "a hole", "the kernel" };
+		static const char *const what[] = {
+			"NULL", "an unmapped address", "a kernel address"
+		};
 		__u64 *const where[] = { NULL, (__u64 *)hole, (__u64 *)-mig_page_size() };
 
 		ret = report_log(&self->dev, where[i]);
-		/* With no page to report there is nothing to store. */
+	/* Without a page to report nothing is stored. */
 		EXPECT_TRUE(!ret || ret == -EFAULT)
-			PROMISE("a bitmap that is %s is EFAULT, or not touched: %s", what[i],
+			PROMISE("a bitmap at %s is EFAULT, or not accessed: %s", what[i],
 				strerror(-ret));
 	}
 	ret = report_log(&self->dev, bitmap);
 	EXPECT_EQ(0, ret)
-		PROMISE("after a REPORT that failed another one works: %s", strerror(-ret));
+		PROMISE("a REPORT works after one that failed: %s", strerror(-ret));
 	EXPECT_EQ(0, mig_log_stop(&self->dev));
 }
 
@@ -2623,7 +2625,7 @@ int main(int argc, char **argv)
 {
 	int i, n = 1, paths = 0;
 
-	/* Paths in place of VFIO_DEVICE and VFIO_DEVICE2. */
+	/* Paths replace VFIO_DEVICE and VFIO_DEVICE2. */
 	for (i = 1; i < argc; i++) {
 		if (argv[i][0] == '/')
 			setenv(paths++ ? "VFIO_DEVICE2" : "VFIO_DEVICE", argv[i], 1);
