@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * DMA of the mock migratable device vfio_mock: what it moves, how that ends, that
- * it stands still when it must, and that it goes on after a migration.
+ * DMA of the mock migratable device vfio_mock: transfers and their errors, states
+ * without DMA, and migration of the engine.
  *
  *	VFIO_MOCK_MEDIUM="SOURCE TARGET" ./vfio_mock_dma_test
  *
- * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
- * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
+ * with the sysfs paths of two mediated devices. run_mock.sh creates them and runs
+ * this. VFIO_MIGRATION_ROUNDS=N multiplies the number of random transfers by N.
  */
 #include <signal.h>
 #include <sys/wait.h>
@@ -18,7 +18,7 @@
 
 #define IOVA	0x40000000ULL
 
-/* How long to look at what must not move. It cannot fail for being short. */
+/* Time to watch for changes that must not occur; any length is correct. */
 #define LOOK_US	20000
 
 FIXTURE(dma)
@@ -56,7 +56,7 @@ static __u64 pick(dma_data *self, __u64 limit)
 	return vfio_mock_mix(++self->random) % limit;
 }
 
-/* A transfer of any kind, inside of the windows of this size. */
+/* A random transfer inside windows of this size. */
 static struct dma_desc pick_transfer(dma_data *self, __u64 window)
 {
 	struct dma_desc d = {
@@ -110,7 +110,7 @@ static void expect_all(struct __test_metadata *_metadata, dma_data *self,
 	expect_memory(_metadata, m, m->want, when);
 }
 
-/* Gives both memories contents that differ everywhere. */
+/* Fills both memories with distinct contents. */
 static void scatter(struct __test_metadata *_metadata, dma_data *self)
 {
 	fill(_metadata, &self->m, 0, self->m.size, 0xd1ce);
@@ -118,7 +118,7 @@ static void scatter(struct __test_metadata *_metadata, dma_data *self)
 	memcpy(self->ram.want, self->ram.mem, self->ram.size);
 }
 
-/* ---- What is moved ---- */
+/* ---- Transfers ---- */
 
 TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 {
@@ -149,7 +149,7 @@ TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 		if (vector < VFIO_MOCK_MSIX_VECTORS) {
 			EXPECT_EQ(POLLIN, mig_poll(fds[vector], POLLIN,
 						   mig_hang_seconds() * 1000))
-				PROMISE("the vector of a descriptor is signalled when it ends");
+			PROMISE("the vector of a descriptor is signalled when it ends");
 			d = dma_get(_metadata, m, n);
 		} else {
 			d = dma_wait(_metadata, m, n);
@@ -157,14 +157,14 @@ TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 		expect_complete(_metadata, &d, "a good transfer");
 		for (v = 0; v < VFIO_MOCK_MSIX_VECTORS; v++) {
 			EXPECT_EQ((__u64)(v == vector), taken(fds[v]))
-				PROMISE("a transfer signals its vector (%u) once, and no other (%u)",
+			PROMISE("a transfer signals its vector (%u) once, and no other (%u)",
 					vector, v);
 		}
 		bytes += d.len;
 		EXPECT_EQ(i + 1, reg64(m, DMA_DONE))
-			PROMISE("DMA_DONE counts descriptors that ended");
+			PROMISE("DMA_DONE is the number of ended descriptors");
 		EXPECT_EQ(bytes, reg64(m, DMA_BYTES))
-			PROMISE("DMA_BYTES counts the bytes that were moved");
+			PROMISE("DMA_BYTES is the number of bytes moved");
 
 		apply(self, m, &d, d.len);
 		expect_ram(_metadata, &self->ram, "after a transfer");
@@ -179,17 +179,17 @@ TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 	}
 	expect_all(_metadata, self, m, "after all transfers");
 	EXPECT_EQ(0U, reg32(m, DMA_STATUS))
-		PROMISE("no descriptor is the device's now");
+		PROMISE("all descriptors belong to software now");
 }
 
-/* Descriptors that are queued up in any order; @order tells which. */
+/* Queued descriptors; @order is the order of their doorbells. */
 struct queue {
 	struct dma_desc desc[DESCS];
 	unsigned int order[DESCS];
 	unsigned int nr;
 };
 
-/* Queues @nr random transfers that overlap, so that their order can be seen. */
+/* Queues @nr random transfers that overlap, so that their order matters. */
 static void queue_up(struct __test_metadata *_metadata, dma_data *self,
 		     struct mock *m, struct queue *q, unsigned int nr)
 {
@@ -212,7 +212,7 @@ static void queue_up(struct __test_metadata *_metadata, dma_data *self,
 		dma_ring(_metadata, m, q->order[i]);
 }
 
-/* Waits for them, and expects that they were executed in their order. */
+/* Waits for them, and checks that they ran in order. */
 static void expect_in_order(struct __test_metadata *_metadata, dma_data *self,
 			    struct mock *m, const struct queue *q)
 {
@@ -225,7 +225,7 @@ static void expect_in_order(struct __test_metadata *_metadata, dma_data *self,
 		apply(self, m, &d, d.len);
 	}
 	expect_all(_metadata, self, m,
-		   "after transfers one after the other in the order of the doorbells");
+		   "after transfers in the order of the doorbells");
 }
 
 TEST_F_TIMEOUT(dma, queue_runs_in_order, 600)
@@ -242,7 +242,7 @@ TEST_F_TIMEOUT(dma, queue_runs_in_order, 600)
 	}
 }
 
-/* A client with several threads has its descriptors shared out among them. */
+/* A thread of a client that divides the descriptors among its threads. */
 struct user {
 	pthread_t thread;
 	struct __test_metadata *md;
@@ -270,7 +270,7 @@ static void *user_main(void *arg)
 		d = dma_run(_metadata, m, u->n, &d);
 		if (d.status != VFIO_MOCK_DMA_COMPLETE || d.pos != d.len)
 			return NULL;
-		/* Each thread has memory of its own in both models. */
+		/* Each thread has a memory area of its own in both models. */
 		dma_apply(&d, m->want, ram_want(&u->self->ram, d.iova), d.len);
 	}
 	u->good = true;
@@ -289,9 +289,9 @@ TEST_F_TIMEOUT(dma, descriptors_have_users_of_their_own, 120)
 	for (i = 0; i < DESCS; i++) {
 		pthread_join(users[i].thread, NULL);
 		EXPECT_TRUE(users[i].good)
-			PROMISE("descriptor %u serves its user whatever the others do", i);
+			PROMISE("descriptor %u works independently of the others", i);
 	}
-	expect_all(_metadata, self, &self->m, "after the work of all users");
+	expect_all(_metadata, self, &self->m, "after the transfers of all threads");
 	EXPECT_EQ(50U * DESCS, reg64(&self->m, DMA_DONE));
 }
 
@@ -305,8 +305,8 @@ TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
 		__u32 period;
 	} shapes[] = {
 		{ 4 * PAGE, 512, 1 },
-		{ 3 * PAGE + 5, 1000, 20 },	/* steps go on with the next round */
-		{ 2 * PAGE, 0, 100 },		/* all of it each time */
+		{ 3 * PAGE + 5, 1000, 20 },	/* a step spans two rounds */
+		{ 2 * PAGE, 0, 100 },		/* a step is a whole round */
 		{ 7, 1, 1 },
 		{ 40, 4000, 10 },		/* a step longer than the range */
 	};
@@ -332,7 +332,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
 				     "a continuous transfer that is aborted");
 			step = shapes[i].step ? shapes[i].step : d.len;
 			EXPECT_TRUE(d.pos % step == 0 || d.pos % d.len == 0)
-				PROMISE("a step ends after STEP bytes, or is aborted at the end of the range: %llu by %llu",
+				PROMISE("a step moves STEP bytes unless aborted at the end of the range: %llu by %llu",
 					d.pos, step);
 			apply_rounds(self, m, &d);
 			expect_all(_metadata, self, m, "after a continuous transfer");
@@ -365,7 +365,7 @@ TEST_F_TIMEOUT(dma, all_descriptors_may_be_continuous, 120)
 	for (i = 0; i < DESCS; i++) {
 		d[i] = dma_wait(_metadata, m, i);
 		EXPECT_EQ(VFIO_MOCK_DMA_ABORTED, (int)d[i].status)
-			PROMISE("an abort of all aborts descriptor %u", i);
+			PROMISE("an abort of all descriptors aborts descriptor %u", i);
 		apply_rounds(self, m, &d[i]);
 	}
 	EXPECT_EQ(0U, reg32(m, DMA_STATUS));
@@ -399,7 +399,7 @@ TEST_F_TIMEOUT(dma, others_run_between_the_steps, 60)
 	}
 	while (q.nr--) {
 		d = dma_wait(_metadata, m, q.nr);
-		expect_complete(_metadata, &d, "a transfer beside continuous ones");
+		expect_complete(_metadata, &d, "a transfer among continuous ones");
 	}
 	for (q.nr = 0; q.nr < 10; q.nr++)
 		apply(self, m, &q.desc[q.nr], q.desc[q.nr].len);
@@ -409,7 +409,7 @@ TEST_F_TIMEOUT(dma, others_run_between_the_steps, 60)
 	apply_rounds(self, m, &d);
 	d = dma_abort(_metadata, m, 14);
 	EXPECT_EQ(64U, d.pos)
-		PROMISE("one step is made in each period");
+		PROMISE("one step runs in each period");
 	apply_rounds(self, m, &d);
 	expect_all(_metadata, self, m, "after a mix of transfers");
 }
@@ -432,18 +432,18 @@ TEST_F_TIMEOUT(dma, continuous_transfer_signals_each_round, 60)
 	/* An abort at the end of a round is the same event. */
 	least = d.pos / d.len + !!(d.pos % d.len);
 	WAIT_FOR((signals += taken(fds[2])) >= least,
-		 "the vector is signalled at the end of each round and of the descriptor: %llu times instead of %llu",
+		 "a signal at the end of each round and of the descriptor: %llu times, not %llu",
 		 signals, least);
 	usleep(LOOK_US);
 	signals += taken(fds[2]);
 	EXPECT_GE(d.pos / d.len + 1, signals)
-		PROMISE("the vector is signalled at the end of each round and of the descriptor, and not else");
+		PROMISE("no other signals than at the end of rounds and of the descriptor");
 	EXPECT_EQ(0U, taken(fds[0]) + taken(fds[1]) + taken(fds[3]));
 }
 
-/* ---- What software may do to descriptors ---- */
+/* ---- Access to descriptors ---- */
 
-/* Any write to a descriptor that is the device's leaves it as it is. */
+/* Writes to a descriptor owned by the device must not change it. */
 static void expect_immutable(struct __test_metadata *_metadata, dma_data *self,
 			     unsigned int n, const char *what)
 {
@@ -479,12 +479,12 @@ TEST_F(dma, descriptor_of_the_device_cannot_be_written)
 	dma_set(_metadata, m, n, &d);
 	now = dma_get(_metadata, m, n);
 	EXPECT_EQ(0, memcmp(&d, &now, sizeof(d)))
-		PROMISE("a descriptor reads as it was written");
+		PROMISE("a descriptor reads back as written");
 	dma_ring(_metadata, m, n);
 	dma_wait_moved(_metadata, m, n, 64);
 	expect_immutable(_metadata, self, n, "an active");
 
-	/* A block write over all of them changes the others. */
+	/* A block write to all descriptors changes only the others. */
 	memset(all, 0, sizeof(all));
 	ASSERT_EQ((ssize_t)sizeof(all),
 		  mock_write(m, BAR0, VFIO_MOCK_DMA_DESC(0), all, sizeof(all)));
@@ -494,7 +494,7 @@ TEST_F(dma, descriptor_of_the_device_cannot_be_written)
 	EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)now.status);
 	now = dma_get(_metadata, m, n + 1);
 	EXPECT_EQ(0U, now.irq_vector)
-		PROMISE("a descriptor that is software's can be written");
+		PROMISE("a descriptor owned by software can be written");
 
 	dma_abort(_metadata, m, n);
 	d.period = 0;
@@ -509,7 +509,7 @@ TEST_F(dma, descriptor_of_the_device_cannot_be_written)
 	now = dma_get(_metadata, m, n);
 	EXPECT_EQ(VFIO_MOCK_DMA_QUEUED, (int)now.status);
 	EXPECT_EQ(0U, now.pos)
-		PROMISE("POS is of this run");
+		PROMISE("POS belongs to this run");
 	expect_immutable(_metadata, self, n, "a queued");
 }
 
@@ -525,7 +525,7 @@ TEST_F(dma, status_of_a_descriptor_is_read_only)
 	for (i = offsetof(struct dma_desc, status); i < sizeof(d); i++)
 		put(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + i, 0xff, 1);
 	now = dma_get(_metadata, m, 0);
-	expect_ended(_metadata, &now, VFIO_MOCK_DMA_IDLE, 0, 0, "a descriptor never used");
+	expect_ended(_metadata, &now, VFIO_MOCK_DMA_IDLE, 0, 0, "an unused descriptor");
 	d = dma_run(_metadata, m, 0, &d);
 	for (i = offsetof(struct dma_desc, status); i < sizeof(d); i++)
 		put(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + i, 0xff, 1);
@@ -548,7 +548,7 @@ TEST_F(dma, descriptors_take_any_access)
 	ASSERT_EQ((ssize_t)sizeof(seen),
 		  mock_read(m, BAR0, VFIO_MOCK_DMA_DESC(0), seen, sizeof(seen)));
 	EXPECT_EQ(0, memcmp(model, seen, sizeof(seen)))
-		PROMISE("descriptors are zero at power on, but for the vector");
+		PROMISE("descriptors are zero at power on, except for the vector");
 	for (i = 0; i < 1000; i++) {
 		at = pick(self, sizeof(model));
 		len = 1 + pick(self, 8);
@@ -561,7 +561,7 @@ TEST_F(dma, descriptors_take_any_access)
 				model[at + j] = value >> (8 * j);
 		value = get(_metadata, m, BAR0, VFIO_MOCK_DMA_DESC(0) + at, len);
 		EXPECT_EQ(0, memcmp(&value, model + at, len))
-			PROMISE("a write of %u bytes at %u of the descriptors changes these bytes alone",
+			PROMISE("a write of %u bytes at %u of the descriptors changes only these bytes",
 				len, at);
 	}
 	ASSERT_EQ((ssize_t)sizeof(seen),
@@ -569,7 +569,7 @@ TEST_F(dma, descriptors_take_any_access)
 	EXPECT_EQ(0, memcmp(model, seen, sizeof(seen)))
 		PROMISE("a block read of the descriptors works");
 	EXPECT_EQ(0U, reg64(m, DMA_DONE))
-		PROMISE("writing descriptors starts nothing");
+		PROMISE("writes to descriptors start nothing");
 }
 
 TEST_F(dma, doorbell_and_abort_refuse)
@@ -595,12 +595,12 @@ TEST_F(dma, doorbell_and_abort_refuse)
 	}
 	set32(m, DMA_DOORBELL, VFIO_MOCK_DMA_ALL);
 	EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_INDEX, (int)reg32(m, DMA_ERROR))
-		PROMISE("all of them can be aborted, not queued");
+		PROMISE("only an abort is possible for all descriptors");
 
 	dma_ring(_metadata, m, 0);
 	set32(m, DMA_DOORBELL, 0);
 	EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_BUSY, (int)reg32(m, DMA_ERROR))
-		PROMISE("a descriptor of the device cannot be queued again");
+		PROMISE("a descriptor owned by the device cannot be queued again");
 	dma_wait_moved(_metadata, m, 0, 64);
 	set32(m, DMA_DOORBELL, 0);
 	EXPECT_EQ(VFIO_MOCK_DMA_REFUSED_BUSY, (int)reg32(m, DMA_ERROR));
@@ -608,7 +608,7 @@ TEST_F(dma, doorbell_and_abort_refuse)
 	EXPECT_EQ(64U, d.pos)
 		PROMISE("a refused doorbell starts nothing");
 
-	/* The abort of what is software's is a wish already granted. */
+	/* An abort of a descriptor owned by software has no effect. */
 	d.period = 0;
 	d = dma_run(_metadata, m, 0, &d);
 	expect_complete(_metadata, &d, "a good transfer");
@@ -617,7 +617,7 @@ TEST_F(dma, doorbell_and_abort_refuse)
 	d = dma_get(_metadata, m, 0);
 	expect_complete(_metadata, &d, "a transfer that was aborted after its end");
 	d = dma_get(_metadata, m, 1);
-	expect_ended(_metadata, &d, VFIO_MOCK_DMA_IDLE, 0, 0, "an abort of a descriptor not used");
+	expect_ended(_metadata, &d, VFIO_MOCK_DMA_IDLE, 0, 0, "an abort of an unused descriptor");
 }
 
 TEST_F(dma, doorbell_and_abort_act_only_when_written_whole)
@@ -642,7 +642,7 @@ TEST_F(dma, doorbell_and_abort_act_only_when_written_whole)
 	put(_metadata, m, BAR0, bell - 2, 0, 4);
 	d = dma_get(_metadata, m, 0);
 	EXPECT_EQ(VFIO_MOCK_DMA_IDLE, (int)d.status)
-		PROMISE("DMA_DOORBELL acts only when all its 4 bytes are written by one access");
+		PROMISE("DMA_DOORBELL acts only if one access writes all of its 4 bytes");
 	dma_ring(_metadata, m, 0);
 	put(_metadata, m, BAR0, abort, 0, 1);
 	put(_metadata, m, BAR0, abort, ~0U, 2);
@@ -650,7 +650,7 @@ TEST_F(dma, doorbell_and_abort_act_only_when_written_whole)
 	put(_metadata, m, BAR0, abort + 2, ~0U, 4);
 	d = dma_wait_moved(_metadata, m, 0, 64);
 
-	/* One access over both registers does both. */
+	/* One access to both registers does both. */
 	ASSERT_EQ((ssize_t)sizeof(both), mock_write(m, BAR0, bell, &both, sizeof(both)));
 	d = dma_wait(_metadata, m, 0);
 	EXPECT_EQ(VFIO_MOCK_DMA_ABORTED, (int)d.status);
@@ -685,20 +685,20 @@ TEST_F_TIMEOUT(dma, abort_ends_a_transfer_where_it_says, 120)
 			EXPECT_GT(d.len, d.pos);
 			EXPECT_EQ(0U, d.error);
 		} else {
-			expect_complete(_metadata, &d, "a transfer that was faster");
+			expect_complete(_metadata, &d, "a transfer that ended before the abort");
 		}
 		apply(self, m, &d, d.pos);
 		d = dma_wait(_metadata, m, 8);
-		expect_complete(_metadata, &d, "the transfer after one that was aborted");
+		expect_complete(_metadata, &d, "the transfer after an aborted one");
 		apply(self, m, &d, d.len);
 		expect_all(_metadata, self, m, "after an aborted transfer");
 		EXPECT_EQ(2 * i + 2, reg64(m, DMA_DONE))
-			PROMISE("DMA_DONE counts aborted descriptors, too");
+			PROMISE("DMA_DONE includes aborted descriptors");
 	}
-	TH_LOG("%u of %u transfers were aborted under way", aborted, i);
+	TH_LOG("%u of %u transfers were aborted while running", aborted, i);
 }
 
-/* ---- How transfers fail ---- */
+/* ---- Errors of transfers ---- */
 
 TEST_F(dma, bad_descriptors_fail)
 {
@@ -713,15 +713,15 @@ TEST_F(dma, bad_descriptors_fail)
 		{ "op 5", 5, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
 		{ "op -1", ~0U, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
 		{ "op 0x101", 0x101, IOVA, 0, 8, VFIO_MOCK_DMA_ERROR_OP },
-		{ "READ of nothing", 1, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
-		{ "WRITE of nothing", 2, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
-		{ "FILL of nothing", 3, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
-		{ "CHURN of nothing", 4, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "empty READ", 1, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "empty WRITE", 2, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "empty FILL", 3, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "empty CHURN", 4, IOVA, 0, 0, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "READ past the end", 1, IOVA, size - 7, 8, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "WRITE past the end", 2, IOVA, size - 7, 8, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "CHURN past the end", 4, IOVA, size - 7, 8, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "READ at the end", 1, IOVA, size, 1, VFIO_MOCK_DMA_ERROR_RANGE },
-		{ "WRITE of more than there is", 2, IOVA, 0, size + 1, VFIO_MOCK_DMA_ERROR_RANGE },
+		{ "WRITE larger than the memory", 2, IOVA, 0, size + 1, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "WRITE far away", 2, IOVA, 1ULL << 63, 8, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "READ whose ADDR wraps", 1, IOVA, ~0ULL, 2, VFIO_MOCK_DMA_ERROR_RANGE },
 		{ "CHURN whose LEN wraps", 4, IOVA, 8, ~0ULL - 3, VFIO_MOCK_DMA_ERROR_RANGE },
@@ -747,7 +747,7 @@ TEST_F(dma, bad_descriptors_fail)
 			expect_ended(_metadata, &d, VFIO_MOCK_DMA_FAILED, bad[i].error,
 				     0, bad[i].what);
 			EXPECT_EQ(++n, reg64(m, DMA_DONE))
-				PROMISE("DMA_DONE counts failed descriptors, too");
+				PROMISE("DMA_DONE includes failed descriptors");
 			EXPECT_EQ(POLLIN, mig_poll(fds[1], POLLIN, mig_hang_seconds() * 1000))
 				PROMISE("the vector is signalled when a descriptor fails");
 			EXPECT_EQ(1U, taken(fds[1]));
@@ -756,32 +756,32 @@ TEST_F(dma, bad_descriptors_fail)
 	EXPECT_EQ(0U, reg64(m, DMA_BYTES));
 	expect_all(_metadata, self, m, "after bad descriptors");
 
-	/* What an op has no use for may be anything. */
+	/* Fields that an operation does not use may have any value. */
 	d = (struct dma_desc){
 		.op = FILL, .iova = IOVA, .addr = ~0ULL, .len = 8,
 		.irq_vector = VFIO_MOCK_MSIX_VECTORS,
 	};
 	d = dma_run(_metadata, m, 0, &d);
-	expect_complete(_metadata, &d, "FILL, which has no ADDR");
+	expect_complete(_metadata, &d, "FILL, which does not use ADDR");
 	apply(self, m, &(struct dma_desc){ .op = d.op, .iova = d.iova }, 8);
 	d = (struct dma_desc){
 		.op = CHURN, .iova = ~0ULL, .addr = 5, .len = 8,
 		.irq_vector = 0x7fffffff,
 	};
 	d = dma_run(_metadata, m, 0, &d);
-	expect_complete(_metadata, &d, "CHURN, which has no IOVA");
+	expect_complete(_metadata, &d, "CHURN, which does not use IOVA");
 	vfio_mock_pattern(m->want + 5, 0, 0, 8);
-	expect_all(_metadata, self, m, "after transfers with fields that do not matter");
+	expect_all(_metadata, self, m, "after transfers with unused fields set");
 	for (i = 0; i < VFIO_MOCK_MSIX_VECTORS; i++) {
 		EXPECT_EQ(0U, taken(fds[i]))
-			PROMISE("a vector that is not there is nobody's interrupt");
+			PROMISE("a vector that does not exist raises no interrupt");
 	}
 }
 
 /*
- * Runs @op over [iova, +len), of which @good bytes can be moved, and then a good
- * transfer, which must not suffer. The model of the user memory at @iova is
- * @user, or NULL for what needs no look.
+ * Runs @op over [iova, +len), of which the first @good bytes can be moved, and then a
+ * valid transfer, which must succeed. @user is the model of the user memory at @iova,
+ * or NULL if it is not compared.
  */
 static void expect_partial(struct __test_metadata *_metadata, dma_data *self,
 			   __u32 op, __u64 iova, __u64 len, __u64 good, __u32 error,
@@ -800,7 +800,7 @@ static void expect_partial(struct __test_metadata *_metadata, dma_data *self,
 	else
 		expect_complete(_metadata, &d, what);
 	EXPECT_EQ(bytes + good, reg64(m, DMA_BYTES))
-		PROMISE("%s: DMA_BYTES counts what was moved", what);
+		PROMISE("%s: DMA_BYTES is the number of bytes moved", what);
 	if (good && user)
 		dma_apply(&d, m->want, user, good);
 	expect_memory(_metadata, m, m->want, what);
@@ -810,7 +810,7 @@ static void expect_partial(struct __test_metadata *_metadata, dma_data *self,
 		.seed = ++self->random, .irq_vector = VFIO_MOCK_IRQ_NONE,
 	};
 	d = dma_run(_metadata, m, 4, &d);
-	expect_complete(_metadata, &d, "the transfer after one that failed");
+	expect_complete(_metadata, &d, "the transfer after a failed one");
 	apply(self, m, &d, d.len);
 	expect_ram(_metadata, &self->ram, what);
 }
@@ -841,7 +841,7 @@ TEST_F_TIMEOUT(dma, unmapped_memory_fails_the_transfer, 60)
 			       ram_want(ram, end - 150 * PAGE), "a mapping that ends late");
 	}
 
-	/* A hole of a page in the middle. */
+	/* A hole of one page in the middle. */
 	ASSERT_EQ(0, mig_dma_unmap(&m->dev, ram->iova, ram->size));
 	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA, ram->mem, 40 * PAGE, RW));
 	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA + 41 * PAGE, ram->mem + 41 * PAGE,
@@ -856,9 +856,9 @@ TEST_F_TIMEOUT(dma, unmapped_memory_fails_the_transfer, 60)
 			       VFIO_MOCK_DMA_ERROR_UNMAPPED,
 			       ram_want(ram, IOVA + 40 * PAGE - 1), "one byte too many");
 		expect_partial(_metadata, self, op, IOVA + 41 * PAGE, 100000, 100000, 0,
-			       ram_want(ram, IOVA + 41 * PAGE), "behind the hole");
+			       ram_want(ram, IOVA + 41 * PAGE), "after the hole");
 	}
-	/* Mappings that touch are one memory. */
+	/* Adjacent mappings are one range. */
 	ASSERT_EQ(0, mig_dma_map(&m->dev, IOVA + 40 * PAGE, ram->mem + 40 * PAGE, PAGE, RW));
 	for (op = READ; op <= FILL; op++)
 		expect_partial(_metadata, self, op, IOVA + 1, 50 * PAGE, 50 * PAGE, 0,
@@ -874,7 +874,7 @@ TEST_F_TIMEOUT(dma, protected_memory_fails_the_transfer, 60)
 	__u8 *half = ram->mem + 32 * PAGE;
 
 	scatter(_metadata, self);
-	/* 16 pages for anything, and 16 that the device may only read, or write. */
+	/* 16 pages with any access, 16 that the device may only read, or only write. */
 	ASSERT_EQ(0, mig_dma_map(&m->dev, RO, half - 16 * PAGE, 16 * PAGE, RW));
 	ASSERT_EQ(0, mig_dma_map(&m->dev, RO + 16 * PAGE, half, 16 * PAGE, MIG_DMA_READ));
 	ASSERT_EQ(0, mig_dma_map(&m->dev, WO, half - 16 * PAGE, 16 * PAGE, RW));
@@ -882,30 +882,30 @@ TEST_F_TIMEOUT(dma, protected_memory_fails_the_transfer, 60)
 
 #define WANT_AT(at) (ram->want + (half - ram->mem) + (at))
 	expect_partial(_metadata, self, READ, RO + 7 * PAGE, 20 * PAGE - 9, 20 * PAGE - 9, 0,
-		       WANT_AT(-9 * (ssize_t)PAGE), "READ from what may be read");
+			       WANT_AT(-9 * (ssize_t)PAGE), "READ from read-only memory");
 	expect_partial(_metadata, self, WRITE, RO + 16 * PAGE, 1, 0,
-		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "WRITE to what may be read");
+		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "WRITE to read-only memory");
 	expect_partial(_metadata, self, FILL, RO + 20 * PAGE + 3, 9999, 0,
-		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "FILL of what may be read");
+		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "FILL of read-only memory");
 	expect_partial(_metadata, self, WRITE, RO + PAGE + 3, 20 * PAGE, 15 * PAGE - 3,
 		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (ssize_t)PAGE + 3),
-		       "WRITE into what may be read");
+		       "WRITE up to read-only memory");
 	expect_partial(_metadata, self, FILL, RO + PAGE + 3, 20 * PAGE, 15 * PAGE - 3,
 		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-15 * (ssize_t)PAGE + 3),
-		       "FILL into what may be read");
+		       "FILL up to read-only memory");
 	expect_partial(_metadata, self, READ, WO + 16 * PAGE, 1, 0,
-		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "READ from what may be written");
+		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "READ from write-only memory");
 	expect_partial(_metadata, self, READ, WO + 10 * PAGE, 17 * PAGE + 9, 6 * PAGE,
 		       VFIO_MOCK_DMA_ERROR_DENIED, WANT_AT(-6 * (ssize_t)PAGE),
-		       "READ into what may be written");
-	/* The type1 IOMMU does not know memory that can only be written. */
+		       "READ up to write-only memory");
+	/* The type1 IOMMU has no write-only mappings. */
 	expect_partial(_metadata, self, FILL, WO + 12 * PAGE + 9, 7 * PAGE + 9,
 		       group ? 4 * PAGE - 9 : 7 * PAGE + 9,
 		       group ? VFIO_MOCK_DMA_ERROR_DENIED : 0,
-		       WANT_AT(-4 * (ssize_t)PAGE + 9), "FILL of what may be written");
+		       WANT_AT(-4 * (ssize_t)PAGE + 9), "FILL of write-only memory");
 }
 
-/* Memory that is mapped for the device, and then is not there any more. */
+/* Memory that is mapped for the device, and inaccessible afterwards. */
 TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
 {
 	const __u64 at = IOVA + 0x10000000, size = 64 * PAGE;
@@ -921,11 +921,11 @@ TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
 	ASSERT_EQ(0, mig_dma_map(&m->dev, at, mem, size, RW));
 	for (op = READ; op <= FILL; op++)
 		expect_partial(_metadata, self, op, at + 5, size - 5, size - 5, 0,
-			       want + 5, "memory that is there");
+			       want + 5, "accessible memory");
 
 	ASSERT_EQ(0, mprotect(mem + 32 * PAGE, 8 * PAGE, PROT_READ));
 	expect_partial(_metadata, self, READ, at, size, size, 0, want,
-		       "READ from memory that may be read");
+		       "READ from memory that its owner may read");
 	for (op = WRITE; op <= FILL; op++)
 		expect_partial(_metadata, self, op, at + 9, size - 9, 32 * PAGE - 9,
 			       VFIO_MOCK_DMA_ERROR_FAULT, want + 9,
@@ -934,13 +934,13 @@ TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
 	for (op = READ; op <= FILL; op++)
 		expect_partial(_metadata, self, op, at + 30 * PAGE + 1, 5 * PAGE, 2 * PAGE - 1,
 			       VFIO_MOCK_DMA_ERROR_FAULT, want + 30 * PAGE + 1,
-			       "memory that its owner may not touch");
+			       "memory that its owner may not access");
 	ASSERT_EQ(0, munmap(mem + 17 * PAGE, PAGE));
 	for (op = READ; op <= FILL; op++) {
 		expect_partial(_metadata, self, op, at + 1, size - 1, 17 * PAGE - 1,
-			       VFIO_MOCK_DMA_ERROR_FAULT, want + 1, "a page that is gone");
+			       VFIO_MOCK_DMA_ERROR_FAULT, want + 1, "up to an unmapped page");
 		expect_partial(_metadata, self, op, at + 17 * PAGE + 100, 1, 0,
-			       VFIO_MOCK_DMA_ERROR_FAULT, NULL, "the page that is gone");
+			       VFIO_MOCK_DMA_ERROR_FAULT, NULL, "an unmapped page");
 	}
 	EXPECT_EQ(0, memcmp(want, mem, 17 * PAGE));
 
@@ -954,16 +954,16 @@ TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
 	ASSERT_EQ(0, ftruncate(fd, 3 * PAGE));
 	for (op = READ; op <= FILL; op++)
 		expect_partial(_metadata, self, op, at + 2, size - 2, 3 * PAGE - 2,
-			       VFIO_MOCK_DMA_ERROR_FAULT, want + 2, "a file that was cut");
+			       VFIO_MOCK_DMA_ERROR_FAULT, want + 2, "a truncated file");
 	EXPECT_EQ(0, memcmp(want, mem, 3 * PAGE));
 	ASSERT_EQ(0, munmap(mem, size));
 	for (op = READ; op <= FILL; op++)
 		expect_partial(_metadata, self, op, at, size, 0, VFIO_MOCK_DMA_ERROR_FAULT,
-			       NULL, "memory that is gone");
+			       NULL, "memory unmapped by its owner");
 	ASSERT_EQ(0, mig_dma_unmap(&m->dev, at, size));
 	for (op = READ; op <= FILL; op++)
 		expect_partial(_metadata, self, op, at, size, 0, VFIO_MOCK_DMA_ERROR_UNMAPPED,
-			       NULL, "memory that is gone and unmapped");
+			       NULL, "memory unmapped by its owner and for the device");
 }
 
 TEST_F_TIMEOUT(dma, device_without_ioas_reaches_nothing, 60)
@@ -976,7 +976,7 @@ TEST_F_TIMEOUT(dma, device_without_ioas_reaches_nothing, 60)
 	__u32 op;
 
 	if (variant->backend == MIG_GROUP)
-		SKIP(return, "an open device of a group has its container");
+		SKIP(return, "an open device of a group always has its container");
 	dma_set(_metadata, m, 0, &d);
 	dma_ring(_metadata, m, 0);
 	dma_wait_moved(_metadata, m, 0, 3 * PAGE);
@@ -984,9 +984,9 @@ TEST_F_TIMEOUT(dma, device_without_ioas_reaches_nothing, 60)
 	d = dma_wait(_metadata, m, 0);
 	EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status);
 	EXPECT_EQ(VFIO_MOCK_DMA_ERROR_UNMAPPED, (int)d.error)
-		PROMISE("a continuous transfer fails when the IOAS is taken away");
+		PROMISE("a continuous transfer fails when the IOAS is detached");
 	apply_rounds(self, m, &d);
-	expect_ram(_metadata, &self->ram, "when the IOAS is taken away");
+	expect_ram(_metadata, &self->ram, "after the IOAS is detached");
 	for (op = READ; op <= FILL; op++) {
 		d = (struct dma_desc){
 			.op = op, .iova = IOVA, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE,
@@ -999,11 +999,11 @@ TEST_F_TIMEOUT(dma, device_without_ioas_reaches_nothing, 60)
 		.op = CHURN, .len = 100, .irq_vector = VFIO_MOCK_IRQ_NONE,
 	};
 	d = dma_run(_metadata, m, op, &d);
-	expect_complete(_metadata, &d, "what needs no IOAS");
+	expect_complete(_metadata, &d, "an operation without user memory");
 	vfio_mock_pattern(m->want, 0, 0, 100);
 	ASSERT_EQ(0, mig_dma_attach(&m->dev));
 	expect_partial(_metadata, self, FILL, IOVA, 10000, 10000, 0, self->ram.want,
-		       "a device that has its IOAS back");
+		       "a device with its IOAS attached again");
 }
 
 TEST_F_TIMEOUT(dma, continuous_transfer_fails_when_unmapped, 60)
@@ -1032,21 +1032,21 @@ TEST_F_TIMEOUT(dma, continuous_transfer_fails_when_unmapped, 60)
 	apply_rounds(self, m, &d);
 	WAIT_FOR((signals += taken(fds[3])) >= d.pos / d.len + !!(d.pos % d.len),
 		 "the vector is signalled when a continuous descriptor fails");
-	expect_ram(_metadata, ram, "when the mapping goes");
+	expect_ram(_metadata, ram, "after the unmapping");
 
 	d = dma_get(_metadata, m, 1);
 	dma_wait_moved(_metadata, m, 1, d.pos + 3 * PAGE);
 	ram_map(_metadata, ram, m);
-	expect_ram(_metadata, ram, "when the mapping is back");
+	expect_ram(_metadata, ram, "after the new mapping");
 	d = dma_abort(_metadata, m, 1);
 	apply_rounds(self, m, &d);
 	expect_partial(_metadata, self, FILL, IOVA, 10000, 10000, 0, ram->want,
 		       "memory that is mapped again");
 }
 
-/* ---- A device that must stand still ---- */
+/* ---- States without DMA ---- */
 
-/* One continuous descriptor of each kind and one that is queued, if it can. */
+/* One continuous descriptor of each kind, and a queued one if possible. */
 static void start_all_kinds(struct __test_metadata *_metadata, dma_data *self)
 {
 	struct mock *m = &self->m;
@@ -1067,7 +1067,7 @@ static void start_all_kinds(struct __test_metadata *_metadata, dma_data *self)
 		dma_wait_moved(_metadata, m, op, 3 * PAGE);
 }
 
-/* All of the engine that can be seen. */
+/* The visible state of the engine. */
 struct engine {
 	__u8 regs[0x18];	/* DMA_STATUS to DMA_BYTES */
 	struct dma_desc desc[DESCS];
@@ -1085,8 +1085,8 @@ static struct engine see_engine(struct __test_metadata *_metadata, const struct 
 }
 
 /*
- * Nothing moves from now on, and what was moved is what the descriptors say:
- * there is no transfer under way.
+ * Checks that nothing moves any more, and that the positions of the descriptors are
+ * exact: no transfer is in progress.
  */
 static void expect_still(struct __test_metadata *_metadata, dma_data *self,
 			 struct mock *m, const char *when)
@@ -1106,7 +1106,7 @@ static void expect_still(struct __test_metadata *_metadata, dma_data *self,
 	expect_all(_metadata, self, m, when);
 }
 
-/* The continuous descriptors of start_all_kinds() are still that. */
+/* Checks that the descriptors of start_all_kinds() are still active, and ends them. */
 static void expect_on_the_move(struct __test_metadata *_metadata, dma_data *self,
 			       struct mock *m)
 {
@@ -1123,7 +1123,7 @@ static void expect_on_the_move(struct __test_metadata *_metadata, dma_data *self
 		d = dma_wait(_metadata, m, op);
 		apply_rounds(self, m, &d);
 	}
-	expect_all(_metadata, self, m, "after continuous transfers that were held up");
+	expect_all(_metadata, self, m, "after continuous transfers that were paused");
 }
 
 TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
@@ -1147,14 +1147,14 @@ TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
 		expect_still(_metadata, self, m, name);
 		EXPECT_EQ(VFIO_MOCK_DMA_STATUS_BUSY | VFIO_MOCK_DMA_STATUS_PAUSED,
 			  (int)reg32(m, DMA_STATUS))
-			PROMISE("%s: DMA_STATUS tells that peer-to-peer DMA is not allowed", name);
+			PROMISE("%s: DMA_STATUS shows that peer-to-peer DMA is not allowed", name);
 		for (j = READ; j <= CHURN; j++) {
 			d = dma_get(_metadata, m, j);
 			EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
 				PROMISE("%s: a continuous descriptor waits", name);
 		}
 
-		/* The doorbell works, and queues. */
+		/* The doorbell still queues. */
 		done = reg64(m, DMA_DONE);
 		q.nr = 0;
 		for (j = 8; j < DESCS; j++) {
@@ -1170,7 +1170,7 @@ TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
 		}
 		EXPECT_EQ(done, reg64(m, DMA_DONE));
 
-		/* So does the abort, of what waits and of what is held up. */
+		/* The abort still works, for queued and for paused descriptors. */
 		d = dma_abort(_metadata, m, 15);
 		expect_ended(_metadata, &d, VFIO_MOCK_DMA_ABORTED, 0, 0,
 			     "a queued descriptor that is aborted");
@@ -1192,7 +1192,7 @@ TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
 	}
 }
 
-/* What of a transfer was not moved when the ioctl returns is moved in RUNNING. */
+/* The rest of a transfer that is incomplete when the ioctl returns moves in RUNNING. */
 TEST_F_TIMEOUT(dma, p2p_states_wait_for_what_is_under_way, 120)
 {
 	unsigned int count = mig_times(30), i, n, first, finished = 0, begun = 0, waiting = 0;
@@ -1221,16 +1221,16 @@ TEST_F_TIMEOUT(dma, p2p_states_wait_for_what_is_under_way, 120)
 			d = dma_get(_metadata, m, n);
 			if (d.status == VFIO_MOCK_DMA_COMPLETE) {
 				finished++;
-				expect_complete(_metadata, &d, "a transfer that was under way");
+				expect_complete(_metadata, &d, "a transfer that was in progress");
 				apply(self, m, &d, d.len);
 				continue;
 			}
 			if (d.status == VFIO_MOCK_DMA_ACTIVE) {
 				begun++;
 				EXPECT_EQ(3U, first)
-					PROMISE("one transfer is under way at a time");
+					PROMISE("only one transfer is in progress at a time");
 				EXPECT_TRUE(d.pos > 0 && d.pos < d.len)
-					PROMISE("POS tells how much of a transfer was moved");
+					PROMISE("POS is the number of bytes moved");
 				apply(self, m, &d, d.pos);
 			} else {
 				waiting++;
@@ -1244,11 +1244,11 @@ TEST_F_TIMEOUT(dma, p2p_states_wait_for_what_is_under_way, 120)
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
 		for (n = first; n < 3; n++) {
 			d = dma_wait(_metadata, m, n);
-			expect_complete(_metadata, &d, "a transfer in the end");
+			expect_complete(_metadata, &d, "a transfer after the return to RUNNING");
 			apply(self, m, &d, d.len);
 		}
 	}
-	TH_LOG("%u transfers were finished in time, %u in parts, %u waited", finished, begun,
+	TH_LOG("%u transfers were complete, %u partial, %u waited", finished, begun,
 	       waiting);
 }
 
@@ -1279,7 +1279,7 @@ TEST_F_TIMEOUT(dma, stopped_device_does_no_dma, 120)
 				name);
 		now = see_engine(_metadata, m);
 		EXPECT_EQ(0, memcmp(&before, &now, sizeof(now)))
-			PROMISE("in %s a doorbell or an abort does nothing", name);
+			PROMISE("in %s a doorbell or an abort has no effect", name);
 		expect_still(_metadata, self, m, name);
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
 		expect_on_the_move(_metadata, self, m);
@@ -1305,7 +1305,7 @@ TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
 		start_all_kinds(_metadata, self);
 		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
 		if (i % 2) {
-			/* And one that is large. */
+		/* And a large one. */
 			d = (struct dma_desc){
 				.op = FILL, .len = m->size, .iova = IOVA + m->size,
 				.irq_vector = VFIO_MOCK_IRQ_NONE,
@@ -1318,7 +1318,7 @@ TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
 		memset(m->want, 0, m->size);
 		now = see_engine(_metadata, m);
 		EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
-			PROMISE("RESET in %s brings the engine into the state of power on",
+			PROMISE("RESET in %s restores the power-on state of the engine",
 				mig_state_name(states[i]));
 		expect_still(_metadata, self, m, "after RESET");
 		d = (struct dma_desc){
@@ -1355,10 +1355,10 @@ TEST_F_TIMEOUT(dma, close_ends_all_transfers, 120)
 		usleep(LOOK_US);
 		expect_ram(_metadata, &self->ram, "after close");
 		ASSERT_EQ(0, mig_reopen_device(&m->dev))
-			STEP("open the device again: %s", m->dev.why);
+		STEP("reopen the device: %s", m->dev.why);
 		now = see_engine(_metadata, m);
 		EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
-			PROMISE("the next user finds the engine in the state of power on");
+		PROMISE("the next user gets the engine in its power-on state");
 		if (variant->backend == MIG_IOMMUFD)
 			ram_map(_metadata, &self->ram, m);
 		usleep(LOOK_US);
@@ -1367,13 +1367,13 @@ TEST_F_TIMEOUT(dma, close_ends_all_transfers, 120)
 	}
 }
 
-/* ---- A fault that does not end ---- */
+/* ---- Stalled page faults ---- */
 
-/* Serves the fault after all, if nothing else ends the wait for it. */
+/* Resolves the fault if nothing else ends the wait for it. */
 struct rescue {
 	pthread_t thread;
 	struct mig_stall *stall;
-	int done[2];		/* closed when nobody needs it any more */
+	int done[2];		/* closed when it is not needed any more */
 	bool came;
 };
 
@@ -1386,7 +1386,7 @@ static void *rescue_main(void *arg)
 	return NULL;
 }
 
-/* The user does not serve a page fault of the device, and wants it to end. */
+/* The user does not resolve a page fault of the device, and calls to end it. */
 TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
 {
 	static const __u32 ops[] = { READ, WRITE, FILL };
@@ -1409,10 +1409,10 @@ TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
 		dma_set(_metadata, m, 0, &d);
 		dma_ring(_metadata, m, 0);
 		ASSERT_EQ(0, mig_stall_wait(&stall))
-			STEP("make the device wait in a page fault");
+		STEP("stall the device in a page fault");
 		d = dma_get(_metadata, m, 0);
 		EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
-			PROMISE("a device that waits in a page fault can be looked at");
+		PROMISE("a device that is stalled in a page fault can be read");
 		fill(_metadata, m, 0, 100, 1);
 
 		ASSERT_EQ(0, pthread_create(&rescue.thread, NULL, rescue_main, &rescue));
@@ -1425,12 +1425,12 @@ TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
 		close(rescue.done[1]);
 		ASSERT_TRUE(joined(rescue.thread));
 		EXPECT_FALSE(rescue.came)
-			PROMISE("%s does not wait for a page fault that the user does not serve",
+			PROMISE("%s does not wait for an unresolved page fault",
 				i % 2 ? "close" : "RESET");
 		close(rescue.done[0]);
 		if (i % 2) {
 			ASSERT_EQ(0, mig_reopen_device(&m->dev))
-				STEP("open the device again: %s", m->dev.why);
+				STEP("reopen the device: %s", m->dev.why);
 		}
 		if (!(i % 2) || variant->backend == MIG_GROUP) {
 			ASSERT_EQ(0, mig_dma_unmap(&m->dev, 0, PAGE))
@@ -1445,7 +1445,7 @@ TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
 	}
 }
 
-/* Without bus mastering nothing is moved; what waited goes on when it is back. */
+/* Without bus mastering nothing moves; transfers that waited continue with it. */
 TEST_F_TIMEOUT(dma, needs_bus_mastering, 120)
 {
 	struct mock *m = &self->m;
@@ -1462,7 +1462,7 @@ TEST_F_TIMEOUT(dma, needs_bus_mastering, 120)
 	usleep(20000);
 	d = dma_get(_metadata, m, 0);
 	EXPECT_EQ(0U, d.pos)
-		PROMISE("after a reset the device is no bus master");
+		PROMISE("after a reset bus mastering is off");
 	for (i = 0; i < 20; i++) {
 		put(_metadata, m, CONFIG, 4, 6, 2);
 		d = dma_wait_moved(_metadata, m, 0, d.pos + 1);
@@ -1473,20 +1473,20 @@ TEST_F_TIMEOUT(dma, needs_bus_mastering, 120)
 		usleep(1000);
 		again = dma_get(_metadata, m, 0);
 		EXPECT_EQ(d.pos, again.pos)
-			PROMISE("DMA has ended when the write that switches bus mastering off returns");
+			PROMISE("DMA has ended when the write that disables bus mastering returns");
 	}
-	/* As with hardware the states of migration are another matter. */
+	/* Migration states do not depend on bus mastering, as in hardware. */
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
 	again = dma_get(_metadata, m, 0);
 	EXPECT_EQ(d.pos, again.pos)
-		PROMISE("a device that runs again is no bus master for that");
+		PROMISE("a device that runs again does not enable bus mastering");
 	put(_metadata, m, CONFIG, 4, 6, 2);
 	dma_wait_moved(_metadata, m, 0, d.pos + 1);
 	ASSERT_EQ(0, mig_reset(&m->dev));
 }
 
-/* Switching bus mastering off does not wait for an unserved page fault. */
+/* Disabling bus mastering does not wait for an unresolved page fault. */
 TEST_F_TIMEOUT(dma, bus_mastering_off_ends_a_stalled_transfer, 120)
 {
 	struct dma_desc d = {
@@ -1504,13 +1504,13 @@ TEST_F_TIMEOUT(dma, bus_mastering_off_ends_a_stalled_transfer, 120)
 	dma_set(_metadata, m, 0, &d);
 	dma_ring(_metadata, m, 0);
 	ASSERT_EQ(0, mig_stall_wait(&stall))
-		STEP("make the device wait in a page fault");
+		STEP("stall the device in a page fault");
 	ASSERT_EQ(0, pthread_create(&rescue.thread, NULL, rescue_main, &rescue));
 	put(_metadata, m, CONFIG, 4, 2, 2);
 	close(rescue.done[1]);
 	ASSERT_TRUE(joined(rescue.thread));
 	EXPECT_FALSE(rescue.came)
-		PROMISE("the write does not wait for a page fault that the user does not serve");
+		PROMISE("the write does not wait for an unresolved page fault");
 	close(rescue.done[0]);
 	d = dma_get(_metadata, m, 0);
 	EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status)
@@ -1523,7 +1523,7 @@ TEST_F_TIMEOUT(dma, bus_mastering_off_ends_a_stalled_transfer, 120)
 	mig_stall_free(&stall);
 }
 
-/* A thread that stops the device, which takes as long as its DMA. */
+/* A thread that stops the device, which waits for its DMA. */
 struct stopper {
 	pthread_t thread;
 	struct poller poller;
@@ -1541,7 +1541,7 @@ static void *stopper_main(void *arg)
 	return NULL;
 }
 
-/* Queues as many transfers as there can be to memory that is not there. */
+/* Queues the maximum number of transfers to memory with a stalled page. */
 static void stall_all(struct __test_metadata *_metadata, struct mock *m,
 		      struct mig_stall *stall)
 {
@@ -1556,7 +1556,7 @@ static void stall_all(struct __test_metadata *_metadata, struct mock *m,
 		dma_ring(_metadata, m, n);
 	}
 	ASSERT_EQ(0, mig_stall_wait(stall))
-		STEP("make the device wait in a page fault");
+		STEP("stall the device in a page fault");
 }
 
 /* RESET ends both the DMA and the wait for its end. */
@@ -1573,18 +1573,18 @@ TEST_F_TIMEOUT(dma, reset_ends_the_wait_for_dma, 60)
 	ASSERT_EQ(0, pthread_create(&stopper.thread, NULL, stopper_main, &stopper));
 	wait_until_asleep(&stopper.poller);
 	EXPECT_FALSE(atomic_load(&stopper.poller.done))
-		PROMISE("a device is not stopped while its DMA is under way");
+		PROMISE("a device does not stop while its DMA is in progress");
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	ASSERT_TRUE(joined(stopper.thread))
-		PROMISE("who waits for the end of DMA does not wait longer than it takes");
+		PROMISE("a wait for the end of DMA ends with the DMA");
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	now = see_engine(_metadata, m);
 	EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
-		PROMISE("RESET brings the engine into the state of power on");
+		PROMISE("RESET restores the power-on state of the engine");
 	mig_stall_free(&stall);
 }
 
-/* Is the process in a wait that only its end, or SIGKILL, interrupts? */
+/* Is the process in a wait that only its end or SIGKILL interrupts? */
 static bool sleeps_uninterruptibly(pid_t pid)
 {
 	char path[64], line[256] = {}, *paren;
@@ -1599,7 +1599,7 @@ static bool sleeps_uninterruptibly(pid_t pid)
 	return paren && !strncmp(paren, ") D", 3);
 }
 
-/* A process that is killed does not wait for the state change of another one. */
+/* A killed process does not wait for the state change of another one. */
 TEST_F_TIMEOUT(dma, killed_ioctl_does_not_wait_for_a_state_change, 120)
 {
 	struct mock *m = &self->m;
@@ -1615,7 +1615,7 @@ TEST_F_TIMEOUT(dma, killed_ioctl_does_not_wait_for_a_state_change, 120)
 	ASSERT_EQ(0, pthread_create(&stopper.thread, NULL, stopper_main, &stopper));
 	wait_until_asleep(&stopper.poller);
 	ASSERT_FALSE(atomic_load(&stopper.poller.done))
-		STEP("make a state change wait");
+		STEP("let a state change wait");
 	for (i = 0; i < 2; i++) {
 		pid = fork();
 		ASSERT_LE(0, pid);
@@ -1623,21 +1623,21 @@ TEST_F_TIMEOUT(dma, killed_ioctl_does_not_wait_for_a_state_change, 120)
 			_exit(i ? mig_data_size(&m->dev, &size) :
 				  mig_set_state(&m->dev, STOP, NULL));
 		WAIT_FOR(sleeps_uninterruptibly(pid),
-			 "a state change is waited for by %s",
+			 "%s waits for a state change",
 			 i ? "MIG_DATA_SIZE" : "SET_STATE");
 		ASSERT_EQ(0, kill(pid, SIGKILL));
 		WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
-			 "%s that is killed waits for nothing",
+			 "killed %s does not wait",
 			 i ? "MIG_DATA_SIZE" : "SET_STATE");
 	}
 	EXPECT_FALSE(atomic_load(&stopper.poller.done))
-		PROMISE("the end of one process is not the end of the state change of another");
+		PROMISE("the state change of another process continues");
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	ASSERT_TRUE(joined(stopper.thread));
 	mig_stall_free(&stall);
 }
 
-/* Exit closes in any order, and must not wait for what only exit would end. */
+/* Exit closes in any order, and must not wait for something that only exit ends. */
 TEST_F_TIMEOUT(dma, process_with_stalled_dma_can_exit, 60)
 {
 	struct mig_stall stall;
@@ -1650,7 +1650,7 @@ TEST_F_TIMEOUT(dma, process_with_stalled_dma_can_exit, 60)
 		pid = fork();
 		ASSERT_LE(0, pid);
 		if (!pid) {
-			/* With the file that would end it before the device, or behind. */
+			/* With the file that would end the stall before or after the device. */
 			if (i && mig_stall_start(&stall))
 				_exit(0);
 			if (mock_open(&guest, "VFIO_MOCK_MEDIUM", 0, variant->backend))
@@ -1661,13 +1661,13 @@ TEST_F_TIMEOUT(dma, process_with_stalled_dma_can_exit, 60)
 			_exit(2);
 		}
 		WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
-			 "a process with DMA under way can exit");
+			 "a process with DMA in progress can exit");
 	}
 }
 
 /* ---- Migration of the engine ---- */
 
-/* From @src to @dst, which reaches the same memory at the same IOVAs. */
+/* Migrates @src to @dst, which maps the same memory at the same IOVAs. */
 static void carry_over(struct __test_metadata *_metadata, dma_data *self,
 		       int fd, struct mig_stream *image)
 {
@@ -1689,7 +1689,7 @@ static void carry_over(struct __test_metadata *_metadata, dma_data *self,
 	after = see_engine(_metadata, dst);
 	EXPECT_EQ(0, memcmp(before.desc, after.desc, sizeof(after.desc)))
 		PROMISE("all descriptors migrate");
-	/* All but DMA_STATUS, whose bit PAUSED belongs to the migration state. */
+	/* Except for DMA_STATUS: its bit PAUSED belongs to the migration state. */
 	EXPECT_EQ(0, memcmp(before.regs + 4, after.regs + 4, sizeof(after.regs) - 4))
 		PROMISE("DMA_ERROR, DMA_DONE and DMA_BYTES migrate");
 	expect_still(_metadata, self, dst, "in STOP on the target");
@@ -1713,7 +1713,7 @@ TEST_F_TIMEOUT(dma, queue_goes_on_after_migration, 300)
 					   mig_fsm_exists(m->dev.flags, PRE_COPY_P2P) ?
 					   PRE_COPY_P2P : RUNNING_P2P, &fd));
 		queue_up(_metadata, self, m, &q, 1 + pick(self, DESCS));
-		set32(m, DMA_DOORBELL, DESCS);	/* an error to carry */
+		set32(m, DMA_DOORBELL, DESCS);	/* an error to migrate */
 		carry_over(_metadata, self, fd, &image);
 		if (i % 3) {
 			move_on(_metadata, &dst->dev, RUNNING_P2P);
@@ -1743,7 +1743,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_go_on_after_migration, 300)
 		fd = -1;
 		start_all_kinds(_metadata, self);
 		if (m->dev.flags & VFIO_MIGRATION_PRE_COPY) {
-			/* It never gets quiet, so there need not be an end of a round. */
+			/* The device never becomes quiet: a round need not have an end. */
 			ASSERT_EQ(0, mig_set_state(&m->dev, PRE_COPY, &fd));
 			while (image.len < 3 * m->size) {
 				ret = mig_read(fd, &image, 1 << 16);
@@ -1762,7 +1762,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_go_on_after_migration, 300)
 		for (op = READ; op <= CHURN; op++) {
 			d = dma_get(_metadata, dst, op);
 			EXPECT_LT(pos[op], d.pos)
-				PROMISE("a continuous transfer goes on where it was");
+				PROMISE("a continuous transfer continues at its position");
 		}
 		ASSERT_EQ(0, mig_dma_unmap(&dst->dev, IOVA, self->ram.size));
 		ASSERT_EQ(0, mig_reset(&m->dev));
@@ -1784,13 +1784,13 @@ TEST_F_TIMEOUT(dma, target_without_the_mapping_says_so, 60)
 		d = dma_wait(_metadata, dst, op);
 		EXPECT_EQ(VFIO_MOCK_DMA_FAILED, (int)d.status);
 		EXPECT_EQ(VFIO_MOCK_DMA_ERROR_UNMAPPED, (int)d.error)
-			PROMISE("a transfer that migrated fails if its memory did not");
+			PROMISE("a migrated transfer fails without its memory");
 	}
 	d = dma_get(_metadata, dst, CHURN);
 	dma_wait_moved(_metadata, dst, CHURN, d.pos + PAGE);
 }
 
-/* What the device itself writes into its memory is dirty. */
+/* Writes of the device to its own memory dirty it. */
 TEST_F_TIMEOUT(dma, dma_into_the_device_is_tracked_exactly, 120)
 {
 	unsigned int count = mig_times(40), i, j;
@@ -1837,7 +1837,7 @@ FIXTURE_VARIANT(peers)
 FIXTURE_VARIANT_ADD(peers, group) { .backend = MIG_GROUP };
 FIXTURE_VARIANT_ADD(peers, iommufd) { .backend = MIG_IOMMUFD };
 
-/* Each device reaches the memory of both. */
+/* Maps the memory of both devices for each. */
 #define A_IOVA	0x10000000ULL
 #define B_IOVA	0x20000000ULL
 
@@ -1870,7 +1870,7 @@ FIXTURE_TEARDOWN(peers)
 	mock_close(&self->b);
 }
 
-/* A transfer between the memory of one device and what is at @iova. */
+/* A transfer between the memory of one device and @iova. */
 static struct dma_desc pick_peer_transfer(peers_data *self, __u64 iova,
 					  __u64 limit)
 {
@@ -1886,7 +1886,7 @@ static struct dma_desc pick_peer_transfer(peers_data *self, __u64 iova,
 	return d;
 }
 
-/* @who executes it; the IOVA is in the memory of @peer. */
+/* Executed by @who; the IOVA is in the memory of @peer. */
 static struct dma_desc run_peer(struct __test_metadata *_metadata, struct mock *who,
 				struct mock *peer, __u64 iova, const struct dma_desc *d)
 {
@@ -1914,7 +1914,7 @@ TEST_F_TIMEOUT(peers, move_data_both_ways, 120)
 	expect_memory(_metadata, a, a->want, "after transfers between devices");
 	expect_memory(_metadata, b, b->want, "after transfers between devices");
 	EXPECT_EQ(0, memcmp(a->want, self->a_map, a->size))
-		PROMISE("a mapping shows what a peer wrote");
+		PROMISE("a mapping shows writes of a peer");
 	EXPECT_EQ(0, memcmp(b->want, self->b_map, b->size));
 }
 
@@ -1933,7 +1933,7 @@ TEST_F_TIMEOUT(peers, dma_into_a_peer_is_tracked_exactly, 120)
 	for (i = 0; i < count; i++) {
 		memset(dirty, 0, a->size / PAGE);
 		for (j = vfio_mock_mix(i) % 5; j; j--) {
-			/* By the peer into it, and from it into the peer. */
+			/* A transfer of the peer into it, and one of its own to the peer. */
 			d = pick_peer_transfer(self, A_IOVA, 6 * PAGE);
 			d = run_peer(_metadata, b, a, A_IOVA, &d);
 			if (d.op == WRITE || d.op == FILL)
@@ -1948,7 +1948,7 @@ TEST_F_TIMEOUT(peers, dma_into_a_peer_is_tracked_exactly, 120)
 	expect_memory(_metadata, b, b->want, "after transfers between devices");
 }
 
-/* A device that is its own peer waits for nobody but itself. */
+/* A device that is its own peer does not deadlock. */
 TEST_F_TIMEOUT(peers, dma_into_itself, 120)
 {
 	unsigned int count = mig_times(30), i;
@@ -1964,14 +1964,14 @@ TEST_F_TIMEOUT(peers, dma_into_itself, 120)
 	}
 	for (i = 0; i < count; i++) {
 		d = pick_peer_transfer(self, A_IOVA, half - PAGE);
-		/* Ranges that do not overlap have one result only. */
+		/* Ranges that do not overlap have one possible result. */
 		d.addr %= half - d.len;
 		d.iova = A_IOVA + half + (d.iova - A_IOVA) % (half - d.len);
 		run_peer(_metadata, a, a, A_IOVA, &d);
 	}
 	expect_memory(_metadata, a, a->want, "after transfers of a device into itself");
 
-	/* Whatever overlapping ranges give, they come to an end. */
+	/* With overlapping ranges the result is undefined, but the transfer ends. */
 	for (d.op = READ; d.op <= WRITE; d.op++) {
 		d.addr = 0;
 		d.len = a->size - 100;
@@ -1985,7 +1985,7 @@ TEST_F_TIMEOUT(peers, dma_into_itself, 120)
 	}
 }
 
-/* A peer that writes where nothing may change: the fault is the client's. */
+/* A peer that writes to a stopped device: a bug of the client. */
 TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
 {
 	static const __u32 states[] = { STOP, STOP_COPY };
@@ -2006,7 +2006,7 @@ TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
 			EXPECT_EQ(VFIO_MOCK_DMA_COMPLETE, (int)d.status);
 		}
 		EXPECT_LT(dropped, reg64(a, DROPPED))
-			PROMISE("what a peer writes in %s is counted", mig_state_name(states[i]));
+			PROMISE("writes of a peer in %s are counted", mig_state_name(states[i]));
 		expect_memory(_metadata, a, a->want, mig_state_name(states[i]));
 		ASSERT_EQ(0, mig_set_state(&a->dev, RUNNING, NULL));
 		expect_memory(_metadata, a, a->want, "running again");

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Every failure that the kernel can inject into what a client does with
- * vfio_mock: the first allocation or user copy fails, then the second, and so on
- * until nothing is left to fail; and the same again with all allocations after it.
- * After each of them the errno is one that says what happened, the device is
- * usable or can be reset, and nothing is lost.
+ * Injects every possible failure into the calls of a client of vfio_mock: the first
+ * allocation or user copy fails, then the second, and so on until all succeed; and
+ * the same again with all following allocations. After each failure the errno is
+ * correct, the device is usable or can be reset, and no data is lost.
  *
  *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_fail_test
  *
@@ -60,21 +59,21 @@ TEST_F_TIMEOUT(fail, open_and_close, 120)
 	set64(&self->src, SCRATCH, 1);
 	mig_close_device(dev);
 	for_each_failure(nth, "open") {
-		/* What mig_open() makes of files of VFIO that cannot be opened. */
+		/* mig_open() translates errors of opening the files of VFIO. */
 		nth->also = -EOPNOTSUPP;
 		nth_begin(nth);
 		ret = mig_reopen_device(dev);
 		nth_end(nth, ret);
 		if (!ret) {
 			EXPECT_EQ(0ULL, reg64(&self->src, SCRATCH))
-				PROMISE("the next opener finds the state of power on");
+				PROMISE("the next opener gets the power-on state");
 			set64(&self->src, SCRATCH, nth->n);
 		}
 		mig_close_device(dev);
 	}
 	for_each_failure(nth, "close") {
 		ASSERT_EQ(0, mig_reopen_device(dev));
-		/* Close has nothing to say; what opens next has. */
+		/* Close returns no error; the next open shows whether it worked. */
 		nth_begin(nth);
 		mig_close_device(dev);
 		nth_end(nth, 0);
@@ -110,7 +109,8 @@ TEST_F_TIMEOUT(fail, region_accesses, 120)
 		__u64 at;
 		size_t len;
 	} accesses[] = {
-		{ BAR0, 0, 4 }, { BAR0, 0, VFIO_MOCK_MSIX_TABLE }, { BAR0, VFIO_MOCK_MSIX_TABLE, 72 },
+		{ BAR0, 0, 4 }, { BAR0, 0, VFIO_MOCK_MSIX_TABLE },
+		{ BAR0, VFIO_MOCK_MSIX_TABLE, 72 },
 		{ BAR2, 0, 8 }, { BAR2, 5, 40000 }, { CONFIG, 0, 256 }, { CONFIG, 4, 2 },
 	};
 	struct mock *m = &self->src;
@@ -156,7 +156,7 @@ TEST_F_TIMEOUT(fail, region_accesses, 120)
 	}
 }
 
-/* Only single pages are left, as on a host that has run for long. */
+/* Only single pages are free, as on a host with fragmented memory. */
 TEST_F_TIMEOUT(fail, large_accesses_need_no_contiguous_memory, 60)
 {
 	struct mock *m = &self->src;
@@ -255,14 +255,14 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 				} else {
 					EXPECT_EQ(to, state);
 				}
-				/* To ask a loader would add to its stream. */
+				/* On a RESUMING session the check would add to the stream. */
 				if (ret && mig_fsm_saving(from) && state == from) {
 					EXPECT_FALSE(mig_fd_is_dead(first))
-						PROMISE("%s: the session goes on", what);
+						PROMISE("%s: the session continues", what);
 				}
 				if (ret) {
 					EXPECT_EQ(0, mig_set_state(dev, to, NULL))
-						PROMISE("%s: from there it can be tried again",
+						PROMISE("%s: it can be repeated from there",
 							what);
 				}
 				if (from == RESUMING) {
@@ -275,7 +275,7 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 			}
 		}
 	}
-	/* With some shapes the last of them ends in RESUMING. */
+	/* With some migration_flags the last of them ends in RESUMING. */
 	ASSERT_EQ(0, mig_reset(dev));
 	for_each_failure(nth, "RESET") {
 		ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &fd));
@@ -283,19 +283,19 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 		ret = ioctl(dev->fd, VFIO_DEVICE_RESET) ? -errno : 0;
 		nth_end(nth, 0);
 		EXPECT_EQ(0, ret)
-			PROMISE("RESET is never refused");
+			PROMISE("RESET never fails");
 		expect_state(_metadata, dev, RUNNING, "after RESET");
 		close(fd);
 		if (nth->n == 1 && !nth->injected)
 			break;
 	}
-	/* And enables the device. */
+	/* Also enables the device. */
 	ASSERT_EQ(0, mig_reset(dev));
 	expect_fresh(_metadata, &self->src, "after RESET");
 	mig_stream_free(&image);
 }
 
-/* What was read before a failure, and is read after it, is the whole image. */
+/* The data before and after a failure is the whole image. */
 TEST_F_TIMEOUT(fail, save, 300)
 {
 	struct mig_device *dev = &self->src.dev;
@@ -319,7 +319,7 @@ TEST_F_TIMEOUT(fail, save, 300)
 			ret = mig_save(fd, &image, stream_limit(dev));
 			nth_end(nth, ret == -ENOMSG ? 0 : ret);
 			EXPECT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(dev)))
-				PROMISE("after a failure read() goes on where it was");
+				PROMISE("after a failure read() continues at its position");
 			store(_metadata, &self->src, 12345, &byte, 1);
 		} else {
 			ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &fd));
@@ -362,7 +362,7 @@ TEST_F_TIMEOUT(fail, save, 300)
 	mig_stream_free(&image);
 }
 
-/* After a failure the rest can be written, or the image is refused and RESET helps. */
+/* After a failure the rest can be written, or the image is refused until RESET. */
 TEST_F_TIMEOUT(fail, resume, 300)
 {
 	struct mig_device *dev = &self->dst.dev;
@@ -394,12 +394,12 @@ TEST_F_TIMEOUT(fail, resume, 300)
 		if (!ret) {
 			ret = mig_set_state(dev, STOP, NULL);
 			EXPECT_EQ(0, ret)
-				PROMISE("an image whose rest was taken after a failure is good: %s",
+				PROMISE("an image completed after a failure is good: %s",
 					strerror(-ret));
 			expect_memory(_metadata, &self->dst, self->src.want, "resumed");
 		} else {
 			EXPECT_EQ(-ENOMEM, ret)
-				PROMISE("what the device had no memory for stays refused: %s",
+				PROMISE("an image stays refused after a lack of memory: %s",
 					strerror(-ret));
 			EXPECT_NE(0, mig_set_state(dev, STOP, NULL));
 		}
@@ -427,12 +427,12 @@ TEST_F_TIMEOUT(fail, mappings, 120)
 	}
 }
 
-/* Far from all that a process has, so that page tables come and go with a mapping. */
+/* Far from other mappings, so that it has page tables of its own. */
 #define LONELY	((void *)(1UL << 40))
 
 /*
- * Who has no memory for a page fault is to try again, which the kernel does by
- * itself: a signal would be the end of whoever uses the device.
+ * A page fault without memory is repeated, which the kernel does by itself: a signal
+ * would kill the process.
  */
 TEST_F_TIMEOUT(fail, page_faults, 120)
 {
@@ -459,7 +459,7 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 			snprintf(what, sizeof(what), "a page fault of a %s in %s",
 				 write ? "store" : "load", mig_state_name(states[i]));
 			for_each_single_failure(nth, what) {
-				/* The device has what a fault needs only once for each open. */
+				/* A fault allocates only once for each open. */
 				mig_close_device(&m->dev);
 				ASSERT_EQ(0, mig_reopen_device(&m->dev));
 				memset(m->want, 0, m->size);
@@ -480,13 +480,13 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 				sig = mig_touch(map + PAGE, write);
 				nth_end(nth, 0);
 				EXPECT_EQ(0, sig)
-					PROMISE("%s, failure %u: no signal but another try",
+					PROMISE("%s, failure %u: no signal, the fault is repeated",
 						what, nth->n);
 				if (write && !stopped)
 					m->want[PAGE] = 0x5a;
 				expect_memory(_metadata, m, m->want, what);
 				EXPECT_EQ(write && stopped ? 1ULL : 0ULL, reg64(m, DROPPED))
-					PROMISE("%s, failure %u: one store is dropped once", what,
+					PROMISE("%s, failure %u: a store is dropped only once", what,
 						nth->n);
 				if (states[i] == PRE_COPY && write)
 					expect_round(_metadata, m, fd, dirty, what);
@@ -500,7 +500,7 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 	free(dirty);
 }
 
-/* How many threads do DMA, and how the last of them is made to fail. */
+/* The number of worker threads; @in is the injector of the last one. */
 static int worker_injector(struct injector *in)
 {
 	char name[16], path[64];
@@ -513,7 +513,7 @@ static int worker_injector(struct injector *in)
 	for (i = 0; i < found.gl_pathc; i++) {
 		snprintf(path, sizeof(path), "%s/comm", found.gl_pathv[i]);
 		file = fopen(path, "r");
-		/* It may be gone by now. */
+		/* The thread may have ended. */
 		if (!file)
 			continue;
 		if (fgets(name, sizeof(name), file) && !strcmp(name, "vfio_mock\n") &&
@@ -525,7 +525,7 @@ static int worker_injector(struct injector *in)
 	return n;
 }
 
-/* What a descriptor that ended makes of what an operation says. */
+/* The result of an ended descriptor as an errno. */
 static int dma_result(const struct dma_desc *d)
 {
 	if (d->status == VFIO_MOCK_DMA_COMPLETE)
@@ -542,7 +542,7 @@ static int dma_result(const struct dma_desc *d)
 	}
 }
 
-/* DMA that fails has moved what it says, and not a byte behind that page. */
+/* A failed transfer has moved POS bytes, and nothing after that page. */
 TEST_F_TIMEOUT(fail, dma, 120)
 {
 	static const __u32 ops[] = { READ, WRITE, FILL, CHURN };
@@ -557,7 +557,7 @@ TEST_F_TIMEOUT(fail, dma, 120)
 
 	mock_close(&self->dst);
 	injector_close(&self->in);
-	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
+	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no worker thread");
 	ram_make(_metadata, &ram, 1ULL << 32, 16 * PAGE);
 	ram_map(_metadata, &ram, m);
 	for (i = 0; i < ARRAY_SIZE(ops); i++) {
@@ -595,7 +595,7 @@ TEST_F_TIMEOUT(fail, dma, 120)
 	}
 }
 
-/* What the device has written is in the log, also when there was no room for it there. */
+/* Pages written by the device are in the log even if it had no memory for them. */
 TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
 {
 	struct vfio_device_feature_dma_logging_range range;
@@ -609,7 +609,7 @@ TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
 	NEED_IOMMUFD_FOR_LOG();
 	mock_close(&self->dst);
 	injector_close(&self->in);
-	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
+	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no worker thread");
 	ram_make(_metadata, &ram, base, 16 * PAGE);
 	ram_map(_metadata, &ram, m);
 	range.iova = base;
@@ -626,7 +626,7 @@ TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
 		dma_ring(_metadata, m, 0);
 		ended = dma_wait(_metadata, m, 0);
 		nth_end(nth, dma_result(&ended));
-		/* The log is asked twice: what the one does not ask for is for the other. */
+		/* Two reports: pages outside of the first stay for the second. */
 		low = 0;
 		high = 0;
 		ASSERT_EQ(0, mig_log_report(&m->dev, base, cut, PAGE, &low));
@@ -634,14 +634,14 @@ TEST_F_TIMEOUT(fail, dma_that_is_logged, 120)
 		low |= high << (cut / PAGE);
 		for (page = 0; page * PAGE < 1000 + ended.pos && ended.pos; page++) {
 			EXPECT_EQ(1ULL, low >> page & 1)
-				PROMISE("failure %u: page %llu of what was written is in the log",
+				PROMISE("failure %u: page %llu was written and is in the log",
 					nth->n, page);
 		}
 		ASSERT_EQ(0, mig_log_stop(&m->dev));
 	}
 }
 
-/* A client reports its memory section by section, however far apart these are. */
+/* A client reports its memory section by section, with any distance between them. */
 TEST_F_TIMEOUT(fail, log_without_memory_converges, 60)
 {
 	const __u64 bases[] = { 1ULL << 32, 1ULL << 33, 1ULL << 40 };
@@ -655,14 +655,14 @@ TEST_F_TIMEOUT(fail, log_without_memory_converges, 60)
 
 	mock_close(&self->dst);
 	injector_close(&self->in);
-	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no thread any more");
+	WAIT_FOR(worker_injector(&self->in) == 1, "a closed device has no worker thread");
 	nth_start(nth, _metadata, "WRITE", &self->in, false);
 	ram_make(_metadata, &ram, bases[0], 16 * PAGE);
 	memset(ram.mem, 1, ram.size);
 	for (i = 0; i < ARRAY_SIZE(bases); i++)
 		ASSERT_EQ(0, mig_dma_map(&m->dev, bases[i], ram.mem, ram.size, RW));
 	ASSERT_EQ(0, mig_log_start(&m->dev, &page_size, &range, 1));
-	/* A WRITE needs no memory but for the log. */
+	/* A WRITE needs memory only for the log. */
 	nth_write(nth, self->in.all, 1);
 	for (i = 0; i < ARRAY_SIZE(bases); i += 2) {
 		d = (struct dma_desc){
@@ -677,13 +677,13 @@ TEST_F_TIMEOUT(fail, log_without_memory_converges, 60)
 		ASSERT_EQ(0, mig_log_report(&m->dev, bases[i], ram.size, PAGE, &bitmap));
 		if (i != 1)
 			EXPECT_EQ(1ULL << 5, bitmap & 1ULL << 5)
-				PROMISE("what there was no memory for is in the log");
+				PROMISE("a page without memory for the log is reported");
 	}
 	for (i = 0; i < ARRAY_SIZE(bases); i++) {
 		bitmap = 0;
 		ASSERT_EQ(0, mig_log_report(&m->dev, bases[i], ram.size, PAGE, &bitmap));
 		EXPECT_EQ(0ULL, bitmap)
-			PROMISE("section %u was reported, and is not again", i);
+			PROMISE("section %u is reported only once", i);
 	}
 }
 
@@ -739,7 +739,7 @@ TEST_F_TIMEOUT(fail, removal, 300)
 		nth_end(nth, ret);
 		if (ret) {
 			ASSERT_EQ(0, write_word(remove, "1"))
-				PROMISE("a removal that failed can be done again");
+				PROMISE("a failed removal can be repeated");
 		}
 		EXPECT_NE(0, access(remove, F_OK));
 	}

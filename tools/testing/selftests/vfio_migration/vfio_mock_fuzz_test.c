@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A hostile client: threads that know the uAPI and call it with whatever hurts,
- * on one device, while others do the same: regions at any offset, every ioctl
- * with sizes and pointers that are wrong, mappings in pieces, interrupts, states,
- * streams that were good once, DMA to anywhere. The kernel has to survive, and
- * the device to be as new when it is opened again.
+ * A hostile client: threads that call the uAPI with random and invalid arguments on
+ * one device: regions at any offset, every ioctl with wrong sizes and pointers,
+ * partial mappings, interrupts, states, damaged streams, DMA to any address. The
+ * kernel has to survive, and the device has to be in its power-on state when it is
+ * opened again.
  *
  *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_fuzz_test
  *
- * VFIO_FUZZ_CALLS is how many calls are made in all (20000), VFIO_FUZZ_SEED what
- * they are made of: the calls of each thread follow from it, their order does not.
+ * VFIO_FUZZ_CALLS is the total number of calls (20000), VFIO_FUZZ_SEED the seed: it
+ * determines the calls of each thread, but not their interleaving.
  */
 #include <sys/eventfd.h>
 
@@ -19,13 +19,13 @@
 #define THREADS		4
 #define BUFFER		(64 * PAGE)
 
-/* Where the device reaches the memory that it may reach. */
+/* The IOVA of the memory for DMA. */
 #define DMA_IOVA	0x10000000ULL
 
 struct fuzz {
 	struct mock *m;
 	const struct mig_stream *image;
-	__u8 *map;			/* what the device can reach by DMA */
+	__u8 *map;			/* memory for DMA of the device */
 	unsigned long calls;
 	atomic_int data_fd;
 };
@@ -35,8 +35,8 @@ struct hand {
 	struct fuzz *f;
 	__u64 state;
 	__u8 *buffer;
-	void *room;			/* for a mapping of BAR2, with nothing behind it */
-	void *bar;			/* the mapping, if there is one */
+	void *room;			/* reserved address space for a mapping of BAR2 */
+	void *bar;			/* the mapping, or NULL */
 	size_t bar_len;
 	int eventfd;
 };
@@ -52,7 +52,7 @@ static __u64 below(struct hand *h, __u64 n)
 	return any(h) % n;
 }
 
-/* Small numbers, powers of two and their neighbours, and anything. */
+/* Small numbers, powers of two and their neighbours, and random numbers. */
 static __u64 number(struct hand *h)
 {
 	__u64 bit = 1ULL << below(h, 64);
@@ -73,7 +73,7 @@ static __u64 number(struct hand *h)
 	}
 }
 
-/* Good memory, mostly; else nothing, the kernel's, read-only, or the device's own. */
+/* Mostly valid memory; else NULL, a kernel address, read-only, or the device's own. */
 static void *pointer(struct hand *h)
 {
 	switch (below(h, 10)) {
@@ -86,7 +86,7 @@ static void *pointer(struct hand *h)
 	case 3:
 		return h->bar ? h->bar : h->buffer;
 	case 4:
-		/* The end of it is missing. */
+		/* Its end is unmapped. */
 		return h->buffer + BUFFER - below(h, 64);
 	default:
 		return h->buffer + below(h, BUFFER / 2);
@@ -137,7 +137,7 @@ static void call_ioctl(struct hand *h)
 	__u32 *arg = pointer(h);
 	unsigned int i;
 
-	/* RESET is called often enough elsewhere. */
+	/* Other functions call RESET often enough. */
 	if (cmd == VFIO_DEVICE_RESET && below(h, 8))
 		cmd = any(h);
 	if ((__u8 *)arg >= h->buffer && (__u8 *)arg < h->buffer + BUFFER / 2) {
@@ -203,7 +203,7 @@ static void call_log(struct hand *h)
 		mig_log_stop(&h->f->m->dev);
 		break;
 	default:
-		/* A bitmap for all of it would be larger than the buffer. */
+		/* A bitmap for the whole range would be larger than the buffer. */
 		mig_log_report(&h->f->m->dev, number(h), below(h, 1ULL << 30), page_size,
 			       pointer(h));
 	}
@@ -239,7 +239,7 @@ static void call_data_fd(struct hand *h)
 		read(fd, pointer(h), below(h, BUFFER));
 		break;
 	case 1:
-		/* From the beginning, so that it may be good. */
+		/* From the beginning, so that it may be valid. */
 		if (below(h, 2))
 			at = 0;
 		len = at + len > image->len ? image->len - at : len;
@@ -266,7 +266,7 @@ static void call_data_fd(struct hand *h)
 	close(fd);
 }
 
-/* Reserves what is at @at, or a new place, and returns NULL. */
+/* Reserves the range at @at, or a new one, and returns NULL. */
 static void *make_room(void *at)
 {
 	return mmap(at, 2 * BUFFER, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
@@ -297,12 +297,12 @@ static void call_mapping(struct hand *h)
 		madvise((__u8 *)h->bar + at, PAGE, below(h, 26));
 		break;
 	case 2:
-		/* Down and up again, so that it stays accessible. */
+		/* Remove and restore write access, so that it stays accessible. */
 		mprotect((__u8 *)h->bar + at, PAGE, PROT_READ);
 		mprotect((__u8 *)h->bar + at, PAGE, PROT_READ | PROT_WRITE);
 		break;
 	default:
-		/* By the kernel, which survives a page that is not there. */
+		/* An access by the kernel, which survives an unmapped page. */
 		if (!mincore((__u8 *)h->bar + at, PAGE, h->buffer))
 			pread(fd, (__u8 *)h->bar + at, below(h, PAGE),
 			      (2ULL << 40) + below(h, PAGE));
@@ -383,7 +383,7 @@ TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 		hands[i].f = &f;
 		hands[i].state = vfio_mock_mix(seed * THREADS + i);
 		hands[i].eventfd = eventfd(0, EFD_NONBLOCK);
-		/* Nothing behind it. */
+		/* An unmapped page follows. */
 		hands[i].buffer = mmap(NULL, BUFFER + PAGE, PROT_READ | PROT_WRITE,
 				       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		ASSERT_NE(MAP_FAILED, (void *)hands[i].buffer);
@@ -398,7 +398,7 @@ TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 		pthread_join(hands[i].thread, NULL);
 
 	EXPECT_EQ(0, mig_reset(&m->dev))
-		PROMISE("RESET works whatever happened before");
+		PROMISE("RESET succeeds after any calls");
 	expect_state(_metadata, &m->dev, RUNNING, "after RESET");
 	fd = atomic_load(&f.data_fd);
 	EXPECT_TRUE(fd < 0 || mig_fd_is_dead(fd))

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The interrupts of vfio_mock: MSI-X by eventfds, the masks and pending bits,
- * what a stopped device does with them and what the target gets, every argument
- * of SET_IRQS that vfio-pci refuses, and the request to let go of the device.
+ * The interrupts of vfio_mock: MSI-X by eventfds, masks and pending bits, interrupts
+ * of a stopped device and their migration, every argument of SET_IRQS that vfio-pci
+ * refuses, and the request to release the device.
  *
  *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_irq_test
  *
- * with the sysfs paths of two mediated devices. run_mock.sh makes them.
+ * with the sysfs paths of two mediated devices. run_mock.sh creates them.
  */
 #include <sys/eventfd.h>
 
@@ -59,7 +59,7 @@ FIXTURE_TEARDOWN(irq)
 	mock_close(&self->m);
 }
 
-/* How often the eventfd was signalled since the last time it was asked. */
+/* The number of signals of an eventfd since the last call. */
 static __u64 signals(int fd)
 {
 	__u64 count;
@@ -67,13 +67,13 @@ static __u64 signals(int fd)
 	return read(fd, &count, sizeof(count)) == sizeof(count) ? count : 0;
 }
 
-/* SET_IRQS of MSI-X without data. */
+/* SET_IRQS for MSI-X without data. */
 static int set_none(const struct mock *m, __u32 action, __u32 start, __u32 count)
 {
 	return mig_set_irqs(&m->dev, MSIX, DATA_NONE | action, start, count, NULL, 0);
 }
 
-/* SET_IRQS of MSI-X with a bool for each vector. */
+/* SET_IRQS for MSI-X with a bool for each vector. */
 static int set_bools(const struct mock *m, __u32 action, const __u8 bools[VECTORS])
 {
 	return mig_set_irqs(&m->dev, MSIX, DATA_BOOL | action, 0, VECTORS, bools, VECTORS);
@@ -85,7 +85,7 @@ static int set_eventfds(const struct mock *m, __u32 start, __u32 count, const in
 			    count * sizeof(*fds));
 }
 
-/* The device raises the interrupt of a vector, as it does at the end of a command. */
+/* Lets the device raise a vector, as at the end of a command. */
 static void raise_irq(struct __test_metadata *_metadata, const struct mock *m, __u32 vector)
 {
 	set32(m, IRQ_VECTOR, vector);
@@ -97,7 +97,7 @@ static __u64 pending(struct __test_metadata *_metadata, const struct mock *m)
 	return get(_metadata, m, BAR0, VFIO_MOCK_MSIX_PBA, 8);
 }
 
-/* How often each vector was signalled, in a digit of its own, the first one last. */
+/* The number of signals of each vector as a decimal digit, the first vector last. */
 static unsigned int all_signals(const int fds[VECTORS])
 {
 	unsigned int all = 0;
@@ -108,7 +108,7 @@ static unsigned int all_signals(const int fds[VECTORS])
 	return all;
 }
 
-/* ---- Who is told ---- */
+/* ---- Delivery ---- */
 
 TEST_F(irq, info)
 {
@@ -140,11 +140,11 @@ TEST_F(irq, info)
 
 	for (i = 0; i < VFIO_PCI_NUM_IRQS; i++) {
 		ASSERT_EQ(want[i].ret, mig_irq_info(&m->dev, i, &info))
-			PROMISE("irq index %u answers GET_IRQ_INFO so", i);
+			PROMISE("irq index %u has this result of GET_IRQ_INFO", i);
 		if (want[i].ret)
 			continue;
 		EXPECT_EQ(want[i].count, info.count)
-			PROMISE("irq index %u has so many vectors", i);
+			PROMISE("irq index %u has this number of vectors", i);
 		EXPECT_EQ(want[i].flags, info.flags)
 			PROMISE("irq index %u has these flags", i);
 	}
@@ -166,7 +166,7 @@ TEST_F(irq, completion_signals_its_vector)
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 	fill(_metadata, m, 0, 8, 1);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("no interrupt is asked for after reset");
+		PROMISE("no interrupt is raised after reset");
 	for (i = 0; i < VECTORS; i++) {
 		set32(m, IRQ_VECTOR, i);
 		fill(_metadata, m, 0, 8, i);
@@ -177,11 +177,11 @@ TEST_F(irq, completion_signals_its_vector)
 					i, j);
 		}
 	}
-	/* The end of a refused command is an end, too. */
+	/* A refused command ends with an interrupt, too. */
 	command(_metadata, m, 77, 0, 8, 0);
 	EXPECT_EQ(1U, signals(self->fds[VECTORS - 1]))
 		PROMISE("the vector is signalled at the end of a command");
-	/* A vector that is not there is nobody's interrupt. */
+	/* A vector that does not exist raises no interrupt. */
 	raise_irq(_metadata, m, VECTORS);
 	raise_irq(_metadata, m, 0x7fffffff);
 	EXPECT_EQ(0U, all_signals(self->fds));
@@ -199,9 +199,9 @@ TEST_F(irq, user_triggers_as_the_device_does)
 		PROMISE("DATA_NONE with ACTION_TRIGGER signals each vector of the range");
 	EXPECT_EQ(0, set_bools(m, TRIGGER, some));
 	EXPECT_EQ(1001U, all_signals(self->fds))
-		PROMISE("DATA_BOOL with ACTION_TRIGGER signals the vectors that are true");
+		PROMISE("DATA_BOOL with ACTION_TRIGGER signals the true vectors");
 
-	/* What it simulates is the device, which the masks hold back. */
+	/* It simulates the device, so that masks apply. */
 	ASSERT_EQ(0, set_none(m, MASK, 0, 1));
 	EXPECT_EQ(0, set_none(m, TRIGGER, 0, 2));
 	EXPECT_EQ(10U, all_signals(self->fds));
@@ -213,7 +213,7 @@ TEST_F(irq, eventfds_come_and_go)
 	int none[VECTORS] = { -1, -5, -1, -1 }, other;
 	struct mock *m = &self->m;
 
-	/* A few, then more, without switching off before. */
+	/* A few, then more, without disabling MSI-X in between. */
 	ASSERT_EQ(0, set_eventfds(m, 1, 1, &self->fds[1]));
 	ASSERT_EQ(0, set_eventfds(m, 2, 2, &self->fds[2]));
 	raise_irq(_metadata, m, 1);
@@ -224,7 +224,7 @@ TEST_F(irq, eventfds_come_and_go)
 	ASSERT_EQ(0, set_eventfds(m, 3, 1, &other));
 	raise_irq(_metadata, m, 3);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("a new eventfd takes the place of the old one");
+		PROMISE("a new eventfd replaces the old one");
 	EXPECT_EQ(1U, signals(other));
 
 	ASSERT_EQ(0, set_eventfds(m, 0, 2, none));
@@ -233,7 +233,7 @@ TEST_F(irq, eventfds_come_and_go)
 		PROMISE("a negative eventfd de-assigns the vector");
 	raise_irq(_metadata, m, 2);
 	EXPECT_EQ(100U, all_signals(self->fds))
-		PROMISE("the other vectors stay as they are");
+		PROMISE("the other vectors are unchanged");
 
 	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 0))
 		PROMISE("count 0 with DATA_NONE and ACTION_TRIGGER disables the index");
@@ -241,13 +241,13 @@ TEST_F(irq, eventfds_come_and_go)
 	EXPECT_EQ(0U, all_signals(self->fds))
 		PROMISE("a disabled index signals nothing");
 
-	/* The eventfd stays referenced by the device when the user closes it. */
+	/* The device keeps a reference when the user closes the eventfd. */
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 	close(self->fds[3]);
 	raise_irq(_metadata, m, 3);
 }
 
-/* ---- Who waits ---- */
+/* ---- Pending interrupts ---- */
 
 TEST_F(irq, waits_for_an_eventfd)
 {
@@ -257,14 +257,14 @@ TEST_F(irq, waits_for_an_eventfd)
 	raise_irq(_metadata, m, 1);
 	raise_irq(_metadata, m, 3);
 	EXPECT_EQ(0xaU, pending(_metadata, m))
-		PROMISE("an interrupt that nobody listens to waits");
+		PROMISE("an interrupt without an eventfd is pending");
 	ASSERT_EQ(0, set_eventfds(m, 0, 2, self->fds));
 	EXPECT_EQ(10U, all_signals(self->fds))
-		PROMISE("what waited is delivered, once, when somebody listens");
+		PROMISE("a pending interrupt is delivered once when an eventfd is set");
 	EXPECT_EQ(8U, pending(_metadata, m));
 	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 0));
 	EXPECT_EQ(8U, pending(_metadata, m))
-		PROMISE("what waits goes on waiting while MSI-X is off");
+		PROMISE("pending interrupts stay pending while MSI-X is off");
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 	EXPECT_EQ(1000U, all_signals(self->fds));
 	EXPECT_EQ(0U, pending(_metadata, m));
@@ -281,32 +281,32 @@ TEST_F(irq, waits_while_masked_by_set_irqs)
 	for (i = 0; i < 3 * VECTORS; i++)
 		raise_irq(_metadata, m, i % VECTORS);
 	EXPECT_EQ(3003U, all_signals(self->fds))
-		PROMISE("ACTION_MASK holds back the vectors of the range, and no others");
+		PROMISE("ACTION_MASK masks the vectors of the range, and no others");
 	EXPECT_EQ(6U, pending(_metadata, m))
-		PROMISE("the pending bits show what waits");
+		PROMISE("the pending bits show the masked interrupts");
 
 	ASSERT_EQ(0, set_bools(m, UNMASK, some));
 	EXPECT_EQ(10U, all_signals(self->fds))
-		PROMISE("ACTION_UNMASK delivers what waited, as one interrupt");
+		PROMISE("ACTION_UNMASK delivers a pending interrupt once");
 	EXPECT_EQ(4U, pending(_metadata, m))
-		PROMISE("DATA_BOOL unmasks the vectors that are true alone");
+		PROMISE("DATA_BOOL unmasks only the true vectors");
 	ASSERT_EQ(0, set_none(m, UNMASK, 0, VECTORS));
 	EXPECT_EQ(100U, all_signals(self->fds));
 	ASSERT_EQ(0, set_none(m, UNMASK, 0, VECTORS));
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("to unmask what is not masked delivers nothing");
+		PROMISE("unmasking an unmasked vector delivers nothing");
 
 	ASSERT_EQ(0, set_bools(m, MASK, some));
 	for (i = 0; i < VECTORS; i++)
 		raise_irq(_metadata, m, i);
 	EXPECT_EQ(101U, all_signals(self->fds))
-		PROMISE("DATA_BOOL masks the vectors that are true alone");
+		PROMISE("DATA_BOOL masks only the true vectors");
 	ASSERT_EQ(0, set_none(m, MASK, 0, 0));
 	ASSERT_EQ(0, set_none(m, UNMASK, 0, 0));
 	EXPECT_EQ(10U, pending(_metadata, m))
-		PROMISE("a range of none is none");
+		PROMISE("an empty range has no effect");
 
-	/* The masks go with MSI-X, as those of INTx do in vfio-pci. */
+	/* Disabling MSI-X clears the masks, like those of INTx in vfio-pci. */
 	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 0));
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 	EXPECT_EQ(1010U, all_signals(self->fds));
@@ -322,22 +322,22 @@ TEST_F(irq, waits_while_masked_by_the_device)
 	for (i = 0; i < VECTORS; i++)
 		raise_irq(_metadata, m, i);
 	EXPECT_EQ(1011U, all_signals(self->fds))
-		PROMISE("the mask in the MSI-X table holds back its vector");
+		PROMISE("the mask in the MSI-X table masks its vector");
 	EXPECT_EQ(4U, pending(_metadata, m));
 	/* The other bits of that dword are reserved. */
 	put(_metadata, m, BAR0, VECTOR_CONTROL(2), 0xfffffffe, 4);
 	EXPECT_EQ(100U, all_signals(self->fds))
-		PROMISE("to clear the mask in the table delivers what waited");
+		PROMISE("clearing the mask in the table delivers the pending interrupt");
 
 	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
 	for (i = 1; i < VECTORS; i++)
 		raise_irq(_metadata, m, i);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("the function mask holds back all vectors");
+		PROMISE("the function mask masks all vectors");
 	EXPECT_EQ(0xeU, pending(_metadata, m));
 	put(_metadata, m, CONFIG, VFIO_MOCK_MSIX_CAP, 0x80000000, 4);
 	EXPECT_EQ(1110U, all_signals(self->fds))
-		PROMISE("to clear the function mask delivers what waited");
+		PROMISE("clearing the function mask delivers the pending interrupts");
 	EXPECT_EQ(0U, pending(_metadata, m));
 }
 
@@ -366,7 +366,7 @@ TEST_F(irq, waits_until_no_reason_is_left)
 	EXPECT_EQ(0U, all_signals(self->fds));
 	put(_metadata, m, BAR0, VECTOR_CONTROL(1), 0, 4);
 	EXPECT_EQ(10U, all_signals(self->fds))
-		PROMISE("what waited for five things is delivered after the last");
+		PROMISE("an interrupt held back by five causes is delivered after the last");
 	EXPECT_EQ(0U, pending(_metadata, m));
 }
 
@@ -393,14 +393,14 @@ TEST_F(irq, waits_while_stopped)
 				mig_state_name(states[i]));
 		EXPECT_EQ(4U, pending(_metadata, m));
 		if (states[i] == RESUMING) {
-			/* What arrives is the state of another device. */
+			/* The image replaces the pending interrupts. */
 			load_all(_metadata, fd, &image);
 		}
 		ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 		EXPECT_EQ(0U, all_signals(self->fds));
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
 		EXPECT_EQ(states[i] == RESUMING ? 0U : 100U, all_signals(self->fds))
-			PROMISE("what waited in %s is delivered when the device runs, unless it was replaced",
+			PROMISE("interrupts pending in %s are delivered in RUNNING, unless replaced",
 				mig_state_name(states[i]));
 		EXPECT_EQ(0U, pending(_metadata, m));
 		close(fd);
@@ -421,15 +421,15 @@ TEST_F(irq, pass_in_all_running_states)
 		close(go(_metadata, &m->dev, states[i]));
 		raise_irq(_metadata, m, 1);
 		EXPECT_EQ(10U, all_signals(self->fds))
-			PROMISE("a device in %s interrupts", mig_state_name(states[i]));
+			PROMISE("a device in %s delivers interrupts", mig_state_name(states[i]));
 	}
-	/* A way that ends where it began, in a state in between of which it was stopped. */
+	/* STOP -> RUNNING_P2P: interrupts do not wait for RUNNING. */
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
 	if (mig_fsm_exists(m->dev.flags, RUNNING_P2P)) {
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING_P2P, NULL));
 		EXPECT_EQ(1000U, all_signals(self->fds))
-			PROMISE("what waited is delivered as soon as the device runs");
+			PROMISE("pending interrupts are delivered as soon as the device runs");
 	}
 }
 
@@ -447,15 +447,15 @@ TEST_F(irq, reset_forgets_what_is_the_device_s)
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	EXPECT_EQ(0U, pending(_metadata, m))
-		PROMISE("reset forgets what waits");
+		PROMISE("reset clears pending interrupts");
 	EXPECT_EQ(0U, get(_metadata, m, BAR0, VECTOR_CONTROL(1), 4));
 	EXPECT_EQ(0U, all_signals(self->fds));
 	raise_irq(_metadata, m, 1);
 	EXPECT_EQ(10U, all_signals(self->fds))
-		PROMISE("reset unmasks in table and function mask, and keeps the eventfds");
+		PROMISE("reset clears table mask and function mask, and keeps the eventfds");
 	raise_irq(_metadata, m, 0);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("reset keeps the masks of SET_IRQS, which are the user's");
+		PROMISE("reset keeps the masks of SET_IRQS, which belong to the user");
 	ASSERT_EQ(0, set_none(m, UNMASK, 0, 1));
 	EXPECT_EQ(1U, all_signals(self->fds));
 }
@@ -472,7 +472,7 @@ TEST_F(irq, table_takes_any_access)
 
 	memset(model, 0, sizeof(model));
 	for (i = 0; i < 300; i++) {
-		/* Around the table too, where nothing is. */
+		/* Also around the table, where nothing exists. */
 		at = vfio_mock_mix(++n) % sizeof(model);
 		len = vfio_mock_mix(++n) % (i % 4 ? 8 : 100) + 1;
 		if (len > sizeof(model) - at)
@@ -486,7 +486,7 @@ TEST_F(irq, table_takes_any_access)
 		len = vfio_mock_mix(++n) % (sizeof(model) - at) + 1;
 		ASSERT_EQ((ssize_t)len, mock_read(m, BAR0, base + at, seen, len));
 		ASSERT_EQ(0, memcmp(seen, model + at, len))
-			PROMISE("the table keeps what is written, and there is nothing around it");
+			PROMISE("the table keeps written values, and nothing exists around it");
 	}
 
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
@@ -496,7 +496,7 @@ TEST_F(irq, table_takes_any_access)
 	EXPECT_EQ(0, memcmp(seen, model + 32, VECTORS * 16))
 		PROMISE("a write to the table is dropped while the device is stopped");
 	EXPECT_EQ(dropped + 1, reg64(m, DROPPED))
-		PROMISE("and counted");
+		PROMISE("a dropped write is counted");
 }
 
 TEST_F(irq, pending_bits_are_read_only)
@@ -521,10 +521,10 @@ TEST_F(irq, pending_bits_are_read_only)
 	EXPECT_EQ(6U, seen[4]);
 	seen[4] = 0;
 	EXPECT_EQ(0, memcmp(seen, zero, 16))
-		PROMISE("there are no other pending bits, and nothing around them");
+		PROMISE("no other pending bits exist, and nothing around them");
 }
 
-/* ---- What the target gets ---- */
+/* ---- Migration ---- */
 
 TEST_F(irq, pending_interrupts_follow_the_device)
 {
@@ -542,7 +542,7 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 	raise_irq(_metadata, m, 1);
 	raise_irq(_metadata, m, 2);
 	EXPECT_EQ(1U, all_signals(self->fds));
-	/* Vector 3 comes when the device is stopped. */
+	/* Vector 3 is raised while the device is stopped. */
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
 	read_front(_metadata, m, &front);
@@ -552,7 +552,7 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 	close(fd);
 	EXPECT_EQ(0U, all_signals(self->fds));
 
-	/* A target whose user listens before the state arrives. */
+	/* A target with eventfds set before the state is loaded. */
 	ASSERT_EQ(0, set_eventfds(&dst, 0, VECTORS, self->fds));
 	fd = go(_metadata, &dst.dev, RESUMING);
 	load_all(_metadata, fd, &image);
@@ -565,22 +565,22 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 		PROMISE("nothing is delivered before the target runs");
 	move_on(_metadata, &dst.dev, RUNNING);
 	EXPECT_EQ(1010U, all_signals(self->fds))
-		PROMISE("what waited on the source is delivered on the target, but for what the device masks");
+		PROMISE("pending interrupts are delivered on the target, except if masked in the table");
 	EXPECT_EQ(4U, pending(_metadata, &dst));
 	put(_metadata, &dst, BAR0, VECTOR_CONTROL(2), 0, 4);
 	EXPECT_EQ(100U, all_signals(self->fds))
-		PROMISE("the mask in the table migrates, the mask of SET_IRQS is the user's own");
+		PROMISE("the mask in the table migrates, the masks of SET_IRQS do not");
 
-	/* A target whose user listens when it runs already. */
+	/* A target whose eventfds are set while it runs. */
 	ASSERT_EQ(0, mig_reset(&dst.dev));
 	ASSERT_EQ(0, set_none(&dst, TRIGGER, 0, 0));
 	load_and_run(_metadata, &dst.dev, &image, 1);
 	EXPECT_EQ(0xeU, pending(_metadata, &dst));
 	ASSERT_EQ(0, set_eventfds(&dst, 0, VECTORS, self->fds));
 	EXPECT_EQ(1010U, all_signals(self->fds))
-		PROMISE("what arrived waits until somebody listens");
+		PROMISE("loaded interrupts stay pending until eventfds are set");
 
-	/* And a device that is to be stopped again hands on what it has not delivered. */
+	/* An image of the target contains the interrupts that are still pending. */
 	image.len = 0;
 	take_image(_metadata, &dst.dev, &image);
 	load_and_run(_metadata, &dst.dev, &image, 0);
@@ -609,13 +609,13 @@ TEST_F(irq, restored_function_mask_holds_back_what_followed)
 	close(fd);
 	EXPECT_EQ(8U, pending(_metadata, m));
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("the function mask that the VMM restored holds back what came by the stream");
+		PROMISE("a restored function mask masks interrupts loaded from the stream");
 	put(_metadata, m, CONFIG, MSIX_CONTROL, 0, 1);
 	EXPECT_EQ(1000U, all_signals(self->fds));
 	mig_stream_free(&image);
 }
 
-/* Messages of MSI-X are writes of the device to memory. */
+/* An MSI-X message is a write of the device to memory. */
 TEST_F(irq, wait_without_bus_mastering)
 {
 	struct mock *m = &self->m;
@@ -626,16 +626,16 @@ TEST_F(irq, wait_without_bus_mastering)
 	raise_irq(_metadata, m, 1);
 	raise_irq(_metadata, m, 3);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("without bus mastering the device interrupts nobody");
+		PROMISE("without bus mastering the device delivers no interrupt");
 	EXPECT_EQ(10U, pending(_metadata, m))
 		PROMISE("interrupts that cannot be sent are pending");
 	ASSERT_EQ(0, set_none(m, TRIGGER, 0, 1));
 	EXPECT_EQ(1U, all_signals(self->fds))
-		PROMISE("a trigger of the user needs no message, as with vfio-pci");
+		PROMISE("a trigger by the user needs no message, like in vfio-pci");
 	EXPECT_EQ(10U, pending(_metadata, m));
 	put(_metadata, m, CONFIG, 4, 6, 2);
 	EXPECT_EQ(1010U, all_signals(self->fds))
-		PROMISE("what waited is delivered once when bus mastering is switched on");
+		PROMISE("pending interrupts are delivered once when bus mastering is enabled");
 	EXPECT_EQ(0U, pending(_metadata, m));
 }
 
@@ -650,7 +650,7 @@ TEST_F(irq, next_user_hears_nothing_of_the_last)
 		raise_irq(_metadata, m, i);
 	mock_close(m);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("to close the device delivers nothing");
+		PROMISE("closing the device delivers nothing");
 	MOCK_OPEN_OR_SKIP(m, "VFIO_MOCK_SMALL", 0, variant->backend);
 	EXPECT_EQ(0U, pending(_metadata, m));
 	EXPECT_EQ(-EINVAL, set_none(m, TRIGGER, 0, 1))
@@ -659,7 +659,7 @@ TEST_F(irq, next_user_hears_nothing_of_the_last)
 	for (i = 0; i < VECTORS; i++)
 		raise_irq(_metadata, m, i);
 	EXPECT_EQ(1111U, all_signals(self->fds))
-		PROMISE("nothing is masked when the device is opened");
+		PROMISE("no vector is masked when the device is opened");
 }
 
 /* ---- Arguments of SET_IRQS ---- */
@@ -680,40 +680,40 @@ static void expect_calls(struct __test_metadata *_metadata, const struct mock *m
 		EXPECT_EQ(calls[i].want,
 			  mig_set_irqs(&m->dev, calls[i].index, calls[i].flags,
 				       calls[i].start, calls[i].count, data, calls[i].size))
-			PROMISE("SET_IRQS answers so to %s", calls[i].what);
+			PROMISE("SET_IRQS has the expected result for %s", calls[i].what);
 	}
 }
 
 TEST_F(irq, arguments_that_no_index_takes)
 {
 	static const struct call calls[] = {
-		{ "an index that is not there",
+		{ "an index that does not exist",
 		  VFIO_PCI_NUM_IRQS, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
 		{ "a start past the end", MSIX, DATA_EVENTFD | TRIGGER, 4, 1, 4, -EINVAL },
-		{ "a start past the end and no vector",
+		{ "a start past the end and no vectors",
 		  MSIX, DATA_NONE | TRIGGER, 4, 0, 0, -EINVAL },
 		{ "a range past the end", MSIX, DATA_EVENTFD | TRIGGER, 1, 4, 16, -EINVAL },
 		{ "a count that wraps", MSIX, DATA_EVENTFD | TRIGGER, 1, ~0U, 4, -EINVAL },
-		{ "eventfds that are too short",
+		{ "too few eventfds",
 		  MSIX, DATA_EVENTFD | TRIGGER, 0, 2, 4, -EINVAL },
-		{ "bools that are too short", MSIX, DATA_BOOL | MASK, 0, 4, 3, -EINVAL },
+		{ "too few bools", MSIX, DATA_BOOL | MASK, 0, 4, 3, -EINVAL },
 		{ "no data type", MSIX, TRIGGER, 0, 1, 4, -EINVAL },
 		{ "two data types",
 		  MSIX, DATA_EVENTFD | DATA_BOOL | TRIGGER, 0, 1, 4, -EINVAL },
 		{ "an unknown flag", MSIX, DATA_NONE | TRIGGER | 1 << 12, 0, 1, 0, -EINVAL },
-		{ "INTx, which is not there",
+		{ "INTx, which does not exist",
 		  VFIO_PCI_INTX_IRQ_INDEX, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
-		{ "INTx to be disabled",
+		{ "disabling INTx",
 		  VFIO_PCI_INTX_IRQ_INDEX, DATA_NONE | TRIGGER, 0, 0, 0, -EINVAL },
-		{ "MSI, which is not there",
+		{ "MSI, which does not exist",
 		  VFIO_PCI_MSI_IRQ_INDEX, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
-		{ "errors, which are not there",
+		{ "ERR, which does not exist",
 		  VFIO_PCI_ERR_IRQ_INDEX, DATA_EVENTFD | TRIGGER, 0, 1, 4, -EINVAL },
 		{ "no action", MSIX, DATA_NONE, 0, 1, 0, -ENOTTY },
 		{ "two actions", MSIX, DATA_NONE | TRIGGER | MASK, 0, 1, 0, -ENOTTY },
 		{ "both masks", MSIX, DATA_NONE | MASK | UNMASK, 0, 1, 0, -ENOTTY },
-		{ "REQ to be masked", REQ, DATA_NONE | MASK, 0, 1, 0, -ENOTTY },
-		{ "REQ to be unmasked", REQ, DATA_BOOL | UNMASK, 0, 1, 1, -ENOTTY },
+		{ "masking REQ", REQ, DATA_NONE | MASK, 0, 1, 0, -ENOTTY },
+		{ "unmasking REQ", REQ, DATA_BOOL | UNMASK, 0, 1, 1, -ENOTTY },
 		{ "a second REQ vector", REQ, DATA_EVENTFD | TRIGGER, 0, 2, 8, -EINVAL },
 	};
 	struct mock *m = &self->m;
@@ -737,29 +737,29 @@ TEST_F(irq, arguments_that_no_index_takes)
 	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, NULL));
 	EXPECT_EQ(EFAULT, errno);
 	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("a refused SET_IRQS does nothing");
+		PROMISE("a refused SET_IRQS has no effect");
 }
 
 TEST_F(irq, arguments_that_msix_takes)
 {
 	static const struct call off[] = {
-		{ "MSI-X to be triggered that is off",
+		{ "triggering disabled MSI-X",
 		  MSIX, DATA_NONE | TRIGGER, 0, 1, 0, -EINVAL },
-		{ "bools for MSI-X that is off", MSIX, DATA_BOOL | TRIGGER, 0, 1, 1, -EINVAL },
-		{ "MSI-X to be disabled that is off",
+		{ "bools for disabled MSI-X", MSIX, DATA_BOOL | TRIGGER, 0, 1, 1, -EINVAL },
+		{ "disabling disabled MSI-X",
 		  MSIX, DATA_NONE | TRIGGER, 0, 0, 0, -EINVAL },
-		{ "MSI-X to be masked that is off", MSIX, DATA_NONE | MASK, 0, 1, 0, -EINVAL },
-		{ "MSI-X to be unmasked that is off",
+		{ "masking disabled MSI-X", MSIX, DATA_NONE | MASK, 0, 1, 0, -EINVAL },
+		{ "unmasking disabled MSI-X",
 		  MSIX, DATA_BOOL | UNMASK, 0, 1, 1, -EINVAL },
-		{ "MSI-X to be switched on with no vector",
+		{ "enabling MSI-X without vectors",
 		  MSIX, DATA_EVENTFD | TRIGGER, 0, 0, 0, -ERANGE },
 	};
 	static const struct call on[] = {
 		{ "no eventfds", MSIX, DATA_EVENTFD | TRIGGER, 0, 0, 0, 0 },
 		{ "no bools", MSIX, DATA_BOOL | TRIGGER, 0, 0, 0, 0 },
-		{ "more data than is needed", MSIX, DATA_EVENTFD | TRIGGER, 3, 1, 16, 0 },
-		{ "a mask bound to an eventfd", MSIX, DATA_EVENTFD | MASK, 0, 1, 4, -ENOTTY },
-		{ "a mask to be cleared by an eventfd",
+		{ "more data than needed", MSIX, DATA_EVENTFD | TRIGGER, 3, 1, 16, 0 },
+		{ "an eventfd for MASK", MSIX, DATA_EVENTFD | MASK, 0, 1, 4, -ENOTTY },
+		{ "an eventfd for UNMASK",
 		  MSIX, DATA_EVENTFD | UNMASK, 0, 1, 4, -ENOTTY },
 	};
 	struct mock *m = &self->m;
@@ -769,7 +769,7 @@ TEST_F(irq, arguments_that_msix_takes)
 	EXPECT_EQ(-EBADF, set_eventfds(m, 1, 1, &bad[1]));
 	expect_calls(_metadata, m, off, ARRAY_SIZE(off), self->fds);
 
-	/* A de-assigned vector switches it on, too. */
+	/* A negative eventfd enables MSI-X, too. */
 	bad[1] = -1;
 	ASSERT_EQ(0, set_eventfds(m, 0, 1, &bad[1]));
 	EXPECT_EQ(0, set_none(m, TRIGGER, 0, 0));
@@ -777,15 +777,15 @@ TEST_F(irq, arguments_that_msix_takes)
 
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 	expect_calls(_metadata, m, on, ARRAY_SIZE(on), self->fds);
-	/* That was the eventfd of vector 0 in vector 3. */
+	/* That set the eventfd of vector 0 for vector 3. */
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 
 	bad[1] = 999;
 	EXPECT_EQ(-EBADF, set_eventfds(m, 0, 2, bad))
-		PROMISE("a descriptor that is not open is refused");
+		PROMISE("a closed descriptor is refused");
 	bad[1] = m->dev.fd;
 	EXPECT_EQ(-EINVAL, set_eventfds(m, 0, 2, bad))
-		PROMISE("a descriptor that is no eventfd is refused");
+		PROMISE("a descriptor that is not an eventfd is refused");
 	raise_irq(_metadata, m, 0);
 	raise_irq(_metadata, m, 1);
 	EXPECT_EQ(11U, all_signals(self->fds))
@@ -795,11 +795,11 @@ TEST_F(irq, arguments_that_msix_takes)
 TEST_F(irq, arguments_that_req_takes)
 {
 	static const struct call off[] = {
-		{ "REQ to be triggered that nobody listens to",
+		{ "triggering REQ without an eventfd",
 		  REQ, DATA_NONE | TRIGGER, 0, 1, 0, -EINVAL },
-		{ "REQ to be disabled that nobody listens to",
+		{ "disabling REQ without an eventfd",
 		  REQ, DATA_NONE | TRIGGER, 0, 0, 0, -EINVAL },
-		{ "a bool for REQ that nobody listens to",
+		{ "a bool for REQ without an eventfd",
 		  REQ, DATA_BOOL | TRIGGER, 0, 1, 1, 0 },
 		{ "no bool for REQ", REQ, DATA_BOOL | TRIGGER, 0, 0, 0, -EINVAL },
 		{ "no eventfd for REQ", REQ, DATA_EVENTFD | TRIGGER, 0, 0, 0, -EINVAL },
@@ -817,24 +817,24 @@ TEST_F(irq, arguments_that_req_takes)
 	ASSERT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &fd, 4));
 	bad = -2;
 	EXPECT_EQ(-EINVAL, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &bad, 4))
-		PROMISE("only -1 takes the eventfd of REQ away");
+		PROMISE("only -1 removes the eventfd of REQ");
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
 	EXPECT_EQ(1U, signals(fd))
-		PROMISE("the user can try out the request interrupt");
+		PROMISE("the user can trigger the request interrupt");
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_BOOL | TRIGGER, 0, 1, &flag, 1));
 	EXPECT_EQ(0U, signals(fd));
 	flag = 2;
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_BOOL | TRIGGER, 0, 1, &flag, 1));
 	EXPECT_EQ(1U, signals(fd));
-	/* It is the host's matter, not the device's. */
+	/* REQ belongs to the host, not to the device. */
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
 	EXPECT_EQ(1U, signals(fd))
-		PROMISE("the request interrupt passes while the device is stopped");
+		PROMISE("the request interrupt is delivered while the device is stopped");
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
 	EXPECT_EQ(1U, signals(fd))
-		PROMISE("the request interrupt stays across a reset");
+		PROMISE("the request interrupt survives a reset");
 
 	bad = -1;
 	ASSERT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &bad, 4));
@@ -862,18 +862,18 @@ TEST_F(irq, data_that_cannot_be_read)
 	};
 	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
 	EXPECT_EQ(EFAULT, errno);
-	/* Before vfio-pci looks whether it has such an action, it reads the data. */
+	/* Like vfio-pci, which reads the data before it checks the action. */
 	set->flags = DATA_EVENTFD | MASK | UNMASK;
 	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
 	EXPECT_EQ(EFAULT, errno);
 	set->flags = DATA_NONE | TRIGGER;
 	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
 	EXPECT_EQ(EINVAL, errno)
-		PROMISE("what is not needed is not read");
+		PROMISE("data that is not needed is not read");
 	munmap(map, page);
 }
 
-/* ---- Nothing is lost ---- */
+/* ---- No lost interrupts ---- */
 
 struct disturber {
 	pthread_t thread;
@@ -883,7 +883,7 @@ struct disturber {
 	int failed;
 };
 
-/* Holds the interrupts back in all ways there are, and allows them again. */
+/* Holds interrupts back in all possible ways, and allows them again. */
 static void *disturber_main(void *arg)
 {
 	struct disturber *d = arg;
@@ -926,7 +926,7 @@ TEST_F_TIMEOUT(irq, nothing_is_lost, 120)
 	atomic_store(&d.end, true);
 	ASSERT_TRUE(joined(d.thread));
 	EXPECT_EQ(1000, i)
-		PROMISE("each interrupt arrives once, whatever holds it back in the meantime");
+		PROMISE("each interrupt arrives once, however it was held back");
 	EXPECT_EQ(0, d.failed);
 	EXPECT_EQ(0U, all_signals(self->fds));
 	EXPECT_EQ(0U, pending(_metadata, m));
@@ -934,7 +934,7 @@ TEST_F_TIMEOUT(irq, nothing_is_lost, 120)
 
 /* ---- Removal of a device in use ---- */
 
-/* Waits for a line of the kernel log with both words in it. */
+/* Waits for a line of the kernel log that contains both words. */
 static bool kernel_says(int kmsg, const char *who, const char *what)
 {
 	struct timespec now, end;
@@ -981,12 +981,12 @@ TEST_F_TIMEOUT(irq, removal_asks_the_user_to_let_go, 60)
 		PROMISE("the removal of an open device signals the request interrupt");
 	EXPECT_TRUE(kernel_says(kmsg, basename(guest.path),
 				"Relaying device request to user (#0)"))
-		PROMISE("the log tells what the removal waits for");
+		PROMISE("the log names the reason for the wait of a removal");
 	EXPECT_EQ(0, mig_reset(&guest.dev))
-		PROMISE("until it is closed the device works");
+		PROMISE("the device works until it is closed");
 	mig_close(&guest.dev);
 	ASSERT_TRUE(joined(guest.remover))
-		PROMISE("the removal goes on when the device is closed");
+		PROMISE("the removal continues when the device is closed");
 	EXPECT_EQ(0, guest.ret);
 	EXPECT_EQ(-1, access(guest.path, F_OK));
 	close(kmsg);
@@ -1004,11 +1004,11 @@ TEST_F_TIMEOUT(irq, removal_asks_again, 90)
 	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
 	EXPECT_TRUE(kernel_says(kmsg, basename(guest.path),
 				"No device request channel registered"))
-		PROMISE("the log tells that the user cannot be asked");
+		PROMISE("the log reports that the user cannot be asked");
 	ASSERT_EQ(0, mig_set_irqs(&guest.dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &req,
 				  sizeof(req)));
 	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, mig_hang_seconds() * 1000))
-		PROMISE("who waits for the user asks again, every 10 seconds");
+		PROMISE("a waiting removal repeats its request every 10 seconds");
 	mig_close(&guest.dev);
 	ASSERT_TRUE(joined(guest.remover));
 	EXPECT_EQ(0, guest.ret);
