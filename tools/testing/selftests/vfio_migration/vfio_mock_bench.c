@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * How fast vfio_mock migrates, beside something of the same kind on the same
- * machine: each figure is the median of the ratios of runs that take turns, so
- * that neither the machine nor what else it does matters much.
+ * Migration speed of vfio_mock, compared with a reference operation on the same
+ * machine: each figure is the median of the ratios of alternating runs, so that it
+ * does not depend on the speed and the load of the machine.
  *
  *	VFIO_MOCK_64K=PATH VFIO_MOCK_16M=PATH VFIO_MOCK_256M=PATH VFIO_MOCK_1G=PATH \
  *		VFIO_MTTY=PATH ./vfio_mock_bench [-r RUNS] [word...]
  *
- * with the sysfs paths of mediated devices; what has no device is left out.
- * run_bench.sh makes them. Words choose the figures whose names contain one.
- * Prints JSON to the standard output, and a table beside it, to the standard
- * error. A figure that falls short is no failure.
+ * with the sysfs paths of mediated devices; figures without a device are omitted.
+ * run_bench.sh creates them. Words select the figures whose names contain one.
+ * Prints JSON to the standard output, and a table to the standard error. A figure
+ * that misses its aim is not a failure.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -36,9 +36,9 @@
 #define RESUMING	((__u32)VFIO_DEVICE_STATE_RESUMING)
 
 #define PAGE		mig_page_size()
-/* What one read() or write() moves. */
+/* The length of one read() or write(). */
 #define PIECE		(1 << 20)
-/* More runs of what is over soon. */
+/* The factor for the runs of short operations. */
 #define MANY		8
 #define MAX_RUNS	1000
 
@@ -49,8 +49,8 @@ struct figure {
 	const char *unit;
 	double ours;		/* the median, in the unit */
 	double theirs;
-	double ratio;		/* the median of those of the pairs */
-	double low, high;	/* of the middle half of them */
+	double ratio;		/* the median of the ratios of the pairs */
+	double low, high;	/* of the middle half of the ratios */
 	enum aim sense;
 	double aim;
 	unsigned int runs;
@@ -74,7 +74,7 @@ static void __attribute__((noreturn, format(printf, 1, 2))) give_up(const char *
 	exit(1);
 }
 
-/* Gives up at a negative errno. */
+/* Exits on a negative errno. */
 static ssize_t must(ssize_t ret, const char *what)
 {
 	if (ret < 0)
@@ -110,7 +110,7 @@ static int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* The value below which so many quarters of the others are; sorts them. */
+/* The value with this many quarters of the values below it; sorts them. */
 static double quartile(double *values, unsigned int nr, unsigned int quarters)
 {
 	qsort(values, nr, sizeof(*values), by_value);
@@ -118,9 +118,9 @@ static double quartile(double *values, unsigned int nr, unsigned int quarters)
 }
 
 /*
- * Adds a figure from the seconds that pairs of runs took. A speed is how much of
- * the unit is done in a second, @work is what was done in one run; otherwise the
- * figure is the time for it.
+ * Adds a figure from the seconds of pairs of runs. A speed is the work of one run,
+ * @work in the unit, divided by its seconds; otherwise the figure is the time of the
+ * work.
  */
 static void add(const char *name, const double *ours, const double *theirs,
 		unsigned int nr, bool speed, const char *unit, double work,
@@ -151,7 +151,7 @@ static bool met(const struct figure *f)
 	return f->sense == AT_LEAST ? f->ratio >= f->aim : f->ratio <= f->aim;
 }
 
-/* What the machine says it computes with. */
+/* The model name of the CPU. */
 static const char *cpu_model(void)
 {
 	FILE *file = fopen("/proc/cpuinfo", "r");
@@ -209,7 +209,7 @@ static void print_table(void)
 
 struct mock {
 	struct mig_device dev;
-	__u64 bar0, bar2;	/* where they are in the file */
+	__u64 bar0, bar2;	/* offsets in the file */
 	__u64 size;		/* of the state memory */
 };
 
@@ -224,7 +224,7 @@ static void open_device(struct mig_device *dev, const char *path)
 		give_up("could not open %s: %s", path, dev->why);
 }
 
-/* Opens the device that the environment names. */
+/* Opens the device in an environment variable. */
 static bool open_mock(struct mock *m, const char *name)
 {
 	const char *path = getenv(name);
@@ -257,7 +257,7 @@ static int to_state(const struct mig_device *dev, __u32 state)
 	return fd;
 }
 
-/* Gives each page content of its own. */
+/* Gives each page a content of its own. */
 static void fill_all(const struct mock *m)
 {
 	const struct {
@@ -273,7 +273,7 @@ static void fill_all(const struct mock *m)
 		give_up("could not fill the memory");
 }
 
-/* Reads until the end of stream, and returns how much that was. */
+/* Reads to the end of the stream, and returns its length. */
 static size_t drain(int fd)
 {
 	size_t done = 0;
@@ -286,7 +286,7 @@ static size_t drain(int fd)
 	return done;
 }
 
-/* A file in memory that has @size bytes. */
+/* A memfd of @size bytes. */
 static int new_memfd(size_t size)
 {
 	int fd = memfd_create("bench", MFD_CLOEXEC);
@@ -304,8 +304,8 @@ static int new_memfd(size_t size)
 /* ---- The whole image ---- */
 
 /*
- * Reads the stream in pieces, and after each of them one of @memfd, so that what
- * else the machine does meets both. Sets how many seconds a byte takes.
+ * Reads the stream in pieces, each followed by a piece of @memfd, so that the load of
+ * the machine affects both. Sets the seconds for a byte.
  */
 static void read_both(int fd, int memfd, double *ours, double *theirs)
 {
@@ -445,9 +445,9 @@ static void bench_round(void)
 	mig_close(&small.dev);
 }
 
-/* ---- What tracking costs ---- */
+/* ---- Overhead of tracking ---- */
 
-/* Writes each page once, in an order that no cache knows. */
+/* Writes each page once, in an order that defeats caches. */
 static double write_pages(const struct mock *m)
 {
 	__u64 page = 0, pages = m->size / PAGE, i;
@@ -509,7 +509,7 @@ static void bench_store(void)
 		      m.bar2);
 	if (mapped == MAP_FAILED)
 		give_up("could not map BAR2: %s", strerror(errno));
-	/* Of small pages, as the device's memory is. */
+	/* In small pages, like the device's memory. */
 	plain = mmap(NULL, m.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (plain == MAP_FAILED)
 		give_up("could not map memory: %s", strerror(errno));
@@ -529,14 +529,14 @@ static void bench_store(void)
 
 #define STEPS	17
 
-/* Along each arc at least once, and home. */
+/* Each arc at least once, and back to RUNNING. */
 static const __u32 way[STEPS + 1] = {
 	RUNNING, PRE_COPY, PRE_COPY_P2P, PRE_COPY, RUNNING, RUNNING_P2P, PRE_COPY_P2P,
 	RUNNING_P2P, PRE_COPY_P2P, STOP_COPY, STOP, STOP_COPY, STOP, RESUMING, STOP,
 	RUNNING_P2P, STOP, RUNNING_P2P,
 };
 
-/* How long each step takes; @image is what the device resumes from. */
+/* The time of each step; the device resumes from @image. */
 static void walk(const struct mig_device *dev, const struct mig_stream *image,
 		 double seconds[STEPS])
 {
@@ -590,7 +590,7 @@ static void bench_arcs(void)
 		return;
 	open_device(&mtty, path);
 	if (mtty.flags != m.dev.flags)
-		give_up("mtty has other states than vfio_mock");
+		give_up("mtty and vfio_mock have different states");
 	save_image(&m.dev, &our_image);
 	save_image(&mtty, &their_image);
 	for (i = 0; i < runs * MANY; i++) {
@@ -602,7 +602,7 @@ static void bench_arcs(void)
 			theirs[step][i] = seconds[step];
 	}
 	for (step = 0; step < STEPS; step++) {
-		/* Some arcs are on the way more than once. */
+		/* Some arcs occur more than once. */
 		for (before = 0; before < step; before++) {
 			if (way[before] == way[step] && way[before + 1] == way[step + 1])
 				break;
@@ -636,7 +636,7 @@ int main(int argc, char **argv)
 	buffer = mmap(NULL, PIECE, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (buffer == MAP_FAILED)
-		give_up("there is no memory");
+		give_up("no memory is available");
 	memset(buffer, 0x5a, PIECE);
 	bench_image();
 	bench_round();

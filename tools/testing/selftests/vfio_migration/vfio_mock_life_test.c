@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * How long what lives: every kind of file and mapping that a user can have of a
- * device, while the device is removed and the module unloaded; both while devices
- * are opened, created and removed; and calls that a page fault holds up, while all
- * else is torn down.
+ * Lifetimes: every kind of file and mapping of a device, while the device is removed
+ * and the module is unloaded; races of both with opening, creating and removing
+ * devices; and calls that are stalled by a page fault while everything else is torn
+ * down.
  *
  *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_life_test
  *
- * with the module loaded and no devices: the tests make their own, unload the
- * module, which takes all others with it, and load that file. Without
- * VFIO_MOCK_MODULE they skip what needs that. run_mock.sh knows.
+ * with the module loaded and no devices: the tests create their own devices, unload
+ * the module, which removes all of its devices, and load that file. Without
+ * VFIO_MOCK_MODULE tests that unload the module skip. run_mock.sh sets it.
  */
 #include <dirent.h>
 #include <signal.h>
@@ -47,7 +47,7 @@ static long read_number(const char *path)
 	return ret < 0 ? -EIO : atol(text);
 }
 
-/* How much keeps the module. */
+/* The reference count of the module. */
 static long references(void)
 {
 	return read_number("/sys/module/" MODULE "/refcnt");
@@ -79,11 +79,11 @@ static int load_module(void)
 		SKIP(return, "VFIO_MOCK_MODULE does not name the module");	\
 } while (0)
 
-/* Nobody keeps the module: it can be unloaded, and is loaded again. */
+/* Checks that the module has no references, and unloads and loads it. */
 static void expect_module_is_free(struct __test_metadata *_metadata, const char *when)
 {
 	ASSERT_EQ(0, references())
-		PROMISE("%s: nobody keeps the module", when);
+		PROMISE("%s: the module has no references", when);
 	if (!getenv("VFIO_MOCK_MODULE"))
 		return;
 	ASSERT_EQ(0, unload())
@@ -92,7 +92,7 @@ static void expect_module_is_free(struct __test_metadata *_metadata, const char 
 		PROMISE("%s: the module can be loaded again", when);
 }
 
-/* Somebody keeps the module. To try is safe only when that is seen to be so. */
+/* Checks that the module has references. Only then the attempt to unload it is safe. */
 static void expect_module_is_kept(struct __test_metadata *_metadata, const char *by)
 {
 	ASSERT_LT(0, references())
@@ -103,15 +103,15 @@ static void expect_module_is_kept(struct __test_metadata *_metadata, const char 
 	}
 }
 
-/* ---- The end of a device, or of the module ---- */
+/* ---- The end of a device or of the module ---- */
 
-/* A thread that takes away a device, or all of them with the module. */
+/* A thread that removes a device, or unloads the module with all devices. */
 struct ending {
-	struct poller poller;	/* to know when it sleeps */
-	const char *file;	/* of sysfs; NULL: the module is unloaded */
-	const char *word;	/* what is written to it */
-	atomic_bool let_go;	/* set before the last user lets go */
-	bool early;		/* it did not wait for that */
+	struct poller poller;	/* to find out whether it sleeps */
+	const char *file;	/* in sysfs; NULL: unload the module */
+	const char *word;	/* to be written to the file */
+	atomic_bool let_go;	/* set before the last user closes */
+	bool early;		/* it ended before that */
 	int ret;
 };
 
@@ -133,7 +133,7 @@ static void ending_start(struct __test_metadata *_metadata, struct ending *e,
 	ASSERT_EQ(0, pthread_create(&e->poller.thread, NULL, ending_main, e));
 }
 
-/* These return when it waits for somebody, or has ended. */
+/* These return when the thread waits, or has ended. */
 static void removal_start(struct __test_metadata *_metadata, struct ending *e,
 			  const struct guest *g)
 {
@@ -147,33 +147,33 @@ static void unloading_start(struct __test_metadata *_metadata, struct ending *e)
 	wait_until_asleep(&e->poller);
 }
 
-/* After the last user has let go. */
+/* Joins the thread after the last user has closed. */
 static void ending_join(struct __test_metadata *_metadata, struct ending *e, const char *whom)
 {
 	const char *what = e->file ? e->file : "unloading the module";
 
 	ASSERT_TRUE(joined(e->poller.thread))
-		PROMISE("%s ends when %s is gone", what, whom);
+		PROMISE("%s ends after the end of %s", what, whom);
 	EXPECT_FALSE(e->early)
 		PROMISE("%s waits for %s", what, whom);
 	EXPECT_EQ(0, e->ret)
-		PROMISE("%s works: %s", what, strerror(-e->ret));
+		PROMISE("%s succeeds: %s", what, strerror(-e->ret));
 }
 
-/* A device that is removed, and the end of which nothing holds up. */
+/* Removes a device without users. */
 static void remove_now(struct __test_metadata *_metadata, const struct guest *g)
 {
 	struct ending e;
 
 	removal_start(_metadata, &e, g);
 	ASSERT_TRUE(joined(e.poller.thread))
-		PROMISE("the removal waits for nobody");
+		PROMISE("the removal does not wait");
 	EXPECT_EQ(0, e.ret);
 	EXPECT_EQ(-1, access(g->path, F_OK))
-		PROMISE("what was removed is gone");
+		PROMISE("a removed device has no directory in sysfs");
 }
 
-/* What an open may say to who comes too late, or second. */
+/* Is this a valid errno of an open that comes too late, or second? */
 static bool may_refuse(int ret)
 {
 	switch (-ret) {
@@ -182,13 +182,13 @@ static bool may_refuse(int ret)
 	case ENXIO:
 	case EBUSY:
 	case EINVAL:		/* BIND_IOMMUFD of a device that is open */
-	case EOPNOTSUPP:	/* what mig_open() makes of a missing link */
+	case EOPNOTSUPP:	/* mig_open() with a missing link */
 		return true;
 	}
 	return false;
 }
 
-/* ---- All that keeps, and all that does not ---- */
+/* ---- References to a device ---- */
 
 enum kind {
 	GROUP, CONTAINER, DEVICE, UNBOUND, DATA_FD, MAPPING, EVENTFD, SYSFS, DEBUGFS,
@@ -198,7 +198,7 @@ FIXTURE(kept)
 {
 	struct guest g;
 	struct mig_device dev;
-	int fd;			/* what is left, if it is a file */
+	int fd;			/* the reference, if it is a file */
 	void *map;		/* or a mapping */
 	size_t len;
 };
@@ -209,7 +209,7 @@ FIXTURE_VARIANT(kept)
 	enum mig_backend backend;
 	__u32 state;
 	bool keeps_device;	/* the removal waits for its end */
-	bool keeps_module;	/* which is not unloaded, or else waits for its devices */
+	bool keeps_module;	/* unloading fails, instead of waiting for the devices */
 };
 
 FIXTURE_VARIANT_ADD(kept, group) { .kind = GROUP };
@@ -274,7 +274,7 @@ static bool can_create(void)
 	return !access(path, W_OK);
 }
 
-/* How many devices there may still be. */
+/* The number of devices that can still be created. */
 static long available(void)
 {
 	char path[PATH_MAX];
@@ -283,7 +283,7 @@ static long available(void)
 	return read_number(path);
 }
 
-/* Creates a device for a fixture, with the module loaded whatever was before. */
+/* Creates a device for a fixture, after loading the module if necessary. */
 #define CREATE_OR_SKIP(g) do {							\
 	if (!is_loaded() && getenv("VFIO_MOCK_MODULE"))				\
 		ASSERT_EQ(0, load_module());					\
@@ -293,7 +293,7 @@ static long available(void)
 		STEP("create a device");					\
 } while (0)
 
-/* Removes what a test has left behind; by now all of its files are closed. */
+/* Removes the device of a test; all of its files are closed by now. */
 static void remove_rest(const struct guest *g)
 {
 	if (g->path[0] && !access(g->path, F_OK))
@@ -376,7 +376,7 @@ FIXTURE_TEARDOWN_PARENT(kept)
 	remove_rest(&self->g);
 }
 
-/* What is left of a device that is gone answers, and does nothing. */
+/* Calls on files of a removed device return, and have no effect. */
 static void expect_dead(struct __test_metadata *_metadata, kept_data *self,
 			enum kind kind)
 {
@@ -389,18 +389,18 @@ static void expect_dead(struct __test_metadata *_metadata, kept_data *self,
 	case CONTAINER:
 		EXPECT_EQ(-1, ioctl(self->dev.group, VFIO_GROUP_GET_STATUS, &status));
 		EXPECT_EQ(ENODEV, errno)
-			PROMISE("the group of a device that is gone says ENODEV");
+			PROMISE("the group of a removed device returns ENODEV");
 		break;
 	case DATA_FD:
 		EXPECT_TRUE(mig_fd_is_dead(self->fd))
-			PROMISE("the data_fd of a device that is gone says ENODEV");
+			PROMISE("the data_fd of a removed device returns ENODEV");
 		EXPECT_GT(0, mig_precopy_info(self->fd, &info));
 		EXPECT_NE(0, mig_poll(self->fd, POLLIN | POLLOUT, 0));
 		break;
 	case EVENTFD:
 		EXPECT_EQ(-1, read(self->fd, &info, 8));
 		EXPECT_EQ(EAGAIN, errno)
-			PROMISE("a device that is gone signals nothing");
+			PROMISE("a removed device sends no signal");
 		break;
 	case SYSFS:
 		EXPECT_EQ(-1, write(self->fd, "1", 1));
@@ -431,7 +431,7 @@ TEST_F_TIMEOUT(kept, device_is_removed, 30)
 		remove_now(_metadata, &self->g);
 		expect_dead(_metadata, self, variant->kind);
 		if (variant->keeps_module)
-			expect_module_is_kept(_metadata, "what is left");
+			expect_module_is_kept(_metadata, "an open file");
 		else
 			EXPECT_EQ(0, references());
 		let_go(self);
@@ -444,7 +444,7 @@ TEST_F_TIMEOUT(kept, device_is_removed, 30)
 		ending_join(_metadata, &e, "the last user");
 		EXPECT_EQ(-1, access(self->g.path, F_OK));
 	}
-	expect_module_is_free(_metadata, "when all is closed");
+	expect_module_is_free(_metadata, "after everything is closed");
 }
 
 TEST_F_TIMEOUT(kept, module_is_unloaded, 30)
@@ -453,9 +453,9 @@ TEST_F_TIMEOUT(kept, module_is_unloaded, 30)
 
 	NEED_MODULE();
 	if (variant->keeps_module) {
-		expect_module_is_kept(_metadata, "what is open");
+		expect_module_is_kept(_metadata, "an open file");
 		EXPECT_EQ(0, access(self->g.path, F_OK))
-			PROMISE("a module that is kept keeps its devices");
+			PROMISE("a module with references keeps its devices");
 		if (self->map)
 			memset(self->map, 0xa5, self->len);
 		let_go(self);
@@ -468,20 +468,20 @@ TEST_F_TIMEOUT(kept, module_is_unloaded, 30)
 		ASSERT_EQ(0, load_module());
 	} else {
 		ASSERT_EQ(0, references())
-			PROMISE("what is open does not keep the module");
+			PROMISE("this file does not keep the module");
 		ASSERT_EQ(0, unload());
 		EXPECT_EQ(-1, access(self->g.path, F_OK))
-			PROMISE("the module takes its devices with it");
+			PROMISE("unloading the module removes its devices");
 		expect_dead(_metadata, self, variant->kind);
-		/* Nor is it the next one's. */
+		/* The new module does not revive them. */
 		ASSERT_EQ(0, load_module());
 		expect_dead(_metadata, self, variant->kind);
 		let_go(self);
 	}
-	expect_module_is_free(_metadata, "when all is closed");
+	expect_module_is_free(_metadata, "after everything is closed");
 }
 
-/* ---- A user who takes his time, and users who come too late ---- */
+/* ---- Slow and late users ---- */
 
 FIXTURE(life)
 {
@@ -514,7 +514,7 @@ FIXTURE_TEARDOWN_PARENT(life)
 	remove_rest(&self->g);
 }
 
-/* Between the request to let go of a device and the moment it is let go all works. */
+/* The device works between the request to release it and its release. */
 TEST_F_TIMEOUT(life, device_migrates_while_its_removal_waits, 30)
 {
 	int req = eventfd(0, EFD_CLOEXEC), fd = -1, late;
@@ -535,7 +535,7 @@ TEST_F_TIMEOUT(life, device_migrates_while_its_removal_waits, 30)
 	close(fd);
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	load_and_compare(_metadata, m, &image, 0, m->want, &front);
-	/* What begins now may end later than the device, or at its very end. */
+	/* A session that starts now may end after the device, or with it. */
 	map = bar2_map(_metadata, m, 0, m->size);
 	store_noise(_metadata, m, 0, m->size, 2);
 	late = go(_metadata, &m->dev, STOP_COPY);
@@ -550,10 +550,10 @@ TEST_F_TIMEOUT(life, device_migrates_while_its_removal_waits, 30)
 	close(late);
 	close(req);
 	mig_stream_free(&image);
-	expect_module_is_free(_metadata, "when all is closed");
+	expect_module_is_free(_metadata, "after everything is closed");
 }
 
-/* Who has the device's file, and binds it when the device is about to go. */
+/* Binds a device file whose device is about to be removed. */
 TEST_F_TIMEOUT(life, late_bind, 30)
 {
 	struct mig_device dev;
@@ -562,7 +562,7 @@ TEST_F_TIMEOUT(life, late_bind, 30)
 	int ret;
 
 	if (variant->backend == MIG_GROUP)
-		SKIP(return, "there is nothing to bind");
+		SKIP(return, "devices of a group are not bound");
 	mock_close(&self->m);
 	ASSERT_EQ(0, mig_open_unbound(&dev, self->g.path));
 	removal_start(_metadata, &e, &self->g);
@@ -575,23 +575,23 @@ TEST_F_TIMEOUT(life, late_bind, 30)
 	atomic_store(&e.let_go, true);
 	mig_close(&dev);
 	ending_join(_metadata, &e, "the last user");
-	expect_module_is_free(_metadata, "when all is closed");
+	expect_module_is_free(_metadata, "after everything is closed");
 
 	NEED_MODULE();
 	ASSERT_EQ(0, mock_create(&self->g, TYPE));
 	ASSERT_EQ(0, mig_open_unbound(&dev, self->g.path));
 	unloading_start(_metadata, &e);
 	EXPECT_EQ(-ENODEV, mig_bind(&dev))
-		PROMISE("a module that goes opens no device");
+		PROMISE("no device can be opened while the module is unloaded");
 	EXPECT_GT(0, mig_get_state(&dev, &state));
 	atomic_store(&e.let_go, true);
 	mig_close(&dev);
 	ending_join(_metadata, &e, "the last user");
 	ASSERT_EQ(0, load_module());
-	expect_module_is_free(_metadata, "when all is closed");
+	expect_module_is_free(_metadata, "after everything is closed");
 }
 
-/* A process that has all there is, and is killed. */
+/* A process with all kinds of references is killed. */
 static void hold_everything(struct __test_metadata *_metadata, life_data *self,
 			    int ready)
 {
@@ -644,19 +644,19 @@ TEST_F_TIMEOUT(life, everything_goes_with_its_process, 30)
 	ASSERT_EQ(0, kill(pid, SIGKILL));
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
 	remove_now(_metadata, &self->g);
-	expect_module_is_free(_metadata, "when a process was killed");
+	expect_module_is_free(_metadata, "after a process was killed");
 }
 
 /* ---- Races ---- */
 
-/* A thread that opens a device, or any there is, again and again. */
+/* A thread that opens a device, or any existing one, again and again. */
 struct opener {
 	pthread_t thread;
 	const char *path;	/* NULL: any */
 	enum mig_backend backend;
 	atomic_bool *stop;
 	atomic_uint opened;
-	char why[300];		/* what went wrong */
+	char why[300];		/* reason for the failure */
 };
 
 static void open_once(struct opener *o, const char *path)
@@ -673,12 +673,12 @@ static void open_once(struct opener *o, const char *path)
 	ret = mig_region_read(&dev, BAR0, VFIO_MOCK_REG_MAGIC, &value, 4);
 	if (ret != 4 || value != VFIO_MOCK_MAGIC || mig_get_state(&dev, &state) ||
 	    state != RUNNING)
-		snprintf(o->why, sizeof(o->why), "a device that is open works (%d, %#x)", ret,
+		snprintf(o->why, sizeof(o->why), "an open device works (%d, %#x)", ret,
 			 value);
 	if (!mig_set_state(&dev, STOP_COPY, &fd))
 		close(fd);
 	else
-		snprintf(o->why, sizeof(o->why), "a device that is open goes to STOP_COPY");
+		snprintf(o->why, sizeof(o->why), "an open device changes to STOP_COPY");
 	mig_close(&dev);
 	atomic_fetch_add(&o->opened, 1);
 }
@@ -730,7 +730,7 @@ static void openers_stop(struct __test_metadata *_metadata, struct opener *o,
 	for (i = 0; i < nr; i++) {
 		ASSERT_TRUE(joined(o[i].thread));
 		EXPECT_STREQ("", o[i].why)
-			PROMISE("to open works, or says that the device is gone or in use");
+			PROMISE("open succeeds or returns that the device is gone or in use");
 	}
 }
 
@@ -754,7 +754,7 @@ TEST_F_TIMEOUT(life, removal_races_open, 120)
 	for (i = 0; i < count; i++) {
 		atomic_store(&stop, false);
 		openers_start(_metadata, openers, 2, g.path, variant->backend, &stop);
-		WAIT_FOR(opened(openers, 2) > i % 4, "a device that is there can be opened");
+		WAIT_FOR(opened(openers, 2) > i % 4, "an existing device can be opened");
 		remove_now(_metadata, &g);
 		openers_stop(_metadata, openers, 2, &stop);
 		ASSERT_EQ(0, mock_create(&g, TYPE));
@@ -763,7 +763,7 @@ TEST_F_TIMEOUT(life, removal_races_open, 120)
 	expect_module_is_free(_metadata, "after all removals");
 }
 
-/* The driver lets go of a device without its removal; mdev has no way back. */
+/* Unbinds the driver without a removal; mdev cannot bind it again. */
 TEST_F_TIMEOUT(life, unbind_races_open, 120)
 {
 	unsigned int count = mig_times(10), i;
@@ -777,16 +777,16 @@ TEST_F_TIMEOUT(life, unbind_races_open, 120)
 	for (i = 0; i < count; i++) {
 		atomic_store(&stop, false);
 		openers_start(_metadata, openers, 2, g.path, variant->backend, &stop);
-		WAIT_FOR(opened(openers, 2) > i % 4, "a device that is there can be opened");
+		WAIT_FOR(opened(openers, 2) > i % 4, "an existing device can be opened");
 		ret = write_word(DRIVER "/unbind", basename(g.path));
 		EXPECT_EQ(0, ret)
 			PROMISE("a device can be unbound while it is opened: %s", strerror(-ret));
 		snprintf(node, sizeof(node), "%s/vfio-dev", g.path);
 		EXPECT_EQ(-1, access(node, F_OK))
-			PROMISE("what is unbound is no VFIO device");
+			PROMISE("an unbound device is not a VFIO device");
 		ret = write_word(DRIVER "/bind", basename(g.path));
 		EXPECT_TRUE(!ret || ret == -ENODEV)
-			PROMISE("a device is bound again, if the bus knows how: %s",
+			PROMISE("a device is bound again if the bus supports it: %s",
 				strerror(-ret));
 		openers_stop(_metadata, openers, 2, &stop);
 		remove_now(_metadata, &g);
@@ -796,7 +796,7 @@ TEST_F_TIMEOUT(life, unbind_races_open, 120)
 	expect_module_is_free(_metadata, "after all removals");
 }
 
-/* Both ways to take a device away from its driver, while it is open. */
+/* Unbinds and removes a device in either order while it is open. */
 TEST_F_TIMEOUT(life, unbind_meets_removal, 30)
 {
 	const char *name = basename(self->g.path);
@@ -816,16 +816,16 @@ TEST_F_TIMEOUT(life, unbind_meets_removal, 30)
 			ending_start(_metadata, &second, self->g.remove, "1");
 		}
 		ASSERT_EQ(0, mig_reset(&m->dev))
-			PROMISE("until it is closed the device works");
+			PROMISE("the device works until it is closed");
 		atomic_store(&first.let_go, true);
 		atomic_store(&second.let_go, true);
 		mock_close(m);
 		ending_join(_metadata, &first, "the last user");
-		/* There may be nothing left to be unbound. */
+		/* The device to unbind may be gone. */
 		if (remove_first) {
 			ASSERT_TRUE(joined(second.poller.thread));
 			EXPECT_TRUE(!second.ret || second.ret == -ENODEV)
-				PROMISE("what is removed need not be unbound: %s",
+				PROMISE("unbind of a removed device may return ENODEV: %s",
 					strerror(-second.ret));
 		} else {
 			ending_join(_metadata, &second, "the last user");
@@ -897,13 +897,13 @@ TEST_F_TIMEOUT(life, four_threads_create_and_remove, 120)
 	for (i = 0; i < MAKERS; i++) {
 		ASSERT_TRUE(joined(makers[i].thread));
 		EXPECT_STREQ("", makers[i].why)
-			PROMISE("devices come and go beside others");
+			PROMISE("devices can be created and removed concurrently");
 		EXPECT_EQ(makers[i].count, atomic_load(&makers[i].made));
 	}
 	openers_stop(_metadata, openers, 2, &stop);
 	after = available();
 	EXPECT_EQ(before, after)
-		PROMISE("what is removed makes room for others");
+		PROMISE("a removed device frees its instance");
 	expect_module_is_free(_metadata, "after all removals");
 }
 
@@ -936,13 +936,13 @@ TEST_F_TIMEOUT(life, unload_races_everything, 120)
 	for (i = 0; i < 2; i++) {
 		ASSERT_TRUE(joined(makers[i].thread));
 		EXPECT_STREQ("", makers[i].why)
-			PROMISE("devices come and go, unless the module does");
+			PROMISE("devices can be created and removed until the module is unloaded");
 	}
 	openers_stop(_metadata, &opener, 1, &stop);
-	expect_module_is_free(_metadata, "in the end");
+	expect_module_is_free(_metadata, "at the end");
 }
 
-/* ---- Calls that do not come to an end ---- */
+/* ---- Stalled calls ---- */
 
 /* A call with an argument on a page that stalls. */
 struct stalled {
@@ -954,7 +954,7 @@ struct stalled {
 	long ret;
 };
 
-/* An argument of which so many bytes are on the page before the one that stalls. */
+/* An argument with its first @len bytes before the page that stalls. */
 static void *straddle(struct stalled *s, const void *head, size_t len)
 {
 	return memcpy((char *)s->stall.page - len, head, len);
@@ -1032,7 +1032,7 @@ static int put_desc(const struct mock *m, const struct dma_desc *d)
 	       mock_write(m, BAR0, VFIO_MOCK_REG_DMA_DOORBELL, &zero, 4) == 4 ? 0 : -EIO;
 }
 
-/* Of a page that the device has written to: with nothing to report it does not stall. */
+/* The device writes to a page first: a report without dirty pages does not stall. */
 static long call_log_report(struct stalled *s)
 {
 	struct vfio_device_feature_dma_logging_range range = { .length = 1 << 30 };
@@ -1051,7 +1051,7 @@ static long call_log_report(struct stalled *s)
 	return ret ? ret : mig_log_report(&s->m->dev, 0, 1 << 24, PAGE, s->stall.page);
 }
 
-/* The device itself stalls, and the call is done. */
+/* The device itself stalls, while the call returns. */
 static long call_dma(struct stalled *s)
 {
 	struct dma_desc d = {
@@ -1070,7 +1070,7 @@ static void *stalled_main(void *arg)
 	return NULL;
 }
 
-/* Whoever else has the device does with it what he likes. */
+/* Calls of another thread to the device. */
 struct other {
 	pthread_t thread;
 	struct mock *m;
@@ -1117,8 +1117,8 @@ FIXTURE_VARIANT(stalled)
 {
 	long (*call)(struct stalled *s);
 	enum mig_backend backend;
-	__u32 state;		/* in which there is a data_fd, else 0 */
-	bool by_itself;		/* a thread of the device stalls */
+	__u32 state;		/* with a data_fd, or 0 */
+	bool by_itself;		/* the worker thread stalls */
 };
 
 FIXTURE_VARIANT_ADD(stalled, read) {
@@ -1184,7 +1184,7 @@ FIXTURE_SETUP(stalled)
 	self->s = (struct stalled){ .m = &self->m, .fd = -1, .call = variant->call };
 	ret = mig_stall_start(&self->s.stall);
 	if (ret == -EOPNOTSUPP)
-		SKIP(return, "there is no userfaultfd that stalls the kernel");
+		SKIP(return, "no userfaultfd that stalls the kernel is available");
 	ASSERT_EQ(0, ret);
 }
 
@@ -1193,7 +1193,7 @@ FIXTURE_TEARDOWN_PARENT(stalled)
 	remove_rest(&self->g);
 }
 
-/* All else is torn down: what can end ends, and the rest when the fault is served. */
+/* Tears everything down: only the stalled call may wait for its fault. */
 TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 {
 	struct stalled *s = &self->s;
@@ -1208,7 +1208,7 @@ TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 		STEP("stall a call");
 	ASSERT_EQ(0, pthread_create(&other.thread, NULL, other_main, &other));
 	ASSERT_TRUE(joined(other.thread))
-		PROMISE("nothing that others do waits for a call that is stalled");
+		PROMISE("other calls do not wait for a stalled call");
 	EXPECT_STREQ("", other.failed);
 
 	if (!keeps_device) {
@@ -1216,7 +1216,7 @@ TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 		if (s->fd >= 0)
 			expect_module_is_kept(_metadata, "a stalled call");
 		else
-			expect_module_is_free(_metadata, "while a page fault is not served");
+			expect_module_is_free(_metadata, "with an unresolved page fault");
 	} else {
 		removal_start(_metadata, &e, &self->g);
 		expect_module_is_kept(_metadata, "a stalled call");
@@ -1227,7 +1227,7 @@ TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 		PROMISE("a stalled call ends with its fault");
 	if (s->fd >= 0) {
 		EXPECT_TRUE(s->ret >= 0 || s->ret == -ENODEV || s->ret == -EINVAL)
-			PROMISE("a call whose session has ended says so, or what it had done: %s",
+			PROMISE("a call whose session has ended returns an error or its bytes so far: %s",
 				strerror(-s->ret));
 		EXPECT_TRUE(mig_fd_is_dead(s->fd));
 		close(s->fd);
@@ -1237,7 +1237,7 @@ TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
 		EXPECT_EQ(-1, access(self->g.path, F_OK));
 	}
 	mig_stall_free(&s->stall);
-	expect_module_is_free(_metadata, "when all is closed");
+	expect_module_is_free(_metadata, "after everything is closed");
 }
 
 MIG_HARNESS_MAIN

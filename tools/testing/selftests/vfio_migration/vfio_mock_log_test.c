@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The DMA log of the mock migratable device vfio_mock: exactly what it wrote.
+ * The DMA log of the mock migratable device vfio_mock: exactly the written pages.
  *
  *	VFIO_MOCK_MEDIUM="DEVICE" ./vfio_mock_log_test
  *
- * with the sysfs path of a mediated device. run_mock.sh makes it and runs this.
- * VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
+ * with the sysfs path of a mediated device. run_mock.sh creates it and runs this.
+ * VFIO_MIGRATION_ROUNDS=N multiplies the number of random transfers by N.
  */
 #include "mock_dma.h"
 
 #define log_data	FIXTURE_DATA(log)
 
-/* The same memory at three places, one of them as high as it goes. */
+/* The same memory at three IOVAs, one of them at the top of the address space. */
 #define WINDOW_PAGES	512
 #define WINDOW		(WINDOW_PAGES * PAGE)
 #define READ_ONLY	3
@@ -25,7 +25,7 @@ FIXTURE(log)
 	__u64 windows[WINDOWS];
 	/* The ranges of QEMU: below 4 GiB, above, and devices up to the top. */
 	struct vfio_device_feature_dma_logging_range like_qemu[3];
-	/* Those of Cloud Hypervisor: each memory region. */
+	/* The ranges of Cloud Hypervisor: each memory region. */
 	struct vfio_device_feature_dma_logging_range each_window[WINDOWS];
 	__u8 truth[WINDOWS][WINDOW_PAGES];	/* written and not yet reported */
 	__u8 logged[WINDOWS][WINDOW_PAGES];	/* in a range of START */
@@ -83,7 +83,7 @@ static __u64 log_pick(log_data *self, __u64 limit)
 	return vfio_mock_mix(++self->random) % limit;
 }
 
-/* The device wrote here: so far as it is logged, the log must tell. */
+/* Notes a write of the device: logged pages must be reported. */
 static void wrote(log_data *self, unsigned int window, __u64 at, __u64 len)
 {
 	const __u64 per = self->granule / PAGE;
@@ -97,7 +97,7 @@ static void wrote(log_data *self, unsigned int window, __u64 at, __u64 len)
 			self->truth[window][page] = 1;
 }
 
-/* Runs a transfer and keeps the truth; returns whether it failed. */
+/* Runs a transfer and notes its writes; returns whether it failed. */
 static bool log_transfer(struct __test_metadata *_metadata, log_data *self,
 			 __u32 op, unsigned int window, __u64 at, __u64 len)
 {
@@ -114,7 +114,7 @@ static bool log_transfer(struct __test_metadata *_metadata, log_data *self,
 
 #define GUARD	0x5555555555555555ULL
 
-/* Asks for a part of a window, and expects exactly the truth, which is told. */
+/* Reports a part of a window, which must be exact, and clears it in the model. */
 static void expect_report(struct __test_metadata *_metadata, log_data *self,
 			  unsigned int window, __u64 at, __u64 len, __u64 page_size)
 {
@@ -129,9 +129,9 @@ static void expect_report(struct __test_metadata *_metadata, log_data *self,
 	ASSERT_EQ(0, mig_log_report(&self->m.dev, self->windows[window] + at, len, page_size,
 				    bitmap + 1));
 	EXPECT_EQ(GUARD, bitmap[0])
-		PROMISE("REPORT writes to the bitmap alone");
+		PROMISE("REPORT writes only to the bitmap");
 	EXPECT_EQ(GUARD, bitmap[words + 1])
-		PROMISE("REPORT writes to the bitmap alone");
+		PROMISE("REPORT writes only to the bitmap");
 	for (i = 0; i < words * 64; i++) {
 		want = false;
 		if (i < bits) {
@@ -143,13 +143,13 @@ static void expect_report(struct __test_metadata *_metadata, log_data *self,
 		}
 		got = bitmap[1 + i / 64] >> (i % 64) & 1;
 		EXPECT_EQ(want, got)
-			PROMISE("the log tells what was written and nothing else: bit %llu of REPORT of [%#llx, +%#llx) by %#llx, logged by %#llx",
+			PROMISE("the log has exactly the written pages: bit %llu of REPORT of [%#llx, +%#llx) by %#llx, logged by %#llx",
 				i, self->windows[window] + at, len, page_size, self->granule);
 	}
 	free(bitmap);
 }
 
-/* START of @nr ranges; the truth begins. */
+/* START of @nr ranges, with an empty model. */
 static void log_start(struct __test_metadata *_metadata, log_data *self,
 		      const struct vfio_device_feature_dma_logging_range *ranges,
 		      __u32 nr, __u64 page_size)
@@ -165,7 +165,7 @@ static void log_start(struct __test_metadata *_metadata, log_data *self,
 	ASSERT_EQ(0, ret)
 		PROMISE("START of %u ranges by %#llx: %s", nr, page_size, strerror(-ret));
 	EXPECT_EQ(page_size, selected)
-		PROMISE("the device logs by the page size it is asked for");
+		PROMISE("the device logs by the requested page size");
 	self->granule = selected;
 	for (w = 0; w < WINDOWS; w++) {
 		for (page = 0; page < WINDOW_PAGES; page++) {
@@ -178,7 +178,7 @@ static void log_start(struct __test_metadata *_metadata, log_data *self,
 	}
 }
 
-/* Random transfers and reports; what fails in between is in the log, too. */
+/* Random transfers and reports; failed transfers are in the log, too. */
 static void log_random(struct __test_metadata *_metadata, log_data *self,
 		       unsigned int count)
 {
@@ -200,11 +200,11 @@ static void log_random(struct __test_metadata *_metadata, log_data *self,
 	}
 	for (w = 0; w < WINDOWS; w++) {
 		expect_report(_metadata, self, w, 0, WINDOW, self->granule);
-		/* Clear on read. */
+		/* A report clears the log. */
 		expect_report(_metadata, self, w, 0, WINDOW, self->granule);
 	}
 	EXPECT_LT(0U, failed)
-		TH_LOG("no transfer failed: this proves less than it should");
+		TH_LOG("no transfer failed: failed transfers were not tested");
 }
 
 TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
@@ -222,7 +222,7 @@ TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
 	log_random(_metadata, self, count * 2 / 10);
 	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
 
-	/* As many as there may be: every other page, in no order. */
+	/* The maximum number of ranges: every other page, in random order. */
 	for (i = 0; i < ARRAY_SIZE(many); i++) {
 		many[i].iova = self->windows[i % 3] + (i * 89 % 256) * 2 * PAGE;
 		many[i].length = PAGE;
@@ -231,7 +231,7 @@ TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
 	log_random(_metadata, self, count * 2 / 10);
 	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
 
-	/* Not the whole of what is written to, and in large pages. */
+	/* Only a part of the written range, and in large pages. */
 	many[0].iova = 256 * PAGE;
 	many[0].length = 128 * PAGE;
 	many[1].iova = self->windows[2];
@@ -247,7 +247,7 @@ TEST_F(log, larger_pages_than_the_memory)
 	}, huge = { .iova = 0, .length = 1ULL << 41 };
 	__u64 bitmap[1 << 18] = {}, page_size = PAGE, i;
 
-	/* The whole address space by one TiB, of which the log knows pages. */
+	/* The whole address space, reported in pages of 1 TiB and logged in smaller ones. */
 	ASSERT_EQ(0, mig_log_start(&self->m.dev, &page_size, &all, 1));
 	self->granule = page_size;
 	log_transfer(_metadata, self, FILL, 0, 5, 10);
@@ -256,14 +256,14 @@ TEST_F(log, larger_pages_than_the_memory)
 	EXPECT_EQ(1U, bitmap[0]);
 	for (i = 1; i < ARRAY_SIZE(bitmap); i++) {
 		ASSERT_EQ(0U, bitmap[i])
-			PROMISE("REPORT by TiB tells what was written and nothing else");
+			PROMISE("REPORT by TiB has exactly the written pages");
 	}
 	bitmap[0] = 0;
 	ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 63, 1ULL << 40, bitmap));
 	EXPECT_EQ(0U, bitmap[0]);
 	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
 
-	/* The largest page, and one that is too large. */
+	/* The largest page size, and one that is too large. */
 	for (i = 30; i <= 40; i += 10) {
 		page_size = 1ULL << i;
 		ASSERT_EQ(0, mig_log_start(&self->m.dev, &page_size, &huge, 1));
@@ -272,7 +272,7 @@ TEST_F(log, larger_pages_than_the_memory)
 		log_transfer(_metadata, self, FILL, READ_ONLY, 0, 8);
 		ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 41, 1ULL << 30, bitmap));
 		EXPECT_EQ(0U, bitmap[0])
-			PROMISE("what fails is not in the log");
+			PROMISE("a failed transfer is not in the log");
 		/* Across the boundary of two pages. */
 		log_transfer(_metadata, self, FILL, 1, WINDOW / 2 - 4, 8);
 		ASSERT_EQ(0, mig_log_report(&self->m.dev, 0, 1ULL << 41, 1ULL << 30, bitmap));
@@ -282,7 +282,7 @@ TEST_F(log, larger_pages_than_the_memory)
 	}
 }
 
-/* A client may ask for less than the page that was agreed on. */
+/* A report may cover less than a page of the log. */
 TEST_F(log, report_of_parts_of_a_page_loses_nothing)
 {
 	unsigned int i;
@@ -309,37 +309,37 @@ TEST_F(log, page_that_fails_is_not_logged)
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 15 * PAGE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 20 * PAGE + 3, 15 * PAGE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, READ_ONLY, 0, 15 * PAGE));
-	/* READ and CHURN write no memory of the user. */
+	/* READ and CHURN do not write to user memory. */
 	log_transfer(_metadata, self, READ, 0, 0, 8 * PAGE);
 	log_transfer(_metadata, self, CHURN, 0, 0, 8 * PAGE);
 	for (i = 0; i < 10; i++) {
 		EXPECT_EQ(0, self->truth[1][i] | self->truth[1][i + 20])
-			STEP("have a truth to compare with");
+			STEP("have unlogged pages to compare with");
 	}
 	for (i = 0; i < WINDOWS; i++)
 		expect_report(_metadata, self, i, 0, WINDOW, PAGE);
 }
 
-/* A copy that faults may have written a part of the page. */
+/* A copy that faults may have written part of the page. */
 TEST_F(log, page_that_faults_is_logged)
 {
 	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	ASSERT_EQ(0, mprotect(self->mem + 12 * PAGE, PAGE, PROT_NONE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 5 * PAGE));
 	EXPECT_TRUE(self->truth[1][11])
-		STEP("have a page in front of it written");
+		STEP("write the page before it");
 	wrote(self, 1, 12 * PAGE, PAGE);
 	expect_report(_metadata, self, 1, 0, WINDOW, PAGE);
 }
 
-/* ---- What the log costs ---- */
+/* ---- Memory of the log ---- */
 
-#define AREA_PAGES	4096U		/* what the log has one piece of memory for */
+#define AREA_PAGES	4096U		/* one allocation of the log covers this many */
 #define AREA		(AREA_PAGES * PAGE)
-#define AREAS		8192ULL		/* for how many it has */
-/* At most, in bytes. Kernels with KASAN add red zones and keep what was freed for a while. */
+#define AREAS		8192ULL		/* the maximum number of allocations */
+/* Upper bound in bytes. With KASAN there are red zones, and freed memory is kept. */
 #define AREA_COST	(mig_patience() > 1 ? 4 * 640 : 640)
-#define FAR_APART	(1ULL << 40)	/* where no window is */
+#define FAR_APART	(1ULL << 40)	/* outside of the windows */
 #define WRITES		20000U
 
 static __u64 kernel_memory(struct __test_metadata *_metadata)
@@ -357,7 +357,7 @@ static __u64 kernel_memory(struct __test_metadata *_metadata)
 	return kib << 10;
 }
 
-/* How many bits a REPORT of these areas has; the first of each area is told in @firsts. */
+/* The number of bits in a REPORT of these areas; counts the first of each in @firsts. */
 static __u64 report_areas(struct __test_metadata *_metadata, log_data *self,
 			  __u64 first, __u64 nr, __u64 *firsts)
 {
@@ -376,7 +376,8 @@ static __u64 report_areas(struct __test_metadata *_metadata, log_data *self,
 
 /*
  * The device writes a byte to each of @nr areas. The client has one page for all of
- * them, which it maps at one address after the other. Returns how many were reported.
+ * them, and maps it at one address after the other. Returns the number of reported
+ * areas.
  */
 static __u64 write_areas(struct __test_metadata *_metadata, log_data *self, __u64 nr,
 			 bool report)
@@ -418,7 +419,7 @@ TEST_F_TIMEOUT(log, what_was_reported_costs_nothing, 600)
 	EXPECT_EQ((__u64)WRITES, write_areas(_metadata, self, WRITES, true));
 	after = kernel_memory(_metadata);
 	EXPECT_GT(before + WRITES * AREA_COST / 8, after)
-		PROMISE("%u writes that were reported cost the kernel nothing any more: %lld bytes",
+		PROMISE("%u reported writes use no kernel memory: %lld bytes",
 			WRITES, (long long)(after - before));
 }
 
@@ -432,18 +433,18 @@ TEST_F_TIMEOUT(log, unreported_writes_are_bounded, 600)
 	write_areas(_metadata, self, WRITES, false);
 	after = kernel_memory(_metadata);
 	EXPECT_GT(before + (AREAS + WRITES / 8) * AREA_COST, after)
-		PROMISE("%u writes cost the kernel as much as %llu at most: %lld bytes",
+		PROMISE("%u writes use at most the memory for %llu areas: %lld bytes",
 			WRITES, AREAS, (long long)(after - before));
 	for (at = 0; at < WRITES; at += DESCS)
 		bits += report_areas(_metadata, self, at, DESCS, &firsts);
 	EXPECT_EQ((__u64)WRITES, firsts)
-		PROMISE("of %u writes all are in the log", WRITES);
+		PROMISE("all of %u writes are in the log", WRITES);
 	EXPECT_LE((__u64)WRITES, bits);
 	bits = 0;
 	for (at = 0; at < WRITES; at += DESCS)
 		bits += report_areas(_metadata, self, at, DESCS, &again);
 	EXPECT_EQ(0ULL, bits)
-		PROMISE("a log that had no room for all converges: nothing is reported twice");
+		PROMISE("a log without room converges: nothing is reported twice");
 }
 
 TEST_F(log, belongs_to_the_opening_of_the_device)
@@ -491,8 +492,8 @@ TEST_F(log, belongs_to_the_opening_of_the_device)
 }
 
 /*
- * The kernel does not tell the driver when a bitmap is not there, so that what
- * the log had is lost; but it goes on.
+ * The core does not pass errors of the bitmap on to the driver, so that the content
+ * of the log is lost; but logging continues.
  */
 TEST_F(log, bad_bitmap_harms_nobody)
 {
@@ -507,15 +508,15 @@ TEST_F(log, bad_bitmap_harms_nobody)
 		mig_log_report(&m->dev, 0, WINDOW, PAGE, bad[i]);
 		memset(self->truth, 0, sizeof(self->truth));
 	}
-	/* What was read or lost is gone; from here on nothing is. */
+	/* Empties the log; from here on nothing is lost. */
 	mig_log_report(&m->dev, 0, WINDOW, PAGE, (__u64 *)self->mem);
 	log_random(_metadata, self, 50);
 }
 
-/* The least page size of a REPORT, whatever that of the kernel is. */
+/* The minimum page size of a REPORT, independent of the kernel's. */
 #define REPORT_MIN	4096
 
-/* Reports that are wrong in themselves. */
+/* Invalid reports. */
 TEST_F(log, report_arguments)
 {
 	struct mock *m = &self->m;
@@ -533,7 +534,7 @@ TEST_F(log, report_arguments)
 	}
 	expect_report(_metadata, self, 0, 0, WINDOW, PAGE);
 
-	/* Nothing is logged there, or nothing at all is asked for. */
+	/* No page of this range is logged, or the range is outside of the log. */
 	expect_report(_metadata, self, 2, 0, WINDOW, PAGE);
 	ASSERT_EQ(0, mig_log_stop(&m->dev));
 	log_start(_metadata, self, self->each_window, 1, PAGE);
@@ -542,13 +543,13 @@ TEST_F(log, report_arguments)
 	EXPECT_EQ(0, mig_log_report(&m->dev, 1ULL << 62, WINDOW, PAGE, bitmap));
 	for (i = 0; i < ARRAY_SIZE(bitmap); i++) {
 		EXPECT_EQ(0U, bitmap[i])
-			PROMISE("nothing is reported outside of what is logged");
+			PROMISE("no page outside of the logged range is reported");
 	}
 }
 
 /*
- * What the log is for: somebody who copies each page that it tells, after it
- * told, ends with what the device wrote, while the device never rests.
+ * The purpose of the log: copying each reported page after the report results in an
+ * identical copy, although the device writes all the time.
  */
 TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
 {
@@ -584,7 +585,7 @@ TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
 			if (bitmap[page / 64] >> (page % 64) & 1)
 				memcpy(copy + page * PAGE, self->mem + page * PAGE, PAGE);
 	}
-	expect_bytes(_metadata, self->mem, copy, WINDOW, "the copy made by the log");
+	expect_bytes(_metadata, self->mem, copy, WINDOW, "the copy made with the log");
 	free(copy);
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * BAR2 of the mock migratable device vfio_mock in address spaces: stores are seen
- * and tracked page by page, dropped when the device stands still, and no fault
- * waits for the migration whose stream goes into the mapping itself.
+ * Mappings of BAR2 of the mock migratable device vfio_mock: stores reach the device,
+ * are tracked page by page, and dropped while it is stopped. A fault does not wait
+ * for a migration, even if the stream is read into the mapping itself.
  *
  *	VFIO_MOCK_MEDIUM="SOURCE TARGET" ./vfio_mock_mmap_test
  *
- * with the sysfs paths of two mediated devices. run_mock.sh makes them and runs
- * this. VFIO_MIGRATION_ROUNDS=N repeats what is random N times as often.
+ * with the sysfs paths of two mediated devices. run_mock.sh creates them and runs
+ * this. VFIO_MIGRATION_ROUNDS=N multiplies the number of random stores by N.
  */
 #include <signal.h>
 #include <sys/syscall.h>
@@ -25,7 +25,7 @@ FIXTURE(map)
 	struct mock m;
 	struct mock dst;
 	__u8 *map;		/* all of BAR2 of the first device */
-	__u8 *dirty;		/* by page, what the next round must stream */
+	__u8 *dirty;		/* a byte for each page: must the next round stream it? */
 	__u64 random;
 };
 
@@ -58,7 +58,7 @@ static __u64 pick(map_data *self, __u64 limit)
 	return vfio_mock_mix(++self->random) % limit;
 }
 
-/* Stores to the memory of the device at @at, which is mapped at @map. */
+/* Stores to the memory of the device at @at, by the mapping @map of this address. */
 static void store_at(map_data *self, __u8 *map, __u64 at, __u64 len)
 {
 	vfio_mock_pattern(self->m.want + at, ++self->random, at, len);
@@ -66,7 +66,7 @@ static void store_at(map_data *self, __u8 *map, __u64 at, __u64 len)
 	mark(self->dirty, at, len);
 }
 
-/* To the temporary end; nothing is dirty then. */
+/* Reads to the temporary end; no page is dirty then. */
 static int start_tracking(struct __test_metadata *_metadata, map_data *self)
 {
 	struct mig_stream first = {};
@@ -85,18 +85,18 @@ static void expect_dirty_round(struct __test_metadata *_metadata,
 	memset(self->dirty, 0, self->m.size / PAGE);
 }
 
-/* The mapping and read() agree with what the memory must hold. */
+/* Checks that the mapping and read() return the expected content. */
 static void expect_both(struct __test_metadata *_metadata, map_data *self,
 			const char *when)
 {
 	char what[128];
 
 	expect_memory(_metadata, &self->m, self->m.want, when);
-	snprintf(what, sizeof(what), "%s: what is mapped", when);
+	snprintf(what, sizeof(what), "%s: the mapping", when);
 	expect_bytes(_metadata, self->m.want, self->map, self->m.size, what);
 }
 
-/* ---- What can be mapped ---- */
+/* ---- Mappable regions ---- */
 
 TEST_F(map, region_info_tells_what_can_be_mapped)
 {
@@ -121,11 +121,11 @@ TEST_F(map, mappings_need_memory_space)
 	EXPECT_EQ(0, mig_touch(self->map + PAGE, false));
 	put(_metadata, m, CONFIG, 4, 4, 2);
 	EXPECT_EQ(SIGBUS, mig_touch(self->map, false))
-		PROMISE("without memory space a load from a page that was mapped is SIGBUS");
+		PROMISE("without memory space a load from a mapped page is SIGBUS");
 	EXPECT_EQ(SIGBUS, mig_touch(self->map + PAGE, true))
 		PROMISE("without memory space a store is SIGBUS");
 	EXPECT_EQ(SIGBUS, mig_touch(self->map + 2 * PAGE, false))
-		PROMISE("without memory space a page that was not mapped is SIGBUS");
+		PROMISE("without memory space a page without a PTE is SIGBUS");
 	put(_metadata, m, CONFIG, 4, 6, 2);
 	EXPECT_EQ(before, self->map[PAGE])
 		PROMISE("a store without memory space does not reach the device");
@@ -134,10 +134,10 @@ TEST_F(map, mappings_need_memory_space)
 	put(_metadata, m, CONFIG, 4, 4, 2);
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	EXPECT_EQ(0, mig_touch(self->map, true))
-		PROMISE("a reset switches memory space on");
+		PROMISE("a reset enables memory space");
 }
 
-/* The errno of mmap(), 0 if it works; what was mapped goes again. */
+/* The errno of mmap(), or 0; a new mapping is removed again. */
 static int map_errno(struct mock *m, __u64 offset, size_t len, int prot, int flags)
 {
 	void *map = mmap(NULL, len, prot, flags, m->dev.fd, offset);
@@ -159,13 +159,13 @@ TEST_F(map, bad_arguments)
 		int flags;
 	} bad[] = {
 		{ "a private mapping", bar2, PAGE, MAP_PRIVATE },
-		{ "a private mapping of it all", bar2, size, MAP_PRIVATE },
-		{ "more than there is", bar2, size + PAGE, MAP_SHARED },
-		{ "one byte more than there is", bar2, size + 1, MAP_SHARED },
-		{ "what is behind the end", bar2 + size, PAGE, MAP_SHARED },
-		{ "what crosses the end", bar2 + size - PAGE, 2 * PAGE, MAP_SHARED },
-		{ "what crosses the beginning", bar2 - PAGE, 2 * PAGE, MAP_SHARED },
-		{ "what is far behind", bar2 + (1ULL << 38), PAGE, MAP_SHARED },
+		{ "a private mapping of all of it", bar2, size, MAP_PRIVATE },
+		{ "a page more than the BAR", bar2, size + PAGE, MAP_SHARED },
+		{ "a byte more than the BAR", bar2, size + 1, MAP_SHARED },
+		{ "a page after the end", bar2 + size, PAGE, MAP_SHARED },
+		{ "a range across the end", bar2 + size - PAGE, 2 * PAGE, MAP_SHARED },
+		{ "a range across the beginning", bar2 - PAGE, 2 * PAGE, MAP_SHARED },
+		{ "a page far after the end", bar2 + (1ULL << 38), PAGE, MAP_SHARED },
 		{ "no region", (__u64)VFIO_PCI_NUM_REGIONS << 40, PAGE, MAP_SHARED },
 		{ "the end of the file", (1ULL << 63) - PAGE, PAGE, MAP_SHARED },
 		{ "an offset inside of a page", bar2 + 1, PAGE, MAP_SHARED },
@@ -217,12 +217,12 @@ TEST_F(map, loads_and_stores_are_accesses_to_the_device)
 			fill(_metadata, m, at, len, i);
 		}
 		expect_state_range(_metadata, m, at, len, "after an access");
-		expect_bytes(_metadata, m->want + at, self->map + at, len, "what is mapped");
+		expect_bytes(_metadata, m->want + at, self->map + at, len, "the mapping");
 	}
-	expect_both(_metadata, self, "after accesses by all ways");
+	expect_both(_metadata, self, "after accesses of all kinds");
 	command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, 0, m->size, 0);
 	EXPECT_EQ(vfio_mock_checksum(m->want, m->size), reg64(m, RESULT))
-		PROMISE("the device itself sees what was stored");
+		PROMISE("the device reads the stored data");
 }
 
 TEST_F(map, one_memory_in_many_places)
@@ -248,7 +248,7 @@ TEST_F(map, one_memory_in_many_places)
 			EXPECT_EQ(0, memcmp(m->want + where, maps[j] + (where - at[j]), 8))
 				PROMISE("all mappings show the same memory");
 		}
-		/* Now and then one goes, another comes in its place. */
+		/* Sometimes one of them is replaced. */
 		if (n % 16 == 0) {
 			i = pick(self, ARRAY_SIZE(maps));
 			ASSERT_EQ(0, munmap(maps[i], len[i]));
@@ -258,7 +258,7 @@ TEST_F(map, one_memory_in_many_places)
 	expect_both(_metadata, self, "after stores through many mappings");
 }
 
-/* ---- What is done to a mapping ---- */
+/* ---- Changes of a mapping ---- */
 
 TEST_F(map, processes_share_the_memory)
 {
@@ -271,7 +271,7 @@ TEST_F(map, processes_share_the_memory)
 	if (m->dev.flags & VFIO_MIGRATION_PRE_COPY)
 		fd = start_tracking(_metadata, self);
 	store_at(self, self->map + 10, 10, 3);
-	/* What the child will store, through the mapping it inherits and its own. */
+	/* The child stores by the inherited mapping and by its own. */
 	vfio_mock_pattern(m->want + 7 * PAGE - 5, 77, 0, 10);
 	vfio_mock_pattern(m->want + 20 * PAGE, 78, 0, 100);
 	mark(self->dirty, 7 * PAGE - 5, 10);
@@ -288,19 +288,19 @@ TEST_F(map, processes_share_the_memory)
 		if (again == MAP_FAILED)
 			_exit(2);
 		memcpy(again, m->want + 20 * PAGE, 100);
-		/* Half of it goes, the rest with the process. */
+		/* Half is unmapped here, the rest by the exit. */
 		_exit(munmap(self->map, m->size / 2) ? 3 : 0);
 	}
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
 	EXPECT_EQ(0, status)
-		PROMISE("a child has the mapping and can make its own");
+		PROMISE("a child inherits the mapping and can create its own");
 	expect_both(_metadata, self, "after stores of a child");
 	if (fd >= 0)
 		expect_dirty_round(_metadata, self, fd, "stores of two processes");
 	store_at(self, self->map + 11 * PAGE, 11 * PAGE, 8);
-	expect_both(_metadata, self, "when the child is gone");
+	expect_both(_metadata, self, "after the exit of the child");
 	if (fd >= 0)
-		expect_dirty_round(_metadata, self, fd, "a store when the child is gone");
+		expect_dirty_round(_metadata, self, fd, "a store after the exit of the child");
 }
 
 TEST_F(map, mapping_can_be_cut_and_moved)
@@ -319,24 +319,24 @@ TEST_F(map, mapping_can_be_cut_and_moved)
 	store_at(self, map + 3 * PAGE + 1, 3 * PAGE + 1, PAGE - 1);
 	store_at(self, map + 7 * PAGE, 7 * PAGE, 9);
 
-	/* To another address, with pages in it and a page made from then on. */
+	/* To another address, with existing and with new PTEs. */
 	store_at(self, map + 30 * PAGE, 30 * PAGE, 5);
 	moved = mremap(map + 30 * PAGE, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
 		       map + 5 * PAGE);
 	ASSERT_EQ(map + 5 * PAGE, moved);
 	EXPECT_EQ(0, memcmp(m->want + 30 * PAGE, moved, 2 * PAGE))
-		PROMISE("a mapping that is moved shows the same memory");
+		PROMISE("a mapping shows the same memory after mremap()");
 	store_at(self, moved + PAGE + 7, 31 * PAGE + 7, 5);
 	EXPECT_EQ(SIGSEGV, mig_touch(map + 30 * PAGE, true));
 
-	/* It shrinks, and does not grow. */
+	/* It can shrink, but not grow. */
 	moved = mremap(map + 40 * PAGE, 4 * PAGE, 2 * PAGE, 0);
 	EXPECT_EQ(map + 40 * PAGE, moved);
 	EXPECT_EQ(SIGSEGV, mig_touch(map + 42 * PAGE, true));
 	EXPECT_EQ(MAP_FAILED, mremap(map + 41 * PAGE, PAGE, 2 * PAGE, MREMAP_MAYMOVE))
-		PROMISE("a mapping of a device does not grow");
+		PROMISE("a mapping of a device cannot grow");
 	store_at(self, map + 41 * PAGE, 41 * PAGE, 1);
-	expect_memory(_metadata, m, m->want, "after stores through what is left");
+	expect_memory(_metadata, m, m->want, "after stores through the rest of the mapping");
 	if (fd >= 0) {
 		expect_dirty_round(_metadata, self, fd, "stores through mappings in pieces");
 		store_at(self, map + 5 * PAGE, 30 * PAGE, 5);
@@ -356,22 +356,22 @@ TEST_F(map, protection_can_change)
 		store_at(self, map + PAGE, PAGE, 100);
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_READ));
 		EXPECT_EQ(SIGSEGV, mig_touch(map + PAGE, true))
-			PROMISE("what may only be read cannot be written");
+			PROMISE("a read-only mapping cannot be written");
 		EXPECT_EQ(0, mig_touch(map, false));
 		if (i && fd >= 0)
-			expect_dirty_round(_metadata, self, fd, "a page that was written and then protected");
+			expect_dirty_round(_metadata, self, fd, "a page protected after a write");
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_READ | PROT_WRITE));
 		if (i && fd >= 0)
-			expect_dirty_round(_metadata, self, fd, "pages that may be written again");
+			expect_dirty_round(_metadata, self, fd, "pages that are writable again");
 		store_at(self, map + PAGE + 5, PAGE + 5, 100);
 		store_at(self, map + 2 * PAGE, 2 * PAGE, 1);
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_NONE));
 		EXPECT_EQ(SIGSEGV, mig_touch(map, false));
 		if (i && fd >= 0)
-			expect_dirty_round(_metadata, self, fd, "stores after a change of protection");
+			expect_dirty_round(_metadata, self, fd, "stores after mprotect()");
 		ASSERT_EQ(0, mprotect(map, 3 * PAGE, PROT_READ | PROT_WRITE));
 
-		/* A mapping that may only be read, and then more. */
+		/* A mapping that is created read-only and becomes writable. */
 		ro = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, m->dev.fd,
 			  m->offset[BAR2] + 9 * PAGE);
 		ASSERT_NE(MAP_FAILED, ro);
@@ -379,9 +379,9 @@ TEST_F(map, protection_can_change)
 		EXPECT_EQ(SIGSEGV, mig_touch(ro, true));
 		ASSERT_EQ(0, mprotect(ro, PAGE, PROT_READ | PROT_WRITE));
 		store_at(self, ro, 9 * PAGE, 10);
-		expect_both(_metadata, self, "after changes of protection");
+		expect_both(_metadata, self, "after changes of the protection");
 		if (i && fd >= 0)
-			expect_dirty_round(_metadata, self, fd, "a store by a mapping made to be read");
+			expect_dirty_round(_metadata, self, fd, "a store to a mapping created read-only");
 		ASSERT_EQ(0, munmap(ro, PAGE));
 		if (m->dev.flags & VFIO_MIGRATION_PRE_COPY && !i)
 			fd = start_tracking(_metadata, self);
@@ -410,13 +410,13 @@ TEST_F(map, advice_and_locks_do_no_harm)
 	madvise(map, m->size, MADV_HUGEPAGE);
 	msync(map, m->size, MS_SYNC | MS_INVALIDATE);
 	mlock(map, m->size);
-	expect_both(_metadata, self, "after advice that a device has no use for");
+	expect_both(_metadata, self, "after advice without meaning for a device");
 	if (fd >= 0) {
 		expect_dirty_round(_metadata, self, fd, "advice");
 		store_at(self, map + 5 * PAGE, 5 * PAGE, 3 * PAGE);
 		munlock(map, m->size);
 		expect_dirty_round(_metadata, self, fd, "stores to a locked mapping");
-		/* To make it writable is to write, as far as anybody can tell. */
+		/* MADV_POPULATE_WRITE is a write fault, which counts as a write. */
 		madvise(map + 9 * PAGE, PAGE, MADV_POPULATE_READ);
 		expect_dirty_round(_metadata, self, fd, "MADV_POPULATE_READ");
 		if (!madvise(map + 9 * PAGE, PAGE, MADV_POPULATE_WRITE))
@@ -425,7 +425,7 @@ TEST_F(map, advice_and_locks_do_no_harm)
 	}
 }
 
-/* A mapping holds the file open, and the file the device. */
+/* A mapping keeps the file open, and the file keeps the device open. */
 TEST_F(map, mapping_keeps_the_device)
 {
 	struct mock *m = &self->m;
@@ -438,8 +438,8 @@ TEST_F(map, mapping_keeps_the_device)
 	EXPECT_EQ(0, memcmp(self->map, m->want, m->size));
 	ASSERT_EQ(0, munmap(self->map, m->size));
 	ASSERT_EQ(0, mig_reopen_device(&m->dev))
-		STEP("open the device again: %s", m->dev.why);
-	expect_fresh(_metadata, m, "when the last mapping is gone");
+		STEP("reopen the device: %s", m->dev.why);
+	expect_fresh(_metadata, m, "after the end of the last mapping");
 	self->map = bar2_map(_metadata, m, 0, m->size);
 	memset(m->want, 0, m->size);
 	store_at(self, self->map + 3 * PAGE, 3 * PAGE, PAGE);
@@ -466,7 +466,7 @@ TEST_F(map, reset_is_seen)
 		expect_both(_metadata, self, "after RESET");
 		expect_fresh(_metadata, m, "after RESET");
 		store_at(self, self->map + 100, 100, PAGE);
-		expect_both(_metadata, self, "stored after RESET");
+		expect_both(_metadata, self, "after stores that follow RESET");
 	}
 }
 
@@ -484,7 +484,7 @@ TEST_F_TIMEOUT(map, stores_are_tracked_exactly, 300)
 	maps[0] = self->map;
 	maps[1] = bar2_map(_metadata, m, 0, m->size);
 	maps[2] = bar2_map(_metadata, m, 0, m->size);
-	/* Pages that were writable before anybody asked. */
+	/* Pages that are writable before tracking starts. */
 	store_at(self, maps[0], 0, m->size);
 	memcpy(maps[1] + m->size / 2, m->want + m->size / 2, m->size / 2);
 	fd = start_tracking(_metadata, self);
@@ -497,12 +497,12 @@ TEST_F_TIMEOUT(map, stores_are_tracked_exactly, 300)
 			at = pick(self, m->size - len + 1);
 			store_at(self, maps[pick(self, 3)] + at, at, len);
 		}
-		/* Whole words of pages, and pages of which one is left out. */
+		/* All pages, every second, or every third one. */
 		if (i % 8 == 0) {
 			for (j = 0; j < pages; j += 1 + i % 3)
 				store_at(self, maps[j % 3] + j * PAGE, j * PAGE, 1);
 		}
-		/* Loads through the other mappings make nothing dirty. */
+		/* Loads through the other mappings dirty no page. */
 		EXPECT_EQ(0, memcmp(maps[i % 3], m->want, m->size));
 		expect_dirty_round(_metadata, self, fd, "stores through mappings");
 	}
@@ -522,9 +522,9 @@ TEST_F(map, accounting_counts_stored_pages)
 		store_at(self, self->map + i * 2 * PAGE + i, i * 2 * PAGE + i, 8);
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
 		EXPECT_EQ((i + 1) * (24 + PAGE) + tail, info.dirty_bytes)
-			PROMISE("each page that is stored to is one dirty page");
+			PROMISE("each written page is one dirty page");
 		EXPECT_EQ(0U, info.initial_bytes);
-		/* And stays so, whatever is stored to it. */
+		/* More stores to it change nothing. */
 		store_at(self, self->map + i * 2 * PAGE, i * 2 * PAGE, PAGE);
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
 		EXPECT_EQ((i + 1) * (24 + PAGE) + tail, info.dirty_bytes);
@@ -544,10 +544,10 @@ TEST_F_TIMEOUT(map, store_wakes_the_poller, 60)
 	store_at(self, self->map + PAGE, PAGE, 1);
 	EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
 		PROMISE("a store through a mapping ends the temporary end of stream");
-	expect_dirty_round(_metadata, self, fd, "the store that woke somebody");
+	expect_dirty_round(_metadata, self, fd, "the store that woke the poller");
 }
 
-/* Stores at the time when tracking starts and stops. */
+/* Stores while tracking starts and stops. */
 TEST_F_TIMEOUT(map, tracking_comes_and_goes, 60)
 {
 	struct mock *m = &self->m;
@@ -562,7 +562,7 @@ TEST_F_TIMEOUT(map, tracking_comes_and_goes, 60)
 		image.len = 0;
 		store_at(self, self->map + 5, 5, 3 * PAGE);
 		ASSERT_LT(0, mig_read(fd, &image, m->size / 2));
-		/* Behind what was streamed, and before it. */
+		/* After the position of the stream, and before it. */
 		store_at(self, self->map + m->size - PAGE, m->size - PAGE, 7);
 		store_at(self, self->map + 2 * PAGE, 2 * PAGE, 7);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
@@ -570,7 +570,7 @@ TEST_F_TIMEOUT(map, tracking_comes_and_goes, 60)
 		stop_and_save(_metadata, m, &fd, &image);
 		ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 			PROMISE("the stream follows its format: %s", parsed.why);
-		expect_bytes(_metadata, m->want, parsed.memory, m->size, "the streamed image");
+		expect_bytes(_metadata, m->want, parsed.memory, m->size, "the image");
 		mock_image_free(&parsed);
 		close(fd);
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
@@ -579,9 +579,9 @@ TEST_F_TIMEOUT(map, tracking_comes_and_goes, 60)
 	}
 }
 
-/* ---- A device that stands still ---- */
+/* ---- Stopped devices ---- */
 
-/* The page that takes dropped stores is new: nothing of what it was before is seen. */
+/* The page that receives dropped stores must not show its earlier content. */
 TEST_F(map, page_of_dropped_stores_is_empty)
 {
 	struct mock *m = &self->m;
@@ -589,7 +589,7 @@ TEST_F(map, page_of_dropped_stores_is_empty)
 	unsigned int i;
 	__u8 *used;
 
-	/* Pages for the kernel to take from, which are not empty. */
+	/* Pages that the kernel may reuse, with other content. */
 	used = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, used);
 	memset(used, 0xa5, size);
@@ -602,7 +602,7 @@ TEST_F(map, page_of_dropped_stores_is_empty)
 			break;
 	}
 	EXPECT_EQ(PAGE, i)
-		PROMISE("a page to which a store was dropped shows nothing that is not the device's");
+		PROMISE("a page with a dropped store shows only content of the device");
 }
 
 TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
@@ -622,7 +622,7 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		const char *name = mig_state_name(state);
 
 		go_home(_metadata, &m->dev);
-		/* Pages that are mapped, writable, to be read only, or not at all. */
+		/* Pages that are mapped writable, read-only, or not at all. */
 		store_at(self, self->map, 0, m->size);
 		if (i % 2)
 			madvise(self->map, m->size, MADV_DONTNEED);
@@ -633,10 +633,10 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		}
 		dropped = reg64(m, DROPPED);
 		EXPECT_EQ(0, memcmp(m->want + 8 * PAGE, self->map + 8 * PAGE, 40 * PAGE))
-			PROMISE("in %s loads see the memory", name);
+			PROMISE("in %s loads return the memory", name);
 		for (j = 0; j < 20; j++) {
 			EXPECT_EQ(0, mig_touch(self->map + 3 * j * PAGE + j, true))
-				PROMISE("in %s a store is dropped and no fault", name);
+				PROMISE("in %s a store is dropped without a signal", name);
 			EXPECT_EQ(dropped + j + 1, reg64(m, DROPPED))
 				PROMISE("in %s a store to a page is counted", name);
 		}
@@ -644,7 +644,7 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		EXPECT_EQ(0, mig_touch(other + 5 * PAGE, true));
 		expect_memory(_metadata, m, m->want, name);
 		EXPECT_EQ(0, memcmp(m->want + 61 * PAGE, self->map + 61 * PAGE, 30 * PAGE))
-			PROMISE("in %s pages that were not stored to are shown", name);
+			PROMISE("in %s other pages still show the memory", name);
 		if (state == STOP_COPY) {
 			image.len = 0;
 			ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
@@ -652,7 +652,7 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 			ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 				PROMISE("the stream follows its format: %s", parsed.why);
 			expect_bytes(_metadata, m->want, parsed.memory, m->size,
-				     "what is streamed");
+				     "the stream");
 			mock_image_free(&parsed);
 		}
 		if (state == RESUMING) {
@@ -669,13 +669,13 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		dropped = reg64(m, DROPPED);
 		store_at(self, self->map, 0, m->size);
 		store_at(self, other + 5 * PAGE, 6 * PAGE, PAGE);
-		expect_both(_metadata, self, "stored by a running device's user");
+		expect_both(_metadata, self, "after stores to the running device");
 		EXPECT_EQ(dropped, reg64(m, DROPPED))
-			PROMISE("a running device drops nothing");
+			PROMISE("a running device drops no store");
 	}
 }
 
-/* After STOP the same pages are tracked as any others. */
+/* After STOP pages with dropped stores are tracked like all others. */
 TEST_F(map, tracking_works_after_a_stop)
 {
 	struct mock *m = &self->m;
@@ -694,7 +694,7 @@ TEST_F(map, tracking_works_after_a_stop)
 	expect_both(_metadata, self, "after a stop");
 }
 
-/* A target loads under the eyes, and against the stores, of its user. */
+/* A target loads while its memory is mapped and written. */
 TEST_F(map, target_is_mapped_while_it_loads)
 {
 	struct mock *m = &self->m, *dst = &self->dst;
@@ -721,10 +721,10 @@ TEST_F(map, target_is_mapped_while_it_loads)
 	mig_touch(map, true);
 	move_on(_metadata, &dst->dev, RUNNING);
 	expect_memory(_metadata, dst, m->want, "running on the target");
-	expect_bytes(_metadata, m->want, map, dst->size, "what is mapped on the target");
+	expect_bytes(_metadata, m->want, map, dst->size, "the mapping on the target");
 }
 
-/* ---- The stream and the mapping are one's own ---- */
+/* ---- The mapping as the buffer of its own stream ---- */
 
 TEST_F_TIMEOUT(map, stream_is_read_into_the_mapping, 60)
 {
@@ -744,11 +744,11 @@ TEST_F_TIMEOUT(map, stream_is_read_into_the_mapping, 60)
 			ASSERT_LT(0, got)
 				PROMISE("read() of the stream into the device itself works in PRE_COPY: %s",
 					strerror(errno));
-			/* Which changes it. */
+			/* The read() has changed the memory. */
 			ASSERT_EQ(got, mock_read(m, BAR2, at, m->want + at, got));
 		}
 		expect_both(_metadata, self, "after reads of the stream into itself");
-		/* However long it takes, it is the page's own stream that is read. */
+		/* This stream contains the bytes of the stream read before. */
 		stop_and_save(_metadata, m, &fd, &image);
 		close(fd);
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
@@ -770,15 +770,15 @@ TEST_F_TIMEOUT(map, stream_is_read_into_the_mapping, 60)
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 	close(fd);
 	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
 	expect_both(_metadata, self, "running again");
 }
 
 /*
- * The image begins with pages that do not lie where its own bytes lie, so that
- * what it loads does not overwrite what it is loaded from.
+ * The image is at an offset other than that of the pages loaded from it, so that
+ * loading does not overwrite the image.
  */
 TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 {
@@ -795,19 +795,19 @@ TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 	close(fd);
 
 	fd = go(_metadata, &dst->dev, RESUMING);
-	/* Stores in RESUMING are dropped, but by this mapping they can be seen. */
+	/* Stores in RESUMING are dropped, but this mapping shows them. */
 	memcpy(map + at, image.data, PAGE);
 	ASSERT_LT(0, write(fd, image.data, 48));
 	close(fd);
 
-	/* What was there before, if it still is there. */
+	/* Written before RESUMING, if that keeps the memory. */
 	ASSERT_EQ(0, mig_reset(&dst->dev));
 	memcpy(map + at, image.data, part);
 	ASSERT_EQ(0, mig_set_state(&dst->dev, RESUMING, &fd));
 	if (memcmp(map + at, image.data, part)) {
 		TH_LOG("RESUMING begins with an empty memory");
 		EXPECT_NE(0, write(fd, map + at, part))
-			PROMISE("write() of the stream from the device itself comes to an end");
+			PROMISE("write() of the stream from the device itself ends");
 		return;
 	}
 	ASSERT_EQ(0, mig_load(fd, map + at, part, 0, NULL))
@@ -816,7 +816,7 @@ TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
 	expect_memory(_metadata, dst, m->want, "in STOP on the target");
 	move_on(_metadata, &dst->dev, RUNNING);
-	expect_bytes(_metadata, m->want, map, dst->size, "what is mapped on the target");
+	expect_bytes(_metadata, m->want, map, dst->size, "the mapping on the target");
 }
 
 /* read() and write() of the device itself, with a mapping of it as the buffer. */
@@ -833,9 +833,9 @@ TEST_F(map, region_is_read_and_written_by_way_of_the_mapping)
 		store_at(self, self->map, 0, m->size);
 		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
 		EXPECT_EQ(5000, mock_read(m, BAR2, 10 * PAGE, self->map + 100, 5000))
-			PROMISE("in %s a region is read into itself", mig_state_name(states[i]));
+			PROMISE("in %s a region can be read into itself", mig_state_name(states[i]));
 		EXPECT_EQ(5000, mock_write(m, BAR2, 20 * PAGE, self->map + 30 * PAGE, 5000))
-			PROMISE("in %s a region is written from itself", mig_state_name(states[i]));
+			PROMISE("in %s a region can be written from itself", mig_state_name(states[i]));
 		EXPECT_EQ(64, mock_read(m, BAR0, 0, self->map + 5 * PAGE, 64))
 			PROMISE("in %s registers are read into the mapping",
 				mig_state_name(states[i]));
@@ -843,7 +843,7 @@ TEST_F(map, region_is_read_and_written_by_way_of_the_mapping)
 			memcpy(m->want + 100, m->want + 10 * PAGE, 5000);
 			memcpy(m->want + 20 * PAGE, m->want + 30 * PAGE, 5000);
 			ASSERT_EQ(64, mock_read(m, BAR0, 0, m->want + 5 * PAGE, 64));
-			/* LEN and the like are no different now; SAVE_DELAY neither. */
+			/* The registers have not changed since. */
 			expect_both(_metadata, self, mig_state_name(states[i]));
 		} else if (states[i] != RESUMING) {
 			expect_memory(_metadata, m, m->want, mig_state_name(states[i]));
@@ -851,7 +851,7 @@ TEST_F(map, region_is_read_and_written_by_way_of_the_mapping)
 	}
 }
 
-/* ---- The kernel as the one who stores ---- */
+/* ---- Stores by the kernel ---- */
 
 TEST_F(map, stores_of_the_kernel_are_tracked)
 {
@@ -878,7 +878,7 @@ TEST_F(map, stores_of_the_kernel_are_tracked)
 	mark(self->dirty, 3 * PAGE + 9, size);
 	expect_dirty_round(_metadata, self, fd, "read() into the mapping");
 
-	/* As a debugger does. */
+	/* Like a debugger. */
 	ret = pwrite(mem, data, 100, (off_t)(uintptr_t)self->map + 30 * PAGE - 50);
 	ASSERT_EQ(100, ret)
 		PROMISE("a debugger can store: %s", strerror(errno));
@@ -897,7 +897,7 @@ TEST_F(map, stores_of_the_kernel_are_tracked)
 	}
 	expect_dirty_round(_metadata, self, fd, "process_vm_writev()");
 
-	/* Pages that are lent to a pipe are only read. */
+	/* Pages passed to a pipe are only read. */
 	iov = (struct iovec){ .iov_base = self->map + 50 * PAGE, .iov_len = 2 * PAGE };
 	ret = vmsplice(pipes[1], &iov, 1, 0);
 	if (ret > 0) {
@@ -905,13 +905,13 @@ TEST_F(map, stores_of_the_kernel_are_tracked)
 		EXPECT_EQ(0, memcmp(data, m->want + 50 * PAGE, ret));
 	}
 	expect_dirty_round(_metadata, self, fd, "vmsplice()");
-	expect_both(_metadata, self, "after stores of the kernel");
+	expect_both(_metadata, self, "after stores by the kernel");
 	free(data);
 }
 
 /*
- * Nobody would notice what a device that had such a buffer for long stored to it,
- * so the kernel does not let anybody have one.
+ * Stores by a device with a long-term pin would not be noticed, so the kernel refuses
+ * such pins.
  */
 TEST_F(map, buffers_for_long_are_refused)
 {
@@ -928,16 +928,16 @@ TEST_F(map, buffers_for_long_are_refused)
 		PROMISE("BAR2 cannot be a registered buffer");
 	EXPECT_EQ(EFAULT, errno);
 	close(ring);
-	expect_both(_metadata, self, "after an attempt to pin it");
+	expect_both(_metadata, self, "after an attempt of a long-term pin");
 }
 
-/* A thread that reads a file into two buffers, without the page cache. */
+/* A thread that reads a file into two buffers with O_DIRECT. */
 struct direct_read {
 	pthread_t thread;
 	int fd;
 	struct iovec iov[2];
 	ssize_t ret;
-	__u8 *file;		/* what it reads: two pages */
+	__u8 *file;		/* two pages, the content of the file */
 };
 
 static void *direct_read_main(void *arg)
@@ -951,16 +951,16 @@ static void *direct_read_main(void *arg)
 }
 
 /*
- * A read() without page cache has the first buffer in hand, page 7 of BAR2, and
- * waits for the second, which is not there yet: it will store to the first without
- * asking.
+ * A read() with O_DIRECT has pinned the first buffer, page 7 of BAR2, and waits for
+ * a page fault of the second one. It stores to the first buffer later, without a
+ * fault.
  */
 static void take_page_in_hand(struct __test_metadata *_metadata, map_data *self,
 			      struct direct_read *direct, struct mig_stall *stall)
 {
 	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
 
-	/* Now, as the inode is locked while the other read() waits. */
+	/* Before the read(), which locks the inode. */
 	direct->file = malloc(2 * PAGE);
 	ASSERT_NE(NULL, direct->file);
 	ASSERT_EQ((ssize_t)(2 * PAGE), read(fd, direct->file, 2 * PAGE));
@@ -969,17 +969,17 @@ static void take_page_in_hand(struct __test_metadata *_metadata, map_data *self,
 	direct->iov[1] = (struct iovec){ .iov_base = stall->page, .iov_len = PAGE };
 	ASSERT_EQ(0, pthread_create(&direct->thread, NULL, direct_read_main, direct));
 	ASSERT_EQ(0, mig_stall_wait(stall))
-		STEP("make a read() wait that has a page of BAR2 in hand");
+		STEP("stall a read() that has pinned a page of BAR2");
 }
 
-/* Ends what take_page_in_hand() began, and notes in @page what it did to the page. */
+/* Ends the read() of take_page_in_hand(), and applies its result to @page. */
 static void let_page_go(struct __test_metadata *_metadata, struct direct_read *direct,
 			struct mig_stall *stall, __u8 *page)
 {
 	ASSERT_EQ(0, mig_stall_end(stall, direct->file));
 	ASSERT_TRUE(joined(direct->thread));
 	ASSERT_EQ((ssize_t)(2 * PAGE), direct->ret)
-		STEP("read a file past the page cache: %s", strerror(-direct->ret));
+		STEP("read a file with O_DIRECT: %s", strerror(-direct->ret));
 	if (page)
 		memcpy(page, direct->file, PAGE);
 	mig_stall_free(stall);
@@ -987,11 +987,11 @@ static void let_page_go(struct __test_metadata *_metadata, struct direct_read *d
 	close(direct->fd);
 }
 
-/* Opens what take_page_in_hand() reads past the page cache, and what stalls it. */
+/* Opens the file for take_page_in_hand(), and prepares its stall. */
 #define DIRECT_OR_SKIP(direct, stall) do { \
 	(direct)->fd = open("/proc/self/exe", O_RDONLY | O_DIRECT | O_CLOEXEC); \
 	if ((direct)->fd < 0) \
-		SKIP(return, "no O_DIRECT where this program is: %s", strerror(errno)); \
+		SKIP(return, "no O_DIRECT in the directory of this program: %s", strerror(errno)); \
 	if (mig_stall_start(stall)) \
 		SKIP(return, "no userfaultfd"); \
 } while (0)
@@ -1015,33 +1015,33 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 	ASSERT_EQ(0, mig_data_size(&m->dev, &quiet));
 	take_page_in_hand(_metadata, self, &direct, &stall);
 
-	/* The page counts as written, and is streamed as it is. */
+	/* The pin counts as a write; the page is streamed with its current content. */
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(24 + PAGE + quiet, info.dirty_bytes)
-		PROMISE("who gets a page to write to it makes it dirty");
+		PROMISE("a pin for writing dirties a page");
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
 	EXPECT_EQ(24 + PAGE + quiet, size)
 		PROMISE("MIG_DATA_SIZE counts a page that will be streamed again");
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.initial_bytes + info.dirty_bytes)
-		PROMISE("a page that is held back does not keep pre-copy from its end");
+		PROMISE("a pinned page does not prevent the end of pre-copy");
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0));
 
 	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
 	expect_both(_metadata, self, "after the read()");
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.dirty_bytes)
-		TH_LOG("  the read() was noticed: this test proves nothing");
+		TH_LOG("  the store of the read() was noticed: this is not tested");
 
 	stop_and_save(_metadata, m, &fd, &image);
 	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 	mock_image_free(&parsed);
 }
 
-/* That is nothing to a session that begins when the page is not in use any more. */
+/* A session that begins after the end of the pin does not treat the page specially. */
 TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 {
 	struct mock *m = &self->m;
@@ -1072,12 +1072,12 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
 	EXPECT_EQ(quiet, size)
-		PROMISE("a page that a read() had in hand for the last session is no other");
+		PROMISE("a page pinned in the last session is not streamed again");
 	close(fd);
 	mig_stream_free(&image);
 }
 
-/* What the kernel has in hand, it has whether or not the memory is still mapped. */
+/* A pin outlives the mapping. */
 TEST_F_TIMEOUT(map, pinned_page_is_streamed_again_when_nothing_is_mapped, 60)
 {
 	struct mock *m = &self->m;
@@ -1099,7 +1099,7 @@ TEST_F_TIMEOUT(map, pinned_page_is_streamed_again_when_nothing_is_mapped, 60)
 	stop_and_save(_metadata, m, &fd, &image);
 	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 	mock_image_free(&parsed);
 	load_and_run(_metadata, &self->dst.dev, &image, 0);
 	expect_memory(_metadata, &self->dst, m->want, "on the target");
@@ -1107,7 +1107,7 @@ TEST_F_TIMEOUT(map, pinned_page_is_streamed_again_when_nothing_is_mapped, 60)
 	mig_stream_free(&image);
 }
 
-/* The state that the device stays in if it cannot stop on its way from @state. */
+/* The state of the device after it failed to stop on the way from @state. */
 static __u32 state_before_stop(const struct mock *m, __u32 state)
 {
 	if (!(m->dev.flags & VFIO_MIGRATION_P2P))
@@ -1126,7 +1126,7 @@ static void expect_pin_refused(struct __test_metadata *_metadata, map_data *self
 	ASSERT_EQ(0, mig_get_state(&m->dev, &state));
 	EXPECT_EQ(state_before_stop(m, from), state);
 	ASSERT_EQ(0, mig_set_state(&m->dev, from, NULL))
-		STEP("go on in %s", mig_state_name(from));
+		STEP("return to %s", mig_state_name(from));
 }
 
 TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
@@ -1148,7 +1148,7 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	take_page_in_hand(_metadata, self, &direct, &stall);
 	if (pre_copy) {
 		expect_pin_refused(_metadata, self, PRE_COPY, STOP_COPY);
-		/* The session goes on. */
+		/* The session continues. */
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 		expect_pin_refused(_metadata, self, PRE_COPY, STOP_COPY);
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
@@ -1171,7 +1171,7 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	stop_and_save(_metadata, m, &fd, &image);
 	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 	mock_image_free(&parsed);
 	load_and_run(_metadata, &self->dst.dev, &image, 0);
 	expect_memory(_metadata, &self->dst, m->want, "on the target");
@@ -1179,7 +1179,7 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	mig_stream_free(&image);
 }
 
-/* Nor does it matter to a reset, and to the next user. */
+/* A pin does not affect a reset or the next user. */
 TEST_F_TIMEOUT(map, pinned_page_holds_up_no_reset_and_no_close, 60)
 {
 	struct mock *m = &self->m;
@@ -1190,18 +1190,18 @@ TEST_F_TIMEOUT(map, pinned_page_holds_up_no_reset_and_no_close, 60)
 	store_at(self, self->map, 0, m->size);
 	take_page_in_hand(_metadata, self, &direct, &stall);
 	ASSERT_EQ(0, mig_reset(&m->dev))
-		PROMISE("a reset needs no page unpinned");
+		PROMISE("a reset does not wait for pins");
 	expect_fresh(_metadata, m, "after RESET");
 	ASSERT_EQ(0, munmap(self->map, m->size));
 	mig_close_device(&m->dev);
 	ASSERT_EQ(0, mig_reopen_device(&m->dev))
-		STEP("open the device again: %s", m->dev.why);
+		STEP("reopen the device: %s", m->dev.why);
 	expect_fresh(_metadata, m, "when it is opened again");
 	let_page_go(_metadata, &direct, &stall, NULL);
 	expect_fresh(_metadata, m, "after the read() of the last user");
 }
 
-/* ---- Storing while the device migrates ---- */
+/* ---- Stores during migration ---- */
 
 #define WRITERS	4
 
@@ -1211,11 +1211,11 @@ struct writer {
 	__u64 pages;
 	unsigned int n;
 	atomic_bool *stop;
-	atomic_ullong begun;	/* counts stores */
+	atomic_ullong begun;	/* number of stores */
 	atomic_ullong done;
 };
 
-/* The word of this writer in the page that its store number @i goes to. */
+/* The word of this writer in the page of its store number @i. */
 static __u64 word_of(const struct writer *w, __u64 i)
 {
 	return (i * 37 % w->pages) * PAGE + w->n * 8;
@@ -1234,7 +1234,7 @@ static void *writer_main(void *arg)
 	return NULL;
 }
 
-/* Every store before the stop is there, and none from after it. */
+/* All stores before the stop are in memory, and none after it. */
 static void expect_stores(struct __test_metadata *_metadata, const struct writer *w,
 			  const __u8 *memory, __u64 before, __u64 after, const char *where)
 {
@@ -1278,7 +1278,7 @@ TEST_F_TIMEOUT(map, migration_under_stores, 300)
 		fd = -1;
 		if (m->dev.flags & VFIO_MIGRATION_PRE_COPY) {
 			ASSERT_EQ(0, mig_set_state(&m->dev, PRE_COPY, &fd));
-			/* They never rest: some of it is enough. */
+			/* The writers never pause: read only some rounds. */
 			for (rounds = 0; rounds < 300; rounds++) {
 				ret = mig_read(fd, &image, 1 << 14);
 				ASSERT_TRUE(ret > 0 || ret == -ENOMSG);
@@ -1292,10 +1292,10 @@ TEST_F_TIMEOUT(map, migration_under_stores, 300)
 			after[n] = atomic_load(&writers[n].begun);
 		ASSERT_EQ(m->size, (__u64)mock_read(m, BAR2, 0, m->want, m->size));
 		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
-		expect_memory(_metadata, m, m->want, "in STOP_COPY, under stores");
+		expect_memory(_metadata, m, m->want, "in STOP_COPY, during stores");
 		ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 			PROMISE("the stream follows its format: %s", parsed.why);
-		expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+		expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 		mock_image_free(&parsed);
 		close(fd);
 		load_and_run(_metadata, &dst->dev, &image, 0);
@@ -1305,7 +1305,7 @@ TEST_F_TIMEOUT(map, migration_under_stores, 300)
 				      "in the image");
 		ASSERT_EQ(0, mig_reset(&dst->dev));
 		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
-		/* Until each of them has stored to each page again. */
+		/* Until each writer has stored to each page again. */
 		for (n = 0; n < WRITERS; n++) {
 			after[n] = atomic_load(&writers[n].done) + 2 * writers[n].pages;
 			WAIT_FOR(atomic_load(&writers[n].done) >= after[n],
@@ -1318,10 +1318,10 @@ TEST_F_TIMEOUT(map, migration_under_stores, 300)
 		after[n] = atomic_load(&writers[n].done);
 		ASSERT_EQ(m->size, (__u64)mock_read(m, BAR2, 0, m->seen, m->size));
 		expect_stores(_metadata, &writers[n], m->seen, after[n], after[n],
-			      "in the end");
+			      "at the end");
 	}
 	memcpy(m->want, m->seen, m->size);
-	expect_both(_metadata, self, "in the end");
+	expect_both(_metadata, self, "at the end");
 }
 
 MIG_HARNESS_MAIN

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Every failure that the kernel can inject into how vfio_mock comes and goes: into
- * the loading and unloading of the module, and the creation of a device. As
- * vfio_mock_fail_test; but the module must not be in use:
+ * Injects every possible failure into loading and unloading the module vfio_mock, and
+ * into creating a device, like vfio_mock_fail_test; but the module must not be in
+ * use:
  *
  *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_module_test
  */
@@ -11,7 +11,7 @@
 
 #include "mock_fail.h"
 
-/* Where the core does without a link in /sys/class/mdev_bus, this is as well. */
+/* The core accepts a failure to create the link in /sys/class/mdev_bus. */
 #define TYPE	"/sys/class/vfio_mock/vfio_mock/mdev_supported_types/vfio_mock-64K/"
 #define UUID	"5eed0000-fa11-4000-8000-000000000002"
 #define DEVICE	"/sys/bus/mdev/devices/" UUID
@@ -75,18 +75,18 @@ static void expect_gone(struct __test_metadata *_metadata)
 
 	for (i = 0; i < ARRAY_SIZE(places); i++) {
 		EXPECT_NE(0, access(places[i], F_OK))
-			PROMISE("a module that is not loaded leaves nothing at %s", places[i]);
+			PROMISE("a module that is not loaded has nothing at %s", places[i]);
 	}
 }
 
-/* A module that could not be loaded has left nothing, and can be loaded. */
+/* A module that failed to load leaves nothing behind, and can be loaded. */
 TEST_F_TIMEOUT(module, load, 1200)
 {
 	struct nth *nth = &self->nth;
 	int ret;
 
 	for_each_failure(nth, "loading the module") {
-		/* What the driver core says without a folder for the module's drivers. */
+		/* From the driver core without a directory for the module's drivers. */
 		nth->also = -EINVAL;
 		nth_begin(nth);
 		ret = load(self->file);
@@ -112,7 +112,7 @@ TEST_F_TIMEOUT(module, unload, 600)
 		nth_end(nth, ret);
 		if (ret) {
 			ASSERT_EQ(0, unload())
-				PROMISE("a module whose unloading failed can be unloaded: %s",
+				PROMISE("a module that failed to unload can be unloaded: %s",
 					strerror(errno));
 		}
 		expect_gone(_metadata);
@@ -120,8 +120,8 @@ TEST_F_TIMEOUT(module, unload, 600)
 }
 
 /*
- * Creates a device and removes it, and returns which number vfio core had for it:
- * the first that is free, so that a device that it still has makes a difference.
+ * Creates and removes a device, and returns its number in vfio core, which is the
+ * first free one: a leaked device changes it.
  */
 static int next_number(struct __test_metadata *_metadata)
 {
@@ -143,8 +143,8 @@ static int next_number(struct __test_metadata *_metadata)
 }
 
 /*
- * vfio core (7.3) warns of itself, in vfio_group_release(), when something fails in
- * vfio_create_group(). So no allocation fails there, and all do elsewhere.
+ * vfio core (7.3) warns in vfio_group_release() about its own failures in
+ * vfio_create_group(). So no allocation fails there, but all do elsewhere.
  */
 TEST_F_TIMEOUT(module, create, 1200)
 {
@@ -163,14 +163,14 @@ TEST_F_TIMEOUT(module, create, 1200)
 		nth_end(nth, ret);
 		if (ret) {
 			EXPECT_NE(0, access(DEVICE, F_OK))
-				PROMISE("a device that could not be created is not there");
+				PROMISE("a device that was not created does not exist");
 			continue;
 		}
 		EXPECT_EQ(0, access(DEVICE, F_OK));
 		ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
 	}
 	EXPECT_EQ(number, next_number(_metadata))
-		PROMISE("of devices that could not be created the core has let go");
+		PROMISE("the core has no reference to devices that were not created");
 }
 
 MIG_HARNESS_MAIN

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Migration streams that vfio_mock must refuse, and that it is none the worse
- * for having been offered them.
+ * Migration streams that vfio_mock must refuse, and that must not affect the device
+ * afterwards.
  *
  *	VFIO_MOCK_SMALL="SOURCE TARGET" VFIO_MOCK_MEDIUM=... ./vfio_mock_stream_test
  *
- * with the sysfs paths of mediated devices of each size. run_mock.sh makes them
- * and runs this. The exhaustive tests take every case on the iommufd backend and
- * a sample on the group backend, which differs only in how a device is opened.
+ * with the sysfs paths of mediated devices of each size. run_mock.sh creates them
+ * and runs this. The exhaustive tests run every case on the iommufd backend and a
+ * sample on the group backend, which differs only in how a device is opened.
  */
 #include <signal.h>
 #include <sys/sendfile.h>
@@ -21,7 +21,7 @@
 struct subject {
 	struct mock m;
 	struct mig_stream stream;
-	struct mock_image good;		/* the stream, taken apart */
+	struct mock_image good;		/* the parsed stream */
 	struct mock_front front;
 };
 
@@ -60,9 +60,9 @@ FIXTURE_TEARDOWN(refuse)
 }
 
 /*
- * Offers a bad stream: write() says EINVAL and goes on saying it, or RESUMING ->
- * STOP fails; in both cases the device does not run until RESET, which leaves
- * nothing of it. @thorough looks at all of that, else at the refusal alone.
+ * Offers a bad stream: either write() fails with EINVAL, also when repeated, or
+ * RESUMING -> STOP fails; in both cases the device does not run until RESET, which
+ * removes all of the stream. Unless @thorough, only the refusal is checked.
  */
 static void expect_refused(struct __test_metadata *_metadata, struct mock *m,
 			   const void *data, size_t len, size_t chunk, bool thorough,
@@ -87,10 +87,10 @@ static void expect_refused(struct __test_metadata *_metadata, struct mock *m,
 		EXPECT_NE(0, mig_set_state(&m->dev, STOP, NULL))
 			PROMISE("%s: a refusal sticks", what);
 		EXPECT_NE(0, mig_set_state(&m->dev, RUNNING, NULL))
-			PROMISE("%s: a device whose data was refused does not run", what);
+			PROMISE("%s: a device with refused data does not run", what);
 		ASSERT_EQ(0, mig_get_state(&m->dev, &state));
 		EXPECT_TRUE(state == RESUMING || state == ERROR)
-			PROMISE("%s: the device stays out of RUNNING until reset, not in %s",
+			PROMISE("%s: the device is not RUNNING until reset, not in %s",
 				what, mig_state_name(state));
 	}
 	ASSERT_EQ(0, mig_reset(&m->dev))
@@ -104,7 +104,7 @@ static void expect_refused(struct __test_metadata *_metadata, struct mock *m,
 	close(fd);
 }
 
-/* The proof that the device is none the worse. */
+/* Checks that refused streams had no effect on the device. */
 static void expect_good_image_loads(struct __test_metadata *_metadata, struct subject *s)
 {
 	load_and_compare(_metadata, &s->m, &s->stream, 0, s->good.memory, &s->front);
@@ -117,7 +117,7 @@ TEST_F_TIMEOUT(refuse, every_truncation, 120)
 	int fd, ret;
 
 	for (at = 0; at < s->stream.len; at++) {
-		/* All points around headers, some of those inside of pages. */
+		/* All lengths near headers, and some inside of pages. */
 		if (next < s->good.nr_header_bytes && s->good.header_bytes[next] == at)
 			next++;
 		else if (at % 1009 && at % PAGE)
@@ -127,7 +127,7 @@ TEST_F_TIMEOUT(refuse, every_truncation, 120)
 		fd = go(_metadata, &s->m.dev, RESUMING);
 		ret = mig_load(fd, s->stream.data, at, 0, NULL);
 		EXPECT_EQ(0, ret)
-			PROMISE("the beginning of a good image is good (%zu bytes)", at);
+			PROMISE("the beginning of a good image is accepted (%zu bytes)", at);
 		EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, STOP, NULL))
 			PROMISE("an image that ends after %zu of %zu bytes is incomplete",
 				at, s->stream.len);
@@ -171,8 +171,8 @@ TEST_F_TIMEOUT(refuse, flipped_page_bytes, 120)
 }
 
 /*
- * Streams that are wrong in one place and right in all others, trailer and
- * digest included.
+ * Streams that are wrong in one place and correct otherwise, including trailer and
+ * digest.
  */
 enum malformation {
 	GOOD_REBUILT,
@@ -271,7 +271,7 @@ static const struct {
 	NAMED(BAD_TRAILING_OPTIONAL), NAMED(BAD_IMAGE_TWICE),
 };
 
-#define OTHER_TAG	0x4f54ULL	/* that no record has */
+#define OTHER_TAG	0x4f54ULL	/* an unused tag */
 
 static void put_raw(struct mock_writer *w, __u32 tag, __u32 flags, __u64 length,
 		    const void *payload, size_t len)
@@ -378,10 +378,10 @@ static void build_pages(struct mock_writer *w, const struct mock_image *good,
 	}
 	mock_put_all_pages(w, good);
 
-	/* One more record, which is wrong. */
+	/* An additional invalid record. */
 	switch (what) {
 	case BAD_OFFSET_UNALIGNED:
-		/* The memory stays as it is, so that no digest tells. */
+	/* With unchanged memory, so that the digest does not detect it. */
 		memcpy(junk, &(__u64){ 8 }, 8);
 		memcpy(junk + 8, good->memory + 8, PAGE);
 		mock_put_record(w, MOCK_TAG_PAGES, 0, junk, 8 + PAGE);
@@ -476,7 +476,7 @@ static void build_registers(struct mock_writer *w, const struct mock_image *good
 	case BAD_REGISTERS_TWICE:
 		mock_put_registers(w, regs, len);
 		mock_put_registers(w, regs, len);
-		/* The digest of one: whether the second adds to it is open. */
+	/* The digest of one record: whether the second is included does not matter. */
 		w->digest -= vfio_mock_digest(3, regs, len);
 		break;
 	case BAD_REGISTERS_OPTIONAL:
@@ -486,7 +486,7 @@ static void build_registers(struct mock_writer *w, const struct mock_image *good
 	case BAD_REGISTERS_MISSING:
 		break;
 	case BAD_REGISTERS_CONTENT:
-		/* The state of no device: not of this vendor, for one. */
+	/* The state of no device, for example of another vendor. */
 		memset(regs, 0xff, len);
 		mock_put_registers(w, regs, len);
 		break;
@@ -608,7 +608,7 @@ static void offer_each_malformation(struct __test_metadata *_metadata,
 		ASSERT_EQ(0, mock_writer_init(&w, &s->good));
 		build(&w, &s->good, malformations[i].what);
 		if (malformations[i].what < BAD_MAGIC) {
-			/* The builder is right: only what it gets wrong is wrong. */
+			/* The control: a stream without an error is accepted. */
 			expect_loads(_metadata, s, &w.out, chunk, name);
 		} else {
 			expect_refused(_metadata, &s->m, w.out.data, w.out.len,
@@ -635,7 +635,7 @@ TEST_F(refuse, nothing_at_all)
 	expect_good_image_loads(_metadata, &self->s);
 }
 
-/* What is only incomplete can be completed. */
+/* An incomplete image can be completed. */
 TEST_F(refuse, rest_of_an_incomplete_image)
 {
 	struct subject *s = &self->s;
@@ -654,7 +654,7 @@ TEST_F(refuse, rest_of_an_incomplete_image)
 	expect_memory(_metadata, &s->m, s->good.memory, "in STOP on the target");
 }
 
-/* After a refusal nothing helps but RESET, not even a good image. */
+/* After a refusal only RESET helps, not even a good image. */
 TEST_F(refuse, good_image_after_an_error)
 {
 	struct mig_stream *s = &self->s.stream;
@@ -680,7 +680,7 @@ TEST_F(refuse, page_run_across_a_group)
 	struct mock m;
 	__u64 at;
 
-	/* Only a device of more than one group can tell this one. */
+	/* Only a device with more than one group of pages detects this. */
 	MOCK_OPEN_OR_SKIP(&m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
 	take_image(_metadata, &m.dev, &stream);
 	ASSERT_EQ(0, mock_image_parse(&image, &stream));
@@ -713,7 +713,7 @@ TEST_F(refuse, image_of_another_size)
 	mock_close(&m);
 }
 
-/* A write whose buffer faults takes what it could read, and the rest later. */
+/* A write whose buffer faults takes the readable part; the rest can follow. */
 TEST_F(refuse, write_from_a_hole_loses_nothing)
 {
 	size_t page = PAGE, at = 0, part;
@@ -732,7 +732,7 @@ TEST_F(refuse, write_from_a_hole_loses_nothing)
 	EXPECT_EQ(EFAULT, errno)
 		PROMISE("EFAULT only when nothing was taken");
 	EXPECT_EQ(0, write(fd, map, 0))
-		PROMISE("a write of nothing returns 0");
+		PROMISE("a write of no bytes returns 0");
 	while (at < s->len) {
 		part = s->len - at < 1000 ? s->len - at : 1000;
 		memcpy(map + page - part, s->data + at, part);
@@ -743,15 +743,15 @@ TEST_F(refuse, write_from_a_hole_loses_nothing)
 		}
 		ASSERT_LT(0, ret);
 		ASSERT_GE((ssize_t)part, ret)
-			PROMISE("only what could be read is counted");
+			PROMISE("only the bytes taken are counted");
 		at += ret;
 	}
 	EXPECT_EQ(0, mig_set_state(&self->s.m.dev, STOP, NULL))
-		PROMISE("nothing was lost and nothing was taken twice");
+		PROMISE("no byte is lost or taken twice");
 	expect_memory(_metadata, &self->s.m, self->s.good.memory, "in STOP on the target");
 }
 
-#define BEGUN	64	/* bytes of a transfer before the page on which it is killed */
+#define BEGUN	64	/* bytes of a transfer before the page of the kill */
 
 /* A readv() or writev() by a thread. */
 struct transfer {
@@ -773,7 +773,7 @@ static void *transfer_main(void *arg)
 
 /*
  * A process that is killed in the middle of a readv() or writev() of the whole
- * stream: on a page that is there when it goes on.
+ * stream, in a page fault that is resolved afterwards.
  */
 static void kill_in_transfer(int fd, const struct mig_stream *stream, bool reads)
 {
@@ -801,7 +801,7 @@ static void kill_in_transfer(int fd, const struct mig_stream *stream, bool reads
 	_exit(5);
 }
 
-/* Does that, and waits for its end. Tells whether there is a userfaultfd. */
+/* Runs and waits for such a process. Returns whether userfaultfd is available. */
 static bool killed_in_transfer(struct __test_metadata *_metadata, int fd,
 			       const struct mig_stream *stream, bool reads)
 {
@@ -820,7 +820,7 @@ static bool killed_in_transfer(struct __test_metadata *_metadata, int fd,
 	return true;
 }
 
-/* The rest of the stream is still there for other readers. */
+/* The rest of the stream remains for other readers. */
 TEST_F(refuse, killed_reader_ends_within_a_chunk)
 {
 	struct subject *s = &self->s;
@@ -836,12 +836,12 @@ TEST_F(refuse, killed_reader_ends_within_a_chunk)
 	EXPECT_LT(after, before)
 		STEP("kill a reader that has begun");
 	EXPECT_GE((__u64)BEGUN, before - after)
-		PROMISE("a reader that is killed reads no further chunk (%llu of %llu bytes are left)",
+		PROMISE("a killed reader reads no further chunk (%llu of %llu bytes are left)",
 			after, before);
 	close(fd);
 }
 
-/* The rest of the stream may still be written by others. */
+/* The rest of the stream can be written by others. */
 TEST_F(refuse, killed_writer_ends_within_a_block)
 {
 	struct subject *s = &self->s;
@@ -852,13 +852,13 @@ TEST_F(refuse, killed_writer_ends_within_a_block)
 	if (!killed_in_transfer(_metadata, fd, &s->stream, false))
 		SKIP(return, "no userfaultfd");
 	EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, STOP, NULL))
-		PROMISE("a writer that is killed writes no further block");
+		PROMISE("a killed writer writes no further block");
 	EXPECT_EQ(0, mig_stream_add(&rest, s->stream.data + BEGUN,
 				    s->stream.len - BEGUN));
 	EXPECT_EQ(0, mig_load(fd, rest.data, rest.len, 0, NULL))
-		PROMISE("what a killed writer wrote is loaded once");
+		PROMISE("the data of a killed writer is loaded once");
 	EXPECT_EQ(0, mig_set_state(&s->m.dev, STOP, NULL))
-		PROMISE("what a killed writer wrote is loaded once");
+		PROMISE("the data of a killed writer is loaded once");
 	close(fd);
 }
 
@@ -890,12 +890,12 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 		PROMISE("permanent end of stream: splice() returns 0 (%s)",
 			strerror(errno));
 	EXPECT_EQ(0, mig_set_state(&dst.dev, STOP, NULL))
-		PROMISE("splice() loses nothing and takes nothing twice");
+		PROMISE("splice() neither loses nor repeats bytes");
 	expect_memory(_metadata, &dst, s->good.memory, "in STOP on the target");
 	ASSERT_EQ(0, mig_reset(&dst.dev));
 	close(to);
 
-	/* Bad bytes are refused, and that sticks. */
+	/* A refusal of bad bytes persists. */
 	to = go(_metadata, &dst.dev, RESUMING);
 	ASSERT_EQ(3, write(pipes[1], "bad", 3));
 	ASSERT_EQ(4096, write(pipes[1], s->good.memory, 4096));
@@ -925,11 +925,11 @@ TEST_F(refuse, splice_tells_the_temporary_end)
 		ASSERT_EQ(in, mig_read(pipes[0], &rest, in));
 	EXPECT_EQ(-1, in);
 	EXPECT_EQ(ENOMSG, errno)
-		PROMISE("splice() tells the temporary end with ENOMSG");
+		PROMISE("splice() returns ENOMSG at the temporary end");
 	EXPECT_LT(0x10000U, rest.len)
-		PROMISE("all of the memory came before");
+		PROMISE("all of the memory precedes the temporary end");
 	EXPECT_EQ(0, mig_poll(pipes[0], POLLIN, 0))
-		PROMISE("there is nothing in the pipe at the temporary end");
+		PROMISE("the pipe is empty at the temporary end");
 	close(fd);
 	close(pipes[0]);
 	close(pipes[1]);

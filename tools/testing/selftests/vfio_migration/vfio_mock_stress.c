@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Two mock migratable devices that write into each other and into memory, and a
- * user who stores to both by mappings and by write(), while both migrate, there
- * and back, again and again. After each move every byte is compared: with the
- * source, with the stream, and with what those who wrote it know.
+ * Two mock migratable devices that write to each other and to memory, and writers
+ * that store to both by mappings and by write(), while both devices migrate back and
+ * forth. After each migration every byte is compared with the source, with the
+ * stream, and with the positions of the writers.
  *
  *	VFIO_MOCK_MEDIUM="A A2 B B2" ./vfio_mock_stress
  *
- * with the sysfs paths of four mediated devices. run_mock.sh makes them and runs
+ * with the sysfs paths of four mediated devices. run_mock.sh creates them and runs
  * this: 10 rounds, and with VFIO_MIGRATION_ROUNDS=N 20 * N rounds.
  */
 #include "mock_dma.h"
@@ -17,25 +17,25 @@
 #define NR_DEVICES	2
 #define NR_MAPPINGS	2
 
-/* Who stores: through each mapping of each device, and to it by write(). */
+/* The writers: one for each mapping of each device, and one with write(). */
 #define PER_DEVICE	(NR_MAPPINGS + 1)
 #define NR_WRITERS	(NR_DEVICES * PER_DEVICE)
 
 #define RAM_IOVA	0x40000000ULL
 #define BAR_IOVA(n)	(0x10000000ULL * ((n) + 1))
 
-/* The state memory: what software writes to, and a place for each descriptor. */
+/* The state memory: pages for the writers, and an area for each descriptor. */
 #define WRITTEN_PAGES	64ULL
 #define PLACE_PAGES	16ULL
 #define PLACE(n)	((WRITTEN_PAGES + PLACE_PAGES * (n)) * PAGE)
 
-/* The memory: so many places for each of the devices, and one that is only read. */
+/* The memory: this number of areas for each device; the last one is only read. */
 #define RAM_PLACES	3
 #define RAM_PAGES	(NR_DEVICES * RAM_PLACES * PLACE_PAGES)
 #define RAM_PLACE(dev, n)	(((dev) * RAM_PLACES + (n)) * PLACE_PAGES * PAGE)
 #define RAM_SIZE	(RAM_PAGES * PAGE)
 
-/* One of the machines that the devices move between. */
+/* A host that the devices migrate to and from. */
 struct host {
 	struct mock dev[NR_DEVICES];
 	__u8 *map[NR_DEVICES][NR_MAPPINGS];
@@ -45,9 +45,9 @@ struct writer {
 	pthread_t thread;
 	unsigned int n;
 	struct host *hosts;
-	atomic_uint *here;		/* the host that has the devices */
+	atomic_uint *here;		/* the host with the devices */
 	atomic_bool *stop;
-	atomic_ullong begun;		/* counts stores */
+	atomic_ullong begun;		/* number of stores */
 	atomic_ullong done;
 };
 
@@ -96,7 +96,7 @@ FIXTURE_TEARDOWN(stress)
 
 	for (host = self->hosts; host < self->hosts + 2; host++) {
 		for (n = 0; n < NR_DEVICES; n++) {
-			/* While there is DMA, a thread of the kernel has our memory, too. */
+			/* DMA holds a reference to our memory. */
 			mig_reset(&host->dev[n].dev);
 			for (i = 0; i < NR_MAPPINGS; i++)
 				munmap(host->map[n][i], host->dev[n].size);
@@ -105,7 +105,7 @@ FIXTURE_TEARDOWN(stress)
 	}
 }
 
-/* ---- Who stores ---- */
+/* ---- Writers ---- */
 
 /* Store number @i goes to the writer's own word in this page. */
 static __u64 page_of(__u64 i)
@@ -138,13 +138,13 @@ static void *writer_main(void *arg)
 	return NULL;
 }
 
-/* What a writer had stored before and after the devices stopped. */
+/* The number of stores of a writer before and after the stop. */
 struct bounds {
 	__u64 before;
 	__u64 after;
 };
 
-/* Every store before the stop is there, and none from after it. */
+/* All stores before the stop are in memory, and none after it. */
 static void expect_stores(struct __test_metadata *_metadata, const struct writer *w,
 			  const __u8 *memory, const struct bounds *b)
 {
@@ -160,7 +160,7 @@ static void expect_stores(struct __test_metadata *_metadata, const struct writer
 	}
 }
 
-/* Waits until each of them has stored to each page of a running device. */
+/* Waits until each writer has stored to each page of a running device. */
 static void let_them_store(struct __test_metadata *_metadata, stress_data *self)
 {
 	struct writer *w;
@@ -168,18 +168,18 @@ static void let_them_store(struct __test_metadata *_metadata, stress_data *self)
 
 	for (w = self->writers; w < self->writers + NR_WRITERS; w++) {
 		until = atomic_load(&w->done) + WRITTEN_PAGES + 2;
-		WAIT_FOR(atomic_load(&w->done) >= until, "writer %u comes along", w->n);
+		WAIT_FOR(atomic_load(&w->done) >= until, "writer %u makes progress", w->n);
 	}
 }
 
-/* ---- What the devices do by themselves ---- */
+/* ---- DMA of the devices ---- */
 
 enum {
 	FILL_PEER, WRITE_PEER, FILL_RAM, WRITE_RAM, READ_RAM, CHURN_OWN, NR_KINDS,
-	STATIC = NR_KINDS,	/* a place that nobody writes to */
+	STATIC = NR_KINDS,	/* an area that is never written */
 };
 
-/* What the model has at the IOVA of descriptor @n of a device. */
+/* The expected content at the IOVA of descriptor @n of a device. */
 static __u8 *want_at_iova(stress_data *self, struct host *host, unsigned int dev,
 			  unsigned int n, const struct dma_desc *d)
 {
@@ -205,7 +205,7 @@ static void start_dma(struct __test_metadata *_metadata, stress_data *self,
 		switch (n) {
 		case FILL_PEER:
 		case WRITE_PEER:
-			/* Without P2P states one of them writes where all has stopped. */
+			/* Without P2P states one of them would write to a stopped device. */
 			if (!(m->dev.flags & VFIO_MIGRATION_P2P))
 				continue;
 			d.op = n == FILL_PEER ? FILL : WRITE;
@@ -233,7 +233,7 @@ static void start_dma(struct __test_metadata *_metadata, stress_data *self,
 	}
 }
 
-/* Brings the model up to what the stopped devices say they have done. */
+/* Brings the model up to the positions of the stopped devices. */
 static void catch_up(struct __test_metadata *_metadata, stress_data *self,
 		     struct host *host)
 {
@@ -246,7 +246,7 @@ static void catch_up(struct __test_metadata *_metadata, stress_data *self,
 			if (d.status == VFIO_MOCK_DMA_IDLE)
 				continue;
 			EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
-				PROMISE("descriptor %u of device %u is active for ever (error %u at %llu)",
+				PROMISE("descriptor %u of device %u stays active (error %u at %llu)",
 					n, dev, d.error, d.pos);
 			dma_apply_rounds(&d, host->dev[dev].want,
 					 want_at_iova(self, host, dev, n, &d));
@@ -254,9 +254,9 @@ static void catch_up(struct __test_metadata *_metadata, stress_data *self,
 	}
 }
 
-/* ---- The machine that migrates ---- */
+/* ---- Migration ---- */
 
-/* Lets the devices of a host reach the memory and each other. */
+/* Maps the memory and the other device for the devices of a host. */
 static void map_all(struct __test_metadata *_metadata, stress_data *self,
 		    struct host *host, bool map)
 {
@@ -281,7 +281,7 @@ static void map_all(struct __test_metadata *_metadata, stress_data *self,
 	}
 }
 
-/* Copies what the DMA logs tell, as a VMM does with the memory of its guest. */
+/* Copies the pages in the DMA logs, like a VMM that copies guest memory. */
 static void follow_ram(struct __test_metadata *_metadata, stress_data *self,
 		       struct host *host)
 {
@@ -300,7 +300,7 @@ static void follow_ram(struct __test_metadata *_metadata, stress_data *self,
 static void start_logs(struct __test_metadata *_metadata, stress_data *self,
 		       struct host *host)
 {
-	/* All of the address space, for what is known of it. */
+	/* All of the address space, independent of the mappings. */
 	static const struct vfio_device_feature_dma_logging_range ranges[] = {
 		{ .iova = 0, .length = 1ULL << 32 },
 		{ .iova = 1ULL << 32, .length = 1ULL << 63 },
@@ -331,7 +331,7 @@ static void set_all(struct __test_metadata *_metadata, struct host *host, __u32 
 	}
 }
 
-/* Some rounds of pre-copy; devices like these never have an end of it. */
+/* Some rounds of pre-copy; these devices never become quiet. */
 static void pre_copy(struct __test_metadata *_metadata, stress_data *self,
 		     struct host *host, const int fds[NR_DEVICES],
 		     struct mig_stream images[NR_DEVICES])
@@ -350,7 +350,7 @@ static void pre_copy(struct __test_metadata *_metadata, stress_data *self,
 	}
 }
 
-/* Streams what is left of a stopped device, which does not change meanwhile. */
+/* Streams the rest of a stopped device, which does not change meanwhile. */
 static void drain(struct __test_metadata *_metadata, struct mock *m, int fd,
 		  struct mig_stream *image)
 {
@@ -358,10 +358,10 @@ static void drain(struct __test_metadata *_metadata, struct mock *m, int fd,
 
 	ASSERT_EQ(m->size, (__u64)mock_read(m, BAR2, 0, m->want, m->size));
 	ASSERT_EQ(0, mig_save(fd, image, stream_limit(&m->dev)));
-	expect_memory(_metadata, m, m->want, "in STOP_COPY, under stores");
+	expect_memory(_metadata, m, m->want, "in STOP_COPY, during stores");
 	ASSERT_EQ(0, mock_image_parse(&parsed, image))
 		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "what is streamed");
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 	mock_image_free(&parsed);
 	close(fd);
 }
@@ -386,7 +386,7 @@ static void load(struct __test_metadata *_metadata, const struct mock *from,
 	}
 }
 
-/* One move of both devices, and the comparison of everything. */
+/* One migration of both devices, followed by a comparison of everything. */
 static void move(struct __test_metadata *_metadata, stress_data *self,
 		 struct host *from, struct host *to)
 {
@@ -403,7 +403,7 @@ static void move(struct __test_metadata *_metadata, stress_data *self,
 	}
 	for (n = 0; n < NR_WRITERS; n++)
 		bounds[n].before = atomic_load(&self->writers[n].done);
-	/* All are quiet before the first of them stops. */
+	/* Both devices are in a P2P state before the first one stops. */
 	if (flags & VFIO_MIGRATION_P2P)
 		set_all(_metadata, from, flags & VFIO_MIGRATION_PRE_COPY ?
 			PRE_COPY_P2P : RUNNING_P2P, fds);
@@ -417,11 +417,11 @@ static void move(struct __test_metadata *_metadata, stress_data *self,
 			expect_stores(_metadata, &self->writers[dev * PER_DEVICE + n],
 				      from->dev[dev].want, &bounds[dev * PER_DEVICE + n]);
 	}
-	/* The model of the rest is made without a look at it. */
+	/* The model of the rest does not depend on the memory. */
 	catch_up(_metadata, self, from);
 	for (dev = 0; dev < NR_DEVICES; dev++)
 		expect_memory(_metadata, &from->dev[dev], from->dev[dev].want,
-			      "what the devices have done on the source");
+		       "the transfers on the source");
 	expect_ram(_metadata, &self->ram, "on the source");
 	follow_ram(_metadata, self, from);
 	expect_bytes(_metadata, self->ram.mem, self->copy, RAM_SIZE, "the copy of the memory");
