@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device behind its bus.
+//! The device: state memory, registers and commands.
 
 use crate::{
-    dma::Engine,
+    dma::DmaEngine,
     migration::{
         delay::SaveDelay,
         stream::{
@@ -47,43 +47,44 @@ use vfio::{
     memory::StateMemory, //
 };
 
-/// Bytes in a word.
+/// Size of a word in bytes.
 const WORD: usize = size_of::<u64>();
 
-/// Bytes on the stack that a command works with at once.
+/// Size in bytes of the buffer on the stack of a command.
 const BLOCK: usize = 256;
 
-/// Bytes after which a command looks whether its client is being killed.
+/// Number of bytes after which a command checks for a fatal signal.
 const STRIDE: usize = 1 << 20;
 
-/// How many MSI-X vectors the device has.
+/// Number of MSI-X vectors.
 pub(crate) const VECTORS: u32 = 4;
 
-/// The size of MSI-X table and pending bits in bytes.
+/// Size of the MSI-X table and the pending bits in bytes.
 const MSIX_SIZE: usize = config_space::msix_size(VECTORS);
 
-/// The size of [`Snapshot`] in bytes.
+/// Size of [`Snapshot`] in bytes.
 pub(crate) const SNAPSHOT_SIZE: usize =
     config_space::SIZE + registers::SNAPSHOT_SIZE + MSIX_SIZE + queue::SNAPSHOT_SIZE;
 
-/// All of the device's state but its memory, as it is in the stream.
+/// Serialized device state without the state memory: the registers record of the stream.
 pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
 
-/// The device behind its bus, made anew for each user who opens it.
+/// Data of an open device. Each first open creates it, with the state of power-on.
 #[pin_data]
 pub(crate) struct Chip {
     endpoint: Arc<Endpoint>,
     pub(crate) memory: StateMemory,
     pub(crate) save_delay: Arc<SaveDelay>,
-    /// Held across a whole bus access, commands included. Never held across a user copy.
+    /// Held during an access to BAR0, with the command that it starts, and a write to BAR2. Never
+    /// held across a user copy.
     #[pin]
-    front: Mutex<Registers>,
+    registers: Mutex<Registers>,
     #[pin]
-    dma: Engine,
+    dma: DmaEngine,
 }
 
 impl Chip {
-    /// Makes a device in the state of power on, with `pages` pages of state memory.
+    /// Creates a device with `pages` pages of state memory, in the state of power-on.
     pub(crate) fn new(
         endpoint: Arc<Endpoint>,
         pages: usize,
@@ -93,19 +94,19 @@ impl Chip {
             endpoint,
             memory: StateMemory::new(pages)?,
             save_delay,
-            front <- new_mutex!(Registers::default(), "vfio_mock::Chip::front"),
-            dma <- Engine::new(),
+            registers <- new_mutex!(Registers::default(), "vfio_mock::Chip::registers"),
+            dma <- DmaEngine::new(),
         }? Error)
     }
 
-    /// Does a piece of what the device does by itself.
+    /// Serves the DMA queue. Called by the worker, may sleep.
     pub(crate) fn work(&self, bus: &Bus<'_>) -> Work {
         self.dma.work(&self.memory, &self.endpoint, bus)
     }
 
-    /// Brings the device into the state of power on.
+    /// Resets the device to the state of power-on.
     pub(crate) fn power_on(&self) {
-        let mut registers = self.front.lock();
+        let mut registers = self.registers.lock();
         *registers = Registers::default();
         self.dma.power_on();
         self.memory.clear();
@@ -114,14 +115,14 @@ impl Chip {
     /// Reads from BAR0.
     pub(crate) fn read_registers(&self, offset: usize, to: &mut [u8]) {
         to.fill(0);
-        let registers = self.front.lock();
+        let registers = self.registers.lock();
         let dropped = self.endpoint.dropped_writes() + self.memory.dropped();
         let image = registers.image(self.memory.size(), dropped);
-        overlay(offset, to, 0, &image);
+        copy_overlap(offset, to, 0, &image);
         let paused = !self.endpoint.may_work();
-        self.dma.with(|queue| {
+        self.dma.with_queue(|queue| {
             let image = registers::dma_image(queue, paused);
-            overlay(offset, to, registers::DMA, &image);
+            copy_overlap(offset, to, registers::DMA, &image);
             let skip = registers::DMA_TABLE.saturating_sub(offset);
             if let Some(to) = to.get_mut(skip..) {
                 queue.read(offset + skip - registers::DMA_TABLE, to);
@@ -129,10 +130,10 @@ impl Chip {
         });
     }
 
-    /// Writes to BAR0, and executes the command if the write was one.
+    /// Writes to BAR0, and executes the command if the write reaches the doorbell. May sleep.
     pub(crate) fn write_registers(&self, offset: usize, from: &[u8]) {
-        let registers = &mut *self.front.lock();
-        if self.dma.change(&self.endpoint, |queue| {
+        let registers = &mut *self.registers.lock();
+        if self.dma.update_queue(&self.endpoint, |queue| {
             registers::write_dma(queue, offset, from)
         }) {
             self.endpoint.wake();
@@ -159,19 +160,19 @@ impl Chip {
         }
     }
 
-    /// Writes to BAR2.
+    /// Writes to BAR2, not during a command.
     pub(crate) fn write_memory(&self, offset: usize, from: &[u8]) -> Result {
-        let _front = self.front.lock();
+        let _registers = self.registers.lock();
         self.memory.write(offset, from)
     }
 
-    /// Returns the digest of a page, as it is in the stream.
+    /// Returns the digest of a page of the state memory.
     pub(crate) fn page_digest(&self, page: usize) -> u64 {
         let words = self.memory.page(page);
         page_digest(page as u64, words.map(|words| words.map(u64::from_le)))
     }
 
-    /// Writes all bytes of a page that comes by the stream, and returns its digest.
+    /// Writes a whole page of the state memory and returns its digest, in a single pass.
     pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) -> u64 {
         let mut digest = PageDigest::new(page as u64);
         let words = lanes(bytes).map(|words| words.map(u64::to_le));
@@ -181,25 +182,24 @@ impl Chip {
         digest.value()
     }
 
-    /// Returns all of the device's state but its memory.
+    /// Serializes the device state without the state memory.
     pub(crate) fn snapshot(&self) -> Result<KVVec<u8>> {
         let mut snapshot = KVVec::zeroed(SNAPSHOT_SIZE, GFP_KERNEL_ACCOUNT)?;
         let (config, rest) = snapshot.split_at_mut(config_space::SIZE);
-        let (registers, rest) = rest.split_at_mut(registers::SNAPSHOT_SIZE);
+        let (front, rest) = rest.split_at_mut(registers::SNAPSHOT_SIZE);
         let (msix, queue) = rest.split_at_mut(MSIX_SIZE);
-        let front = self.front.lock();
+        let registers = self.registers.lock();
         config.copy_from_slice(&self.endpoint.save_config());
-        registers.copy_from_slice(&front.save());
+        front.copy_from_slice(&registers.save());
         self.endpoint.save_msix(msix);
-        self.dma.with(|from| from.save(queue));
+        self.dma.with_queue(|from| from.save(queue));
         Ok(snapshot)
     }
 
-    /// Reads what is in a stream.
+    /// Decodes `snapshot` into `state`. The device does not change.
     ///
-    /// Returns [`None`] if a device like this cannot be in such a state. What `state` holds then
-    /// means nothing.
-    pub(crate) fn parse(&self, snapshot: &Snapshot, state: &mut State) -> Option<()> {
+    /// Returns [`None`] if the snapshot is invalid. Then the content of `state` is undefined.
+    pub(crate) fn parse(&self, snapshot: &Snapshot, state: &mut DeviceState) -> Option<()> {
         let (config, rest) = snapshot.split_first_chunk()?;
         let (registers, rest) = rest.split_first_chunk()?;
         let (msix, queue) = rest.split_first_chunk()?;
@@ -211,26 +211,26 @@ impl Chip {
         state.queue.load(queue.first_chunk()?)
     }
 
-    /// Brings the device into a state. What `state` holds then means nothing.
-    pub(crate) fn restore(&self, state: &mut State) -> Result {
-        let mut registers = self.front.lock();
+    /// Applies `state` to the device. Its content is undefined afterwards.
+    pub(crate) fn restore(&self, state: &mut DeviceState) -> Result {
+        let mut registers = self.registers.lock();
         *registers = state.registers.clone();
         self.endpoint.load_msix(&state.msix)?;
         self.dma
-            .change(&self.endpoint, |queue| mem::swap(queue, &mut state.queue));
+            .update_queue(&self.endpoint, |queue| mem::swap(queue, &mut state.queue));
         Ok(())
     }
 }
 
-/// All of the device's state but its memory, as a device can have it.
-pub(crate) struct State {
+/// Decoded [`Snapshot`].
+pub(crate) struct DeviceState {
     registers: Registers,
     msix: [u8; MSIX_SIZE],
     queue: Queue,
 }
 
-impl State {
-    /// Makes the state of power on, in place.
+impl DeviceState {
+    /// Creates the state of power-on, in place.
     pub(crate) fn new() -> impl Init<Self> {
         init!(Self {
             registers: Registers::default(),
@@ -240,8 +240,10 @@ impl State {
     }
 }
 
-/// Copies to `to`, which is what is read at `offset`, where it meets what is at `base`.
-fn overlay(offset: usize, to: &mut [u8], base: usize, from: &[u8]) {
+/// Copies the overlapping part of a register image for a read.
+///
+/// The read has `to.len()` bytes at `offset`, and the image `from` begins at offset `base`.
+fn copy_overlap(offset: usize, to: &mut [u8], base: usize, from: &[u8]) {
     let skip = base.saturating_sub(offset);
     let from = from.iter().skip(offset.saturating_sub(base));
     for (to, from) in to.iter_mut().skip(skip).zip(from) {
@@ -251,7 +253,7 @@ fn overlay(offset: usize, to: &mut [u8], base: usize, from: &[u8]) {
 
 /// Writes the pattern of `seed` to a range.
 ///
-/// Fails if the client is being killed: then a part of the range is written.
+/// Fails on a fatal signal. Then a part of the range is written.
 fn fill(memory: &StateMemory, seed: u64, range: Range<usize>) -> Result<(), u32> {
     for start in range.clone().step_by(STRIDE) {
         cond_resched_killable().map_err(|_| registers::ERROR_KILLED)?;
@@ -260,7 +262,7 @@ fn fill(memory: &StateMemory, seed: u64, range: Range<usize>) -> Result<(), u32>
     Ok(())
 }
 
-/// Writes the pattern of `seed` to a range, which need not begin or end with a word.
+/// Writes the pattern of `seed` to a range of any alignment.
 fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
     let whole = range.start.div_ceil(WORD)..range.end / WORD;
     let edges = [
@@ -273,13 +275,13 @@ fn write_pattern(memory: &StateMemory, seed: u64, range: Range<usize>) {
     for at in edges.into_iter().flatten() {
         let bytes = pattern_word(seed, (at / WORD) as u64).to_le_bytes();
         if let Some(byte) = bytes.get(at % WORD..=at % WORD) {
-            // The range is inside the memory, as its caller has checked.
+            // The caller has checked that the range is inside the memory.
             let _ = memory.write(at, byte);
         }
     }
 }
 
-/// Returns the checksum of a range. Fails if the client is being killed.
+/// Returns the checksum of a range. Fails on a fatal signal.
 fn checksum(memory: &StateMemory, range: Range<usize>) -> Result<u64, u32> {
     let mut digest = Digest::new(range.len() as u64);
     let mut block = [0; BLOCK];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The DMA engine: serves the queue on the device's own thread.
+//! The DMA engine: serves the queue on the device's worker.
 
 use crate::{
     migration::stream::pattern_word,
@@ -35,45 +35,46 @@ use vfio::{
     memory::StateMemory, //
 };
 
-/// Bytes in a word of a pattern.
+/// Size of a word of the pattern in bytes.
 const WORD: u64 = size_of::<u64>() as u64;
 
 /// The DMA engine of a device.
 #[pin_data]
-pub(crate) struct Engine {
+pub(crate) struct DmaEngine {
     /// Never held while user memory is accessed.
     #[pin]
     queue: Mutex<Queue>,
-    /// From when on the queue's time counts.
+    /// Start of the queue's time base.
     epoch: Instant<Monotonic>,
 }
 
-impl Engine {
-    /// Makes an engine in the state of power on.
+impl DmaEngine {
+    /// Creates an engine in the state of power-on.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             queue <- new_mutex!(
                 init_scope(|| Ok(Queue::POWER_ON)),
-                "vfio_mock::dma::Engine::queue"
+                "vfio_mock::DmaEngine::queue"
             ),
             epoch: Instant::now(),
         })
     }
 
-    /// Looks at the queue.
-    pub(crate) fn with<R>(&self, with: impl FnOnce(&Queue) -> R) -> R {
-        with(&self.queue.lock())
+    /// Calls `inspect` with the queue.
+    pub(crate) fn with_queue<R>(&self, inspect: impl FnOnce(&Queue) -> R) -> R {
+        inspect(&self.queue.lock())
     }
 
-    /// Changes the queue, and raises the interrupts of descriptors that end by this. They are
-    /// raised before anybody else sees the queue.
-    pub(crate) fn change<R>(
+    /// Calls `update` with the queue, and raises the interrupts of the descriptors that it ends.
+    ///
+    /// The lock is held until the interrupts are raised, so a saved queue has none left to raise.
+    pub(crate) fn update_queue<R>(
         &self,
         endpoint: &Endpoint,
-        change: impl FnOnce(&mut Queue) -> R, //
+        update: impl FnOnce(&mut Queue) -> R, //
     ) -> R {
         let queue = &mut *self.queue.lock();
-        let result = change(queue);
+        let result = update(queue);
         let vectors = queue.take_vectors();
         (0..u32::BITS)
             .filter(|vector| vectors & 1 << vector != 0)
@@ -81,13 +82,14 @@ impl Engine {
         result
     }
 
+    /// Returns the time in nanoseconds.
     fn now(&self) -> u64 {
         self.epoch.elapsed().as_nanos() as u64
     }
 
-    /// Moves the next piece.
+    /// Moves the next piece. Called by the worker, sleeps.
     pub(crate) fn work(&self, memory: &StateMemory, endpoint: &Endpoint, bus: &Bus<'_>) -> Work {
-        let next = self.change(endpoint, |queue| {
+        let next = self.update_queue(endpoint, |queue| {
             queue.next(self.now(), memory.size() as u64)
         });
         match next {
@@ -96,7 +98,7 @@ impl Engine {
                     Ok(()) => (piece.len, None),
                     Err(Fault { done, cause }) => (done as u64, Some(failure(cause))),
                 };
-                self.change(endpoint, |queue| {
+                self.update_queue(endpoint, |queue| {
                     queue.moved(&piece, done, failure, self.now())
                 });
                 Work::Again
@@ -109,13 +111,13 @@ impl Engine {
         }
     }
 
-    /// Brings the engine into the state of power on. No work is under way.
+    /// Resets the engine to the state of power-on. The worker must be stopped.
     pub(crate) fn power_on(&self) {
         *self.queue.lock() = Queue::POWER_ON;
     }
 }
 
-/// Moves the bytes of a piece.
+/// Moves the bytes of a piece. Sleeps in page faults of user memory.
 fn execute(piece: &Piece, memory: &StateMemory, bus: &Bus<'_>) -> Result<(), Fault> {
     match piece.op {
         Op::Read => bus.read(piece.iova, memory, piece.memory()),
@@ -125,7 +127,7 @@ fn execute(piece: &Piece, memory: &StateMemory, bus: &Bus<'_>) -> Result<(), Fau
     }
 }
 
-/// Returns the bytes of the pattern in a piece.
+/// Returns the part of the pattern that a piece writes.
 fn pattern(piece: &Piece) -> Result<KVVec<u8>, AllocError> {
     let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_KERNEL_ACCOUNT)?;
     let end = piece.pos + piece.len;
@@ -141,7 +143,7 @@ fn pattern(piece: &Piece) -> Result<KVVec<u8>, AllocError> {
     Ok(bytes)
 }
 
-/// Returns what the user is told of a failure.
+/// Returns the error code of a descriptor for a DMA fault.
 fn failure(cause: Cause) -> Failure {
     match cause {
         Cause::Range => Failure::Range,

@@ -1,61 +1,61 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The DMA queue: the descriptors that the user sees, and which of them the device serves next.
+//! The DMA queue: descriptors, and the order in which the device serves them.
 //!
-//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
-//! and in host tests. The caller brings the lock and the clock, and moves the bytes.
+//! This file is pure: it uses `core` alone, so that the same file runs in the kernel and in host
+//! tests. The caller provides the lock and the clock, and moves the bytes.
 //!
-//! A descriptor belongs to the user until its number is written to the doorbell, and to the device
-//! from then until it has ended. The device serves one after the other, in pieces; those with a
-//! period never end by themselves and get their turns between the others.
+//! A write of its number to the doorbell gives a descriptor to the device, which owns it until it
+//! has ended. The device serves descriptors one after the other, in pieces. Descriptors with a
+//! period never end by themselves, and take turns with the others.
 
 use core::ops::Range;
 
-/// How many descriptors there are.
+/// Number of descriptors.
 pub const DESCRIPTORS: usize = 16;
 
-/// The size of a descriptor in bytes.
+/// Size of a descriptor in bytes.
 pub const DESCRIPTOR_SIZE: usize = 64;
 
-/// The size of all descriptors in bytes.
+/// Size of all descriptors in bytes.
 pub const TABLE_SIZE: usize = DESCRIPTORS * DESCRIPTOR_SIZE;
 
-/// The size of the queue in the stream, in bytes.
+/// Size of the queue in the stream in bytes.
 pub const SNAPSHOT_SIZE: usize = TABLE_SIZE + DESCRIPTORS + 24;
 
-/// What stands for all descriptors.
+/// Index that means all descriptors.
 pub const ALL: u32 = u32::MAX;
 
-/// Most bytes in a piece, which is how much is moved before the device looks up.
+/// Maximum size of a piece in bytes. Between two pieces the worker can be stopped.
 pub const PIECE: u64 = 64 << 10;
 
-/// Why a write to the doorbell was refused: there is no such descriptor.
+/// Doorbell error: no such descriptor.
 pub const REFUSED_INDEX: u32 = 1;
 
-/// Why a write to the doorbell was refused: the descriptor is the device's.
+/// Doorbell error: the device owns the descriptor.
 pub const REFUSED_BUSY: u32 = 2;
 
-/// What a descriptor without an interrupt has for its vector.
+/// Vector of a descriptor without an interrupt.
 const NO_VECTOR: u32 = u32::MAX;
 
-/// In [`Queue::status()`]: a descriptor is the device's.
+/// [`Queue::status()`]: the device owns a descriptor.
 const STATUS_BUSY: u32 = 1;
 
-/// In [`Queue::status()`]: nothing is moved.
+/// [`Queue::status()`]: no piece may be moved now.
 const STATUS_PAUSED: u32 = 2;
 
-/// Most bytes that a descriptor has moved, in the stream: a device takes centuries for them.
+/// Maximum position of a periodic descriptor in the stream. A device needs centuries to reach it.
 const POS_MAX: u64 = u64::MAX / 2;
 
 /// Nanoseconds in a microsecond.
 const NANOS: u64 = 1000;
 
-/// What a descriptor asks for.
+/// Operation of a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Move user memory to the state memory.
+    /// Copy user memory to the state memory.
     Read,
-    /// Move state memory to the user memory.
+    /// Copy state memory to user memory.
     Write,
     /// Write the pattern to user memory.
     Fill,
@@ -75,20 +75,20 @@ impl Op {
     }
 }
 
-/// Whose a descriptor is, and how it ended.
+/// Owner and result of a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// The user's, never used.
+    /// Owned by the user, never used.
     Idle = 0,
-    /// The device's, not begun.
+    /// Owned by the device, not started.
     Queued = 1,
-    /// The device's, begun.
+    /// Owned by the device, started.
     Active = 2,
-    /// The user's, executed.
+    /// Owned by the user, executed.
     Done = 3,
-    /// The user's, failed.
+    /// Owned by the user, failed.
     Failed = 4,
-    /// The user's, aborted.
+    /// Owned by the user, aborted.
     Aborted = 5,
 }
 
@@ -105,31 +105,31 @@ impl Status {
         })
     }
 
-    fn is_devices(self) -> bool {
+    fn is_busy(self) -> bool {
         matches!(self, Self::Queued | Self::Active)
     }
 }
 
-/// Why a descriptor failed.
+/// Error of a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// There is no such operation.
+    /// Unknown operation.
     Op = 1,
-    /// The range is empty or not inside the memory or the address space.
+    /// The range is empty, or not inside the state memory or the IOVA space.
     Range = 2,
-    /// There is no user memory at that address.
+    /// No user memory is mapped at the IOVA.
     Unmapped = 3,
-    /// The user does not allow it.
+    /// The mapping does not permit the access.
     Denied = 4,
-    /// The user has taken the memory away.
+    /// The memory behind the mapping cannot be accessed.
     Fault = 5,
-    /// The device has no memory.
+    /// Out of memory.
     NoMemory = 6,
-    /// Something else.
+    /// Other error.
     Other = 7,
 }
 
-/// A descriptor, as its fields are in BAR0 and in the stream.
+/// Descriptor, with the fields in the order of BAR0 and of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Descriptor {
     iova: u64,
@@ -145,7 +145,7 @@ struct Descriptor {
     pos: u64,
 }
 
-/// Where the fields that the user cannot write begin in a descriptor.
+/// Offset of the first field of a descriptor that the user cannot write.
 const READ_ONLY: usize = 0x30;
 
 impl Descriptor {
@@ -183,7 +183,7 @@ impl Descriptor {
         bytes
     }
 
-    /// Returns the descriptor that is in `bytes`, unless it cannot be so.
+    /// Decodes a descriptor. Returns [`None`] if it is invalid.
     fn new(bytes: &[u8; DESCRIPTOR_SIZE]) -> Option<Self> {
         let word = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
         let half = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
@@ -207,7 +207,7 @@ impl Descriptor {
         error_fits.then_some(this)
     }
 
-    /// Tells what is wrong with what the descriptor asks for.
+    /// Returns the operation, or the error if the descriptor is invalid.
     fn check(&self, memory_size: u64) -> Result<Op, Failure> {
         let op = Op::new(self.op).ok_or(Failure::Op)?;
         let inside = |start: u64, size: u64| {
@@ -219,8 +219,8 @@ impl Descriptor {
         (memory && iova).then_some(op).ok_or(Failure::Range)
     }
 
-    /// Returns how many bytes one turn moves.
-    fn turn(&self) -> u64 {
+    /// Returns the number of bytes of a turn.
+    fn turn_len(&self) -> u64 {
         if self.period == 0 || self.step == 0 {
             self.len
         } else {
@@ -228,54 +228,56 @@ impl Descriptor {
         }
     }
 
-    /// Returns how many bytes the turn has moved. All turns before it moved as many as they do.
-    fn moved(&self) -> u64 {
-        self.pos.checked_rem(self.turn()).unwrap_or(0)
+    /// Returns the number of bytes that the current turn has moved.
+    ///
+    /// All earlier turns had the same length.
+    fn moved_in_turn(&self) -> u64 {
+        self.pos.checked_rem(self.turn_len()).unwrap_or(0)
     }
 }
 
-/// What the device does next.
+/// Next action of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// Move this.
+    /// Move a piece.
     Piece(Piece),
-    /// Nothing before this time, in nanoseconds.
+    /// Wait until this time in nanoseconds.
     At(u64),
-    /// Nothing, until somebody does something with the queue.
+    /// Wait for a write to the doorbell.
     Nothing,
 }
 
-/// Bytes to be moved at once.
+/// Part of a transfer that is moved at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// For which descriptor.
+    /// Index of the descriptor.
     index: usize,
-    /// How.
+    /// Operation.
     pub op: Op,
-    /// Where in the user's address space.
+    /// IOVA of the user memory.
     pub iova: u64,
-    /// Where in the state memory, in bytes.
+    /// Offset in the state memory in bytes.
     pub addr: u64,
-    /// How many bytes.
+    /// Number of bytes.
     pub len: u64,
-    /// What a pattern is made of.
+    /// Seed of the pattern.
     pub seed: u64,
-    /// Where in the pattern it begins, in bytes.
+    /// Offset in the pattern in bytes.
     pub pos: u64,
 }
 
 impl Piece {
-    /// Returns the range in the state memory, in bytes.
+    /// Returns the range in the state memory in bytes.
     pub fn memory(&self) -> Range<usize> {
         self.addr as usize..(self.addr + self.len) as usize
     }
 }
 
-/// The descriptor whose turn it is.
+/// The descriptor that is being served.
 #[derive(Clone, Copy, Debug)]
 struct Current {
     index: usize,
-    /// A piece of it is being moved.
+    /// A piece is being moved.
     moving: bool,
     aborted: bool,
 }
@@ -283,24 +285,24 @@ struct Current {
 /// The DMA queue.
 pub struct Queue {
     descriptors: [Descriptor; DESCRIPTORS],
-    /// Those that are queued, in order.
+    /// Indexes of the queued descriptors in order.
     order: [u8; DESCRIPTORS],
     queued: usize,
-    /// Why the last doorbell was refused.
+    /// Error of the last doorbell write.
     refused: u32,
     done: u64,
     bytes: u64,
     current: Option<Current>,
-    /// When those with a period have their next turns, in nanoseconds.
+    /// Start of the next turn of each periodic descriptor in nanoseconds.
     due: [u64; DESCRIPTORS],
-    /// Those with a period had the last turn.
+    /// The last turn was that of a periodic descriptor.
     periodic_last: bool,
-    /// The vectors to signal, one bit each.
+    /// Vectors to signal, one bit each.
     vectors: u32,
 }
 
 impl Queue {
-    /// The queue at power on, a constant that need not be built on the stack.
+    /// Queue at power-on. A constant is not built on the stack.
     pub const POWER_ON: Self = Self {
         descriptors: [Descriptor::POWER_ON; DESCRIPTORS],
         order: [0; DESCRIPTORS],
@@ -314,8 +316,7 @@ impl Queue {
         vectors: 0,
     };
 
-    /// Copies what the user reads at `offset` of the descriptors. What is behind their end is left
-    /// as it is.
+    /// Reads from `offset` of the descriptors. Bytes of `to` after their end are not changed.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         let descriptors = self.descriptors.iter().skip(offset / DESCRIPTOR_SIZE);
         let bytes = descriptors.flat_map(Descriptor::bytes);
@@ -324,16 +325,16 @@ impl Queue {
         }
     }
 
-    /// Takes a write of any bytes at `offset` of the descriptors.
+    /// Writes to `offset` of the descriptors.
     ///
-    /// What the user cannot write, and descriptors that are the device's, stay as they are.
+    /// Read-only fields and descriptors that the device owns do not change.
     pub fn write(&mut self, offset: usize, from: &[u8]) {
         for (at, byte) in (offset..).zip(from) {
             let Some(descriptor) = self.descriptors.get_mut(at / DESCRIPTOR_SIZE) else {
                 break;
             };
             let field = at % DESCRIPTOR_SIZE;
-            if descriptor.status.is_devices() || field >= READ_ONLY {
+            if descriptor.status.is_busy() || field >= READ_ONLY {
                 continue;
             }
             let mut bytes = descriptor.bytes();
@@ -346,27 +347,27 @@ impl Queue {
         }
     }
 
-    /// Returns bits that tell what the device is doing. While it is `paused` nothing is moved.
+    /// Returns the status register. `paused` tells that no piece may be moved now.
     pub fn status(&self, paused: bool) -> u32 {
         (if self.is_busy() { STATUS_BUSY } else { 0 }) | (if paused { STATUS_PAUSED } else { 0 })
     }
 
-    /// Returns whether a descriptor is the device's.
+    /// Returns whether the device owns a descriptor.
     pub fn is_busy(&self) -> bool {
-        self.descriptors.iter().any(|d| d.status.is_devices())
+        self.descriptors.iter().any(|d| d.status.is_busy())
     }
 
-    /// Returns why the last doorbell or abort was refused.
+    /// Returns the error of the last doorbell or abort, 0 if there was none.
     pub fn refused(&self) -> u32 {
         self.refused
     }
 
-    /// Returns how many descriptors have ended.
+    /// Returns the number of descriptors that have ended.
     pub fn done(&self) -> u64 {
         self.done
     }
 
-    /// Returns how many bytes were moved.
+    /// Returns the number of bytes moved.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -376,7 +377,7 @@ impl Queue {
         let found = self.descriptors.get_mut(index as usize);
         self.refused = match found {
             None => REFUSED_INDEX,
-            Some(descriptor) if descriptor.status.is_devices() => REFUSED_BUSY,
+            Some(descriptor) if descriptor.status.is_busy() => REFUSED_BUSY,
             Some(descriptor) => {
                 descriptor.status = Status::Queued;
                 descriptor.error = 0;
@@ -390,8 +391,8 @@ impl Queue {
         };
     }
 
-    /// Takes a descriptor back from the device, or all of them. A piece that is being moved is
-    /// finished first.
+    /// Takes back a descriptor from the device, or all of them for [`ALL`]. A piece that is being
+    /// moved is finished first.
     pub fn abort(&mut self, index: u32) {
         self.refused = 0;
         if index == ALL {
@@ -417,14 +418,14 @@ impl Queue {
                     }
                 }
                 self.queued = kept;
-                if self.descriptors[index].status.is_devices() {
+                if self.descriptors[index].status.is_busy() {
                     self.end(index, Status::Aborted, 0);
                 }
             }
         }
     }
 
-    /// Notes that a descriptor has ended.
+    /// Ends a descriptor and raises its interrupt.
     fn end(&mut self, index: usize, status: Status, error: u32) {
         self.descriptors[index].status = status;
         self.descriptors[index].error = error;
@@ -432,18 +433,19 @@ impl Queue {
         self.signal(index);
     }
 
+    /// Adds the vector of a descriptor to those to signal.
     fn signal(&mut self, index: usize) {
         self.vectors |= 1u32
             .checked_shl(self.descriptors[index].vector)
             .unwrap_or(0);
     }
 
-    /// Returns the vectors to signal, one bit each, and forgets them.
+    /// Returns and clears the vectors to signal, one bit each.
     pub fn take_vectors(&mut self) -> u32 {
         core::mem::take(&mut self.vectors)
     }
 
-    /// Returns what the device does next. If it is a piece, [`moved()`](Self::moved) comes next.
+    /// Returns the next action. The caller must report a piece with [`moved()`](Self::moved).
     ///
     /// `now` is in nanoseconds, `memory_size` in bytes.
     pub fn next(&mut self, now: u64, memory_size: u64) -> Next {
@@ -464,7 +466,7 @@ impl Queue {
                         aborted: false,
                     });
                     let pos = descriptor.pos % descriptor.len;
-                    let left = descriptor.turn() - descriptor.moved();
+                    let left = descriptor.turn_len() - descriptor.moved_in_turn();
                     let len = left.min(descriptor.len - pos).min(PIECE);
                     return Next::Piece(Piece {
                         index,
@@ -486,7 +488,7 @@ impl Queue {
         }
     }
 
-    /// Chooses what to serve: what is queued, and what is due, in turns.
+    /// Chooses the next descriptor: queued and due periodic ones alternate.
     fn choose(&mut self, now: u64) -> Result<usize, Next> {
         let periodic = (0..DESCRIPTORS)
             .filter(|index| self.descriptors[*index].status == Status::Active)
@@ -515,7 +517,7 @@ impl Queue {
         })
     }
 
-    /// Notes that `len` bytes of a piece were moved, and whether the rest failed.
+    /// Records that `len` bytes of a piece were moved, and why the rest was not.
     pub fn moved(&mut self, piece: &Piece, len: u64, failure: Option<Failure>, now: u64) {
         let Some(current) = self.current.take() else {
             return;
@@ -524,7 +526,7 @@ impl Queue {
         let descriptor = &mut self.descriptors[index];
         descriptor.pos = descriptor.pos.wrapping_add(len);
         self.bytes = self.bytes.wrapping_add(len);
-        let over = descriptor.moved() == 0;
+        let over = descriptor.moved_in_turn() == 0;
         let (status, error) = match failure {
             Some(failure) => (Status::Failed, failure as u32),
             None if over && descriptor.period == 0 => (Status::Done, 0),
@@ -536,7 +538,7 @@ impl Queue {
                     self.signal(index);
                 }
                 if over {
-                    // A device that is late catches up, but not for ever.
+                    // A late device catches up, by at most 16 periods.
                     let due = &mut self.due[index];
                     *due = (*due + period).max(now.saturating_sub(16 * period));
                 } else {
@@ -551,11 +553,10 @@ impl Queue {
         self.end(index, status, error);
     }
 
-    /// Copies the queue as it is in the stream to `to`, which has [`SNAPSHOT_SIZE`] bytes. No piece
-    /// is being moved.
+    /// Serializes the queue to the [`SNAPSHOT_SIZE`] bytes of `to`. No piece may be moving.
     pub fn save(&self, to: &mut [u8]) {
         let order = self.order.into_iter().enumerate().map(|(index, number)| {
-            // What is behind the queue means nothing, and is the same for all.
+            // Entries after the end of the queue are unused. Streams have 0 there.
             if index < self.queued {
                 number
             } else {
@@ -573,9 +574,9 @@ impl Queue {
         }
     }
 
-    /// Replaces the queue by that in a stream.
+    /// Replaces the queue by a serialized one.
     ///
-    /// Returns [`None`] if no queue can be so. What this one holds then means nothing.
+    /// Returns [`None`] if it is invalid. Then the content of this queue is undefined.
     pub fn load(&mut self, snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<()> {
         *self = Self::POWER_ON;
         let (table, rest) = snapshot.split_at_checked(TABLE_SIZE)?;
@@ -597,11 +598,11 @@ impl Queue {
         self.bytes = u64::from_le_bytes(*rest.first_chunk()?);
 
         let queue = self.order.get(..self.queued)?;
-        let behind = self.order.get(self.queued..)?;
+        let unused = self.order.get(self.queued..)?;
         for (index, descriptor) in self.descriptors.iter().enumerate() {
             let times = queue.iter().filter(|n| usize::from(**n) == index).count();
-            let moved = descriptor.moved() > 0;
-            // Without a period it is the device's until its only turn is over.
+            let moved = descriptor.moved_in_turn() > 0;
+            // The device owns a descriptor without a period until its only turn is over.
             let good = match descriptor.status {
                 Status::Queued => times == 1 && descriptor.pos == 0,
                 Status::Active if descriptor.period == 0 => {
@@ -619,14 +620,14 @@ impl Queue {
                     moving: false,
                     aborted: false,
                 };
-                // There is one descriptor at most whose turn it is.
+                // At most one descriptor is being served.
                 if self.current.replace(current).is_some() {
                     return None;
                 }
             }
         }
         let known = queue.iter().all(|n| usize::from(*n) < DESCRIPTORS);
-        let blank = behind.iter().all(|n| *n == 0);
+        let blank = unused.iter().all(|n| *n == 0);
         (known && blank && self.refused <= REFUSED_BUSY).then_some(())
     }
 }

@@ -9,110 +9,111 @@ use crate::{
 use core::ops::Range;
 use kernel::page::PAGE_SIZE;
 
-/// The size of BAR0 in bytes.
+/// Size of BAR0 in bytes.
 pub(crate) const BAR_SIZE: u32 = 16 << 10;
-/// Where in BAR0 the MSI-X table is.
+/// Offset of the MSI-X table in BAR0.
 pub(crate) const MSIX_TABLE: u32 = 0x1000;
-/// Where in BAR0 the MSI-X pending bit array is.
+/// Offset of the MSI-X pending bit array in BAR0.
 pub(crate) const MSIX_PBA: u32 = 0x2000;
 
-/// Where in BAR0 the registers of the DMA engine are.
+/// Offset of the registers of the DMA engine in BAR0.
 pub(crate) const DMA: usize = 0x60;
-/// Where in BAR0 the descriptors of the DMA engine are.
+/// Offset of the descriptors of the DMA engine in BAR0.
 pub(crate) const DMA_TABLE: usize = 0x400;
 
-/// Where the registers of the DMA engine are behind [`DMA`].
+/// Offsets of the registers of the DMA engine, relative to [`DMA`].
 mod dma_offset {
-    /// Gives a descriptor to the device, 32 bits, write-only. Acts if all of it is written in one
-    /// access, as [`ABORT`] does.
+    /// Doorbell: gives a descriptor to the device, 32 bits, write-only. Like [`ABORT`], it has an
+    /// effect only if one access writes all of it.
     pub(super) const DOORBELL: usize = 0x00;
-    /// Takes a descriptor back, or all, 32 bits, write-only.
+    /// Takes back one descriptor or all, 32 bits, write-only.
     pub(super) const ABORT: usize = 0x04;
-    /// What the engine is doing, 32 bits, read-only.
+    /// State of the engine, 32 bits, read-only.
     pub(super) const STATUS: usize = 0x08;
-    /// Why the last write to one of these was refused, 32 bits, read-only.
+    /// Error of the last write to `DOORBELL` or `ABORT`, 32 bits, read-only.
     pub(super) const ERROR: usize = 0x0c;
-    /// How many descriptors have ended since the last reset, 64 bits, read-only.
+    /// Number of descriptors that have ended since the last reset, 64 bits, read-only.
     pub(super) const DONE: usize = 0x10;
-    /// How many bytes were moved since the last reset, 64 bits, read-only.
+    /// Number of bytes moved since the last reset, 64 bits, read-only.
     pub(super) const BYTES: usize = 0x18;
-    /// Where the registers end.
+    /// End of the registers.
     pub(super) const END: usize = 0x20;
 }
 
-/// What [`offset::MAGIC`] reads as: `VFMK`.
+/// Value of [`offset::MAGIC`]: `VFMK`.
 const MAGIC: u32 = u32::from_le_bytes(*b"VFMK");
-/// What [`offset::ABI_VERSION`] reads as.
+/// Value of [`offset::ABI_VERSION`].
 const ABI_VERSION: u32 = 1;
 
-/// Where the registers are.
+/// Offsets of the registers in BAR0.
 mod offset {
     /// Identity, 32 bits, read-only.
     pub(super) const MAGIC: usize = 0x00;
     /// Version of this layout, 32 bits, read-only.
     pub(super) const ABI_VERSION: usize = 0x04;
-    /// Bytes of state memory, 64 bits, read-only.
+    /// Size of the state memory in bytes, 64 bits, read-only.
     pub(super) const STATE_SIZE: usize = 0x08;
-    /// Bytes in a page, the unit of dirty tracking, 32 bits, read-only.
+    /// Size in bytes of a page, the unit of dirty tracking, 32 bits, read-only.
     pub(super) const PAGE_SIZE: usize = 0x10;
-    /// How the last command ended, 32 bits, read-only.
+    /// Status of the last command, 32 bits, read-only.
     pub(super) const STATUS: usize = 0x14;
-    /// Whatever was written, 64 bits.
+    /// Scratch register, 64 bits.
     pub(super) const SCRATCH: usize = 0x18;
-    /// Where in the state memory a command begins, in bytes, 64 bits.
+    /// Offset of the range of a command in the state memory, in bytes, 64 bits.
     pub(super) const ADDR: usize = 0x20;
-    /// How far a command goes, in bytes, 64 bits.
+    /// Length of the range of a command in bytes, 64 bits.
     pub(super) const LEN: usize = 0x28;
-    /// What a pattern is made of, 64 bits.
+    /// Seed of the pattern, 64 bits.
     pub(super) const SEED: usize = 0x30;
-    /// Executes a command, 32 bits, write-only. Acts if all of it is written in one access.
+    /// Doorbell: executes a command, 32 bits, write-only. It has an effect only if one access
+    /// writes all of it.
     pub(super) const DOORBELL: usize = 0x38;
-    /// The MSI-X vector that a command signals at its end, 32 bits.
+    /// MSI-X vector to signal at the end of a command, 32 bits.
     pub(super) const IRQ_VECTOR: usize = 0x3c;
-    /// What the last checksum was, 64 bits, read-only.
+    /// Result of the last checksum, 64 bits, read-only.
     pub(super) const RESULT: usize = 0x40;
-    /// How many commands were executed since the last reset, 64 bits, read-only.
+    /// Number of commands executed since the last reset, 64 bits, read-only.
     pub(super) const COMPLETIONS: usize = 0x48;
-    /// Why the last command was refused, 32 bits, read-only.
+    /// Error of the last command, 32 bits, read-only.
     pub(super) const ERROR: usize = 0x50;
-    /// How many writes were dropped because the device was stopped, 64 bits, read-only.
+    /// Number of writes dropped because the device was stopped, 64 bits, read-only.
     pub(super) const DROPPED: usize = 0x58;
-    /// Where the registers end.
+    /// End of the registers.
     pub(super) const END: usize = 0x60;
 }
 
-/// In `STATUS`: the last command was executed.
+/// `STATUS`: the last command was executed.
 const STATUS_DONE: u32 = 1 << 1;
-/// In `STATUS`: the last command was refused.
+/// `STATUS`: the last command failed.
 const STATUS_ERROR: u32 = 1 << 2;
 
-/// In `ERROR`: there is no such command.
+/// `ERROR`: unknown command.
 pub(crate) const ERROR_COMMAND: u32 = 1;
-/// In `ERROR`: the range is empty or not inside the state memory.
+/// `ERROR`: the range is empty or not inside the state memory.
 pub(crate) const ERROR_RANGE: u32 = 2;
-/// In `ERROR`: the client was killed. The command was executed in part.
+/// `ERROR`: the client was killed. The command was executed in part.
 pub(crate) const ERROR_KILLED: u32 = 3;
 
-/// In `IRQ_VECTOR`: none.
+/// `IRQ_VECTOR`: no vector.
 const NO_VECTOR: u32 = u32::MAX;
 
-/// What was written to `DOORBELL`.
+/// Command that was written to `DOORBELL`.
 #[derive(Clone, Copy)]
 pub(crate) enum Command {
     /// Fill the range with the pattern of the seed.
     Fill,
     /// Compute the checksum of the range.
     Checksum,
-    /// Re-initialise the device: fill all of the memory with the pattern of the seed.
+    /// Reinitialise the device: fill all of the memory with the pattern of the seed.
     Reinit,
-    /// Something else.
+    /// Unknown command.
     Unknown,
 }
 
-/// The size in the stream, in bytes.
+/// Size of [`Registers`] in the stream in bytes.
 pub(crate) const SNAPSHOT_SIZE: usize = 64;
 
-/// The registers that keep something.
+/// Registers with state of their own.
 #[derive(Clone)]
 pub(crate) struct Registers {
     scratch: u64,
@@ -142,14 +143,16 @@ impl Default for Registers {
     }
 }
 
-/// Puts `value` at `offset`, cut to the image.
+/// Copies `value` to `offset` of `image`, as far as it fits.
 fn put(image: &mut [u8], offset: usize, value: &[u8]) {
     for (to, from) in image.iter_mut().skip(offset).zip(value) {
         *to = *from;
     }
 }
 
-/// Replaces the bytes of `value`, the register at `register`, that are written at `offset`.
+/// Returns the value of a register after a write of `from` at `offset`.
+///
+/// The register is at `register` and has `value` before the write, which may overlap it in part.
 fn merge<const N: usize>(value: [u8; N], register: usize, offset: usize, from: &[u8]) -> [u8; N] {
     let mut value = value;
     for (at, byte) in (offset..).zip(from) {
@@ -163,14 +166,16 @@ fn merge<const N: usize>(value: [u8; N], register: usize, offset: usize, from: &
     value
 }
 
-/// Returns the 32 bits that are written to a register that acts, if all of it is in the access.
-fn rung(register: usize, offset: usize, from: &[u8]) -> Option<u32> {
+/// Returns the value that a write of `from` at `offset` stores in the doorbell at `register`.
+///
+/// Returns [`None`] unless the write has all four bytes of the doorbell.
+fn doorbell_value(register: usize, offset: usize, from: &[u8]) -> Option<u32> {
     let start = register.checked_sub(offset)?;
     let bytes = from.get(start..)?.first_chunk()?;
     Some(u32::from_le_bytes(*bytes))
 }
 
-/// Returns what a read of the registers of the DMA engine gives.
+/// Returns the content of the registers of the DMA engine.
 pub(crate) fn dma_image(queue: &Queue, paused: bool) -> [u8; dma_offset::END] {
     let mut image = [0; dma_offset::END];
     put(
@@ -188,22 +193,24 @@ pub(crate) fn dma_image(queue: &Queue, paused: bool) -> [u8; dma_offset::END] {
     image
 }
 
-/// Takes a write of any bytes at any offset of BAR0 to the DMA engine: the descriptors first, then
-/// what acts. Returns whether the engine may have something to do.
+/// Applies the part of a write to BAR0 that belongs to the DMA engine.
+///
+/// `offset` and length are arbitrary. Descriptors are written before the doorbells take effect.
+/// Returns whether the worker must be woken.
 pub(crate) fn write_dma(queue: &mut Queue, offset: usize, from: &[u8]) -> bool {
     let skip = DMA_TABLE.saturating_sub(offset);
     if let Some(part) = from.get(skip..).filter(|part| !part.is_empty()) {
         queue.write(offset + skip - DMA_TABLE, part);
     }
-    let doorbell = rung(DMA + dma_offset::DOORBELL, offset, from);
-    let abort = rung(DMA + dma_offset::ABORT, offset, from);
+    let doorbell = doorbell_value(DMA + dma_offset::DOORBELL, offset, from);
+    let abort = doorbell_value(DMA + dma_offset::ABORT, offset, from);
     doorbell.into_iter().for_each(|index| queue.doorbell(index));
     abort.into_iter().for_each(|index| queue.abort(index));
     doorbell.or(abort).is_some()
 }
 
 impl Registers {
-    /// Returns what a read of all registers gives.
+    /// Returns the content of all registers.
     pub(crate) fn image(&self, state_size: usize, dropped: u64) -> [u8; offset::END] {
         let mut image = [0; offset::END];
         put(&mut image, offset::MAGIC, &MAGIC.to_le_bytes());
@@ -239,9 +246,9 @@ impl Registers {
         image
     }
 
-    /// Takes a write of any bytes at any offset. Returns the command if it rang the doorbell.
+    /// Applies a write to BAR0 at an arbitrary offset. Returns the command that it starts.
     ///
-    /// The registers are written before the command counts, whatever their order in the access.
+    /// Registers in the same access are written before the command is executed.
     pub(crate) fn write(&mut self, offset: usize, from: &[u8]) -> Option<Command> {
         for (register, value) in [
             (offset::SCRATCH, &mut self.scratch),
@@ -254,7 +261,7 @@ impl Registers {
         let vector = self.irq_vector.to_le_bytes();
         self.irq_vector = u32::from_le_bytes(merge(vector, offset::IRQ_VECTOR, offset, from));
 
-        Some(match rung(offset::DOORBELL, offset, from)? {
+        Some(match doorbell_value(offset::DOORBELL, offset, from)? {
             1 => Command::Fill,
             2 => Command::Checksum,
             3 => Command::Reinit,
@@ -262,14 +269,15 @@ impl Registers {
         })
     }
 
-    /// Returns the range of a command, in bytes, if it is inside the memory and not empty.
+    /// Returns the range of a command in bytes, or [`None`] if it is empty or not inside the
+    /// memory.
     pub(crate) fn range(&self, state_size: usize) -> Option<Range<usize>> {
         let start = usize::try_from(self.addr).ok()?;
         let end = start.checked_add(usize::try_from(self.len).ok()?)?;
         (start < end && end <= state_size).then_some(start..end)
     }
 
-    /// Notes how a command ended.
+    /// Records the result of a command.
     pub(crate) fn complete(&mut self, result: Result<(), u32>) {
         (self.status, self.error) = match result {
             Ok(()) => (STATUS_DONE, 0),
@@ -280,12 +288,12 @@ impl Registers {
         }
     }
 
-    /// Returns the vector that a command signals at its end.
+    /// Returns the vector to signal at the end of a command, if any.
     pub(crate) fn vector(&self) -> Option<u32> {
         (self.irq_vector < VECTORS).then_some(self.irq_vector)
     }
 
-    /// Returns the registers as they are in the stream.
+    /// Serializes the registers.
     pub(crate) fn save(&self) -> [u8; SNAPSHOT_SIZE] {
         let mut snapshot = [0; SNAPSHOT_SIZE];
         let words = [
@@ -306,7 +314,7 @@ impl Registers {
         snapshot
     }
 
-    /// Returns the registers that are in the stream, unless they cannot be so.
+    /// Decodes serialized registers. Returns [`None`] if they are invalid.
     pub(crate) fn load(snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<Self> {
         let word = |index: usize| {
             let bytes = snapshot.get(index * 8..)?.first_chunk()?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A saver that is not ready at once, as with firmware that needs time.
+//! Delay of a saver, like that of firmware which prepares each record.
 
 use kernel::{
     impl_has_hr_timer, new_mutex,
@@ -33,12 +33,12 @@ use kernel::{
 };
 use vfio::migration::Notifier;
 
-/// A time that passes once.
+/// One-shot timer that wakes the readers of a data_fd.
 #[pin_data]
 struct Alarm {
     #[pin]
     timer: HrTimer<Self>,
-    over: AtomicFlag,
+    expired: AtomicFlag,
     notifier: Arc<Notifier>,
 }
 
@@ -52,69 +52,69 @@ impl HrTimerCallback for Alarm {
     type Pointer<'a> = Arc<Self>;
 
     fn run(this: ArcBorrow<'_, Self>, _: HrTimerCallbackContext<'_, Self>) -> HrTimerRestart {
-        this.ring();
+        this.expire();
         HrTimerRestart::NoRestart
     }
 }
 
 impl Alarm {
-    /// Ends the time.
-    fn ring(&self) {
-        self.over.store(true, Release);
+    /// Ends the delay. Called by the timer, in interrupt context, and for a shorter delay.
+    fn expire(&self) {
+        self.expired.store(true, Release);
         self.notifier.notify();
     }
 }
 
-/// How long a device takes to get each record of its state ready, as its host says.
+/// Sysfs setting `save_delay_us` of a device: the delay of each record.
 #[pin_data]
 pub(crate) struct SaveDelay {
     micros: Atomic<u32>,
-    /// The wait under way.
+    /// Timer of the current delay.
     #[pin]
     alarm: Mutex<Option<Arc<Alarm>>>,
 }
 
 impl SaveDelay {
-    /// Makes one of no time.
+    /// Creates the setting, with no delay.
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
                 micros: Atomic::new(0),
-                alarm <- new_mutex!(None, "vfio_mock::delay::SaveDelay::alarm"),
+                alarm <- new_mutex!(None, "vfio_mock::SaveDelay::alarm"),
             }),
             GFP_KERNEL,
         )
     }
 
-    /// Returns it in microseconds.
+    /// Returns the delay in microseconds.
     pub(crate) fn get(&self) -> u32 {
         self.micros.load(Relaxed)
     }
 
-    /// Sets it. A wait under way ends at once if it becomes shorter.
+    /// Sets the delay in microseconds. A shorter one ends the current delay at once.
     pub(crate) fn set(&self, micros: u32) {
         let alarm = self.alarm.lock();
         let old = self.get();
         self.micros.store(micros, Relaxed);
         if let Some(alarm) = alarm.as_ref().filter(|_| micros < old) {
-            alarm.ring();
+            alarm.expire();
         }
     }
 }
 
-/// The time that a saver takes to get a record ready.
+/// Delay of a saver before each record.
 ///
-/// It begins when the record before it was taken, so that each record is announced once, and a
-/// poll() that finds the saver ready is followed by a read() that does not wait.
+/// It starts when the previous record is taken. So each record is announced once, and after poll()
+/// has reported a record read() does not wait.
 pub(crate) struct Delay {
     setting: Arc<SaveDelay>,
     notifier: Arc<Notifier>,
-    /// What is waited for, and by which it is ended.
+    /// Current timer. Dropping the handle cancels it.
     alarm: Option<(Arc<Alarm>, ArcHrTimerHandle<Alarm>)>,
 }
 
 impl Delay {
-    /// Begins to get the first record ready, and tells `notifier` when it is.
+    /// Starts the delay of the first record. `notifier` is notified at its end.
     pub(crate) fn new(setting: Arc<SaveDelay>, notifier: Arc<Notifier>) -> Result<Self> {
         let mut this = Self {
             setting,
@@ -125,15 +125,15 @@ impl Delay {
         Ok(this)
     }
 
-    /// Tells whether the next record is ready.
+    /// Returns whether the next record is ready.
     pub(crate) fn is_over(&self) -> bool {
         match &self.alarm {
-            Some((alarm, _)) => alarm.over.load(Acquire),
+            Some((alarm, _)) => alarm.expired.load(Acquire),
             None => true,
         }
     }
 
-    /// Begins to get the next record ready.
+    /// Starts the delay of the next record.
     pub(crate) fn begin(&mut self) -> Result {
         self.alarm = None;
         let mut current = self.setting.alarm.lock();
@@ -146,7 +146,7 @@ impl Delay {
         let alarm = Arc::pin_init(
             pin_init!(Alarm {
                 timer <- HrTimer::new(),
-                over: AtomicFlag::new(false),
+                expired: AtomicFlag::new(false),
                 notifier,
             }),
             GFP_KERNEL_ACCOUNT,
@@ -163,7 +163,7 @@ impl Drop for Delay {
         let Some((alarm, _)) = &self.alarm else {
             return;
         };
-        // Another saver may have begun.
+        // Keep the timer of a later saver.
         let mut current = self.setting.alarm.lock();
         current.take_if(|current| Arc::ptr_eq(current, alarm));
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device's state from a stream.
+//! Restores the device state from a stream.
 
 use crate::{
     chip::{
         Chip,
-        State,
+        DeviceState,
         SNAPSHOT_SIZE, //
     },
     migration::stream::{
@@ -24,16 +24,18 @@ use vfio::{
     migration::Loader, //
 };
 
-/// Where the decoder puts what it reads: pages into the memory, and registers aside until all is
-/// known to be good.
+/// Destination of the decoder.
+///
+/// Pages are written to the state memory at once. The registers are kept here until the trailer has
+/// confirmed the stream.
 struct Target {
     chip: Arc<Chip>,
-    registers: State,
+    state: DeviceState,
 }
 
 impl Sink for Target {
     fn write(&mut self, offset: u64, bytes: &[u8]) {
-        // The decoder has checked the range; what it missed, the digest would not.
+        // The decoder has checked the range. If the write failed, the digest would differ.
         let _ = self.chip.memory.write(offset as usize, bytes);
     }
 
@@ -47,25 +49,25 @@ impl Sink for Target {
 
     fn registers(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         let snapshot = bytes.try_into().map_err(|_| StreamError::BadRegisters)?;
-        let parsed = self.chip.parse(snapshot, &mut self.registers);
+        let parsed = self.chip.parse(snapshot, &mut self.state);
         parsed.ok_or(StreamError::BadRegisters)
     }
 }
 
-/// What takes a stream in, large enough to be worth a place of its own.
+/// Content of a [`MockLoader`], boxed because of its size.
 struct Inner {
     decoder: Decoder<VVec<u64>, PAGE_SIZE>,
     target: Target,
 }
 
-/// Takes a stream in.
+/// Restores a device from a stream.
 ///
-/// Pages go to where they belong at once, as there is no room for them elsewhere. So the device
-/// must not run until the trailer has shown the stream to be complete.
+/// Pages are written to the state memory when they arrive, without a copy of the memory. So the
+/// device must not run before the trailer has confirmed the stream.
 pub(crate) struct MockLoader(KBox<Inner>);
 
 impl MockLoader {
-    /// Begins to load into a stopped device.
+    /// Creates a loader for a stopped device.
     pub(crate) fn new(chip: Arc<Chip>) -> Result<Self> {
         let table = VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
         let size = chip.memory.size() as u64;
@@ -74,22 +76,22 @@ impl MockLoader {
                 decoder: Decoder::new(size, SNAPSHOT_SIZE, table).ok_or(EINVAL)?,
                 target <- init!(Target {
                     chip,
-                    registers <- State::new(),
+                    state <- DeviceState::new(),
                 }),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )?))
     }
 
-    /// Puts the registers into effect, if the stream is complete.
+    /// Applies the registers. Fails with `EINVAL` if the stream is incomplete or invalid.
     pub(crate) fn finish(&mut self) -> Result {
         self.0.decoder.finish().map_err(refused)?;
-        let Target { chip, registers } = &mut self.0.target;
-        chip.restore(registers)
+        let Target { chip, state } = &mut self.0.target;
+        chip.restore(state)
     }
 }
 
-/// Says why a stream is refused, which `EINVAL` cannot.
+/// Logs the reason of a refusal, because `EINVAL` does not tell it.
 fn refused(error: StreamError) -> Error {
     pr_debug!("stream refused: {}\n", error.as_str());
     EINVAL

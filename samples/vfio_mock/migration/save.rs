@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device's state as a stream.
+//! Turns the device state into a stream.
 
 use crate::{
     chip::{
@@ -48,10 +48,10 @@ use vfio::{
     },
 };
 
-// The stream takes all runs that the crate makes.
+// A run of pages from the crate fits into one record.
 static_assert!(PAGES_PER_WORD as u64 == RUN_PAGES);
 
-/// Returns the size in bytes of the stream of a device with `pages` pages, each of them once.
+/// Returns the size in bytes of a stream that has each of `pages` pages once.
 pub(crate) fn image_size(pages: usize) -> u64 {
     let runs = pages.div_ceil(PAGES_PER_WORD);
     IDENTITY_RECORD
@@ -60,7 +60,7 @@ pub(crate) fn image_size(pages: usize) -> u64 {
         + TRAILER_RECORD
 }
 
-/// Which record is next.
+/// The next record.
 enum Step {
     Identity,
     Pages,
@@ -69,11 +69,13 @@ enum Step {
     End,
 }
 
-/// Cuts the state of a mock device into records: the identity, all pages and then again those that
-/// change, and when the device is stopped, the registers and the trailer.
+/// Saves a device as records of a stream.
+///
+/// The first record is the identity. All pages follow, and then the pages that have changed. The
+/// registers and the trailer follow when the device is stopped.
 pub(crate) struct MockSaver {
     chip: Arc<Chip>,
-    /// What changes since it was streamed.
+    /// Dirty tracking of the state memory.
     tracking: Tracking,
     delay: Delay,
     identity: Identity<PAGE_SIZE>,
@@ -83,7 +85,7 @@ pub(crate) struct MockSaver {
 }
 
 impl MockSaver {
-    /// Begins to save, and to track what changes.
+    /// Creates a saver and starts dirty tracking.
     pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
         let digests = Digests::new(VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?);
         let identity = Identity {
@@ -101,7 +103,7 @@ impl MockSaver {
         })
     }
 
-    /// Tells whether there is anything to stream.
+    /// Returns whether a record is pending.
     fn is_pending(&self, phase: Phase) -> bool {
         match self.step {
             Step::Pages if phase == Phase::PreCopy => {
@@ -113,10 +115,10 @@ impl MockSaver {
         }
     }
 
-    /// Makes the record of a run of pages, whose marks have been cleared.
+    /// Returns the record of a run of pages. Their dirty marks are cleared already.
     ///
-    /// What changes a page after this is marked anew, so that the digests of all pages are those
-    /// of what was streamed last as soon as no page is marked.
+    /// A later change sets the mark again. So each page without a mark has the digest of the
+    /// content that was streamed last.
     fn pages(&mut self, run: PageRun) -> Result<Chunk> {
         let pages = run.pages();
         for page in pages.clone() {
@@ -128,7 +130,7 @@ impl MockSaver {
         Ok(chunk)
     }
 
-    /// Makes the next record.
+    /// Returns the next record.
     fn record(&mut self, phase: Phase) -> Result<Next> {
         let chunk = match self.step {
             Step::Identity => {

@@ -2,12 +2,12 @@
 
 //! The migration stream: its records, its digest, and the decoder.
 //!
-//! This file is pure: it uses `core` alone, so that the same text runs in the kernel, under KUnit
-//! and in host tests. The caller brings the memory, the lock and the page size.
+//! This file is pure: it uses `core` alone, so that the same file runs in the kernel, under KUnit
+//! and in host tests. The caller provides the memory, the lock and the page size.
 //!
 //! # Format
 //!
-//! All numbers are little-endian. The stream is a sequence of records, each of them a header of
+//! All numbers are little-endian. The stream is a sequence of records. A record is a header of
 //! [`HEADER_LEN`] bytes and a payload. The header is a tag (u32), flags (u32) and the length of the
 //! payload in bytes (u64).
 //!
@@ -24,23 +24,22 @@
 //!
 //! # Page size
 //!
-//! A page is one of the kernel that runs the device: `PAGE` bytes, a constant of the types and
-//! functions below. The identity tells it. A [`Decoder`] refuses the stream of a device with pages
-//! of another size: [`Error::BadPageSize`].
+//! The page size is that of the kernel that runs the device: `PAGE` bytes, a constant of the types
+//! and functions below. It is part of the identity. A [`Decoder`] refuses a stream with another
+//! page size: [`Error::BadPageSize`].
 //!
 //! # Digest
 //!
 //! The digest in the trailer is the wrapping sum of the digests of all pages, of the registers and
-//! of the identity. A sum can be kept while pages are sent again and in any order. It finds
-//! corruption and programming errors. It is no protection against an author who wants two states to
-//! collide.
+//! of the identity. A sum can be updated while pages are sent again, and in any order. It detects
+//! corruption and programming errors. It does not detect forgery.
 //!
-//! The digest of a page is that of the digests of its [`LANES`] lanes, of which each has every
-//! fourth word.
+//! A page has [`LANES`] lanes, each with every fourth word. The digest of a page is the digest of
+//! the digests of its lanes.
 
 use core::ops::DerefMut;
 
-/// The most pages of one record, whose multiples the pages of a record do not cross.
+/// Maximum number of pages of a record. The pages of a record do not cross a multiple of it.
 pub const RUN_PAGES: u64 = 64;
 
 /// The length of a record header.
@@ -73,7 +72,7 @@ pub const TAG_REGISTERS: u32 = 3;
 /// The tag of the trailer record.
 pub const TAG_TRAILER: u32 = 4;
 
-/// The flag of a record that a reader who does not know its tag skips.
+/// The flag of a record that a reader skips if its tag is unknown.
 pub const FLAG_OPTIONAL: u32 = 1 << 0;
 
 /// The magic number of the identity, which reads as `VMOCKST1`.
@@ -88,28 +87,28 @@ pub const IDENTITY_RECORD: u64 = (HEADER_LEN + IDENTITY_LEN) as u64;
 /// The size of the trailer record with its header.
 pub const TRAILER_RECORD: u64 = (HEADER_LEN + TRAILER_LEN) as u64;
 
-/// The length of what stands in front of the pages of a pages record, its header and the offset.
+/// The length of header and offset of a pages record.
 pub const RUN_OVERHEAD: u64 = (HEADER_LEN + OFFSET_LEN) as u64;
 
-/// The length of the longest payload that is collected before it is read.
+/// The length of the longest payload that is collected before it is parsed.
 const BUFFER_LEN: usize = MAX_REGISTERS;
 
 /// The odd multiplier of the digest and increment of the pattern: 2^64 divided by the golden ratio.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Where the digest of the identity starts.
+/// The start value of the digest of the identity.
 const DIGEST_IDENTITY: u64 = 1;
 
-/// Where the digest of the registers starts.
+/// The start value of the digest of the registers.
 const DIGEST_REGISTERS: u64 = 3;
 
-/// Where the digest of page 0 starts; each next page starts one higher.
+/// The start value of the digest of page 0. That of each next page is one higher.
 const DIGEST_PAGE: u64 = 0x100;
 
-/// How many digests the words of a page are dealt out to, one after the other.
+/// The number of digests among which the words of a page are distributed in turn.
 pub const LANES: usize = 4;
 
-/// Returns the page size in bytes. The build fails if the format cannot have pages of that size.
+/// Returns the page size in bytes. The build fails if the format does not support it.
 const fn page_size<const PAGE: usize>() -> u64 {
     const {
         assert!(PAGE.is_power_of_two());
@@ -150,7 +149,7 @@ pub enum Error {
     /// The pages have another size.
     BadPageSize,
 
-    /// The size of the memory is another one.
+    /// The state memory has another size.
     BadStateSize,
 
     /// The stream needs an unknown feature.
@@ -168,16 +167,16 @@ pub enum Error {
     /// The pages of a record are not aligned, not inside the memory or cross a boundary.
     BadOffset,
 
-    /// A record stands where it must not.
+    /// A record is out of order.
     BadOrder,
 
     /// The device refuses the registers.
     BadRegisters,
 
-    /// The digest of what arrived is not that of the trailer.
+    /// The digest differs from that of the trailer.
     BadDigest,
 
-    /// The totals of what arrived are not those of the trailer.
+    /// The totals differ from those of the trailer.
     BadTotals,
 
     /// A page was never sent.
@@ -186,7 +185,7 @@ pub enum Error {
     /// Something follows the trailer.
     Trailing,
 
-    /// The stream ends in front of the end of the trailer.
+    /// The stream ends before the end of the trailer.
     Truncated,
 }
 
@@ -208,7 +207,7 @@ impl Error {
             Self::BadDigest => "wrong digest",
             Self::BadTotals => "wrong totals",
             Self::MissingPages => "pages missing",
-            Self::Trailing => "data behind the trailer",
+            Self::Trailing => "data after the trailer",
             Self::Truncated => "stream not complete",
         }
     }
@@ -243,8 +242,8 @@ pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks(8).map(word)
 }
 
-/// Returns the little-endian words of `bytes`, for [`page_digest`]; what does not fill all lanes is
-/// left out.
+/// Returns the little-endian words of `bytes`, for [`page_digest`]. Words that do not fill all
+/// lanes are left out.
 pub fn lanes(bytes: &[u8]) -> impl Iterator<Item = [u64; LANES]> + '_ {
     bytes.chunks_exact(8 * LANES).map(read)
 }
@@ -274,23 +273,23 @@ pub const fn pattern_word(seed: u64, index: u64) -> u64 {
 
 /// A digest in progress.
 ///
-/// Each step is a bijection of what was before, so a change of one word always changes the digest.
-/// The rotation brings the highest bit down, which stays where it is when it is multiplied: without
-/// it, two words with that bit changed would make up for each other. It is a check against
-/// corruption, not a cryptographic one.
+/// Each step is a bijection of the previous value, so a change of one word always changes the
+/// digest. A multiplication leaves the highest bit in place, so the rotation moves it down. Without
+/// it, two words with that bit changed would cancel each other. The digest detects corruption, it
+/// is not a cryptographic one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest(u64);
 
 impl Digest {
-    /// Starts a digest at `start`, which sets apart digests of different things.
+    /// Starts a digest at `start`, which differs for each kind of content.
     pub const fn new(start: u64) -> Self {
         Self(start)
     }
 
     /// Adds the next word.
     ///
-    /// The word comes first, so that compilers load the words of all lanes and compute then: an
-    /// emulated CPU, which sets its flags at an access to memory, is much faster that way.
+    /// The word is the first operand, so that compilers load the words of all lanes before they
+    /// compute. An emulated CPU sets its flags at a memory access, and is much faster that way.
     #[inline]
     pub const fn add(&mut self, word: u64) {
         self.0 = word
@@ -315,10 +314,10 @@ pub fn digest(start: u64, words: impl Iterator<Item = u64>) -> u64 {
 
 /// The digest of a page in progress.
 ///
-/// Each lane is a digest of its own, because a step has to wait for the one before.
+/// Each lane is a digest of its own, so that the steps of different lanes can overlap.
 #[derive(Clone, Copy, Debug)]
 pub struct PageDigest {
-    /// Where the digest starts.
+    /// The start value.
     start: u64,
 
     /// The digests of the lanes.
@@ -326,7 +325,7 @@ pub struct PageDigest {
 }
 
 impl PageDigest {
-    /// Starts the digest of the page number `page`.
+    /// Starts the digest of page `page`.
     #[inline]
     pub const fn new(page: u64) -> Self {
         let start = page.wrapping_add(DIGEST_PAGE);
@@ -347,13 +346,13 @@ impl PageDigest {
 
     /// Returns the digest of the words added so far.
     ///
-    /// It is never 0, which stands for a page that was not sent: 1 takes its place.
+    /// It is never 0, which means that a page was not sent. 1 is returned in that case.
     pub fn value(self) -> u64 {
         digest(self.start, self.lanes.into_iter().map(Digest::value)).max(1)
     }
 }
 
-/// Returns the digest of the page number `page` with the content `words`.
+/// Returns the digest of page `page` with the content `words`.
 #[inline]
 pub fn page_digest(page: u64, words: impl Iterator<Item = [u64; LANES]>) -> u64 {
     let mut digest = PageDigest::new(page);
@@ -374,19 +373,19 @@ pub fn registers_digest(registers: &[u8]) -> u64 {
 /// - `total` is the wrapping sum of `table`.
 /// - `loaded` is the number of words in `table` that are not 0.
 pub struct Digests<S: DerefMut<Target = [u64]>> {
-    /// The digest of each page as it was sent last, 0 where it was not sent.
+    /// The digest of the last content of each page that was sent, 0 for a page not sent yet.
     table: S,
 
     /// The sum of the digests.
     total: u64,
 
-    /// The pages that were sent.
+    /// The number of pages that were sent.
     loaded: usize,
 }
 
 impl<S: DerefMut<Target = [u64]>> Digests<S> {
-    /// Creates the digests of as many pages as `table` has words, none of them sent. The words must
-    /// be 0.
+    /// Creates the digests of as many pages as `table` has words, none of them sent yet. The words
+    /// must be 0.
     pub fn new(table: S) -> Self {
         // INVARIANT: All words of the table are 0.
         Self {
@@ -396,9 +395,7 @@ impl<S: DerefMut<Target = [u64]>> Digests<S> {
         }
     }
 
-    /// Sets the digest of `page`, in place of an earlier one.
-    ///
-    /// A page outside of the table is ignored.
+    /// Sets the digest of `page`. A page outside of the table is ignored.
     pub fn set(&mut self, page: u64, digest: u64) {
         let Some(entry) = usize::try_from(page)
             .ok()
@@ -408,8 +405,8 @@ impl<S: DerefMut<Target = [u64]>> Digests<S> {
         };
         let old = core::mem::replace(entry, digest);
 
-        // INVARIANT: What the old digest counted goes, what the new digest counts comes. The count
-        // includes the old digest, so it does not wrap.
+        // INVARIANT: The old digest is replaced by the new one in the sum and in the count. The
+        // count includes the old digest, so it does not wrap.
         self.total = self.total.wrapping_sub(old).wrapping_add(digest);
         self.loaded = self
             .loaded
@@ -427,8 +424,8 @@ impl<S: DerefMut<Target = [u64]>> Digests<S> {
         self.loaded == self.table.len()
     }
 
-    /// Returns the digest of the whole image for the trailer, where `registers_digest` is what
-    /// [`registers_digest`] returns.
+    /// Returns the digest of the whole image for the trailer. `registers_digest` is the return
+    /// value of [`registers_digest`].
     pub fn image<const PAGE: usize>(
         &self,
         identity: &Identity<PAGE>,
@@ -440,16 +437,16 @@ impl<S: DerefMut<Target = [u64]>> Digests<S> {
     }
 }
 
-/// What was sent or has arrived so far.
+/// Totals of the records that were sent or have arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// The records.
+    /// The number of records.
     pub records: u64,
 
-    /// The bytes of the records with their headers.
+    /// The size in bytes of the records with their headers.
     pub bytes: u64,
 
-    /// The pages, each one as often as it was sent.
+    /// The number of pages. A page that is sent again counts again.
     pub pages: u64,
 }
 
@@ -467,7 +464,7 @@ impl Tally {
     }
 }
 
-/// The identity of a stream: which device wrote it, with pages of `PAGE` bytes.
+/// The identity of a stream: the kind of device that wrote it, with pages of `PAGE` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity<const PAGE: usize> {
     /// The size of the state memory in bytes.
@@ -530,7 +527,7 @@ pub struct Trailer {
     /// The digest of the whole image, see [`Digests::image`].
     pub digest: u64,
 
-    /// What stands in front of the trailer.
+    /// The totals of all records before the trailer.
     pub tally: Tally,
 }
 
@@ -562,19 +559,19 @@ impl Trailer {
     }
 }
 
-/// Returns the header and the offset in front of `pages` pages from byte `offset` on.
+/// Returns header and offset of a record of `pages` pages that start at byte `offset`.
 pub fn run_header<const PAGE: usize>(offset: u64, pages: u64) -> [u8; RUN_OVERHEAD as usize] {
     let length = run_record::<PAGE>(pages) - HEADER_LEN as u64;
 
     encode(&[tag_word(TAG_PAGES), length, offset])
 }
 
-/// Returns the header in front of `len` bytes of device registers.
+/// Returns the header of a record of `len` bytes of device registers.
 pub fn registers_header(len: usize) -> [u8; HEADER_LEN] {
     encode(&[tag_word(TAG_REGISTERS), len as u64])
 }
 
-/// Returns the first words of `bytes`, 0 where there are no more.
+/// Returns the first words of `bytes`, padded with 0.
 fn read<const N: usize>(bytes: &[u8]) -> [u64; N] {
     let mut out = [0; N];
 
@@ -584,17 +581,17 @@ fn read<const N: usize>(bytes: &[u8]) -> [u64; N] {
     out
 }
 
-/// Where a [`Decoder`] puts what it reads.
+/// Destination of a [`Decoder`].
 pub trait Sink {
-    /// Writes `bytes` to the state memory from byte `offset` on.
+    /// Writes `bytes` to byte `offset` of the state memory.
     ///
     /// The range is inside the memory, not empty, and inside one page.
     fn write(&mut self, offset: u64, bytes: &[u8]);
 
-    /// Returns the [`page_digest`] of what the memory holds now.
+    /// Returns the [`page_digest`] of the current content of a page.
     fn page_digest(&self, page: u64) -> u64;
 
-    /// Writes a page, all of whose bytes are `bytes`, and returns its [`page_digest`].
+    /// Writes a whole page and returns its [`page_digest`].
     fn write_page(&mut self, page: u64, bytes: &[u8]) -> u64 {
         self.write(page * bytes.len() as u64, bytes);
         self.page_digest(page)
@@ -604,7 +601,7 @@ pub trait Sink {
     ///
     /// # Errors
     ///
-    /// The error sticks to the decoder like its own ones, [`Error::BadRegisters`] for instance.
+    /// The decoder returns the error from then on, like its own errors.
     fn registers(&mut self, bytes: &[u8]) -> Result<(), Error>;
 }
 
@@ -617,10 +614,10 @@ enum Expect {
     /// The payload of the identity record.
     Identity,
 
-    /// The offset in front of this many bytes of pages.
+    /// The offset of a pages record with this many bytes of pages.
     Offset(u64),
 
-    /// Bytes of pages: at this offset, this many.
+    /// Bytes of pages: offset and number.
     Pages(u64, u64),
 
     /// The payload of the registers record.
@@ -636,7 +633,7 @@ enum Expect {
     End,
 }
 
-/// Which records may come next.
+/// The records that may come next.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// The identity only.
@@ -651,7 +648,8 @@ enum Phase {
 
 /// Reads a stream of a device with pages of `PAGE` bytes, in pieces of any length.
 ///
-/// Every length is checked before it is used, and nothing is allocated. The first error sticks.
+/// Each length is checked before it is used, and nothing is allocated. After the first error, each
+/// call fails with it.
 pub struct Decoder<S: DerefMut<Target = [u64]>, const PAGE: usize> {
     /// The identity that the stream must have.
     identity: Identity<PAGE>,
@@ -668,19 +666,19 @@ pub struct Decoder<S: DerefMut<Target = [u64]>, const PAGE: usize> {
     /// The records that have arrived, the current one included.
     tally: Tally,
 
-    /// Which records may come next.
+    /// The records that may come next.
     phase: Phase,
 
-    /// What comes next.
+    /// The part of the stream that comes next.
     expect: Expect,
 
-    /// A header or payload in pieces.
+    /// A header or payload that has arrived in part.
     buffer: [u8; BUFFER_LEN],
 
-    /// The bytes in `buffer`.
+    /// The number of bytes in `buffer`.
     filled: usize,
 
-    /// The error that sticks.
+    /// The first error.
     error: Option<Error>,
 }
 
@@ -720,7 +718,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
     ///
     /// # Errors
     ///
-    /// Fails if the stream is bad, and from then on always with the same error.
+    /// Fails if the stream is invalid, and from then on always with the same error.
     pub fn feed(&mut self, bytes: &[u8], sink: &mut impl Sink) -> Result<(), Error> {
         if let Some(error) = self.error {
             return Err(error);
@@ -729,7 +727,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         let mut rest = bytes;
         while !rest.is_empty() {
             match self.advance(rest, sink) {
-                Ok(behind) => rest = behind,
+                Ok(after) => rest = after,
                 Err(error) => {
                     self.error = Some(error);
                     return Err(error);
@@ -739,11 +737,11 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         Ok(())
     }
 
-    /// Checks that the stream is complete and good.
+    /// Checks that the stream is complete and valid.
     ///
     /// # Errors
     ///
-    /// Fails with the error that sticks, or if the end of the trailer has not arrived.
+    /// Fails with the first error, or if the end of the trailer has not arrived.
     pub fn finish(&self) -> Result<(), Error> {
         match self.error {
             Some(error) => Err(error),
@@ -752,14 +750,14 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         }
     }
 
-    /// Returns whether the trailer has arrived and is good, and nothing bad came behind it.
+    /// Returns whether a valid trailer has arrived, and no data after it.
     pub fn is_done(&self) -> bool {
         self.error.is_none() && matches!(self.expect, Expect::End)
     }
 
-    /// Reads from `bytes`, at most up to the end of what is expected, and returns what is behind.
+    /// Reads the expected part of the stream from `bytes`, and returns the rest.
     ///
-    /// An empty payload is read with the first byte behind it, which the trailer makes sure exists.
+    /// An empty payload is read with the first byte after it. The trailer guarantees that byte.
     fn advance<'a>(&mut self, bytes: &'a [u8], sink: &mut impl Sink) -> Result<&'a [u8], Error> {
         match self.expect {
             Expect::Header => self.collect(HEADER_LEN, bytes, Self::header),
@@ -770,21 +768,21 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
                 self.collect(self.registers_len, bytes, |this| this.registers(sink))
             }
             Expect::Skip(left) => {
-                let (_, behind, left) = take(bytes, left);
+                let (_, after, left) = take(bytes, left);
 
                 self.expect = match left {
                     0 => Expect::Header,
                     left => Expect::Skip(left),
                 };
-                Ok(behind)
+                Ok(after)
             }
             Expect::Trailer => self.collect(TRAILER_LEN, bytes, Self::trailer),
             Expect::End => Err(Error::Trailing),
         }
     }
 
-    /// Collects `len` bytes in the buffer, calls `complete` when they are there, and returns what
-    /// is behind them.
+    /// Collects `len` bytes in the buffer and returns the rest of `bytes`. Calls `complete` when
+    /// all have arrived.
     fn collect<'a>(
         &mut self,
         len: usize,
@@ -792,7 +790,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         complete: impl FnOnce(&mut Self) -> Result<(), Error>,
     ) -> Result<&'a [u8], Error> {
         let room = self.buffer.get_mut(self.filled..len).unwrap_or_default();
-        let (bytes, behind) = bytes.split_at_checked(room.len()).unwrap_or((bytes, &[]));
+        let (bytes, after) = bytes.split_at_checked(room.len()).unwrap_or((bytes, &[]));
 
         for (to, from) in room.iter_mut().zip(bytes) {
             *to = *from;
@@ -802,7 +800,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
             self.filled = 0;
             complete(self)?;
         }
-        Ok(behind)
+        Ok(after)
     }
 
     /// Returns the first `len` bytes of the buffer.
@@ -849,7 +847,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
             return Err(Error::BadLength);
         }
 
-        // The trailer counts what is in front of it, so it is not counted itself.
+        // The trailer counts the records before it, not itself.
         if tag != TAG_TRAILER {
             self.tally.record(HEADER_LEN as u64 + length);
         }
@@ -871,7 +869,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         Ok(())
     }
 
-    /// Reads the offset in front of `length` bytes of pages.
+    /// Reads the offset of `length` bytes of pages.
     fn offset(&mut self, length: u64) -> Result<(), Error> {
         let [offset] = read(self.collected(OFFSET_LEN));
         let inside = offset
@@ -887,7 +885,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         Ok(())
     }
 
-    /// Writes `bytes` to `offset` of the memory, at most `left`, and returns what is behind.
+    /// Writes up to `left` of `bytes` to `offset` of the memory, and returns the rest.
     fn pages<'a>(
         &mut self,
         offset: u64,
@@ -895,10 +893,10 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
         bytes: &'a [u8],
         sink: &mut impl Sink,
     ) -> &'a [u8] {
-        let (bytes, behind, left) = take(bytes, left);
+        let (bytes, after, left) = take(bytes, left);
         let end = offset + bytes.len() as u64;
 
-        // Up to the next page, whole pages, and the beginning of another one.
+        // The rest of a page, whole pages, and the beginning of another one.
         let inside = (offset % Self::PAGE_SIZE) as usize;
         let (head, rest) = match inside {
             0 => (&[] as &[u8], bytes),
@@ -924,7 +922,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
             0 => Expect::Header,
             left => Expect::Pages(end, left),
         };
-        behind
+        after
     }
 
     /// Reads the payload of the registers record.
@@ -958,13 +956,13 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
     }
 }
 
-/// Splits up to `left` bytes off `bytes` and returns them, what is behind them, and how many of
-/// `left` are not there yet.
+/// Splits up to `left` bytes off `bytes`. Returns them, the rest of `bytes`, and the number of
+/// bytes that have not arrived yet.
 fn take(bytes: &[u8], left: u64) -> (&[u8], &[u8], u64) {
-    let (bytes, behind) = usize::try_from(left)
+    let (bytes, after) = usize::try_from(left)
         .ok()
         .and_then(|left| bytes.split_at_checked(left))
         .unwrap_or((bytes, &[]));
 
-    (bytes, behind, left.saturating_sub(bytes.len() as u64))
+    (bytes, after, left.saturating_sub(bytes.len() as u64))
 }
