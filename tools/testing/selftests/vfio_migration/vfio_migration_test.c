@@ -272,7 +272,7 @@ TEST_F(device, set_state_arguments)
 }
 
 /* The state has changed by the time the descriptor cannot be returned. */
-TEST_F(device, set_state_that_cannot_return_its_fd)
+TEST_F(device, set_state_fails_if_fd_cannot_be_returned)
 {
 	size_t len = sizeof(struct vfio_device_feature) +
 		     sizeof(struct vfio_device_feature_mig_state);
@@ -326,7 +326,7 @@ TEST_F(device, precopy_info_v2_arguments)
 		PROMISE("a second opt-in changes nothing");
 }
 
-TEST_F(device, get_state_brings_no_fd)
+TEST_F(device, get_state_returns_no_fd)
 {
 	struct vfio_device_feature_mig_state mig;
 	__u32 state;
@@ -438,7 +438,7 @@ TEST_F(device, saving_group_shares_one_session)
 
 /* ---- The data_fd ---- */
 
-TEST_F(device, data_fd_is_a_stream_with_one_direction)
+TEST_F(device, data_fd_is_unidirectional_stream)
 {
 	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
 	char byte = 0;
@@ -492,7 +492,7 @@ TEST_F(device, data_fd_is_a_stream_with_one_direction)
 }
 
 /* Nothing is consumed: the image is still complete afterwards. */
-TEST_F(device, reads_of_nothing_consume_nothing)
+TEST_F(device, empty_and_faulting_reads_consume_nothing)
 {
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {};
@@ -517,7 +517,7 @@ TEST_F(device, reads_of_nothing_consume_nothing)
 }
 
 /* A read across an unmapped page returns a part; the next read returns the rest. */
-TEST_F(device, short_read_at_a_hole_loses_nothing)
+TEST_F(device, read_across_fault_loses_nothing)
 {
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {};
@@ -631,7 +631,7 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 }
 
 /* The call after the last byte returns ENOMSG, not the call with the last bytes. */
-TEST_F_TIMEOUT(device, readv_before_the_temporary_end, 60)
+TEST_F_TIMEOUT(device, readv_stops_before_temporary_end, 60)
 {
 	static __u8 first[100], second[8192];
 	struct mig_device other = { .fd = -1 }, *to;
@@ -756,7 +756,7 @@ TEST_F(device, poll_in_every_state)
 }
 
 /* A write that faults takes the readable part or nothing; the rest can follow. */
-TEST_F(device, writes_of_nothing_consume_nothing)
+TEST_F(device, empty_and_faulting_writes_consume_nothing)
 {
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {};
@@ -870,7 +870,7 @@ TEST_F_TIMEOUT(device, parallel_readers_get_disjoint_ordered_bytes, 120)
 	}
 }
 
-TEST_F_TIMEOUT(device, parallel_writers_keep_the_image_whole_or_refused, 120)
+TEST_F_TIMEOUT(device, parallel_writers_load_valid_image_or_fail, 120)
 {
 	struct mig_stream image = {}, whole = {}, now = {};
 	unsigned int i, r, refused = 0;
@@ -1332,7 +1332,7 @@ TEST_F(device, precopy_info_flags)
 		PROMISE("the next opener has not opted in");
 }
 
-TEST_F(device, precopy_info_under_the_draft_number)
+TEST_F(device, precopy_info_accepts_draft_number)
 {
 	struct vfio_precopy_info info, draft = { .argsz = sizeof(draft) };
 	int fd;
@@ -1505,7 +1505,7 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 }
 
 /* Whether a change is an error depends on the device, which must survive it. */
-TEST_F_TIMEOUT(device, damaged_image_is_survived, 120)
+TEST_F_TIMEOUT(device, survives_damaged_image, 120)
 {
 	struct mig_device second = { .fd = -1 }, *to;
 	struct mig_stream image = {}, bad = {};
@@ -1530,7 +1530,7 @@ TEST_F_TIMEOUT(device, damaged_image_is_survived, 120)
 	load_and_run(_metadata, to, &image, 0);
 }
 
-TEST_F(device, refused_image_is_not_resumed_by_more_data)
+TEST_F(device, more_data_does_not_repair_refused_image)
 {
 	struct mig_stream image = {};
 	int fd;
@@ -1597,7 +1597,7 @@ TEST_F(device, good_image_after_an_error_is_refused)
 	load_and_run(_metadata, &self->dev, &image, 0);
 }
 
-TEST_F(device, image_of_another_shape_is_refused)
+TEST_F(device, image_of_incompatible_device_is_refused)
 {
 	const char *path = getenv("VFIO_DEVICE_OTHER");
 	struct mig_device other = { .fd = -1 };
@@ -1685,7 +1685,7 @@ TEST_F(device, fd_after_close_of_the_device)
 	}
 }
 
-TEST_F(device, data_fd_closed_first)
+TEST_F(device, closed_data_fd_does_not_block_transitions)
 {
 	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
 	struct mig_stream image = {};
@@ -1766,7 +1766,7 @@ TEST_F_TIMEOUT(device, close_in_every_state, 60)
 }
 
 /* The next opener relies on RUNNING without a GET of the state. */
-TEST_F_TIMEOUT(device, next_opener_goes_anywhere, 60)
+TEST_F_TIMEOUT(device, next_opener_can_reach_every_state, 60)
 {
 	static const __u32 targets[] = { STOP, STOP_COPY, RESUMING };
 	__u32 state, now;
@@ -1942,7 +1942,7 @@ static void *ender_main(void *arg)
 }
 
 /* While one reader is stalled, another reads up to the end. */
-TEST_F_TIMEOUT(device, reader_behind_a_stalled_one_gets_what_follows, 60)
+TEST_F_TIMEOUT(device, reader_behind_stalled_reader_gets_next_bytes, 60)
 {
 	struct mig_pieces first = {};
 	struct sharer behind = {};
@@ -2076,18 +2076,18 @@ static void check_all_stalls(struct __test_metadata *_metadata, struct mig_devic
 	mig_stream_free(&image);
 }
 
-TEST_F_TIMEOUT(device, stalled_reader_delays_nobody_in_pre_copy, 120)
+TEST_F_TIMEOUT(device, stalled_reader_blocks_no_call_in_pre_copy, 120)
 {
 	NEED_PRE_COPY(&self->dev);
 	check_all_stalls(_metadata, &self->dev, PRE_COPY);
 }
 
-TEST_F_TIMEOUT(device, stalled_reader_delays_nobody_in_stop_copy, 120)
+TEST_F_TIMEOUT(device, stalled_reader_blocks_no_call_in_stop_copy, 120)
 {
 	check_all_stalls(_metadata, &self->dev, STOP_COPY);
 }
 
-TEST_F_TIMEOUT(device, stalled_writer_delays_nobody, 120)
+TEST_F_TIMEOUT(device, stalled_writer_blocks_no_call, 120)
 {
 	NEED_RESET(&self->dev);
 	check_all_stalls(_metadata, &self->dev, RESUMING);
@@ -2229,7 +2229,7 @@ TEST_F_TIMEOUT(device, poller_wakes_when_content_changes, 60)
 		PROMISE("poll waits for more data: it wakes when state gets dirty");
 }
 
-TEST_F(device, content_is_gone_after_reset_and_close)
+TEST_F(device, reset_and_close_clear_content)
 {
 	__u8 *fresh = malloc(self->scratch.len);
 	__u32 state;

@@ -277,7 +277,7 @@ static void *user_main(void *arg)
 	return NULL;
 }
 
-TEST_F_TIMEOUT(dma, descriptors_have_users_of_their_own, 120)
+TEST_F_TIMEOUT(dma, descriptors_work_independently, 120)
 {
 	struct user users[DESCS];
 	unsigned int i;
@@ -297,7 +297,7 @@ TEST_F_TIMEOUT(dma, descriptors_have_users_of_their_own, 120)
 
 /* ---- Continuous transfers ---- */
 
-TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
+TEST_F_TIMEOUT(dma, continuous_transfers_match_their_position, 120)
 {
 	const struct {
 		__u64 len;
@@ -340,7 +340,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_can_be_followed, 120)
 	}
 }
 
-TEST_F_TIMEOUT(dma, all_descriptors_may_be_continuous, 120)
+TEST_F_TIMEOUT(dma, all_descriptors_can_be_continuous, 120)
 {
 	struct mock *m = &self->m;
 	struct dma_desc d[DESCS];
@@ -373,7 +373,7 @@ TEST_F_TIMEOUT(dma, all_descriptors_may_be_continuous, 120)
 	expect_all(_metadata, self, m, "after continuous transfers");
 }
 
-TEST_F_TIMEOUT(dma, others_run_between_the_steps, 60)
+TEST_F_TIMEOUT(dma, queued_transfers_run_between_steps, 60)
 {
 	struct mock *m = &self->m;
 	struct dma_desc d = {
@@ -572,7 +572,7 @@ TEST_F(dma, descriptors_take_any_access)
 		PROMISE("writes to descriptors start nothing");
 }
 
-TEST_F(dma, doorbell_and_abort_refuse)
+TEST_F(dma, doorbell_and_abort_refuse_bad_descriptors)
 {
 	static const __u32 none[] = { DESCS, DESCS + 1, 0x100, 0x80000000, ~0U - 1 };
 	struct mock *m = &self->m;
@@ -620,7 +620,7 @@ TEST_F(dma, doorbell_and_abort_refuse)
 	expect_ended(_metadata, &d, VFIO_MOCK_DMA_IDLE, 0, 0, "an abort of an unused descriptor");
 }
 
-TEST_F(dma, doorbell_and_abort_act_only_when_written_whole)
+TEST_F(dma, doorbell_and_abort_need_whole_writes)
 {
 	struct mock *m = &self->m;
 	struct dma_desc d = {
@@ -657,7 +657,7 @@ TEST_F(dma, doorbell_and_abort_act_only_when_written_whole)
 	dma_wait_moved(_metadata, m, 1, 64);
 }
 
-TEST_F_TIMEOUT(dma, abort_ends_a_transfer_where_it_says, 120)
+TEST_F_TIMEOUT(dma, abort_reports_exact_position, 120)
 {
 	unsigned int count = mig_times(40), i, aborted = 0;
 	struct mock *m = &self->m;
@@ -906,7 +906,7 @@ TEST_F_TIMEOUT(dma, protected_memory_fails_the_transfer, 60)
 }
 
 /* Memory that is mapped for the device, and inaccessible afterwards. */
-TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
+TEST_F_TIMEOUT(dma, inaccessible_memory_fails_the_transfer, 60)
 {
 	const __u64 at = IOVA + 0x10000000, size = 64 * PAGE;
 	struct mock *m = &self->m;
@@ -966,7 +966,7 @@ TEST_F_TIMEOUT(dma, memory_that_is_gone_fails_the_transfer, 60)
 			       NULL, "memory unmapped by its owner and for the device");
 }
 
-TEST_F_TIMEOUT(dma, device_without_ioas_reaches_nothing, 60)
+TEST_F_TIMEOUT(dma, device_without_ioas_fails_transfers, 60)
 {
 	struct mock *m = &self->m;
 	struct dma_desc d = {
@@ -1193,7 +1193,7 @@ TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
 }
 
 /* The rest of a transfer that is incomplete when the ioctl returns moves in RUNNING. */
-TEST_F_TIMEOUT(dma, p2p_states_wait_for_what_is_under_way, 120)
+TEST_F_TIMEOUT(dma, p2p_states_wait_for_transfer_in_progress, 120)
 {
 	unsigned int count = mig_times(30), i, n, first, finished = 0, begun = 0, waiting = 0;
 	struct mock *m = &self->m;
@@ -1387,7 +1387,7 @@ static void *rescue_main(void *arg)
 }
 
 /* The user does not resolve a page fault of the device, and calls to end it. */
-TEST_F_TIMEOUT(dma, fault_that_does_not_end_is_given_up, 240)
+TEST_F_TIMEOUT(dma, stalled_fault_is_interrupted, 240)
 {
 	static const __u32 ops[] = { READ, WRITE, FILL };
 	struct mock *m = &self->m;
@@ -1696,7 +1696,7 @@ static void carry_over(struct __test_metadata *_metadata, dma_data *self,
 	ram_map(_metadata, &self->ram, dst);
 }
 
-TEST_F_TIMEOUT(dma, queue_goes_on_after_migration, 300)
+TEST_F_TIMEOUT(dma, queue_continues_after_migration, 300)
 {
 	unsigned int count = mig_times(5), i;
 	struct mock *m = &self->m, *dst = &self->dst;
@@ -1728,7 +1728,7 @@ TEST_F_TIMEOUT(dma, queue_goes_on_after_migration, 300)
 	}
 }
 
-TEST_F_TIMEOUT(dma, continuous_transfers_go_on_after_migration, 300)
+TEST_F_TIMEOUT(dma, continuous_transfers_continue_after_migration, 300)
 {
 	unsigned int count = mig_times(5), i, op;
 	struct mock *m = &self->m, *dst = &self->dst;
@@ -1770,7 +1770,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_go_on_after_migration, 300)
 	}
 }
 
-TEST_F_TIMEOUT(dma, target_without_the_mapping_says_so, 60)
+TEST_F_TIMEOUT(dma, target_without_mapping_fails_transfers, 60)
 {
 	struct mock *m = &self->m, *dst = &self->dst;
 	struct mig_stream image = {};

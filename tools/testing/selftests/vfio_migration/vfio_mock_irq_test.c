@@ -188,7 +188,7 @@ TEST_F(irq, completion_signals_its_vector)
 	EXPECT_EQ(0U, pending(_metadata, m));
 }
 
-TEST_F(irq, user_triggers_as_the_device_does)
+TEST_F(irq, user_trigger_equals_device_interrupt)
 {
 	static const __u8 some[VECTORS] = { 1, 0, 0, 255 };
 	struct mock *m = &self->m;
@@ -341,7 +341,7 @@ TEST_F(irq, waits_while_masked_by_the_device)
 	EXPECT_EQ(0U, pending(_metadata, m));
 }
 
-TEST_F(irq, waits_until_no_reason_is_left)
+TEST_F(irq, waits_for_all_conditions)
 {
 	struct mock *m = &self->m;
 	int none = -1;
@@ -408,7 +408,7 @@ TEST_F(irq, waits_while_stopped)
 	mig_stream_free(&image);
 }
 
-TEST_F(irq, pass_in_all_running_states)
+TEST_F(irq, delivered_in_all_running_states)
 {
 	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P };
 	struct mock *m = &self->m;
@@ -433,7 +433,7 @@ TEST_F(irq, pass_in_all_running_states)
 	}
 }
 
-TEST_F(irq, reset_forgets_what_is_the_device_s)
+TEST_F(irq, reset_clears_only_device_state)
 {
 	struct mock *m = &self->m;
 
@@ -590,7 +590,7 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 	mock_close(&dst);
 }
 
-TEST_F(irq, restored_function_mask_holds_back_what_followed)
+TEST_F(irq, restored_function_mask_applies_to_loaded_interrupts)
 {
 	struct mig_stream image = {};
 	struct mock *m = &self->m;
@@ -616,7 +616,7 @@ TEST_F(irq, restored_function_mask_holds_back_what_followed)
 }
 
 /* An MSI-X message is a write of the device to memory. */
-TEST_F(irq, wait_without_bus_mastering)
+TEST_F(irq, waits_without_bus_mastering)
 {
 	struct mock *m = &self->m;
 
@@ -639,7 +639,7 @@ TEST_F(irq, wait_without_bus_mastering)
 	EXPECT_EQ(0U, pending(_metadata, m));
 }
 
-TEST_F(irq, next_user_hears_nothing_of_the_last)
+TEST_F(irq, next_user_gets_no_old_interrupt)
 {
 	struct mock *m = &self->m;
 	int i;
@@ -684,7 +684,7 @@ static void expect_calls(struct __test_metadata *_metadata, const struct mock *m
 	}
 }
 
-TEST_F(irq, arguments_that_no_index_takes)
+TEST_F(irq, arguments_invalid_for_all_indexes)
 {
 	static const struct call calls[] = {
 		{ "an index that does not exist",
@@ -740,7 +740,7 @@ TEST_F(irq, arguments_that_no_index_takes)
 		PROMISE("a refused SET_IRQS has no effect");
 }
 
-TEST_F(irq, arguments_that_msix_takes)
+TEST_F(irq, msix_arguments)
 {
 	static const struct call off[] = {
 		{ "triggering disabled MSI-X",
@@ -792,7 +792,7 @@ TEST_F(irq, arguments_that_msix_takes)
 		PROMISE("a refused SET_IRQS changes nothing");
 }
 
-TEST_F(irq, arguments_that_req_takes)
+TEST_F(irq, req_arguments)
 {
 	static const struct call off[] = {
 		{ "triggering REQ without an eventfd",
@@ -845,7 +845,7 @@ TEST_F(irq, arguments_that_req_takes)
 	EXPECT_EQ(0U, signals(fd));
 }
 
-TEST_F(irq, data_that_cannot_be_read)
+TEST_F(irq, unreadable_data_is_efault)
 {
 	size_t page = PAGE;
 	struct vfio_irq_set *set;
@@ -907,7 +907,7 @@ static void *disturber_main(void *arg)
 	return NULL;
 }
 
-TEST_F_TIMEOUT(irq, nothing_is_lost, 120)
+TEST_F_TIMEOUT(irq, no_interrupt_is_lost, 120)
 {
 	struct disturber d = { .m = &self->m, .fds = self->fds };
 	struct mock *m = &self->m;
@@ -966,7 +966,7 @@ static int open_kernel_log(void)
 	return kmsg;
 }
 
-TEST_F_TIMEOUT(irq, removal_asks_the_user_to_let_go, 60)
+TEST_F_TIMEOUT(irq, removal_signals_request, 60)
 {
 	int req = eventfd(0, EFD_CLOEXEC), kmsg = open_kernel_log();
 	struct guest guest;
@@ -992,7 +992,7 @@ TEST_F_TIMEOUT(irq, removal_asks_the_user_to_let_go, 60)
 	close(kmsg);
 }
 
-TEST_F_TIMEOUT(irq, removal_asks_again, 90)
+TEST_F_TIMEOUT(irq, removal_repeats_request, 90)
 {
 	int req = eventfd(0, EFD_CLOEXEC), kmsg = open_kernel_log();
 	struct guest guest;

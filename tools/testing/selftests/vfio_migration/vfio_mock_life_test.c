@@ -554,7 +554,7 @@ TEST_F_TIMEOUT(life, device_migrates_while_its_removal_waits, 30)
 }
 
 /* Binds a device file whose device is about to be removed. */
-TEST_F_TIMEOUT(life, late_bind, 30)
+TEST_F_TIMEOUT(life, bind_during_removal, 30)
 {
 	struct mig_device dev;
 	struct ending e;
@@ -626,7 +626,7 @@ static void hold_everything(struct __test_metadata *_metadata, life_data *self,
 		pause();
 }
 
-TEST_F_TIMEOUT(life, everything_goes_with_its_process, 30)
+TEST_F_TIMEOUT(life, process_exit_releases_everything, 30)
 {
 	int ready[2], status;
 	char byte;
@@ -797,7 +797,7 @@ TEST_F_TIMEOUT(life, unbind_races_open, 120)
 }
 
 /* Unbinds and removes a device in either order while it is open. */
-TEST_F_TIMEOUT(life, unbind_meets_removal, 30)
+TEST_F_TIMEOUT(life, unbind_and_removal_in_either_order, 30)
 {
 	const char *name = basename(self->g.path);
 	struct ending first, second;
@@ -1194,7 +1194,7 @@ FIXTURE_TEARDOWN_PARENT(stalled)
 }
 
 /* Tears everything down: only the stalled call may wait for its fault. */
-TEST_F_TIMEOUT(stalled, call_delays_nobody, 60)
+TEST_F_TIMEOUT(stalled, call_blocks_no_other_call, 60)
 {
 	struct stalled *s = &self->s;
 	struct other other = { .m = &self->m, .failed = "" };

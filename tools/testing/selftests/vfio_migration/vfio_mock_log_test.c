@@ -207,7 +207,7 @@ static void log_random(struct __test_metadata *_metadata, log_data *self,
 		TH_LOG("no transfer failed: failed transfers were not tested");
 }
 
-TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
+TEST_F_TIMEOUT(log, equals_written_pages, 7200)
 {
 	struct vfio_device_feature_dma_logging_range many[256];
 	unsigned int count = mig_times(1000), i;
@@ -240,7 +240,7 @@ TEST_F_TIMEOUT(log, equals_what_was_written, 7200)
 	log_random(_metadata, self, count * 2 / 10);
 }
 
-TEST_F(log, larger_pages_than_the_memory)
+TEST_F(log, pages_larger_than_memory)
 {
 	static const struct vfio_device_feature_dma_logging_range all = {
 		.iova = 0, .length = 0xfffffffff0000000ULL,
@@ -283,7 +283,7 @@ TEST_F(log, larger_pages_than_the_memory)
 }
 
 /* A report may cover less than a page of the log. */
-TEST_F(log, report_of_parts_of_a_page_loses_nothing)
+TEST_F(log, partial_report_loses_no_page)
 {
 	unsigned int i;
 
@@ -296,7 +296,7 @@ TEST_F(log, report_of_parts_of_a_page_loses_nothing)
 		expect_report(_metadata, self, 1, i * PAGE, 2 * PAGE, 2 * PAGE);
 }
 
-TEST_F(log, page_that_fails_is_not_logged)
+TEST_F(log, failed_page_is_not_logged)
 {
 	struct mock *m = &self->m;
 	unsigned int i;
@@ -321,7 +321,7 @@ TEST_F(log, page_that_fails_is_not_logged)
 }
 
 /* A copy that faults may have written part of the page. */
-TEST_F(log, page_that_faults_is_logged)
+TEST_F(log, faulting_page_is_logged)
 {
 	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	ASSERT_EQ(0, mprotect(self->mem + 12 * PAGE, PAGE, PROT_NONE));
@@ -409,7 +409,7 @@ static __u64 write_areas(struct __test_metadata *_metadata, log_data *self, __u6
 	return reported;
 }
 
-TEST_F_TIMEOUT(log, what_was_reported_costs_nothing, 600)
+TEST_F_TIMEOUT(log, reported_writes_free_memory, 600)
 {
 	__u64 before, after;
 
@@ -447,7 +447,7 @@ TEST_F_TIMEOUT(log, unreported_writes_are_bounded, 600)
 		PROMISE("a log without room converges: nothing is reported twice");
 }
 
-TEST_F(log, belongs_to_the_opening_of_the_device)
+TEST_F(log, ends_with_close)
 {
 	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, STOP, STOP_COPY, RESUMING };
 	struct mock *m = &self->m;
@@ -495,7 +495,7 @@ TEST_F(log, belongs_to_the_opening_of_the_device)
  * The core does not pass errors of the bitmap on to the driver, so that the content
  * of the log is lost; but logging continues.
  */
-TEST_F(log, bad_bitmap_harms_nobody)
+TEST_F(log, bad_bitmap_leaves_log_usable)
 {
 	__u8 *gone = mmap(NULL, 4 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	struct mock *m = &self->m;
@@ -551,7 +551,7 @@ TEST_F(log, report_arguments)
  * The purpose of the log: copying each reported page after the report results in an
  * identical copy, although the device writes all the time.
  */
-TEST_F_TIMEOUT(log, is_enough_to_follow_the_device, 120)
+TEST_F_TIMEOUT(log, copy_by_log_is_complete, 120)
 {
 	const __u64 base = self->windows[1];
 	unsigned int rounds = mig_times(40), i, n;

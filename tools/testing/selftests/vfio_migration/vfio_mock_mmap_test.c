@@ -98,7 +98,7 @@ static void expect_both(struct __test_metadata *_metadata, map_data *self,
 
 /* ---- Mappable regions ---- */
 
-TEST_F(map, region_info_tells_what_can_be_mapped)
+TEST_F(map, region_info_shows_mappable_regions)
 {
 	struct vfio_region_info info;
 	__u32 i;
@@ -195,7 +195,7 @@ TEST_F(map, bad_arguments)
 	}
 }
 
-TEST_F(map, loads_and_stores_are_accesses_to_the_device)
+TEST_F(map, loads_and_stores_access_device_memory)
 {
 	unsigned int count = mig_times(300), i;
 	struct mock *m = &self->m;
@@ -225,7 +225,7 @@ TEST_F(map, loads_and_stores_are_accesses_to_the_device)
 		PROMISE("the device reads the stored data");
 }
 
-TEST_F(map, one_memory_in_many_places)
+TEST_F(map, all_mappings_share_one_memory)
 {
 	struct mock *m = &self->m;
 	__u64 pages = m->size / PAGE, at[32], len[32], where;
@@ -303,7 +303,7 @@ TEST_F(map, processes_share_the_memory)
 		expect_dirty_round(_metadata, self, fd, "a store after the exit of the child");
 }
 
-TEST_F(map, mapping_can_be_cut_and_moved)
+TEST_F(map, mapping_can_be_split_and_moved)
 {
 	struct mock *m = &self->m;
 	__u8 *map = self->map, *moved;
@@ -388,7 +388,7 @@ TEST_F(map, protection_can_change)
 	}
 }
 
-TEST_F(map, advice_and_locks_do_no_harm)
+TEST_F(map, madvise_and_mlock_do_no_harm)
 {
 	struct mock *m = &self->m;
 	__u8 *map = self->map;
@@ -426,7 +426,7 @@ TEST_F(map, advice_and_locks_do_no_harm)
 }
 
 /* A mapping keeps the file open, and the file keeps the device open. */
-TEST_F(map, mapping_keeps_the_device)
+TEST_F(map, mapping_keeps_device_open)
 {
 	struct mock *m = &self->m;
 
@@ -446,7 +446,7 @@ TEST_F(map, mapping_keeps_the_device)
 	expect_both(_metadata, self, "in the next mapping");
 }
 
-TEST_F(map, reset_is_seen)
+TEST_F(map, mapping_shows_reset)
 {
 	static const __u32 states[] = {
 		RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY, RESUMING,
@@ -548,7 +548,7 @@ TEST_F_TIMEOUT(map, store_wakes_the_poller, 60)
 }
 
 /* Stores while tracking starts and stops. */
-TEST_F_TIMEOUT(map, tracking_comes_and_goes, 60)
+TEST_F_TIMEOUT(map, stores_while_tracking_starts_and_stops, 60)
 {
 	struct mock *m = &self->m;
 	struct mig_stream image = {};
@@ -695,7 +695,7 @@ TEST_F(map, tracking_works_after_a_stop)
 }
 
 /* A target loads while its memory is mapped and written. */
-TEST_F(map, target_is_mapped_while_it_loads)
+TEST_F(map, target_can_be_mapped_during_load)
 {
 	struct mock *m = &self->m, *dst = &self->dst;
 	struct mig_stream image = {};
@@ -820,7 +820,7 @@ TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 }
 
 /* read() and write() of the device itself, with a mapping of it as the buffer. */
-TEST_F(map, region_is_read_and_written_by_way_of_the_mapping)
+TEST_F(map, mapping_as_buffer_of_region_access)
 {
 	static const __u32 states[] = { RUNNING, PRE_COPY, STOP, STOP_COPY, RESUMING };
 	struct mock *m = &self->m;
@@ -913,7 +913,7 @@ TEST_F(map, stores_of_the_kernel_are_tracked)
  * Stores by a device with a long-term pin would not be noticed, so the kernel refuses
  * such pins.
  */
-TEST_F(map, buffers_for_long_are_refused)
+TEST_F(map, long_term_pins_are_refused)
 {
 	struct io_uring_params params = {};
 	struct iovec iov = { .iov_base = self->map, .iov_len = 4 * PAGE };
@@ -996,7 +996,7 @@ static void let_page_go(struct __test_metadata *_metadata, struct direct_read *d
 		SKIP(return, "no userfaultfd"); \
 } while (0)
 
-TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
+TEST_F_TIMEOUT(map, pinned_page_is_streamed_again, 60)
 {
 	struct mock *m = &self->m;
 	struct direct_read direct = {};
@@ -1042,7 +1042,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_streamed_again, 60)
 }
 
 /* A session that begins after the end of the pin does not treat the page specially. */
-TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
+TEST_F_TIMEOUT(map, new_session_ignores_ended_pins, 60)
 {
 	struct mock *m = &self->m;
 	struct direct_read direct = {};
@@ -1078,7 +1078,7 @@ TEST_F_TIMEOUT(map, page_in_the_hand_of_the_kernel_is_forgotten, 60)
 }
 
 /* A pin outlives the mapping. */
-TEST_F_TIMEOUT(map, pinned_page_is_streamed_again_when_nothing_is_mapped, 60)
+TEST_F_TIMEOUT(map, unmapped_pinned_page_is_streamed_again, 60)
 {
 	struct mock *m = &self->m;
 	struct direct_read direct = {};
@@ -1180,7 +1180,7 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 }
 
 /* A pin does not affect a reset or the next user. */
-TEST_F_TIMEOUT(map, pinned_page_holds_up_no_reset_and_no_close, 60)
+TEST_F_TIMEOUT(map, reset_and_close_ignore_pins, 60)
 {
 	struct mock *m = &self->m;
 	struct direct_read direct = {};
@@ -1255,7 +1255,7 @@ static void expect_stores(struct __test_metadata *_metadata, const struct writer
 	}
 }
 
-TEST_F_TIMEOUT(map, migration_under_stores, 300)
+TEST_F_TIMEOUT(map, migration_during_stores, 300)
 {
 	unsigned int count = mig_times(3), i, n;
 	struct mock *m = &self->m, *dst = &self->dst;

@@ -629,14 +629,14 @@ TEST_F_TIMEOUT(refuse, every_malformation_in_small_chunks, 120)
 	offer_each_malformation(_metadata, &self->s, 61);
 }
 
-TEST_F(refuse, nothing_at_all)
+TEST_F(refuse, empty_stream)
 {
 	expect_refused(_metadata, &self->s.m, NULL, 0, 0, true, "an empty stream", 0);
 	expect_good_image_loads(_metadata, &self->s);
 }
 
 /* An incomplete image can be completed. */
-TEST_F(refuse, rest_of_an_incomplete_image)
+TEST_F(refuse, incomplete_image_can_be_completed)
 {
 	struct subject *s = &self->s;
 	size_t half = s->stream.len / 2;
@@ -714,7 +714,7 @@ TEST_F(refuse, image_of_another_size)
 }
 
 /* A write whose buffer faults takes the readable part; the rest can follow. */
-TEST_F(refuse, write_from_a_hole_loses_nothing)
+TEST_F(refuse, write_across_fault_loses_nothing)
 {
 	size_t page = PAGE, at = 0, part;
 	struct mig_stream *s = &self->s.stream;
@@ -910,7 +910,7 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 	mock_close(&dst);
 }
 
-TEST_F(refuse, splice_tells_the_temporary_end)
+TEST_F(refuse, splice_returns_enomsg_at_temporary_end)
 {
 	struct subject *s = &self->s;
 	struct mig_stream rest = {};

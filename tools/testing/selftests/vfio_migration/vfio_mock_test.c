@@ -193,7 +193,7 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 	migrate(_metadata, dst, src, -1, &image);
 }
 
-TEST_F_TIMEOUT(mock, any_dirtying_is_accounted_exactly, 120)
+TEST_F_TIMEOUT(mock, dirtying_is_accounted_exactly, 120)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -370,7 +370,7 @@ TEST_F(mock, reinit_announces_new_initial_data)
 }
 
 /* A session that is given up leaves nothing to the next one. */
-TEST_F(mock, next_session_knows_nothing_of_the_last)
+TEST_F(mock, new_session_streams_everything)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -404,7 +404,7 @@ TEST_F(mock, next_session_knows_nothing_of_the_last)
 	migrate(_metadata, src, &self->dst, fd, &image);
 }
 
-TEST_F(mock, reinit_is_silent_without_the_opt_in)
+TEST_F(mock, reinit_is_not_reported_without_opt_in)
 {
 	struct vfio_precopy_info info = { .argsz = sizeof(info), .flags = 0x50 };
 	struct mock *src = &self->src;
@@ -423,7 +423,7 @@ TEST_F(mock, reinit_is_silent_without_the_opt_in)
 }
 
 /* The draft's ioctl number answers as mainline's, on every kind of data_fd. */
-TEST_F(mock, precopy_info_has_two_numbers)
+TEST_F(mock, precopy_info_answers_both_numbers)
 {
 	struct vfio_precopy_info draft = { .argsz = sizeof(draft) }, info;
 	struct mock *src = &self->src;
@@ -453,7 +453,7 @@ TEST_F(mock, precopy_info_has_two_numbers)
 		PROMISE("every call on the fd of an ended session gives ENODEV");
 }
 
-TEST_F(mock, cancelled_migration_leaves_the_source_alone)
+TEST_F(mock, cancelled_migration_does_not_change_source)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -506,7 +506,7 @@ TEST_F_TIMEOUT(mock, content_survives_any_chunking, 120)
 }
 
 /* As above on the way out: reads of any size give the same stream. */
-TEST_F_TIMEOUT(mock, stream_is_the_same_for_any_reads, 120)
+TEST_F_TIMEOUT(mock, stream_is_independent_of_read_size, 120)
 {
 	const size_t chunks[] = { 1, 7, PAGE - 1, PAGE, 1 << 20 };
 	struct mig_stream image = {}, again = {};
@@ -667,7 +667,7 @@ TEST_F(mock, reset_wipes_the_device)
 	}
 }
 
-TEST_F(mock, next_opener_sees_nothing)
+TEST_F(mock, next_opener_gets_fresh_device)
 {
 	static const __u32 states[] = { RUNNING, STOP, STOP_COPY, RESUMING };
 	struct mock *src = &self->src;
@@ -703,7 +703,7 @@ TEST_F(mock, next_opener_sees_nothing)
  * Delays of all sizes, so that the device gets ready before, while and after the
  * reader goes to sleep: a reader that misses it waits for ever.
  */
-TEST_F_TIMEOUT(mock, slow_device_is_waited_for, 60)
+TEST_F_TIMEOUT(mock, read_waits_for_slow_device, 60)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -733,7 +733,7 @@ TEST_F_TIMEOUT(mock, slow_device_is_waited_for, 60)
 }
 
 /* A client that sleeps in poll() is woken once for each record. */
-TEST_F_TIMEOUT(mock, one_wake_up_for_each_record, 60)
+TEST_F_TIMEOUT(mock, poller_wakes_once_for_each_record, 60)
 {
 	unsigned int records, wakeups = 0, vain = 0;
 	struct mock *src = &self->src;
@@ -770,7 +770,7 @@ TEST_F_TIMEOUT(mock, one_wake_up_for_each_record, 60)
 	mig_stream_free(&image);
 }
 
-TEST_F(mock, slow_device_and_a_reader_that_does_not_wait)
+TEST_F(mock, nonblocking_read_of_slow_device_is_eagain)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -1015,7 +1015,7 @@ static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m
 	set_save_delay(_metadata, m, 0);
 }
 
-TEST_F_TIMEOUT(mock, waiting_reader_is_in_nobodys_way, 60)
+TEST_F_TIMEOUT(mock, waiting_reader_blocks_no_call, 60)
 {
 	static const char *const ends[] = { "SET_STATE", "RESET", "close" };
 	unsigned int i;
@@ -1046,7 +1046,7 @@ static void *sharer_main(void *arg)
 	return NULL;
 }
 
-TEST_F_TIMEOUT(mock, parallel_readers_lose_and_double_nothing, 60)
+TEST_F_TIMEOUT(mock, parallel_readers_get_each_byte_once, 60)
 {
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -1270,7 +1270,7 @@ TEST_F(pci, device_info)
 		PROMISE("an unknown ioctl is ENOTTY");
 }
 
-TEST_F(pci, every_region_answers)
+TEST_F(pci, every_region_can_be_accessed)
 {
 	static const __u32 rw = VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;
 	const __u64 sizes[VFIO_PCI_NUM_REGIONS] = {
@@ -1410,7 +1410,7 @@ TEST_F(pci, state_memory_takes_any_access)
 }
 
 /* A buffer ends where nothing is mapped: an access is whole, a block ends there. */
-TEST_F(pci, write_from_a_buffer_that_ends_early)
+TEST_F(pci, write_from_partial_buffer)
 {
 	struct mock *m = &self->m;
 	__u8 *room, *end;
@@ -1483,7 +1483,7 @@ TEST_F(pci, doorbell_commands)
 	expect_memory(_metadata, m, m->want, "after REINIT");
 }
 
-TEST_F(pci, doorbell_refuses)
+TEST_F(pci, doorbell_refuses_bad_commands)
 {
 	static const __u32 unknown[] = { 0, 4, 5, 0x100, 0x80000001, ~0U };
 	struct mock *m = &self->m;
@@ -1519,7 +1519,7 @@ TEST_F(pci, doorbell_refuses)
 		PROMISE("a good command clears the error");
 }
 
-TEST_F(pci, doorbell_acts_only_when_written_whole)
+TEST_F(pci, doorbell_needs_whole_writes)
 {
 	struct mock *m = &self->m;
 	struct {
@@ -1711,7 +1711,7 @@ TEST_F(pci, bars_need_memory_space)
 }
 
 /* The order of QEMU and of Cloud Hypervisor, and writes at any other time. */
-TEST_F(mock, config_space_is_what_the_vmm_writes)
+TEST_F(mock, only_vmm_restores_config_space)
 {
 	struct mock *src = &self->src, *dst = &self->dst;
 	struct mig_stream image = {};
