@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# Mediated devices for the scripts beside this one.
+# Mediated devices for the scripts in this directory.
 
-# The UUIDs of those that there are.
+# The UUIDs of the existing devices.
 devices=()
 
-# Make $3 devices of type $2 of the driver $1; $paths is where they are.
+# Create $3 devices of type $2 of the driver $1; $paths are their paths.
 create_devices()
 {
 	local uuid i
@@ -22,7 +22,7 @@ create_devices()
 	paths=${paths# }
 }
 
-# The smallest type of vfio_mock that has $1 pages of the kernel.
+# The smallest type of vfio_mock with at least $1 kernel pages.
 type_of_pages()
 {
 	local type bytes=$(($1 * $(getconf PAGESIZE)))

@@ -1,12 +1,12 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Run vfio_mock_bench: as root, with the VFIO modules loaded. Makes the mediated
-# devices that it needs, and removes them.
+# Run vfio_mock_bench: as root, with the VFIO modules loaded. Creates and removes the
+# mediated devices for it.
 #
 #     run_bench.sh [-b DIR] [-m FILE] [argument of vfio_mock_bench...]
 #
-# -b DIR     where the program is; by default beside this script
+# -b DIR     the directory of the program; by default that of this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -28,7 +28,7 @@ for size in 64K 16M 256M 1G; do
 	create_devices vfio_mock $size 1 || exit 1
 	export "VFIO_MOCK_$size=$paths"
 done
-# Without the kernel's own sample there is nothing to hold the arcs against.
+# The kernel's own sample is the reference for the arcs.
 if modprobe -q mtty; then
 	create_devices mtty 1 1 || exit 1
 	export VFIO_MTTY=$paths

@@ -1,27 +1,27 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Run the tests on vfio_mock: as root, with the VFIO modules loaded. Makes the
-# mediated devices that the tests need, removes them, and prints KTAP in which
-# each test program is a subtest. The generic tests run on vfio_minimal as well,
-# and on the driver on the front page of the crate if it was built.
+# Run the tests on vfio_mock: as root, with the VFIO modules loaded. Creates and
+# removes the mediated devices for the tests, and prints KTAP with a subtest for
+# each test program. The generic tests also run on vfio_minimal, and on the driver
+# on the front page of the crate if it was built.
 #
 #     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole]] [--only PROGRAM]
 #                 [option of the tests...]
 #
-# -b DIR     where the test programs are; by default beside this script
+# -b DIR     the directory of the test programs; by default that of this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
-#            vfio_minimal.ko and vfio_note.ko are beside it
-# --shapes   all four migration_flags, one after the other, instead of those the
-#            module is loaded with
+#            vfio_minimal.ko and vfio_note.ko are in the same directory
+# --shapes   all four migration_flags, one after the other, instead of the current
+#            ones
 # --whole    all programs, the largest devices and the exhaustive damage to streams
-#            for each of them, instead of for the last one
-# --only     this program alone, on the module as it is
+#            for each of them, instead of only for the last one
+# --only     only this program, without loading the module again
 #
-# VFIO_MIGRATION_ROUNDS=N makes the tests that repeat something do it N times as
-# often, VFIO_PATIENCE=N allows them N times their time, VFIO_FUZZ_CALLS=N is how many
-# calls the fuzzer makes, VFIO_FUZZ_SEED=N what they are made of. Options of the tests
-# are those of kselftest_harness.h: "-t NAME".
+# VFIO_MIGRATION_ROUNDS=N multiplies the repetitions of the tests by N, VFIO_PATIENCE=N
+# their timeouts; VFIO_FUZZ_CALLS=N is the number of calls of the fuzzer, and
+# VFIO_FUZZ_SEED=N its seed. The options of the tests are those of
+# kselftest_harness.h: "-t NAME".
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 # shellcheck source=mdevs.sh
@@ -30,13 +30,13 @@ programs=$here
 module=$here/../../../../vfio_mock.ko
 shapes=
 extent=brief
-# What runs on vfio_mock: with each of the migration_flags, or with all of them set.
+# Programs for vfio_mock: with each of the migration_flags, or with all of them set.
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
 once=(vfio_mock_log_test vfio_mock_work_test vfio_mock_stress vfio_mock_fuzz_test)
-# And what unloads it, when there are no other devices.
+# Programs that unload it, which run without other devices.
 last=(vfio_mock_life_test vfio_mock_module_test)
-# How many results there are from the other devices.
+# The number of results for the other devices.
 others=2
 only=
 while :; do
@@ -50,7 +50,7 @@ while :; do
 	esac
 done
 
-# The streams do not depend on the shape: it is enough to damage every byte once.
+# The streams do not depend on migration_flags: damage every byte only once.
 exhaustive='every_truncation every_flipped_header_byte flipped_page_bytes
 	every_malformation_in_small_chunks'
 failed=0
@@ -63,7 +63,7 @@ say()
 
 trap remove_devices EXIT
 
-# Load the module with the migration flags $1, or as it is when there are none.
+# Load the module with the migration flags $1, or keep it if $1 is empty.
 load()
 {
 	if [ -n "$1" ] && [ -d /sys/module/vfio_mock ]; then
@@ -72,7 +72,7 @@ load()
 	[ -d /sys/module/vfio_mock ] || insmod "$module" ${1:+migration_flags="$1"}
 }
 
-# Devices of each size, named to the tests by the environment.
+# Devices of each size, passed to the tests in the environment.
 create()
 {
 	local small bytes medium device name type count paths
@@ -86,11 +86,11 @@ create()
 	done
 	export VFIO_DEVICE="${VFIO_MOCK_SMALL% *}" VFIO_DEVICE2="${VFIO_MOCK_SMALL#* }"
 	export VFIO_DEVICE_OTHER="${VFIO_MOCK_MEDIUM%% *}"
-	# All of BAR2, which is the state memory; no register changes by being read.
+	# All of BAR2, which is the state memory; reads have no side effects.
 	export VFIO_SCRATCH=2:0:$bytes VFIO_READ_REGIONS=1
 }
 
-# One test program as a subtest; the arguments are its own.
+# One test program as a subtest, with its arguments.
 run()
 {
 	local name=$1 start=$SECONDS status
@@ -108,7 +108,7 @@ run()
 	fi
 }
 
-# All programs on the module as it is loaded; $1 is brief or whole.
+# All programs on the loaded module; $1 is brief or whole.
 run_all()
 {
 	local extent=$1 program options test
@@ -130,7 +130,7 @@ run_all()
 	done
 }
 
-# What does not depend on how the module is loaded.
+# Programs that do not depend on the parameters of the module.
 run_once()
 {
 	local program
@@ -140,7 +140,7 @@ run_once()
 	done
 }
 
-# What makes devices of its own, and loads the module again.
+# Programs that create devices of their own, and load the module again.
 run_last()
 {
 	local program
@@ -151,8 +151,8 @@ run_last()
 	done
 }
 
-# The generic tests on devices of type $3 of the driver $2 in the module $1, which
-# have the memory $4 to write to.
+# The generic tests on devices of type $3 of the driver $2 in the module $1, with the
+# scratch memory $4.
 run_other()
 {
 	local name=$1 driver=$2 type=$3 scratch=$4 label=" on $1" paths other
@@ -174,7 +174,7 @@ run_other()
 # All other devices of this repository.
 run_others()
 {
-	# All of BAR0 but its two registers.
+	# All of BAR0 except for its two registers.
 	run_other vfio_minimal vfio_minimal 64K 0:16:0xfff0 "$@"
 	if [ -e "${module%/*}/vfio_note.ko" ]; then
 		run_other vfio_note note 16 0:0:16 "$@"

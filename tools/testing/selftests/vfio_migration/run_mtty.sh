@@ -6,7 +6,7 @@
 #
 #     run_mtty.sh [-b DIR] [option of the test...]
 #
-# -b DIR     where the program is; by default beside this script
+# -b DIR     the directory of the program; by default that of this script
 #
 # Some tests make mtty oops: see mtty_expected.txt, and tools/testing/mtty, which
 # runs each of those in a test machine of its own.
@@ -27,6 +27,6 @@ create_devices mtty 1 1 || exit 1
 export VFIO_DEVICE_OTHER=$paths
 # The scratch register of the first port.
 export VFIO_SCRATCH=0:7:1 VFIO_READ_REGIONS=1
-# What waits for a stalled reader waits in vain.
+# Calls that wait for a stalled reader never end.
 export VFIO_HANG_SECONDS=${VFIO_HANG_SECONDS:-5}
 "$programs/vfio_migration_test" "$@"

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Run tests on broken variants of vfio_mock, in the test machine: run_mutants.sh
-# PROGRAMS LOGS PLAN. PLAN has a line for each, of fields between tabs: name,
-# module, and for each program its name and the tests to run. What they print is
-# in LOGS/name.log, with "# not run: REASON" for those that could not be run. Called
-# by tools/testing/mutate.
+# PROGRAMS LOGS PLAN. PLAN has a line for each variant, with fields separated by tabs:
+# name, module, and for each program its name and the tests to run. Their output goes
+# to LOGS/name.log, with "# not run: REASON" for programs that could not be run.
+# Called by tools/testing/mutate.
 
 # shellcheck source=mdevs.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/mdevs.sh"
@@ -32,7 +32,7 @@ run()
 	local program=$1 test options=(-V group -V group_small -V group_medium
 		-V iommufd_medium -V iommufd_16M)
 
-	# Its variants are tests of their own.
+	# Its variants are separate tests.
 	[ "$program" != vfio_mock_life_test ] || options=()
 	shift
 	for test; do
@@ -41,7 +41,7 @@ run()
 	timeout -k 2 200 "$programs/$program" "${options[@]}"
 }
 
-# A shutdown would wait for what cannot be removed; a machine without memory ends.
+# A shutdown would wait for the removal; a machine without memory ends.
 end_machine()
 {
 	sync
@@ -56,7 +56,7 @@ while IFS=$'\t' read -r name module rest; do
 	export VFIO_MOCK_MODULE=$module
 	if ! said=$(insmod "$module" 2>&1); then
 		if [ -z "$first" ]; then
-			# The last one has left something behind: this one is for a new machine.
+			# Something of the last one is left: run this one in a new machine.
 			rm -f -- "$log"
 			end_machine
 		fi
@@ -71,15 +71,15 @@ while IFS=$'\t' read -r name module rest; do
 	IFS=$'\t' read -ra commands <<<"$rest"
 	for command in "${commands[@]}"; do
 		read -ra words <<<"$command"
-		# What unloads the module takes the devices away.
+		# Unloading the module removes the devices.
 		[ -e "$VFIO_DEVICE" ] || create >>"$log" 2>&1
 		run "${words[@]}" >>"$log" 2>&1
 		status=$?
-		# 1 is for tests that failed.
+		# 1 means that tests failed.
 		[ "$status" -le 1 ] ||
 			echo "# not run: ${words[0]} ends with status $status" >>"$log"
 	done
-	# What cannot be removed is left behind, with the machine.
+	# Give up the machine if the devices cannot be removed.
 	{ remove_devices; rmmod vfio_mock; } >>"$log" 2>&1 &
 	remover=$!
 	for _ in {1..50}; do
