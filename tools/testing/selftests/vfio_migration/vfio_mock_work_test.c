@@ -566,7 +566,7 @@ static __u64 meminfo(struct __test_metadata *_metadata, const char *key)
 	return value(_metadata, "/proc", "meminfo", key);
 }
 
-TEST_F_TIMEOUT(payer, device_that_exceeds_the_machine_kills_nobody, 120)
+TEST_F_TIMEOUT(payer, device_that_exceeds_the_machine_kills_no_process, 120)
 {
 	__u64 available = meminfo(_metadata, "MemAvailable:"), want = 700 << 10;
 	int pipes[2], status;
