@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# The compiler as kbuild calls it for a driver of this repository. Sourced after
-# vm/lib.sh, never run; leaves the shell in the top folder of the repository.
+# The compiler with the options of kbuild for a driver of this repository. To be sourced
+# after vm/lib.sh; changes to the top folder of the repository.
 
 # shellcheck disable=SC2154 # the variables of vm/lib.sh
 
-# How kbuild compiled a driver on the crate, without what is about its object.
+# Get the options of kbuild for a driver, without those for its object file.
 rustc_words()
 {
 	local cmd=samples/vfio_minimal/.vfio_minimal.o.cmd
@@ -14,7 +14,7 @@ rustc_words()
 
 	command=$(sed -n '1s/^savedcmd_[^ ]* := //p' "$cmd" 2>/dev/null) || return
 	[ -n "$command" ] && [ -r rust/vfio/libvfio.rmeta ] || return
-	# The words of a shell command that kbuild wrote; objtool may follow.
+	# The words of a shell command of kbuild; objtool may follow.
 	eval "words=(${command%%;*})"
 	rustc_env=(RUSTC_BOOTSTRAP=1) rustc_flags=()
 	for word in "${words[@]}"; do
@@ -32,10 +32,9 @@ rustc_words()
 	done
 }
 
-# Compiles a source file as the root of a driver's crate: rustc_emit KIND FILE.
-# DRIVER is the driver that is the example on the front page of the crate. What
-# else the compiler writes, as names of types that are too long to print, is
-# left to be deleted.
+# Compile a source file as the root of a driver's crate: rustc_emit KIND FILE. DRIVER
+# is the driver on the front page of the crate. Other output of the compiler, such as
+# names of types that are too long to print, goes to $scratch.
 rustc_emit()
 {
 	env "${rustc_env[@]}" DRIVER="$scratch/driver.rs" "$RUSTC" \
@@ -43,7 +42,7 @@ rustc_emit()
 		--emit="$1=$scratch/emitted" "${@:2}"
 }
 
-# Writes the examples in the documentation of the crate, and lists them.
+# Write the examples in the documentation of the crate, and list them.
 examples()
 {
 	local sources

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# Paths and environment shared by the scripts of the test machine. Sourced,
-# never run.
+# Paths and environment for the scripts of the test machine. To be sourced.
 
 # shellcheck disable=SC2034 # the variables are for the scripts that source this
 
 set -u -o pipefail
 
-# Where the user's own tools are, before tool_env hides them.
+# The PATH of the user, which tool_env replaces.
 vm_path=${vm_path:-$PATH}
 export vm_path
 
@@ -16,12 +15,12 @@ vm_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 vm_top=$(cd -- "$vm_dir/../../.." && pwd -P)
 vm_cache=${VFIO_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vfio-rust}
 vm_logs=$vm_cache/logs
-# What is built from this copy of the repository, other than the modules.
+# Results of this copy of the repository, other than the modules.
 vm_own=$vm_cache/trees/$(cksum <<<"$vm_top" | cut -d' ' -f1)
 vm_src=$vm_cache/src/linux-source-7.3
-# Which test kernel: the one of .config.fragment, with VFIO_KERNEL=debug the one
-# that looks for faults itself, on which everything takes longer, or with
-# VFIO_KERNEL=strict the one with control-flow integrity and without iommufd.
+# The test kernel: that of .config.fragment; VFIO_KERNEL=debug selects a slow one with
+# checks for faults, VFIO_KERNEL=strict one with control-flow integrity and without
+# iommufd.
 vm_build=$vm_cache/build
 vm_fragments=$vm_top/.config.fragment
 vm_patience=1
@@ -43,12 +42,12 @@ debug | strict)
 	vm_fragments+=" $vm_top/.config.$VFIO_KERNEL.fragment"
 	[ "$VFIO_KERNEL" = strict ] || vm_patience=8
 	;;
-*) die "VFIO_KERNEL=$VFIO_KERNEL: there is no such kernel" ;;
+*) die "VFIO_KERNEL=$VFIO_KERNEL: unknown kernel" ;;
 esac
 
 case $vm_top$vm_cache in
 *[[:space:],:]*)
-	die 'kbuild and QEMU take no blank, comma or colon in these paths:' \
+	die 'kbuild and QEMU do not accept blanks, commas or colons in these paths:' \
 		"$vm_top" "$vm_cache"
 	;;
 esac
@@ -58,20 +57,19 @@ say()
 	[ "${QUIET:-}" = 1 ] || printf '%s\n' "$*" >&2
 }
 
-# The folder of the kernel that modules are built against and that is booted.
+# The build folder of the test kernel, also used to build the modules.
 kdir()
 {
 	printf '%s\n' "${KDIR:-$vm_build}"
 }
 
-# The folder of the kernel of guests in the test machine, which is not the one
-# under test.
+# The build folder of the kernel for guests in the test machine, which is not under test.
 guest_kdir()
 {
 	printf '%s\n' "${KDIR:-${vm_build%"$vm_suffix"}}"
 }
 
-# Where the modules of the kernel are installed for the test machine.
+# The folder of the installed kernel modules for the test machine.
 modroot()
 {
 	local name=modroot$vm_suffix
@@ -80,7 +78,7 @@ modroot()
 	printf '%s\n' "$vm_cache/$name"
 }
 
-# The newest LLVM of the distribution that has all that the kernel asks for.
+# The newest complete LLVM of the distribution that is sufficient for the kernel.
 llvm_bin()
 {
 	local dir found=
@@ -94,8 +92,8 @@ llvm_bin()
 	[ -n "$found" ] && printf '%s\n' "$found"
 }
 
-# A fixed PATH keeps other toolchains out: a rustc without the kernel's
-# rust-src, or of another version, breaks the build in ways hard to read.
+# A fixed PATH avoids other toolchains: a rustc of another version, or without rust-src,
+# leads to errors that are hard to understand.
 tool_env()
 {
 	local llvm
@@ -108,8 +106,8 @@ tool_env()
 	LLVM=1
 	[ -z "$llvm" ] || LIBCLANG_PATH=${llvm%/bin}/lib
 	[ "${V:-}" != 1 ] || export KBUILD_VERBOSE=1
-	# The variables and the job server of the make that runs the scripts are
-	# not meant for the builds that they start.
+	# The variables and the job server of the calling make are not for the
+	# builds of the scripts.
 	unset MAKEFLAGS MFLAGS MAKELEVEL RUSTFLAGS RUSTUP_TOOLCHAIN
 	export PATH RUSTC RUSTDOC RUSTFMT LLVM LIBCLANG_PATH
 }
@@ -128,19 +126,19 @@ ksrc()
 	fi
 }
 
-# True when version $1 is at least $2.
+# True if version $1 is at least $2.
 at_least()
 {
 	printf '%s\n%s\n' "$2" "$1" | sort -VC
 }
 
-# The first version number that a tool prints.
+# The first version number in the output of a tool.
 tool_version()
 {
 	"$@" 2>/dev/null | grep -oEm1 '[0-9]+\.[0-9]+(\.[0-9]+)?' | head -n 1
 }
 
-# Words that make a command run as root, none for root itself.
+# The prefix to run a command as root, empty for root.
 root_prefix()
 {
 	if [ "$(id -u)" = 0 ]; then
@@ -152,7 +150,7 @@ root_prefix()
 	fi
 }
 
-# A cargo for programs of this machine: the user's own, else the distribution's.
+# A cargo for programs of this machine: that of the user, or of the distribution.
 find_cargo()
 {
 	local cargo
@@ -168,7 +166,7 @@ find_cargo()
 	return 1
 }
 
-# Run that cargo in its own environment, not in the one of kernel builds.
+# Run that cargo in its own environment, not in that of kernel builds.
 run_cargo()
 {
 	local cargo
@@ -183,7 +181,7 @@ selftest_build()
 	local headers output=$vm_own/selftests
 
 	headers=$(kdir)/usr/include
-	# Without the headers of the kernel, those of its source are installed.
+	# Install the headers from the source if the build has none.
 	[ -r "$headers/linux/vfio.h" ] && headers="-isystem $headers" || headers=
 	mkdir -p "$output" &&
 		flock "$vm_own/lock" \
