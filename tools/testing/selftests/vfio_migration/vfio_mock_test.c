@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The mock migratable device vfio_mock: its registers, config space and migration
- * stream, and that what arrives is what was sent. Its interrupts are in
- * vfio_mock_irq_test.c.
+ * stream, and that the target receives the state of the source. Its interrupts are
+ * tested in vfio_mock_irq_test.c.
  *
  *	VFIO_MOCK_SMALL="SOURCE TARGET" VFIO_MOCK_MEDIUM=... VFIO_MOCK_16M=... \
  *		./vfio_mock_test
  *
- * with the sysfs paths of two mediated devices of each size. run_mock.sh makes
+ * with the sysfs paths of two mediated devices of each size. run_mock.sh creates
  * them and runs this.
  */
 #include <signal.h>
@@ -56,21 +56,21 @@ FIXTURE_SETUP(mock)
 	MOCK_OPEN_OR_SKIP(&self->src, variant->devices, 0, variant->backend);
 	MOCK_OPEN_OR_SKIP(&self->dst, variant->devices, 1, variant->backend);
 	ASSERT_EQ(mock_type_size(&self->src), self->src.size)
-		PROMISE("BAR2 is the state memory, which the type tells the size of");
+		PROMISE("BAR2 is the state memory, whose size is in the name of the type");
 	ASSERT_EQ(self->src.size, self->dst.size);
 }
 
 FIXTURE_TEARDOWN(mock)
 {
-	/* A setting of the host stays when the device is closed. */
+	/* A host setting survives the close of the device. */
 	mock_set(&self->src, "save_delay_us", "0");
 	mock_close(&self->src);
 	mock_close(&self->dst);
 }
 
 /*
- * The accounting of a quiet device in PRE_COPY: initial_bytes + dirty_bytes is
- * what STOP_COPY would stream, except that both are 0 at the temporary end.
+ * Checks the accounting of a quiet device in PRE_COPY: initial_bytes + dirty_bytes is
+ * the length of the STOP_COPY stream, except that both are 0 at the temporary end.
  */
 static __u64 expect_exact_info(struct __test_metadata *_metadata,
 			       const struct mock *m, int fd)
@@ -85,10 +85,10 @@ static __u64 expect_exact_info(struct __test_metadata *_metadata,
 			PROMISE("initial_bytes (%llu) + dirty_bytes (%llu) matches the amount of data an immediate transition to STOP_COPY will require",
 				info.initial_bytes, info.dirty_bytes);
 		EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN | POLLOUT, 0))
-			PROMISE("there is something to read and nothing to write");
+			PROMISE("the data_fd is readable and not writable");
 	} else {
 		EXPECT_EQ(0, mig_poll(fd, POLLIN | POLLOUT, 0))
-			PROMISE("at the temporary end there is nothing to read");
+			PROMISE("at the temporary end the data_fd is not readable");
 	}
 	return info.initial_bytes + info.dirty_bytes;
 }
@@ -105,7 +105,7 @@ static void migrate(struct __test_metadata *_metadata, struct mock *src,
 	memcpy(dst->want, src->want, dst->size);
 }
 
-/* The same without a look at poll(), for a device that is not ready. */
+/* The same without poll(), for a device that is not ready. */
 static __u64 expect_unready_info(struct __test_metadata *_metadata,
 				 const struct mock *m, int fd)
 {
@@ -119,7 +119,7 @@ static __u64 expect_unready_info(struct __test_metadata *_metadata,
 	return info.initial_bytes + info.dirty_bytes;
 }
 
-/* The life of one migration, with all that may happen on the way. */
+/* One whole migration, with changes in all phases. */
 TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 {
 	struct mock *src = &self->src, *dst = &self->dst;
@@ -139,12 +139,12 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 		EXPECT_EQ(0U, info.dirty_bytes)
 			PROMISE("dirty_bytes starts at zero");
 
-		/* Half of it, while the driver and the device go on. */
+		/* Read half of it, then driver and device change the state. */
 		while (image.len < size / 2)
 			ASSERT_LT(0, mig_read(fd, &image, 10007));
 		left = expect_exact_info(_metadata, src, fd);
 		EXPECT_EQ(size - image.len, left)
-			PROMISE("on a quiet device what was read is what is no longer left");
+			PROMISE("on a quiet device the bytes read are no longer pending");
 		store_noise(_metadata, src, 0, 1, 77);
 		fill(_metadata, src, PAGE + 5, PAGE, 78);
 		expect_exact_info(_metadata, src, fd);
@@ -155,14 +155,14 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 		EXPECT_EQ(0U, expect_exact_info(_metadata, src, fd));
 
-		/* Rounds of dirtying and reading until the switchover. */
+		/* Rounds of writes and reads until the switchover. */
 		fill(_metadata, src, 0, src->size / 4, 79);
 		left = expect_exact_info(_metadata, src, fd);
 		before = image.len;
 		ret = mig_save(fd, &image, stream_limit(&src->dev));
 		ASSERT_EQ(-ENOMSG, ret);
 		EXPECT_LT(image.len - before, left)
-			PROMISE("registers and trailer wait for STOP_COPY");
+			PROMISE("registers and trailer are only sent in STOP_COPY");
 		store_noise(_metadata, src, src->size - PAGE - 1, 2, 80);
 		if (src->dev.flags & VFIO_MIGRATION_P2P) {
 			left = expect_exact_info(_metadata, src, fd);
@@ -175,16 +175,16 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 	}
 	migrate(_metadata, src, dst, fd, &image);
 
-	/* The target is no copy, it is the device: it works on from there. */
+	/* The target continues in place of the source. */
 	before = reg64(dst, COMPLETIONS);
 	fill(_metadata, dst, 2 * PAGE - 1, 2 * PAGE, 90);
 	EXPECT_EQ(before + 1, reg64(dst, COMPLETIONS))
-		PROMISE("the target counts on from what migrated");
+		PROMISE("the target continues the migrated count");
 	command(_metadata, dst, VFIO_MOCK_CMD_CHECKSUM, 0, dst->size, 0);
 	EXPECT_EQ(vfio_mock_checksum(dst->want, dst->size), reg64(dst, RESULT));
-	expect_memory(_metadata, dst, dst->want, "after work on the target");
+	expect_memory(_metadata, dst, dst->want, "after commands on the target");
 
-	/* And the source, if the user wants it back, is untouched. */
+	/* The source is unchanged and can be resumed. */
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	expect_memory(_metadata, src, src->want, "on the source, back in RUNNING");
 
@@ -220,14 +220,14 @@ TEST_F_TIMEOUT(mock, dirtying_is_accounted_exactly, 120)
 			fill(_metadata, src, at, len, n);
 			break;
 		default:
-			/* Often enough to come to the temporary end at times. */
+			/* Long enough to reach the temporary end sometimes. */
 			if (r % 5 == 2)
 				len = r % (src->size / 2) + 1;
 			ret = mig_read(fd, &image, len);
 			if (ret < 0) {
 				ASSERT_EQ(-ENOMSG, ret);
 				EXPECT_EQ(0U, expect_exact_info(_metadata, src, fd))
-					PROMISE("ENOMSG comes only when both counters are zero");
+					PROMISE("at ENOMSG both counters are zero");
 			}
 		}
 		expect_exact_info(_metadata, src, fd);
@@ -237,10 +237,10 @@ TEST_F_TIMEOUT(mock, dirtying_is_accounted_exactly, 120)
 	EXPECT_EQ(0, mock_image_parse(&parsed, &image))
 		PROMISE("the stream follows its format: %s", parsed.why);
 	EXPECT_EQ(0, memcmp(parsed.memory, src->want, src->size))
-		PROMISE("the last content of each page wins");
+		PROMISE("the stream has the last content of each page");
 }
 
-/* Without pre-copy the image is canonical: each page once, whole runs. */
+/* Without pre-copy the image is canonical: each page once, in maximal runs. */
 TEST_F(mock, stop_copy_stream_follows_its_format)
 {
 	struct mock *src = &self->src;
@@ -257,11 +257,11 @@ TEST_F(mock, stop_copy_stream_follows_its_format)
 	EXPECT_EQ(src->size / PAGE, parsed.trailer.pages)
 		PROMISE("a stopped device sends each page once");
 	EXPECT_EQ(0, memcmp(parsed.memory, src->want, src->size))
-		PROMISE("the stream holds the state memory");
+		PROMISE("the stream contains the state memory");
 	/* IDENTITY, full runs, REGISTERS. */
 	EXPECT_EQ(2 + (src->size / PAGE + MOCK_RUN_PAGES - 1) / MOCK_RUN_PAGES,
 		  parsed.trailer.records)
-		PROMISE("neighbouring pages share a record");
+		PROMISE("adjacent pages share a record");
 }
 
 TEST_F(mock, one_dirty_page_costs_one_page)
@@ -277,15 +277,15 @@ TEST_F(mock, one_dirty_page_costs_one_page)
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	ASSERT_EQ(0, mig_data_size(&src->dev, &tail));
 	EXPECT_LT(0U, tail)
-		PROMISE("registers and trailer are still to come");
+		PROMISE("registers and trailer are still pending");
 
-	/* However often and by whomever the page is written. */
+	/* However often the page is written, by driver or device. */
 	for (i = 0; i < 3; i++) {
 		store_noise(_metadata, src, 7 * PAGE + 100 * i, 50, i);
 		fill(_metadata, src, 8 * PAGE - 1, 1, i);
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
 		EXPECT_EQ(0U, info.initial_bytes)
-			PROMISE("what was dirtied later is not initial data");
+			PROMISE("later changes are not initial data");
 		EXPECT_EQ(24 + PAGE + tail, info.dirty_bytes)
 			PROMISE("one dirty page is one record of one page");
 	}
@@ -296,7 +296,7 @@ TEST_F(mock, one_dirty_page_costs_one_page)
 	EXPECT_EQ(0, memcmp(image.data + 24, src->want + 7 * PAGE, PAGE))
 		PROMISE("the page is sent with its last content");
 
-	/* Reading dirties nothing. */
+	/* Reads do not dirty pages. */
 	expect_memory(_metadata, src, src->want, "in PRE_COPY");
 	command(_metadata, src, VFIO_MOCK_CMD_CHECKSUM, 0, src->size, 0);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
@@ -326,7 +326,7 @@ TEST_F_TIMEOUT(mock, poller_wakes_when_state_gets_dirty, 60)
 		EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
 			PROMISE("userspace can wait for more data by using poll");
 		EXPECT_LT(0, mig_read(fd, &image, 1))
-			PROMISE("what poll announced can be read");
+			PROMISE("read() returns data after poll()");
 	}
 }
 
@@ -344,7 +344,7 @@ TEST_F(mock, reinit_announces_new_initial_data)
 	fd = go(_metadata, &src->dev, PRE_COPY);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.flags & VFIO_PRECOPY_INFO_REINIT)
-		PROMISE("REINIT is only for new initial data later on");
+		PROMISE("REINIT is only reported for later initial data");
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	store_noise(_metadata, src, 0, 1, 1);
 
@@ -365,11 +365,11 @@ TEST_F(mock, reinit_announces_new_initial_data)
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.flags)
-		PROMISE("REINIT is over when the new initial data was read");
+		PROMISE("REINIT ends when the new initial data was read");
 	migrate(_metadata, src, &self->dst, fd, &image);
 }
 
-/* A session that is given up leaves nothing to the next one. */
+/* An aborted session does not affect the next one. */
 TEST_F(mock, new_session_streams_everything)
 {
 	struct mock *src = &self->src;
@@ -395,9 +395,9 @@ TEST_F(mock, new_session_streams_everything)
 	fd = go(_metadata, &src->dev, PRE_COPY);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.flags)
-		PROMISE("nothing is new that was never streamed by this session");
+		PROMISE("REINIT is not reported for data that this session has not streamed yet");
 	EXPECT_EQ(whole, info.initial_bytes)
-		PROMISE("a new session begins with all of the device");
+		PROMISE("a new session begins with the whole device state");
 	EXPECT_EQ(0U, info.dirty_bytes);
 	image.len = 0;
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
@@ -422,7 +422,7 @@ TEST_F(mock, reinit_is_not_reported_without_opt_in)
 	migrate(_metadata, src, &self->dst, fd, &image);
 }
 
-/* The draft's ioctl number answers as mainline's, on every kind of data_fd. */
+/* The draft's ioctl number is equal to mainline's on each kind of data_fd. */
 TEST_F(mock, precopy_info_answers_both_numbers)
 {
 	struct vfio_precopy_info draft = { .argsz = sizeof(draft) }, info;
@@ -434,7 +434,7 @@ TEST_F(mock, precopy_info_answers_both_numbers)
 	ASSERT_LT(0, mig_read(fd, &(struct mig_stream){}, 99));
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft))
-		PROMISE("the data_fd answers both numbers");
+		PROMISE("the data_fd supports both numbers");
 	EXPECT_EQ(info.initial_bytes, draft.initial_bytes);
 	EXPECT_EQ(info.dirty_bytes, draft.dirty_bytes);
 	draft.argsz = 8;
@@ -447,10 +447,10 @@ TEST_F(mock, precopy_info_answers_both_numbers)
 	EXPECT_EQ(EINVAL, errno);
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	EXPECT_EQ(-ENODEV, mig_precopy_info(fd, &info))
-		PROMISE("every call on the fd of an ended session gives ENODEV");
+		PROMISE("every call on the fd of an ended session returns ENODEV");
 	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
 	EXPECT_EQ(ENODEV, errno)
-		PROMISE("every call on the fd of an ended session gives ENODEV");
+		PROMISE("every call on the fd of an ended session returns ENODEV");
 }
 
 TEST_F(mock, cancelled_migration_does_not_change_source)
@@ -497,7 +497,7 @@ TEST_F_TIMEOUT(mock, content_survives_any_chunking, 120)
 	read_front(_metadata, src, &front);
 	stop_and_save(_metadata, src, &fd, &image);
 	for (i = 0; i < ARRAY_SIZE(chunks); i++) {
-		/* A system call for each byte of a large image takes too long. */
+		/* For a large image a system call for each byte takes too long. */
 		if (chunks[i] && image.len / chunks[i] > (1 << 18))
 			continue;
 		ASSERT_EQ(0, mig_reset(&dst->dev));
@@ -505,7 +505,7 @@ TEST_F_TIMEOUT(mock, content_survives_any_chunking, 120)
 	}
 }
 
-/* As above on the way out: reads of any size give the same stream. */
+/* The same for reads: the stream does not depend on their size. */
 TEST_F_TIMEOUT(mock, stream_is_independent_of_read_size, 120)
 {
 	const size_t chunks[] = { 1, 7, PAGE - 1, PAGE, 1 << 20 };
@@ -520,7 +520,7 @@ TEST_F_TIMEOUT(mock, stream_is_independent_of_read_size, 120)
 	for (i = 0; i < ARRAY_SIZE(chunks); i++) {
 		if (image.len / chunks[i] > (1 << 18))
 			continue;
-		/* STOP_COPY -> STOP -> STOP_COPY is a session of its own. */
+		/* STOP_COPY -> STOP -> STOP_COPY starts a new session. */
 		ASSERT_EQ(0, mig_set_state(&src->dev, STOP, NULL));
 		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
 		again.len = 0;
@@ -529,7 +529,7 @@ TEST_F_TIMEOUT(mock, stream_is_independent_of_read_size, 120)
 		ASSERT_EQ(0, ret);
 		ASSERT_EQ(image.len, again.len);
 		EXPECT_EQ(0, memcmp(image.data, again.data, image.len))
-			PROMISE("reads of %zu bytes give the same stream", chunks[i]);
+			PROMISE("reads of %zu bytes return the same stream", chunks[i]);
 		close(fd);
 	}
 }
@@ -557,7 +557,7 @@ TEST_F(mock, p2p_states_keep_the_device_working)
 	migrate(_metadata, src, &self->dst, fd, &image);
 }
 
-/* A write that must not matter, and is counted. */
+/* A write that is dropped and counted. */
 static void expect_dropped(struct __test_metadata *_metadata, struct mock *m,
 			   int region, __u64 at, __u64 value, size_t width,
 			   const char *state)
@@ -634,7 +634,7 @@ TEST_F(mock, stopped_device_does_not_change)
 		fill(_metadata, src, 200, 100, 30);
 		expect_memory(_metadata, src, src->want, "running again");
 		EXPECT_EQ(dropped, reg64(src, DROPPED))
-			PROMISE("a running device drops nothing");
+			PROMISE("a running device drops no write");
 	}
 }
 
@@ -689,19 +689,19 @@ TEST_F(mock, next_opener_gets_fresh_device)
 			close(fd);
 		mig_close_device(&src->dev);
 		ASSERT_EQ(0, mig_reopen_device(&src->dev))
-			STEP("open the device again: %s", src->dev.why);
+			STEP("reopen the device: %s", src->dev.why);
 		expect_state(_metadata, &src->dev, RUNNING, "for the next opener");
 		expect_fresh(_metadata, src, "for the next opener");
 	}
 }
 
-/* ---- A device that is slow to get its state ready ---- */
+/* ---- A device that is slow to prepare its state ---- */
 
 #define NEVER	0xffffffffU	/* microseconds: longer than any test */
 
 /*
- * Delays of all sizes, so that the device gets ready before, while and after the
- * reader goes to sleep: a reader that misses it waits for ever.
+ * Delays of all sizes, so that the device becomes ready before, while and after the
+ * reader goes to sleep: a reader without the wake-up sleeps forever.
  */
 TEST_F_TIMEOUT(mock, read_waits_for_slow_device, 60)
 {
@@ -732,7 +732,7 @@ TEST_F_TIMEOUT(mock, read_waits_for_slow_device, 60)
 	set_save_delay(_metadata, src, 0);
 }
 
-/* A client that sleeps in poll() is woken once for each record. */
+/* A client in poll() is woken once for each record. */
 TEST_F_TIMEOUT(mock, poller_wakes_once_for_each_record, 60)
 {
 	unsigned int records, wakeups = 0, vain = 0;
@@ -762,7 +762,7 @@ TEST_F_TIMEOUT(mock, poller_wakes_once_for_each_record, 60)
 	/* Identity, and runs of 64 pages. */
 	records = 1 + (src->size / PAGE + 63) / 64;
 	EXPECT_EQ(0U, vain)
-		PROMISE("poll does not announce what read() does not have");
+		PROMISE("read() returns data after poll()");
 	EXPECT_GE(records, wakeups)
 		PROMISE("a reader is woken once for each record");
 	set_save_delay(_metadata, src, 0);
@@ -782,11 +782,11 @@ TEST_F(mock, nonblocking_read_of_slow_device_is_eagain)
 	fd = go(_metadata, &src->dev, PRE_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096))
-		PROMISE("with O_NONBLOCK a read() for which nothing is ready is EAGAIN");
+		PROMISE("with O_NONBLOCK a read() returns EAGAIN if no data is ready");
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
-		PROMISE("poll does not announce what read() does not have");
+		PROMISE("poll does not report data that is not ready");
 	EXPECT_LT(0U, expect_unready_info(_metadata, src, fd))
-		PROMISE("what is not ready is still to be streamed");
+		PROMISE("data that is not ready is still pending");
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	EXPECT_TRUE(mig_fd_is_dead(fd));
 	close(fd);
@@ -807,7 +807,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	fd = go(_metadata, &src->dev, STOP_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
-		PROMISE("in STOP_COPY too, poll() waits for what is not ready");
+		PROMISE("also in STOP_COPY poll() waits for data that is not ready");
 	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096));
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0));
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
@@ -823,7 +823,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	} while (got > 0 || got == -EAGAIN);
 	EXPECT_EQ(0, got);
 	EXPECT_EQ(0, unready)
-		PROMISE("what poll() announces can be read: a client does not spin");
+		PROMISE("read() returns data after poll(): a client does not spin");
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	close(fd);
 
@@ -832,7 +832,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
-/* A device that gets slow in the midst of a read(): what there is does not wait. */
+/* A device that becomes slow during a read(): ready data is returned at once. */
 TEST_F(mock, read_returns_what_is_ready)
 {
 	struct mock *src = &self->src;
@@ -846,10 +846,10 @@ TEST_F(mock, read_returns_what_is_ready)
 	ASSERT_EQ(3, mig_read(fd, &image, 3));
 	set_save_delay(_metadata, src, NEVER);
 	ASSERT_LT(0, mig_read(fd, &image, size))
-		PROMISE("the rest of a record that has begun is ready");
+		PROMISE("the rest of a partly read record is ready");
 	EXPECT_GT(size, image.len)
-		PROMISE("read() returns what is ready and does not wait for more");
-	/* What is not ready any more is waited for, so this takes a new session. */
+		PROMISE("read() returns the ready data and does not wait for more");
+	/* The device is not ready any more: use a new session. */
 	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
 	close(fd);
 	set_save_delay(_metadata, src, 0);
@@ -857,7 +857,7 @@ TEST_F(mock, read_returns_what_is_ready)
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
-/* A thread that waits in read() for what does not come. */
+/* A thread that waits in read() for data that never becomes ready. */
 struct reader {
 	struct poller poller;
 	int fd;
@@ -895,7 +895,7 @@ static void *vector_reader_main(void *arg)
 	return NULL;
 }
 
-/* A readv() is one read(): it does not wait because one of its buffers is full. */
+/* A readv() is one read(): it does not wait after a full buffer. */
 TEST_F(mock, readv_returns_what_is_ready)
 {
 	struct mock *src = &self->src;
@@ -914,7 +914,7 @@ TEST_F(mock, readv_returns_what_is_ready)
 		ASSERT_EQ(3, mig_read(r.fd, &image, 3));
 		set_save_delay(_metadata, src, NEVER);
 		if (!i) {
-			/* This much is ready. */
+			/* These bytes are ready. */
 			ready = mig_read(r.fd, &image, size);
 			ASSERT_LT(0, ready);
 			ASSERT_GT((ssize_t)size, ready);
@@ -926,7 +926,7 @@ TEST_F(mock, readv_returns_what_is_ready)
 	r.iov[1] = (struct iovec){ &byte, 1 };
 	ASSERT_EQ(0, pthread_create(&r.thread, NULL, vector_reader_main, &r));
 	EXPECT_TRUE(joined(r.thread))
-		PROMISE("readv() returns what is ready and does not wait for more");
+		PROMISE("readv() returns the ready data and does not wait for more");
 	EXPECT_EQ(ready, r.ret);
 
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
@@ -946,7 +946,7 @@ TEST_F(mock, readv_returns_what_is_ready)
 	migrate(_metadata, src, &self->dst, -1, &image);
 }
 
-/* The host can let go of a device that is slow. */
+/* The host can end the delay of a slow device. */
 TEST_F(mock, shorter_delay_ends_the_wait)
 {
 	static const char *const shorter[] = { "0", "1", "0x10" };
@@ -969,11 +969,11 @@ TEST_F(mock, shorter_delay_ends_the_wait)
 					PROMISE("'%s' is refused", bad[j]);
 			}
 			EXPECT_FALSE(atomic_load(&r.poller.done))
-				PROMISE("what is refused changes nothing");
+				PROMISE("a refused value changes nothing");
 		}
 		ASSERT_EQ(0, mock_set(src, "save_delay_us", shorter[i]));
 		ASSERT_TRUE(joined(r.poller.thread))
-			PROMISE("a shorter delay ends the wait under way");
+			PROMISE("a shorter delay ends the current wait");
 		EXPECT_EQ(1, r.ret);
 		go_home(_metadata, &src->dev);
 		close(r.fd);
@@ -981,7 +981,7 @@ TEST_F(mock, shorter_delay_ends_the_wait)
 	set_save_delay(_metadata, src, 0);
 }
 
-/* However the session ends, it does not wait for the reader, who learns of it. */
+/* The end of a session does not wait for its reader, and wakes it. */
 static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m,
 			       __u32 from, const char *how)
 {
@@ -1006,7 +1006,7 @@ static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m
 		PROMISE("a reader that waits in %s wakes at the end of the session by %s",
 			mig_state_name(from), how);
 	EXPECT_EQ(-ENODEV, r.ret)
-		PROMISE("a reader that waits in %s learns of the end of the session by %s",
+		PROMISE("a reader that waits in %s gets ENODEV after the end of the session by %s",
 			mig_state_name(from), how);
 	close(r.fd);
 	if (m->dev.fd < 0)
@@ -1056,7 +1056,7 @@ TEST_F_TIMEOUT(mock, parallel_readers_get_each_byte_once, 60)
 	unsigned int i;
 	int fd = -1;
 
-	/* What the bytes sum up to does not depend on who got them. */
+	/* The sum of all bytes does not depend on the reader. */
 	populate(_metadata, src, 73);
 	stop_and_save(_metadata, src, &fd, &image);
 	for (j = 0; j < image.len; j++)
@@ -1071,15 +1071,15 @@ TEST_F_TIMEOUT(mock, parallel_readers_get_each_byte_once, 60)
 	for (i = 0; i < ARRAY_SIZE(sharers); i++) {
 		pthread_join(sharers[i].thread, NULL);
 		EXPECT_EQ(0, sharers[i].err)
-			PROMISE("each reader comes to the permanent end");
+			PROMISE("each reader reaches the permanent end");
 		total += sharers[i].got.len;
 		for (j = 0; j < sharers[i].got.len; j++)
 			seen += sharers[i].got.data[j];
 	}
 	EXPECT_EQ(image.len, total)
-		PROMISE("parallel readers get each byte once");
+		PROMISE("each byte goes to exactly one of the parallel readers");
 	EXPECT_EQ(sum, seen)
-		PROMISE("parallel readers get each byte once");
+		PROMISE("each byte goes to exactly one of the parallel readers");
 }
 
 TEST_F(mock, data_fd_outlives_its_device)
@@ -1096,14 +1096,14 @@ TEST_F(mock, data_fd_outlives_its_device)
 	mig_close(&src->dev);
 	mig_close(&self->dst.dev);
 	EXPECT_EQ(-ENODEV, mig_read(save, &image, 4096))
-		PROMISE("after close every call on the data_fd gives ENODEV");
+		PROMISE("after close every call on the data_fd returns ENODEV");
 	EXPECT_EQ(-ENODEV, mig_load(load, image.data, image.len, 0, NULL))
-		PROMISE("after close every call on the data_fd gives ENODEV");
+		PROMISE("after close every call on the data_fd returns ENODEV");
 	EXPECT_NE(0, mig_poll(save, POLLIN, 0))
-		PROMISE("nobody waits for a closed device");
+		PROMISE("poll does not wait for a closed device");
 }
 
-/* ---- A client that is killed ---- */
+/* ---- Killed clients ---- */
 
 enum killed_call { KILLED_READ, KILLED_WRITE, KILLED_FILL };
 
@@ -1118,7 +1118,7 @@ FIXTURE(killed)
 FIXTURE_VARIANT(killed)
 {
 	enum killed_call call;
-	__u64 chunk;		/* what is finished when the client is killed */
+	__u64 chunk;		/* is completed after the client is killed */
 };
 
 FIXTURE_VARIANT_ADD(killed, read) { .call = KILLED_READ, .chunk = 64 << 10 };
@@ -1144,7 +1144,7 @@ FIXTURE_TEARDOWN(killed)
 	mock_close(&self->m);
 }
 
-/* How far a memory that was zero has been written, by the first words of chunks. */
+/* The number of bytes written to zeroed memory, by the first words of chunks. */
 static __u64 written_up_to(const __u8 *mem, __u64 size, __u64 chunk)
 {
 	__u64 at;
@@ -1171,7 +1171,7 @@ TEST_F_TIMEOUT(killed, client_stops_within_a_chunk, 120)
 	set64(m, SEED, 1);
 	if (reads)
 		set32(m, DOORBELL, VFIO_MOCK_CMD_FILL);
-	/* It may have ended before it was killed: then that says nothing. */
+	/* A client that ended before it was killed proves nothing. */
 	for (tries = 0; tries < 50 && stopped < 3; tries++) {
 		*returned = false;
 		if (reads) {
@@ -1199,7 +1199,7 @@ TEST_F_TIMEOUT(killed, client_stops_within_a_chunk, 120)
 		ASSERT_EQ(pid, waitpid(pid, &status, 0));
 		ended = written_up_to(to, size, chunk);
 		EXPECT_LE(ended, killed + chunk)
-			PROMISE("a client that is killed stops within %llu bytes: it was killed after %llu and ended after %llu of %llu",
+			PROMISE("a killed client stops within %llu bytes: killed after %llu, ended after %llu of %llu",
 				chunk, killed, ended, size);
 		if (*returned || ended == size)
 			continue;
@@ -1207,11 +1207,11 @@ TEST_F_TIMEOUT(killed, client_stops_within_a_chunk, 120)
 		if (variant->call == KILLED_FILL) {
 			EXPECT_EQ(VFIO_MOCK_STATUS_ERROR, (int)reg32(m, STATUS));
 			EXPECT_EQ(VFIO_MOCK_ERROR_KILLED, (int)reg32(m, ERROR))
-				PROMISE("a command of a killed client says so");
+				PROMISE("a command of a killed client ends with this error");
 		}
 	}
 	EXPECT_LT(0U, stopped)
-		PROMISE("a client that is killed stops: in %u tries all of them went on to the end",
+		PROMISE("a killed client stops: all of %u tries continued to the end",
 			tries);
 }
 
@@ -1258,7 +1258,7 @@ TEST_F(pci, device_info)
 	info.argsz = 16;
 	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
 	EXPECT_EQ(~0U, info.cap_offset)
-		PROMISE("nothing is written behind argsz");
+		PROMISE("nothing is written after argsz");
 	info.argsz = 8;
 	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
 	EXPECT_EQ(EINVAL, errno)
@@ -1284,18 +1284,18 @@ TEST_F(pci, every_region_can_be_accessed)
 
 	for (i = 0; i < VFIO_PCI_NUM_REGIONS; i++) {
 		ASSERT_EQ(0, mig_region_info(&m->dev, i, &info))
-			PROMISE("region %u answers GET_REGION_INFO", i);
+			PROMISE("region %u supports GET_REGION_INFO", i);
 		EXPECT_EQ(sizes[i], info.size)
 			PROMISE("region %u has this size", i);
 		EXPECT_EQ(sizes[i] ? rw : 0, info.flags & rw)
-			PROMISE("region %u can be read and written if it is there", i);
+			PROMISE("region %u can be read and written if it exists", i);
 		if (!sizes[i]) {
 			EXPECT_EQ(-EINVAL, mock_read(m, i, 0, buf, 4))
-				PROMISE("region %u is not there", i);
+				PROMISE("region %u does not exist", i);
 			EXPECT_EQ(-EINVAL, mock_write(m, i, 0, buf, 4));
 			continue;
 		}
-		/* Past the end, across the end, and as far as offsets reach. */
+		/* Past the end, across the end, and at the largest offset. */
 		EXPECT_GE(0, mock_read(m, i, sizes[i], buf, 4))
 			PROMISE("region %u ends at its size", i);
 		EXPECT_GE(0, mock_write(m, i, sizes[i], buf, 4));
@@ -1311,7 +1311,7 @@ TEST_F(pci, every_region_can_be_accessed)
 				i, ret);
 	}
 	EXPECT_EQ(-EINVAL, mig_region_info(&m->dev, VFIO_PCI_NUM_REGIONS, &info))
-		PROMISE("there is no region behind the last");
+		PROMISE("no region exists after the last one");
 	EXPECT_EQ(-EINVAL, mig_region_info(&m->dev, ~0U, &info));
 	EXPECT_GE(0, pread(m->dev.fd, buf, 4, 0x7ffffffffffff000ULL));
 
@@ -1330,7 +1330,7 @@ TEST_F(pci, registers_identify_the_device)
 	EXPECT_EQ(m->size, reg64(m, STATE_SIZE));
 	EXPECT_EQ(mock_type_size(m), reg64(m, STATE_SIZE));
 
-	/* Registers that tell cannot be told. */
+	/* Read-only registers. */
 	put(_metadata, m, BAR0, VFIO_MOCK_REG_STATE_SIZE, ~0ULL, 8);
 	for (i = 0; i < ARRAY_SIZE(reset_values); i++) {
 		switch (reset_values[i].at) {
@@ -1356,7 +1356,7 @@ TEST_F(pci, registers_take_any_access)
 	__u8 *bytes = (__u8 *)model, block[32];
 	unsigned int i, at, len, j;
 
-	/* SCRATCH, ADDR, LEN and SEED are 32 bytes that keep what is written. */
+	/* SCRATCH, ADDR, LEN and SEED are 32 bytes that keep written values. */
 	memset(model, 0, sizeof(model));
 	for (i = 0; i < 400; i++) {
 		at = vfio_mock_mix(++n) % 32;
@@ -1369,12 +1369,12 @@ TEST_F(pci, registers_take_any_access)
 		ASSERT_EQ(32, mock_read(m, BAR0, VFIO_MOCK_REG_SCRATCH, block, 32))
 			PROMISE("a block access works");
 		ASSERT_EQ(0, memcmp(block, bytes, 32))
-			PROMISE("a write of %u bytes at %u changes these bytes alone",
+			PROMISE("a write of %u bytes at %u changes only these bytes",
 				len, at);
 		for (j = 0; j + len <= 32; j += 5) {
 			value = get(_metadata, m, BAR0, VFIO_MOCK_REG_SCRATCH + j, len);
 			EXPECT_EQ(0, memcmp(&value, bytes + j, len))
-				PROMISE("a read of %u bytes at %u is a part of the whole",
+				PROMISE("a read of %u bytes at %u equals a part of the whole",
 					len, j);
 		}
 	}
@@ -1384,7 +1384,7 @@ TEST_F(pci, registers_take_any_access)
 	EXPECT_EQ(0xa7a6a5a4a3a2a1a0ULL, reg64(m, SCRATCH));
 	EXPECT_EQ(0xbfbebdbcbbbab9b8ULL, reg64(m, SEED));
 	EXPECT_EQ(0, mock_read(m, BAR0, 0, block, 0))
-		PROMISE("a read of nothing returns 0");
+		PROMISE("a read of no bytes returns 0");
 	EXPECT_EQ(VFIO_MOCK_REGS_END, (int)mock_read(m, BAR0, 0, m->seen, VFIO_MOCK_REGS_END));
 	EXPECT_EQ(VFIO_MOCK_BAR0_SIZE, (int)mock_read(m, BAR0, 0, m->seen, VFIO_MOCK_BAR0_SIZE))
 		PROMISE("all of BAR0 can be read");
@@ -1404,12 +1404,12 @@ TEST_F(pci, state_memory_takes_any_access)
 		store_noise(_metadata, m, at, len, n);
 		ASSERT_EQ((ssize_t)len, mock_read(m, BAR2, at, m->seen, len));
 		EXPECT_EQ(0, memcmp(m->seen, m->want + at, len))
-			PROMISE("what was written is read (%llu bytes at %#llx)", len, at);
+			PROMISE("written data is read back (%llu bytes at %#llx)", len, at);
 	}
 	expect_memory(_metadata, m, m->want, "after writes of any size");
 }
 
-/* A buffer ends where nothing is mapped: an access is whole, a block ends there. */
+/* A buffer ends at an unmapped page: an access fails, a block is written up to there. */
 TEST_F(pci, write_from_partial_buffer)
 {
 	struct mock *m = &self->m;
@@ -1425,17 +1425,17 @@ TEST_F(pci, write_from_partial_buffer)
 	for (len = 2; len <= 8; len++) {
 		for (had = 0; had < len; had++) {
 			EXPECT_EQ(-EFAULT, mock_write(m, BAR2, 40, end - had, len))
-				PROMISE("an access of %llu bytes, of which %llu are there, is none",
+				PROMISE("an access of %llu bytes fails if only %llu are mapped",
 					len, had);
 		}
 	}
-	expect_memory(_metadata, m, m->want, "after accesses that were none");
+	expect_memory(_metadata, m, m->want, "after failed accesses");
 	EXPECT_EQ(100, mock_write(m, BAR2, 5000, end - 100, 300))
-		PROMISE("a block is written as far as it is there");
+		PROMISE("a block is written up to the unmapped page");
 	memset(m->want + 5000, 0x33, 100);
-	expect_memory(_metadata, m, m->want, "after a part of a block");
+	expect_memory(_metadata, m, m->want, "after a partial write of a block");
 	EXPECT_EQ(-EFAULT, mock_write(m, BAR2, 5000, end, 300));
-	expect_memory(_metadata, m, m->want, "after nothing of a block");
+	expect_memory(_metadata, m, m->want, "after a failed write of a block");
 }
 
 /* A command that is refused with @error and changes nothing. */
@@ -1449,7 +1449,7 @@ static void expect_refused_command(struct __test_metadata *_metadata, struct moc
 		PROMISE("command %u of [%#llx, +%#llx) is refused with this error",
 			cmd, at, len);
 	EXPECT_EQ(VFIO_MOCK_STATUS_ERROR, (int)reg32(m, STATUS))
-		PROMISE("STATUS tells that the last command was refused");
+		PROMISE("STATUS reports the refusal of the last command");
 	EXPECT_EQ(done, reg64(m, COMPLETIONS))
 		PROMISE("a refused command is not completed");
 }
@@ -1467,7 +1467,7 @@ TEST_F(pci, doorbell_commands)
 			len = m->size - at;
 		fill(_metadata, m, at, len, n);
 		EXPECT_EQ(++done, reg64(m, COMPLETIONS))
-			PROMISE("COMPLETIONS counts commands");
+			PROMISE("COMPLETIONS is the number of commands");
 		EXPECT_EQ(VFIO_MOCK_ERROR_NONE, (int)reg32(m, ERROR));
 		command(_metadata, m, VFIO_MOCK_CMD_CHECKSUM, at, len, 0);
 		EXPECT_EQ(vfio_mock_checksum(m->want + at, len), reg64(m, RESULT))
@@ -1512,7 +1512,7 @@ TEST_F(pci, doorbell_refuses_bad_commands)
 				       VFIO_MOCK_ERROR_RANGE);
 	}
 	EXPECT_EQ(result, reg64(m, RESULT))
-		PROMISE("a refused CHECKSUM leaves RESULT alone");
+		PROMISE("a refused CHECKSUM does not change RESULT");
 	expect_memory(_metadata, m, m->want, "after refused commands");
 	fill(_metadata, m, m->size - 1, 1, 2);
 	EXPECT_EQ(VFIO_MOCK_ERROR_NONE, (int)reg32(m, ERROR))
@@ -1540,11 +1540,11 @@ TEST_F(pci, doorbell_needs_whole_writes)
 	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL + 1, 0, 4);
 	put(_metadata, m, BAR0, VFIO_MOCK_REG_DOORBELL - 2, 0, 4);
 	EXPECT_EQ(0U, reg64(m, COMPLETIONS))
-		PROMISE("DOORBELL acts only when all its 4 bytes are written by one access");
+		PROMISE("DOORBELL acts only if one access writes all of its 4 bytes");
 	EXPECT_EQ(0U, reg32(m, STATUS));
 	expect_memory(_metadata, m, m->want, "after partial doorbell writes");
 
-	/* One access that covers the arguments as well. */
+	/* One access that also covers the arguments. */
 	ASSERT_EQ((ssize_t)sizeof(block),
 		  mock_write(m, BAR0, VFIO_MOCK_REG_ADDR, &block, sizeof(block)));
 	vfio_mock_pattern(m->want + 100, 5, 100, 300);
@@ -1586,7 +1586,7 @@ TEST_F(pci, config_space_identifies_the_device)
 
 TEST_F(pci, config_space_sizes_its_bars)
 {
-	/* Size of the BAR that starts at each register, and its type bits. */
+	/* Size of the BAR at each register, and its type bits. */
 	const struct {
 		__u64 size;
 		__u32 bits;
@@ -1599,12 +1599,12 @@ TEST_F(pci, config_space_sizes_its_bars)
 
 	for (i = 0; i < 6; i++) {
 		if (!bars[i].size) {
-			/* The upper half of the 64-bit BAR before, or nothing. */
+			/* The upper half of the last 64-bit BAR, or no BAR. */
 			if (i && bars[i - 1].size)
 				continue;
 			put(_metadata, m, CONFIG, 0x10 + 4 * i, ~0U, 4);
 			EXPECT_EQ(0U, get(_metadata, m, CONFIG, 0x10 + 4 * i, 4))
-				PROMISE("BAR%d is not there", i);
+				PROMISE("BAR%d does not exist", i);
 			continue;
 		}
 		EXPECT_EQ(bars[i].bits, get(_metadata, m, CONFIG, 0x10 + 4 * i, 4) & 0xf)
@@ -1614,7 +1614,7 @@ TEST_F(pci, config_space_sizes_its_bars)
 		sizing = get(_metadata, m, CONFIG, 0x10 + 4 * i, 4) |
 			 get(_metadata, m, CONFIG, 0x14 + 4 * i, 4) << 32;
 		EXPECT_EQ(~(bars[i].size - 1) | bars[i].bits, sizing)
-			PROMISE("BAR%d tells its size through a write of all ones", i);
+			PROMISE("BAR%d returns its size after a write of all ones", i);
 		put(_metadata, m, CONFIG, 0x10 + 4 * i, 0xabcdef00ff000000ULL, 8);
 		EXPECT_EQ((0xabcdef00ff000000ULL & ~(bars[i].size - 1)) | bars[i].bits,
 			  get(_metadata, m, CONFIG, 0x10 + 4 * i, 8))
@@ -1622,7 +1622,7 @@ TEST_F(pci, config_space_sizes_its_bars)
 	}
 	put(_metadata, m, CONFIG, 0x30, ~0U, 4);
 	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 0x30, 4))
-		PROMISE("there is no expansion ROM");
+		PROMISE("no expansion ROM exists");
 }
 
 TEST_F(pci, config_space_takes_any_access)
@@ -1632,16 +1632,16 @@ TEST_F(pci, config_space_takes_any_access)
 	unsigned int at, len;
 
 	ASSERT_EQ(256, mock_read(m, CONFIG, 0, before, 256))
-		PROMISE("the whole config space is read by one access");
+		PROMISE("one access reads the whole config space");
 	for (len = 1; len <= 8; len++) {
 		for (at = 0; at + len <= 256; at++) {
 			ASSERT_EQ((ssize_t)len, mock_read(m, CONFIG, at, part, len));
 			EXPECT_EQ(0, memcmp(part, before + at, len))
-				PROMISE("%u bytes at %#x are a part of the whole", len, at);
+				PROMISE("%u bytes at %#x equal a part of the whole", len, at);
 		}
 	}
 
-	/* What a PCI function never lets software change. */
+	/* Fields that are read-only in any PCI function. */
 	memset(ones, 0xff, sizeof(ones));
 	ASSERT_EQ(256, mock_write(m, CONFIG, 0, ones, 256));
 	ASSERT_EQ(256, mock_read(m, CONFIG, 0, now, 256));
@@ -1660,7 +1660,7 @@ TEST_F(pci, config_space_takes_any_access)
 	EXPECT_EQ(0, memcmp(before + 0x40, now + 0x40, 3))
 		PROMISE("id, next and table size of the MSI-X capability are read-only");
 	EXPECT_EQ(0, memcmp(before + 0x44, now + 0x44, 8))
-		PROMISE("the places of MSI-X table and PBA are read-only");
+		PROMISE("the offsets of MSI-X table and PBA are read-only");
 
 	put(_metadata, m, CONFIG, 4, 6, 2);
 	EXPECT_EQ(6U, get(_metadata, m, CONFIG, 4, 2) & 7)
@@ -1672,7 +1672,7 @@ TEST_F(pci, config_space_takes_any_access)
 
 /* ---- The command register ---- */
 
-/* BARs without memory space: as vfio-pci. */
+/* BARs without memory space behave like in vfio-pci. */
 TEST_F(pci, bars_need_memory_space)
 {
 	struct mock *m = &self->m;
@@ -1680,7 +1680,7 @@ TEST_F(pci, bars_need_memory_space)
 
 	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_RESET));
 	EXPECT_EQ(2U, get(_metadata, m, CONFIG, 4, 2))
-		PROMISE("a reset leaves memory space on and bus mastering off");
+		PROMISE("a reset enables memory space and disables bus mastering");
 	set64(m, SCRATCH, 0x1234);
 	put(_metadata, m, CONFIG, 4, 0, 2);
 	EXPECT_EQ(-EIO, mock_read(m, BAR0, 0, &value, 8))
@@ -1690,7 +1690,7 @@ TEST_F(pci, bars_need_memory_space)
 		PROMISE("without memory space a write to BAR0 fails");
 	EXPECT_EQ(-EIO, mock_write(m, BAR0, VFIO_MOCK_MSIX_TABLE, &value, 8));
 	EXPECT_EQ(-EIO, mock_write(m, BAR2, 0, &value, 8));
-	/* The bus does not ask in which state the device is. */
+	/* The same in any migration state. */
 	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
 	EXPECT_EQ(-EIO, mock_write(m, BAR2, 0, &value, 8));
 	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
@@ -1703,14 +1703,14 @@ TEST_F(pci, bars_need_memory_space)
 	expect_zero_memory(_metadata, m, "after writes without memory space");
 	EXPECT_EQ(0U, reg64(m, DROPPED));
 
-	/* The state of a device is on the other side of its bus. */
+	/* A reset clears the device state even without memory space. */
 	put(_metadata, m, CONFIG, 4, 0, 2);
 	ASSERT_EQ(0, ioctl(m->dev.fd, VFIO_DEVICE_RESET));
 	EXPECT_EQ(0U, reg64(m, SCRATCH))
-		PROMISE("a reset switches memory space on");
+		PROMISE("a reset enables memory space");
 }
 
-/* The order of QEMU and of Cloud Hypervisor, and writes at any other time. */
+/* Writes at the time of QEMU and Cloud Hypervisor, and at other times. */
 TEST_F(mock, only_vmm_restores_config_space)
 {
 	struct mock *src = &self->src, *dst = &self->dst;
@@ -1729,7 +1729,7 @@ TEST_F(mock, only_vmm_restores_config_space)
 		if (when == 1)
 			put(_metadata, dst, CONFIG, 4, 0x106, 2);
 		load_all(_metadata, fd, &image);
-		/* Here QEMU and Cloud Hypervisor write it. */
+		/* The time of QEMU and Cloud Hypervisor. */
 		if (when == 2)
 			put(_metadata, dst, CONFIG, 4, 0x106, 2);
 		ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
@@ -1738,9 +1738,9 @@ TEST_F(mock, only_vmm_restores_config_space)
 		move_on(_metadata, &dst->dev, RUNNING);
 		close(fd);
 		EXPECT_EQ(0x106U, get(_metadata, dst, CONFIG, 4, 2))
-			PROMISE("what the VMM wrote to the command register (case %u) stays", when);
+			PROMISE("the command register written by the VMM (case %u) stays", when);
 		EXPECT_EQ(0U, get(_metadata, dst, CONFIG, 0x10, 8) >> 4)
-			PROMISE("what the VMM does not restore does not come by the stream");
+			PROMISE("config space that the VMM does not restore is not in the stream");
 	}
 	mig_stream_free(&image);
 }
@@ -1772,7 +1772,7 @@ TEST_F(pci, data_fd_outlives_the_mediated_device)
 	}
 }
 
-/* ---- DMA logging, stricter than the uAPI needs ---- */
+/* ---- DMA logging, stricter than required by the uAPI ---- */
 
 TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 {
@@ -1796,7 +1796,7 @@ TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 	size = PAGE;
 	ASSERT_EQ(0, mig_log_start(&m->dev, &size, &range, 1));
 	EXPECT_EQ(-EINVAL, mig_log_start(&m->dev, &size, &range, 1))
-		PROMISE("another start is not allowed in the meantime");
+		PROMISE("another START is refused until STOP");
 	fill(_metadata, m, 0, m->size, 1);
 	ASSERT_EQ(0, mig_log_report(&m->dev, 0, range.length, PAGE, bitmap));
 	EXPECT_EQ(0U, bitmap[0] | bitmap[1] | bitmap[2] | bitmap[3])
