@@ -22,7 +22,7 @@
 #define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
 
 /* The page size of the kernel in bytes. */
-__u64 __attribute__((const)) mig_page_size(void);
+__u64 mig_page_size(void);
 
 /* The factor for all timeouts: VFIO_PATIENCE, or 1. */
 int mig_patience(void);

@@ -2610,7 +2610,7 @@ TEST_F(device, dma_logging_bad_bitmap)
 		__u64 *const where[] = { NULL, (__u64 *)hole, (__u64 *)-mig_page_size() };
 
 		ret = report_log(&self->dev, where[i]);
-	/* Without a page to report nothing is stored. */
+		/* Without a page to report nothing is stored. */
 		EXPECT_TRUE(!ret || ret == -EFAULT)
 			PROMISE("a bitmap at %s is EFAULT, or not accessed: %s", what[i],
 				strerror(-ret));

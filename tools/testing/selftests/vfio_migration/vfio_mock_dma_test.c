@@ -149,7 +149,7 @@ TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 		if (vector < VFIO_MOCK_MSIX_VECTORS) {
 			EXPECT_EQ(POLLIN, mig_poll(fds[vector], POLLIN,
 						   mig_hang_seconds() * 1000))
-			PROMISE("the vector of a descriptor is signalled when it ends");
+				PROMISE("the vector of a descriptor is signalled when it ends");
 			d = dma_get(_metadata, m, n);
 		} else {
 			d = dma_wait(_metadata, m, n);
@@ -157,7 +157,7 @@ TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 		expect_complete(_metadata, &d, "a good transfer");
 		for (v = 0; v < VFIO_MOCK_MSIX_VECTORS; v++) {
 			EXPECT_EQ((__u64)(v == vector), taken(fds[v]))
-			PROMISE("a transfer signals its vector (%u) once, and no other (%u)",
+				PROMISE("a transfer signals its vector (%u) once, and no other (%u)",
 					vector, v);
 		}
 		bytes += d.len;
@@ -882,7 +882,7 @@ TEST_F_TIMEOUT(dma, protected_memory_fails_the_transfer, 60)
 
 #define WANT_AT(at) (ram->want + (half - ram->mem) + (at))
 	expect_partial(_metadata, self, READ, RO + 7 * PAGE, 20 * PAGE - 9, 20 * PAGE - 9, 0,
-			       WANT_AT(-9 * (ssize_t)PAGE), "READ from read-only memory");
+		       WANT_AT(-9 * (ssize_t)PAGE), "READ from read-only memory");
 	expect_partial(_metadata, self, WRITE, RO + 16 * PAGE, 1, 0,
 		       VFIO_MOCK_DMA_ERROR_DENIED, NULL, "WRITE to read-only memory");
 	expect_partial(_metadata, self, FILL, RO + 20 * PAGE + 3, 9999, 0,
@@ -1305,7 +1305,7 @@ TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
 		start_all_kinds(_metadata, self);
 		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
 		if (i % 2) {
-		/* And a large one. */
+			/* And a large one. */
 			d = (struct dma_desc){
 				.op = FILL, .len = m->size, .iova = IOVA + m->size,
 				.irq_vector = VFIO_MOCK_IRQ_NONE,
@@ -1355,10 +1355,10 @@ TEST_F_TIMEOUT(dma, close_ends_all_transfers, 120)
 		usleep(LOOK_US);
 		expect_ram(_metadata, &self->ram, "after close");
 		ASSERT_EQ(0, mig_reopen_device(&m->dev))
-		STEP("reopen the device: %s", m->dev.why);
+			STEP("reopen the device: %s", m->dev.why);
 		now = see_engine(_metadata, m);
 		EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
-		PROMISE("the next user gets the engine in its power-on state");
+			PROMISE("the next user gets the engine in its power-on state");
 		if (variant->backend == MIG_IOMMUFD)
 			ram_map(_metadata, &self->ram, m);
 		usleep(LOOK_US);
@@ -1409,10 +1409,10 @@ TEST_F_TIMEOUT(dma, stalled_fault_is_interrupted, 240)
 		dma_set(_metadata, m, 0, &d);
 		dma_ring(_metadata, m, 0);
 		ASSERT_EQ(0, mig_stall_wait(&stall))
-		STEP("stall the device in a page fault");
+			STEP("stall the device in a page fault");
 		d = dma_get(_metadata, m, 0);
 		EXPECT_EQ(VFIO_MOCK_DMA_ACTIVE, (int)d.status)
-		PROMISE("a device that is stalled in a page fault can be read");
+			PROMISE("a device that is stalled in a page fault can be read");
 		fill(_metadata, m, 0, 100, 1);
 
 		ASSERT_EQ(0, pthread_create(&rescue.thread, NULL, rescue_main, &rescue));

@@ -486,8 +486,8 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 					m->want[PAGE] = 0x5a;
 				expect_memory(_metadata, m, m->want, what);
 				EXPECT_EQ(write && stopped ? 1ULL : 0ULL, reg64(m, DROPPED))
-					PROMISE("%s, failure %u: a store is dropped only once", what,
-						nth->n);
+					PROMISE("%s, failure %u: a store is dropped once",
+						what, nth->n);
 				if (states[i] == PRE_COPY && write)
 					expect_round(_metadata, m, fd, dirty, what);
 				if (fd >= 0)

@@ -833,9 +833,11 @@ TEST_F(map, mapping_as_buffer_of_region_access)
 		store_at(self, self->map, 0, m->size);
 		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
 		EXPECT_EQ(5000, mock_read(m, BAR2, 10 * PAGE, self->map + 100, 5000))
-			PROMISE("in %s a region can be read into itself", mig_state_name(states[i]));
+			PROMISE("in %s a region can be read into itself",
+				mig_state_name(states[i]));
 		EXPECT_EQ(5000, mock_write(m, BAR2, 20 * PAGE, self->map + 30 * PAGE, 5000))
-			PROMISE("in %s a region can be written from itself", mig_state_name(states[i]));
+			PROMISE("in %s a region can be written from itself",
+				mig_state_name(states[i]));
 		EXPECT_EQ(64, mock_read(m, BAR0, 0, self->map + 5 * PAGE, 64))
 			PROMISE("in %s registers are read into the mapping",
 				mig_state_name(states[i]));

@@ -381,7 +381,7 @@ static void build_pages(struct mock_writer *w, const struct mock_image *good,
 	/* An additional invalid record. */
 	switch (what) {
 	case BAD_OFFSET_UNALIGNED:
-	/* With unchanged memory, so that the digest does not detect it. */
+		/* With unchanged memory, so that the digest does not detect it. */
 		memcpy(junk, &(__u64){ 8 }, 8);
 		memcpy(junk + 8, good->memory + 8, PAGE);
 		mock_put_record(w, MOCK_TAG_PAGES, 0, junk, 8 + PAGE);
@@ -476,7 +476,7 @@ static void build_registers(struct mock_writer *w, const struct mock_image *good
 	case BAD_REGISTERS_TWICE:
 		mock_put_registers(w, regs, len);
 		mock_put_registers(w, regs, len);
-	/* The digest of one record: whether the second is included does not matter. */
+		/* The digest of one record: whether the second is included does not matter. */
 		w->digest -= vfio_mock_digest(3, regs, len);
 		break;
 	case BAD_REGISTERS_OPTIONAL:
@@ -486,7 +486,7 @@ static void build_registers(struct mock_writer *w, const struct mock_image *good
 	case BAD_REGISTERS_MISSING:
 		break;
 	case BAD_REGISTERS_CONTENT:
-	/* The state of no device, for example of another vendor. */
+		/* The state of no device, for example of another vendor. */
 		memset(regs, 0xff, len);
 		mock_put_registers(w, regs, len);
 		break;

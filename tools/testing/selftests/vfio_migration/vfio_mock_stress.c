@@ -421,7 +421,7 @@ static void move(struct __test_metadata *_metadata, stress_data *self,
 	catch_up(_metadata, self, from);
 	for (dev = 0; dev < NR_DEVICES; dev++)
 		expect_memory(_metadata, &from->dev[dev], from->dev[dev].want,
-		       "the transfers on the source");
+			      "the transfers on the source");
 	expect_ram(_metadata, &self->ram, "on the source");
 	follow_ram(_metadata, self, from);
 	expect_bytes(_metadata, self->ram.mem, self->copy, RAM_SIZE, "the copy of the memory");
