@@ -129,7 +129,8 @@ impl ConfigSpace {
     /// Adds a memory BAR of 64 bits, which takes two registers from `index` on.
     ///
     /// Fails with `EINVAL`, and says why in the log, if `index` is not 0, 2 or 4, if the device has
-    /// this BAR already, or if `size` in bytes is not a power of two of at least 16.
+    /// this BAR already, or if `size` in bytes is not a power of two from 16 to
+    /// [`region::MAX_SIZE`].
     pub fn memory_bar(mut self, index: usize, size: u64, prefetchable: bool) -> Result<Self> {
         let why = match self.bars.get(index) {
             None => "there is no such BAR",
@@ -138,6 +139,7 @@ impl ConfigSpace {
             _ if size < 16 || !size.is_power_of_two() => {
                 "the size is not a power of two of at least 16"
             }
+            _ if size > region::MAX_SIZE => "the size is more than that of a region",
             _ => "",
         };
         if !why.is_empty() {

@@ -34,6 +34,9 @@ const INDEX_SHIFT: u32 = 40;
 // For mmap(), each region begins at a page of the file.
 static_assert!(INDEX_SHIFT as usize >= PAGE_SHIFT);
 
+/// The largest size of a region in bytes. Positions beyond it are those of the next region.
+pub const MAX_SIZE: u64 = 1 << INDEX_SHIFT;
+
 /// Most bytes that a driver is handed at once.
 const BLOCK: usize = 64 << 10;
 
@@ -77,7 +80,7 @@ impl Position {
         }
         Ok(Self {
             region_index,
-            region_offset: pos & ((1 << INDEX_SHIFT) - 1),
+            region_offset: pos & (MAX_SIZE - 1),
         })
     }
 
@@ -108,7 +111,7 @@ impl Position {
 
     /// Returns the position in the device file at which a region begins.
     pub(crate) const fn start_of(region_index: u32) -> u64 {
-        (region_index as u64) << INDEX_SHIFT
+        region_index as u64 * MAX_SIZE
     }
 }
 

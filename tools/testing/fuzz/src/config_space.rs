@@ -34,8 +34,10 @@ pub(crate) fn target(data: &[u8]) {
 
     for _ in 0..input.below(4) {
         let (index, size) = (input.below(7), input.number());
-        let good =
-            [0, 2, 4].contains(&index) && sizes[index] == 0 && size >= 16 && size.is_power_of_two();
+        let good = [0, 2, 4].contains(&index)
+            && sizes[index] == 0
+            && (16..=1 << 40).contains(&size)
+            && size.is_power_of_two();
         let with = space.clone().memory_bar(index, size, input.bool());
 
         assert_eq!(with.is_ok(), good);

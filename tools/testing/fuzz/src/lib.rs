@@ -32,6 +32,7 @@ mod irq {
 
 mod region {
     pub(crate) const CONFIG: u32 = 7;
+    pub(crate) const MAX_SIZE: u64 = 1 << 40;
 }
 
 /// Function that tests an input. It panics on a failure.
