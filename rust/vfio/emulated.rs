@@ -170,6 +170,10 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Reads from a BAR. The whole range is inside of it. What is read of MSI-X table and pending
     /// bits is the [`Endpoint`]'s, which replaces it in `to` afterwards.
     ///
+    /// Called in any migration state, so a read must not change what is in the image. No call is
+    /// under way during a reset, nor when a write to the command register that switches memory
+    /// space off has returned: both wait for the calls under way, as with `vfio-pci`.
+    ///
     /// May sleep. No user memory is involved: the bytes are copied on afterwards. A failure is
     /// returned from the read(), unless a part of it was served before.
     fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
@@ -590,12 +594,11 @@ impl<T: Operations> Emulated<T> {
                     opened.endpoint.read_config(pos.region_offset as usize, to);
                     Ok(())
                 }
-                _ if !opened.endpoint.gate.decodes() => Err(EIO),
-                _ => {
+                _ => opened.endpoint.gate.read(|| {
                     T::read(&opened.data, pos, to)?;
                     opened.endpoint.read_msix(pos, to);
                     Ok(())
-                }
+                }),
             },
         )
     }
@@ -613,7 +616,7 @@ impl<T: Operations> Emulated<T> {
                     opened.endpoint.write_config(offset, from, enable);
                     Ok(())
                 }
-                _ => opened.endpoint.gate.access(|| {
+                _ => opened.endpoint.gate.write(|| {
                     opened.endpoint.write_msix(pos, from);
                     T::write(&opened.data, pos, from)
                 }),

@@ -38,7 +38,7 @@ const COMMAND_WAIT: u32 = 100;
 pub(crate) enum Reason {
     /// The device is in a P2P state, or on its way to a stopped one.
     P2p = 1,
-    /// The device is stopped. The gate is closed for accesses, too.
+    /// The device is stopped. The gate is closed for writes, too.
     Stopped = 2,
     /// Bus mastering is off in the command register.
     NotMaster = 4,
@@ -58,8 +58,10 @@ struct Inner {
     working: bool,
     /// Memory space is on in the command register.
     decodes: bool,
-    /// Number of accesses under way.
-    accesses: u32,
+    /// Number of writes to BARs under way.
+    writes: u32,
+    /// Number of reads of BARs under way.
+    reads: u32,
     /// Number of writes dropped since the last reset.
     dropped: u64,
     /// The worker was kicked since the last call of `work()` began.
@@ -81,7 +83,7 @@ impl Inner {
         self.reasons == 0 && self.halts == 0
     }
 
-    fn admits_accesses(&self) -> bool {
+    fn admits_writes(&self) -> bool {
         !self.holds(Reason::Stopped) && self.halts == 0
     }
 
@@ -97,11 +99,12 @@ impl Inner {
     }
 }
 
-/// A gate that calls of [`Operations::work`](crate::emulated::Operations::work) and writes to BARs
-/// pass.
+/// A gate that calls of [`Operations::work`](crate::emulated::Operations::work) and accesses to
+/// BARs pass.
 ///
 /// Closing it waits until the calls that have passed have returned. They raise their interrupts
-/// before they return. No lock is held during the wait.
+/// before they return. No lock is held during the wait. A stopped device can be read: for reads the
+/// gate is closed only without memory space and during a reset.
 #[pin_data]
 pub(crate) struct Gate {
     #[pin]
@@ -124,7 +127,8 @@ impl Gate {
             halts: 0,
             working: false,
             decodes: false,
-            accesses: 0,
+            writes: 0,
+            reads: 0,
             dropped: 0,
             kicked: false,
             ended: false,
@@ -202,14 +206,14 @@ impl Gate {
     }
 
     /// Closes the gate for a reason: no call of `work()` begins, and none is under way when this
-    /// returns. For [`Reason::Stopped`] the same holds for accesses. May sleep.
+    /// returns. For [`Reason::Stopped`] the same holds for writes. May sleep.
     ///
     /// Fails with `ERESTARTSYS` if the task is killed while it waits. The reason does not hold
     /// then, and the work goes on.
     pub(crate) fn close(&self, reason: Reason) -> Result {
         self.inner.lock().reasons |= reason as u32;
         self.wait(KILLABLE, FOREVER, |inner, _| {
-            !inner.working && (reason != Reason::Stopped || inner.accesses == 0)
+            !inner.working && (reason != Reason::Stopped || inner.writes == 0)
         })
         .inspect_err(|_| self.open(reason))
     }
@@ -250,13 +254,8 @@ impl Gate {
             if works && due {
                 inner.interrupt();
             }
-            !works && (inner.decodes || inner.accesses == 0)
+            !works && (inner.decodes || inner.writes + inner.reads == 0)
         });
-    }
-
-    /// Returns whether accesses to BARs reach the device. Does not sleep.
-    pub(crate) fn decodes(&self) -> bool {
-        self.inner.lock().decodes
     }
 
     /// Closes the gate for work and accesses until the result is dropped, and interrupts the work
@@ -270,7 +269,7 @@ impl Gate {
         drop(inner);
         let halt = Halt(self);
         self.wait(KILLABLE, FOREVER, |inner, _| {
-            !inner.working && inner.accesses == 0
+            !inner.working && inner.writes + inner.reads == 0
         })?;
         Ok(halt)
     }
@@ -311,26 +310,58 @@ impl Gate {
         self.change(|inner| inner.kicked = true);
     }
 
-    /// Does an access of the user that may change the device, unless the gate is closed: then the
-    /// access is dropped and counted. May sleep if `access` does.
+    /// Writes to a BAR by `write`, unless the gate is closed for writes: then the write is dropped
+    /// and counted. May sleep if `write` does.
     ///
     /// Fails with `EIO` if memory space is off.
-    pub(crate) fn access(&self, access: impl FnOnce() -> Result) -> Result {
+    pub(crate) fn write(&self, write: impl FnOnce() -> Result) -> Result {
         let mut inner = self.inner.lock();
         if !inner.decodes {
             return Err(EIO);
         }
-        if !inner.admits_accesses() {
+        if !inner.admits_writes() {
             inner.dropped += 1;
             return Ok(());
         }
-        inner.accesses += 1;
+        inner.writes += 1;
         drop(inner);
-        let result = access();
+        let result = write();
         let mut inner = self.inner.lock();
-        inner.accesses -= 1;
-        // Else nobody can wait for it.
-        let last = inner.accesses == 0 && !(inner.decodes && inner.admits_accesses());
+        inner.writes -= 1;
+        // Nothing waits for it otherwise.
+        let last = inner.writes == 0 && !(inner.decodes && inner.admits_writes());
+        drop(inner);
+        if last {
+            self.wake();
+        }
+        result
+    }
+
+    /// Reads from a BAR by `read`. During a reset it waits for the end of the reset, as with
+    /// `memory_lock` of `vfio-pci`. May sleep.
+    ///
+    /// Fails with `EIO` if memory space is off, and with `ERESTARTSYS` if the task is killed while
+    /// it waits.
+    pub(crate) fn read(&self, read: impl FnOnce() -> Result) -> Result {
+        let mut decodes = false;
+        let mut begin = |inner: &mut Inner| {
+            decodes = inner.decodes;
+            let admitted = decodes && inner.halts == 0;
+            inner.reads += u32::from(admitted);
+            admitted || !decodes
+        };
+        let begun = begin(&mut self.inner.lock());
+        if !begun {
+            self.wait(KILLABLE, FOREVER, |inner, _| begin(inner))?;
+        }
+        if !decodes {
+            return Err(EIO);
+        }
+        let result = read();
+        let mut inner = self.inner.lock();
+        inner.reads -= 1;
+        // Nothing waits for it otherwise.
+        let last = inner.reads == 0 && !(inner.decodes && inner.halts == 0);
         drop(inner);
         if last {
             self.wake();
