@@ -40,6 +40,7 @@ mod generated {
 pub(crate) use generated::{
     rust_helper_allow_kernel_signal as allow_kernel_signal,
     rust_helper_cgroup_attach_task_all as cgroup_attach_task_all,
+    rust_helper_cgroup_detach_task_all as cgroup_detach_task_all,
     rust_helper_cond_resched as cond_resched,
     rust_helper_cond_resched_tasks_rcu_qs as cond_resched_tasks_rcu_qs,
     rust_helper_fatal_signal_pending as fatal_signal_pending,

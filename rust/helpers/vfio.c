@@ -12,6 +12,7 @@
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/signal.h>
 
 #include "vfio.h"
@@ -66,6 +67,11 @@ __rust_helper int rust_helper_cgroup_attach_task_all(struct task_struct *from,
 						     struct task_struct *task)
 {
 	return cgroup_attach_task_all(from, task);
+}
+
+__rust_helper int rust_helper_cgroup_detach_task_all(struct task_struct *task)
+{
+	return cgroup_attach_task_all(&init_task, task);
 }
 
 __rust_helper struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm)

@@ -25,6 +25,7 @@ void rust_helper_allow_kernel_signal(int sig);
 bool rust_helper_set_freezable(void);
 bool rust_helper_try_to_freeze(void);
 int rust_helper_cgroup_attach_task_all(struct task_struct *from, struct task_struct *task);
+int rust_helper_cgroup_detach_task_all(struct task_struct *task);
 struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm);
 void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg);
 struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg);

@@ -33,6 +33,10 @@ const FOREVER: c_long = c_long::MAX;
 /// it lets the transfers of that work fail.
 const COMMAND_WAIT: u32 = 100;
 
+/// How long the last close waits for the worker, in milliseconds, before it takes the worker out of
+/// the cgroups of the opener.
+const EXIT_WAIT: u32 = 100;
+
 /// Why a gate is closed for work. Several reasons may hold at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
@@ -68,6 +72,8 @@ struct Inner {
     kicked: bool,
     /// The worker shall exit.
     ended: bool,
+    /// The worker calls `work()` no more, and does not sleep any more.
+    exited: bool,
     worker: Option<NonNull<bindings::task_struct>>,
 }
 
@@ -132,6 +138,7 @@ impl Gate {
             dropped: 0,
             kicked: false,
             ended: false,
+            exited: false,
             worker: None,
         };
         let key: Pin<&'static LockClassKey> = kernel::static_lock_class!();
@@ -386,6 +393,24 @@ impl Gate {
             inner.interrupt();
             inner.worker = None;
         });
+    }
+
+    /// Says that the worker is about to exit. Called by the worker.
+    pub(crate) fn exit(&self) {
+        self.change(|inner| inner.exited = true);
+    }
+
+    /// Waits for [`exit()`](Self::exit), but no longer than [`EXIT_WAIT`]. Returns whether it was
+    /// called. May sleep.
+    pub(crate) fn wait_for_exit(&self) -> bool {
+        let timeout = msecs_to_jiffies(EXIT_WAIT) as c_long;
+        let mut exited = false;
+        // No signal ends this wait.
+        let _ = self.wait(bindings::TASK_UNINTERRUPTIBLE, timeout, |inner, due| {
+            exited = inner.exited;
+            exited || due
+        });
+        exited
     }
 
     /// Waits until `next` is to be done and the gate is open, and passes the gate. Called by the

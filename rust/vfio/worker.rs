@@ -108,7 +108,9 @@ unsafe impl<J: Sync> Sync for Shared<J> {}
 /// It is no thread of that process, such as `vhost_task_create()` makes: those are killed with the
 /// process and by its `execve()`, but a device file may be passed on to another process.
 ///
-/// The thread freezes with the system: no job is done while user space is frozen.
+/// The thread freezes with the system: no job is done while user space is frozen. It also freezes
+/// with a cgroup of version 1, but not with one of version 2, which leaves kthreads out: that one
+/// never reports to be frozen as long as the device is open.
 ///
 /// # Invariants
 ///
@@ -188,6 +190,7 @@ impl<J: Job> Worker<J> {
         shared.attached.store(attached, Relaxed);
         shared.started.complete_all();
         if attached != 0 {
+            shared.gate.exit();
             return attached;
         }
         // SAFETY: The current task is a kthread, which holds no locks.
@@ -207,6 +210,7 @@ impl<J: Job> Worker<J> {
             next = shared.memcg.charge(|| shared.job.work());
             shared.gate.leave();
         }
+        shared.gate.exit();
         0
     }
 }
@@ -214,6 +218,13 @@ impl<J: Job> Worker<J> {
 impl<J: Job> Drop for Worker<J> {
     fn drop(&mut self) {
         self.shared.gate.end();
+        if !self.shared.gate.wait_for_exit() {
+            // The opener's cgroup may be frozen, and the thread with it; the thread would exit when
+            // the cgroup thaws. Nothing freezes the root cgroups.
+            //
+            // SAFETY: By the type invariants it is a thread, and this owns a reference.
+            unsafe { bindings::cgroup_detach_task_all(self.task.as_ptr()) };
+        }
         // SAFETY: By the type invariants it is a thread, of which `new()` took a reference.
         unsafe { bindings::kthread_stop_put(self.task.as_ptr()) };
     }
