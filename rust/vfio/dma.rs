@@ -27,7 +27,10 @@ use crate::{
         Open, //
     },
     gate::Gate,
-    memory::StateMemory,
+    memory::{
+        StateMemory,
+        GFP_MAYFAIL, //
+    },
 };
 use core::ops::Range;
 use kernel::{
@@ -162,7 +165,7 @@ impl<'a> Bus<'a> {
         let pieces = pieces(iova, range.len())?;
         // A failed copy from the user leaves zeroes, which must not be written to the memory.
         let len = PAGE_SIZE.min(range.len());
-        let mut bytes = KVec::from_elem(0u8, len, GFP_KERNEL_ACCOUNT)?;
+        let mut bytes = KVec::from_elem(0u8, len, GFP_MAYFAIL)?;
         for piece in pieces {
             let fault = |cause| Fault {
                 done: piece.start,

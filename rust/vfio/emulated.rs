@@ -223,6 +223,9 @@ pub trait Operations: Sized + Send + Sync + 'static {
     ///   image.
     /// * Keep a piece short. State changes wait for the call under way. A reset and the last close
     ///   wait, too, but they let transfers of the [`Bus`] fail.
+    /// * Allocate with [`GFP_MAYFAIL`](crate::memory::GFP_MAYFAIL), and be ready for a failure. It
+    ///   is charged to the memory cgroup of the task that opened the device; other flags let the
+    ///   OOM killer end a process of that cgroup which has nothing to do with it.
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
     }

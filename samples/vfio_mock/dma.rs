@@ -32,7 +32,10 @@ use vfio::{
     },
     emulated::Work,
     endpoint::Endpoint,
-    memory::StateMemory, //
+    memory::{
+        StateMemory,
+        GFP_MAYFAIL, //
+    },
 };
 
 /// Size of a word of the pattern in bytes.
@@ -129,7 +132,7 @@ fn execute(piece: &Piece, memory: &StateMemory, bus: &Bus<'_>) -> Result<(), Fau
 
 /// Returns the part of the pattern that a piece writes.
 fn pattern(piece: &Piece) -> Result<KVVec<u8>, AllocError> {
-    let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_KERNEL_ACCOUNT)?;
+    let mut bytes = KVVec::with_capacity(piece.len as usize, GFP_MAYFAIL)?;
     let end = piece.pos + piece.len;
     let mut pos = piece.pos;
     while pos < end {
@@ -137,7 +140,7 @@ fn pattern(piece: &Piece) -> Result<KVVec<u8>, AllocError> {
         let next = end.min((pos / WORD + 1) * WORD);
         let (from, to) = (pos % WORD, pos % WORD + (next - pos));
         let part = word.get(from as usize..to as usize).unwrap_or(&[]);
-        bytes.extend_from_slice(part, GFP_KERNEL_ACCOUNT)?;
+        bytes.extend_from_slice(part, GFP_MAYFAIL)?;
         pos = next;
     }
     Ok(bytes)
