@@ -118,7 +118,7 @@ impl Endpoint {
     /// Does not sleep. May be called in any context except a non-maskable interrupt, including hard
     /// interrupts, and with locks held: it takes a spinlock with interrupts disabled, and under it
     /// the locks of the eventfd's waiters. With `PREEMPT_RT` these locks sleep. Then it must be
-    /// called from a thread, which interrupt handlers are.
+    /// called from a thread, which most handlers of interrupts and timers are.
     pub fn signal(&self, vector: u32) {
         self.irqs.signal(vector);
     }
@@ -129,7 +129,11 @@ impl Endpoint {
     }
 
     /// Kicks the worker, so that [`Operations::work`](crate::emulated::Operations::work) is called
-    /// again as soon as the device may work. Does not sleep. Must not be called in interrupts.
+    /// again as soon as the device may work. Does not sleep.
+    ///
+    /// May be called with locks held, but not in interrupts, soft or hard, and not with a lock held
+    /// that an interrupt takes: it takes a spinlock without disabling interrupts. With `PREEMPT_RT`
+    /// that lock sleeps.
     ///
     /// Not needed when the device runs again after it was stopped, quiesced or reset, or when bus
     /// mastering is enabled: the crate does it.
@@ -142,13 +146,13 @@ impl Endpoint {
     /// It must not be called in the P2P states, unless the driver declares that
     /// [it does no peer-to-peer DMA](crate::emulated::Operations::PEER_TO_PEER), in `STOP`,
     /// `STOP_COPY` and `RESUMING`, during a reset, or while bus mastering is disabled. Does not
-    /// sleep. Must not be called in interrupts.
+    /// sleep. May be called where [`wake()`](Self::wake) may.
     pub fn may_work(&self) -> bool {
         self.gate.admits_work()
     }
 
     /// Returns the number of writes to BARs that were dropped since the last reset, because the
-    /// device was stopped. Does not sleep. Must not be called in interrupts.
+    /// device was stopped. Does not sleep. May be called where [`wake()`](Self::wake) may.
     pub fn dropped_writes(&self) -> u64 {
         self.gate.dropped()
     }

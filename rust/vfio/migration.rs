@@ -705,7 +705,12 @@ impl Notifier {
     /// Wakes readers and pollers, because something may have become readable: poll() says so, and
     /// read() asks the saver again. Does not sleep.
     ///
-    /// Whoever drops the last reference must be able to sleep.
+    /// May be called in any context but a non-maskable interrupt, in hard interrupts too, and with
+    /// locks held: it takes spinlocks with interrupts disabled. With `PREEMPT_RT` these locks
+    /// sleep, so that it must be called from a thread, as which most handlers of interrupts and
+    /// timers run there.
+    ///
+    /// Dropping the last reference may sleep.
     pub fn notify(&self) {
         let mut events = self.events.lock();
         *events = events.wrapping_add(1);

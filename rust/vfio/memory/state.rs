@@ -245,6 +245,14 @@ impl Inner {
 /// Users may map it, see [`Operations::mmap`](crate::emulated::Operations::mmap): their stores are
 /// noticed as far as that is of interest, and dropped while the device is stopped.
 ///
+/// # Context
+///
+/// Methods that do not sleep may be called with locks held, but not in interrupts, soft or hard, and
+/// not with a lock held that an interrupt takes: they take a spinlock without disabling interrupts.
+/// With `PREEMPT_RT` that lock sleeps. A timer that changes the memory does so in
+/// [`Operations::work`](crate::emulated::Operations::work). [`read()`](Self::read) and
+/// [`page()`](Self::page) take no lock.
+///
 /// # Examples
 ///
 /// ```
