@@ -11,7 +11,7 @@
 #
 # -b DIR     the directory of the test programs; by default that of this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
-#            vfio_minimal.ko and vfio_note.ko are in the same directory
+#            vfio_minimal.ko, vfio_note.ko and vfio_odd.ko are in the same directory
 # --shapes   all four migration_flags, one after the other, instead of the current
 #            ones
 # --whole    all programs, the largest devices and the exhaustive damage to streams
@@ -33,7 +33,8 @@ extent=brief
 # Programs for vfio_mock: with each of the migration_flags, or with all of them set.
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
-once=(vfio_mock_log_test vfio_mock_work_test vfio_mock_stress vfio_mock_fuzz_test)
+once=(vfio_mock_log_test vfio_mock_work_test vfio_odd_test vfio_mock_stress
+	vfio_mock_fuzz_test)
 # Programs that unload it, which run without other devices.
 last=(vfio_mock_life_test vfio_mock_module_test)
 # The number of results for the other devices.

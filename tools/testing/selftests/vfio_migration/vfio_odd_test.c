@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Devices of the driver vfio_odd, for what the crate vfio does for a driver and no
+ * device of vfio_mock can show.
+ *
+ *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_odd_test
+ *
+ * vfio_odd.ko is beside that module. run_mock.sh runs this.
+ */
+#include <limits.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+#include "mock.h"
+
+#define odd_data	FIXTURE_DATA(odd)
+
+#define LARGEST		(1ULL << 40)
+
+FIXTURE(odd)
+{
+	struct guest guest;
+	bool loaded;
+	bool created;
+};
+
+FIXTURE_VARIANT(odd)
+{
+	enum mig_backend backend;
+};
+
+FIXTURE_VARIANT_ADD(odd, group) { .backend = MIG_GROUP };
+FIXTURE_VARIANT_ADD(odd, iommufd) { .backend = MIG_IOMMUFD };
+
+FIXTURE_SETUP(odd)
+{
+	const char *module = getenv("VFIO_MOCK_MODULE");
+	char path[PATH_MAX];
+	int fd;
+
+	self->guest.dev.fd = -1;
+	if (variant->backend == MIG_IOMMUFD && access("/dev/iommu", F_OK))
+		SKIP(return, "no iommufd");
+	if (!module)
+		SKIP(return, "no VFIO_MOCK_MODULE");
+	snprintf(path, sizeof(path), "%.*s/vfio_odd.ko", (int)(strrchr(module, '/') - module),
+		 module);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		SKIP(return, "%s is not built", path);
+	ASSERT_EQ(0, syscall(SYS_finit_module, fd, "", 0))
+		STEP("load %s: %s", path, strerror(errno));
+	close(fd);
+	self->loaded = true;
+}
+
+FIXTURE_TEARDOWN(odd)
+{
+	if (self->guest.dev.fd >= 0)
+		mig_close(&self->guest.dev);
+	if (self->created)
+		EXPECT_EQ(0, write_word(self->guest.remove, "1"));
+	if (self->loaded)
+		EXPECT_EQ(0, syscall(SYS_delete_module, "vfio_odd", 0))
+			STEP("unload vfio_odd: %s", strerror(errno));
+}
+
+/* Creates a device of a type, and does not open it; 0 or -errno. */
+static int create(odd_data *self, const char *type)
+{
+	char path[128];
+	int ret;
+
+	snprintf(path, sizeof(path),
+		 "/sys/class/mdev_bus/vfio_odd/mdev_supported_types/vfio_odd-%s", type);
+	ret = mock_create(&self->guest, path);
+	self->created = !ret;
+	return ret;
+}
+
+/* A number in a file of the device. */
+static __u64 attribute(struct __test_metadata *_metadata, odd_data *self, const char *name)
+{
+	char path[128], text[32];
+	ssize_t len;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/%s", self->guest.path, name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	ASSERT_LE(0, fd)
+		STEP("open %s", path);
+	len = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	ASSERT_LT(0, len);
+	text[len] = 0;
+	return strtoull(text, NULL, 10);
+}
+
+/* ---- Reads ---- */
+
+/* A thread that does one thing to the device. */
+struct user {
+	struct poller poller;
+	struct mig_device *dev;
+	int ret;
+};
+
+static void *read_main(void *arg)
+{
+	struct user *u = arg;
+	__u32 value;
+
+	atomic_store(&u->poller.tid, gettid());
+	u->ret = mig_region_read(u->dev, BAR0, 0, &value, sizeof(value));
+	atomic_store(&u->poller.done, true);
+	return NULL;
+}
+
+static void *reset_main(void *arg)
+{
+	struct user *u = arg;
+
+	atomic_store(&u->poller.tid, gettid());
+	u->ret = ioctl(u->dev->fd, VFIO_DEVICE_RESET) ? -errno : 0;
+	atomic_store(&u->poller.done, true);
+	return NULL;
+}
+
+static void *memory_off_main(void *arg)
+{
+	__u16 command = 0;
+	struct user *u = arg;
+
+	atomic_store(&u->poller.tid, gettid());
+	u->ret = mig_region_write(u->dev, CONFIG, 4, &command, sizeof(command));
+	atomic_store(&u->poller.done, true);
+	return NULL;
+}
+
+static void begin(struct __test_metadata *_metadata, odd_data *self, struct user *u,
+		  void *(*what)(void *))
+{
+	*u = (struct user){ .dev = &self->guest.dev };
+	ASSERT_EQ(0, pthread_create(&u->poller.thread, NULL, what, u));
+	wait_until_asleep(&u->poller);
+}
+
+/* Opens a device and begins a read that waits in the driver. */
+static void begin_slow_read(struct __test_metadata *_metadata, odd_data *self,
+			    enum mig_backend backend, struct user *reader)
+{
+	ASSERT_EQ(0, create(self, "slow_read"));
+	ASSERT_EQ(0, mig_open(&self->guest.dev, self->guest.path, backend))
+		STEP("open the device: %s", self->guest.dev.why);
+	begin(_metadata, self, reader, read_main);
+	while (!attribute(_metadata, self, "begun"))
+		usleep(1000);
+}
+
+static void let_reads_end(struct __test_metadata *_metadata, odd_data *self)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), "%s/open", self->guest.path);
+	ASSERT_EQ(0, write_word(path, "1"));
+}
+
+/* Like vfio-pci, in which reads hold memory_lock. */
+TEST_F_TIMEOUT(odd, memory_space_off_waits_for_reads, 60)
+{
+	struct user reader, writer;
+
+	begin_slow_read(_metadata, self, variant->backend, &reader);
+	begin(_metadata, self, &writer, memory_off_main);
+	EXPECT_FALSE(atomic_load(&writer.poller.done))
+		PROMISE("no read is under way when memory space has been switched off");
+	EXPECT_EQ(0U, attribute(_metadata, self, "ended"));
+	let_reads_end(_metadata, self);
+	ASSERT_TRUE(joined(writer.poller.thread))
+		PROMISE("the write to the command register ends when the reads have ended");
+	EXPECT_EQ(2, writer.ret);
+	ASSERT_TRUE(joined(reader.poller.thread));
+	EXPECT_EQ(4, reader.ret)
+		PROMISE("a read that was under way succeeds");
+	begin(_metadata, self, &reader, read_main);
+	ASSERT_TRUE(joined(reader.poller.thread));
+	EXPECT_EQ(-EIO, reader.ret);
+}
+
+TEST_F_TIMEOUT(odd, reset_and_reads_wait_for_each_other, 60)
+{
+	struct user reader, second, resetter;
+
+	begin_slow_read(_metadata, self, variant->backend, &reader);
+	begin(_metadata, self, &resetter, reset_main);
+	EXPECT_FALSE(atomic_load(&resetter.poller.done))
+		PROMISE("no read is under way during a reset");
+	begin(_metadata, self, &second, read_main);
+	EXPECT_FALSE(atomic_load(&second.poller.done));
+	EXPECT_EQ(1U, attribute(_metadata, self, "begun"))
+		PROMISE("no read begins during a reset");
+	let_reads_end(_metadata, self);
+	ASSERT_TRUE(joined(resetter.poller.thread));
+	EXPECT_EQ(0, resetter.ret);
+	ASSERT_TRUE(joined(second.poller.thread))
+		PROMISE("a read goes on after the reset");
+	EXPECT_EQ(4, second.ret);
+	ASSERT_TRUE(joined(reader.poller.thread));
+	EXPECT_EQ(4, reader.ret);
+}
+
+/* A process that is killed while its read waits for a reset ends at once. */
+TEST_F_TIMEOUT(odd, read_that_waits_for_a_reset_can_be_killed, 60)
+{
+	struct user reader, resetter;
+	unsigned int i;
+	bool ended;
+	pid_t pid;
+
+	begin_slow_read(_metadata, self, variant->backend, &reader);
+	begin(_metadata, self, &resetter, reset_main);
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		struct user second = { .dev = &self->guest.dev };
+
+		read_main(&second);
+		_exit(0);
+	}
+	usleep(20000);
+	kill(pid, SIGKILL);
+	for (i = 0; i < 100 * (unsigned int)mig_hang_seconds(); i++) {
+		ended = waitpid(pid, NULL, WNOHANG) == pid;
+		if (ended)
+			break;
+		usleep(10000);
+	}
+	EXPECT_TRUE(ended)
+		PROMISE("a read that waits for a reset can be killed");
+	EXPECT_FALSE(atomic_load(&resetter.poller.done));
+	let_reads_end(_metadata, self);
+	ASSERT_TRUE(joined(resetter.poller.thread));
+	ASSERT_TRUE(joined(reader.poller.thread));
+}
+
+/* ---- Sizes ---- */
+
+TEST_F(odd, bar_is_not_larger_than_a_region)
+{
+	struct vfio_region_info info, next;
+	__u8 byte;
+
+	EXPECT_EQ(-EINVAL, create(self, "too_large_bar"))
+		PROMISE("a BAR that reaches into the next region is refused");
+	ASSERT_EQ(0, create(self, "largest_bar"));
+	ASSERT_EQ(0, mig_open(&self->guest.dev, self->guest.path, variant->backend))
+		STEP("open the device: %s", self->guest.dev.why);
+	ASSERT_EQ(0, mig_region_info(&self->guest.dev, BAR0, &info));
+	ASSERT_EQ(0, mig_region_info(&self->guest.dev, BAR0 + 1, &next));
+	EXPECT_EQ(LARGEST, info.size);
+	EXPECT_EQ(info.offset + info.size, next.offset)
+		PROMISE("regions do not overlap");
+	EXPECT_EQ(1, mig_region_read(&self->guest.dev, BAR0, LARGEST - 1, &byte, 1));
+	EXPECT_EQ(-EINVAL, mig_region_read(&self->guest.dev, BAR0, LARGEST, &byte, 1));
+}
+
+/* ---- Memory to be mapped ---- */
+
+TEST_F(odd, mappable_memory_is_the_content_of_a_bar)
+{
+	static const char *const types[] = { "mmap_small", "mmap_msix", "mmap_config" };
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(types); i++) {
+		ASSERT_EQ(0, create(self, types[i]));
+		EXPECT_EQ(-EINVAL, mig_open(&self->guest.dev, self->guest.path, variant->backend))
+			PROMISE("a device of type %s does not open", types[i]);
+		mig_close(&self->guest.dev);
+		ASSERT_EQ(0, write_word(self->guest.remove, "1"));
+		self->created = false;
+	}
+}
+
+MIG_HARNESS_MAIN
