@@ -373,6 +373,78 @@ TEST_F_TIMEOUT(work, worker_freezes_with_the_system, 120)
 	expect_moving(_metadata, &self->m, 0);
 }
 
+/* ---- Users that are gone ---- */
+
+/* A process that keeps a userfaultfd of its parent, and nothing else of it. */
+static pid_t keep_file(int keep)
+{
+	pid_t pid = fork();
+	int fd;
+
+	if (pid)
+		return pid;
+	for (fd = 0; fd < 1024; fd++)
+		if (fd != keep)
+			close(fd);
+	for (;;)
+		pause();
+}
+
+/*
+ * A process is killed while its DMA waits for a page fault that another process does
+ * not serve. The transfer keeps its memory, and a mapping in that the device, without
+ * a process that has it open. The removal of the device ends that.
+ */
+TEST_F_TIMEOUT(work, removal_ends_a_transfer_of_a_dead_process, 120)
+{
+	struct dma_desc d = { .op = FILL, .len = PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE };
+	char type[PATH_MAX + 16], c;
+	struct mig_stall stall;
+	struct guest guest;
+	struct mock m;
+	int pipes[2];
+	pid_t pid, keeper;
+	void *map;
+
+	snprintf(type, sizeof(type), "%s/mdev_type", self->m.path);
+	ASSERT_EQ(0, mock_create(&guest, type))
+		STEP("create a device");
+	ASSERT_EQ(0, pipe(pipes));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		mig_close(&self->m.dev);
+		if (mig_stall_start(&stall))
+			_exit(1);
+		keeper = keep_file(stall.uffd);
+		if (keeper < 0 || mock_open_path(&m, guest.path, variant->backend) ||
+		    mig_region_map(&m.dev, BAR2, 0, PAGE, &map) ||
+		    mig_dma_map(&m.dev, 0, stall.page, PAGE, RW))
+			_exit(2);
+		start(_metadata, &m, 0, &d);
+		if (mig_stall_wait(&stall) ||
+		    write(pipes[1], &keeper, sizeof(keeper)) != sizeof(keeper))
+			_exit(3);
+		for (;;)
+			pause();
+	}
+	close(pipes[1]);
+	if (read(pipes[0], &keeper, sizeof(keeper)) != sizeof(keeper)) {
+		write_word(guest.remove, "1");
+		SKIP(return, "no userfaultfd, or no such device");
+	}
+	ASSERT_EQ(0, kill(pid, SIGKILL));
+	ASSERT_EQ(pid, waitpid(pid, NULL, 0));
+	/* The end of its files: the end of the pipe is one of them. */
+	ASSERT_EQ(0, read(pipes[0], &c, 1));
+	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
+	EXPECT_TRUE(joined(guest.remover))
+		PROMISE("the removal of a device ends the transfer that keeps it in use");
+	EXPECT_EQ(0, guest.ret);
+	/* Ends the fault, if nothing else has. */
+	kill(keeper, SIGKILL);
+}
+
 /* ---- Who pays ---- */
 
 FIXTURE(payer)
@@ -426,7 +498,7 @@ static __u64 value(struct __test_metadata *_metadata, const char *group, const c
 /* Makes this process a member of the cgroup, as one that opens a device. */
 static void join(struct __test_metadata *_metadata, const char *group)
 {
-	char path[128], self[16];
+	char path[160], self[16];
 
 	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
 	snprintf(self, sizeof(self), "%d", getpid());
@@ -467,6 +539,270 @@ TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 	kill(pid, SIGKILL);
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
 }
+
+/* Writes a setting of the cgroup. */
+static void set(struct __test_metadata *_metadata, const char *group, const char *file,
+		const char *word)
+{
+	char path[160];
+
+	snprintf(path, sizeof(path), "%s/%s", group, file);
+	ASSERT_EQ(0, write_word(path, word))
+		STEP("write %s to %s", word, path);
+}
+
+/* A process in the cgroup that does nothing. */
+static pid_t bystander(struct __test_metadata *_metadata, const char *group)
+{
+	int pipes[2];
+	pid_t pid;
+	char c;
+
+	ASSERT_EQ(0, pipe(pipes));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		join(_metadata, group);
+		write(pipes[1], "", 1);
+		for (;;)
+			pause();
+	}
+	close(pipes[1]);
+	ASSERT_EQ(1, read(pipes[0], &c, 1));
+	close(pipes[0]);
+	return pid;
+}
+
+/* Opens a device whose worker is in the cgroup, and leaves the cgroup. */
+static void open_in(struct __test_metadata *_metadata, const char *top, const char *group,
+		    struct mock *m)
+{
+	join(_metadata, group);
+	ASSERT_EQ(0, mock_open(m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+		STEP("open a device in a cgroup: %s", m->dev.why);
+	join(_metadata, top);
+}
+
+/*
+ * The time of the worker counts against the quota of the cgroup. The kernel throttles
+ * no kthread, so the worker goes on: a state change that waits for it is not held up.
+ */
+TEST_F_TIMEOUT(payer, worker_uses_the_quota_of_the_opener, 120)
+{
+	struct mock m;
+
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	open_in(_metadata, self->top, self->group, &m);
+	set(_metadata, self->group, "cpu.max", "2000 100000");
+	start(_metadata, &m, 0, &busy);
+	WAIT_FOR(value(_metadata, self->group, "cpu.stat", "nr_throttled ") > 2,
+		 "CPU time of the worker counts against cpu.max of the opener");
+	expect_moving(_metadata, &m, 0);
+	EXPECT_EQ(0, mig_set_state(&m.dev, STOP, NULL));
+	mock_close(&m);
+}
+
+/*
+ * What the worker allocates fails when the cgroup of the opener has reached its limit,
+ * and kills no process of it.
+ */
+TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
+{
+	struct dma_desc d = { .op = WRITE, .len = 1, .irq_vector = VFIO_MOCK_IRQ_NONE };
+	struct vfio_device_feature_dma_logging_range range = { .length = ZONES * ZONE };
+	__u64 granule = PAGE, bitmap[ZONE_PAGES / 64], missing = 0;
+	unsigned int i;
+	struct mock m;
+	char text[32];
+	pid_t pid;
+	void *mem;
+
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	NEED_IOMMUFD_FOR_LOG();
+	pid = bystander(_metadata, self->group);
+	open_in(_metadata, self->top, self->group, &m);
+	mem = mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	ASSERT_NE(MAP_FAILED, mem);
+	for (i = 0; i < ZONES; i++)
+		ASSERT_EQ(0, mig_dma_map(&m.dev, i * ZONE, mem, 16 * PAGE, RW));
+	ASSERT_EQ(0, mig_log_start(&m.dev, &granule, &range, 1));
+	/* Less than the log wants, which is a bit for each page of the zones at least. */
+	snprintf(text, sizeof(text), "%llu",
+		 value(_metadata, self->group, "memory.current", "") + (64 << 10));
+	set(_metadata, self->group, "memory.max", text);
+	for (i = 0; i < ZONES; i++) {
+		d.iova = i * ZONE;
+		d = dma_run(_metadata, &m, 0, &d);
+		expect_complete(_metadata, &d, "a transfer that the log has no memory for");
+	}
+	EXPECT_LT(0U, value(_metadata, self->group, "memory.events", "max "))
+		STEP("reach the limit");
+	/* Now there is no room for a piece of a transfer either. */
+	d = (struct dma_desc){
+		.op = FILL, .len = 64 << 10, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	for (i = 0; i < 8; i++) {
+		d = dma_run(_metadata, &m, 0, &d);
+		if (d.status == VFIO_MOCK_DMA_FAILED) {
+			EXPECT_EQ(VFIO_MOCK_DMA_ERROR_NO_MEMORY, (int)d.error)
+				PROMISE("a transfer without memory says so");
+		}
+	}
+	EXPECT_EQ(0U, value(_metadata, self->group, "memory.events", "oom_kill "))
+		PROMISE("work beyond memory.max kills no process");
+	EXPECT_EQ(0, waitpid(pid, NULL, WNOHANG));
+	set(_metadata, self->group, "memory.max", "max");
+	d = dma_run(_metadata, &m, 0, &d);
+	expect_complete(_metadata, &d, "a transfer with memory");
+	for (i = 0; i < ZONES; i++) {
+		memset(bitmap, 0, sizeof(bitmap));
+		ASSERT_EQ(0, mig_log_report(&m.dev, i * ZONE, ZONE, PAGE, bitmap));
+		missing += !(bitmap[0] & 1);
+	}
+	EXPECT_EQ(0U, missing)
+		PROMISE("pages that the log had no memory for are reported");
+	mock_close(&m);
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+}
+
+/* ---- Cgroups that are frozen ---- */
+
+/* A thread that closes the device. */
+static void *close_main(void *arg)
+{
+	struct mock *m = arg;
+
+	mig_close_device(&m->dev);
+	return NULL;
+}
+
+/* Another process closes the device while the cgroup of the opener is frozen. */
+TEST_F_TIMEOUT(payer, device_closes_while_its_cgroup_is_frozen, 60)
+{
+	pthread_t closer;
+	struct mock m;
+	pid_t pid;
+
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	pid = bystander(_metadata, self->group);
+	open_in(_metadata, self->top, self->group, &m);
+	start(_metadata, &m, 0, &busy);
+	set(_metadata, self->group, "cgroup.freeze", "1");
+	expect_moving(_metadata, &m, 0);
+	EXPECT_EQ(0U, value(_metadata, self->group, "cgroup.events", "frozen "))
+		PROMISE("version 2 does not call a cgroup frozen in which a kthread is");
+	ASSERT_EQ(0, pthread_create(&closer, NULL, close_main, &m));
+	EXPECT_TRUE(joined(closer))
+		PROMISE("a device can be closed while the cgroup of its opener is frozen");
+	/* Asked again: the kernel does not count again when a kthread leaves. */
+	set(_metadata, self->group, "cgroup.freeze", "0");
+	set(_metadata, self->group, "cgroup.freeze", "1");
+	WAIT_FOR(value(_metadata, self->group, "cgroup.events", "frozen ") == 1,
+		 "nothing of the device is left in the cgroup");
+	set(_metadata, self->group, "cgroup.freeze", "0");
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+	mock_close(&m);
+}
+
+/* The opener is killed while it is frozen. */
+TEST_F_TIMEOUT(payer, frozen_opener_can_be_killed, 60)
+{
+	struct mock m;
+	int pipes[2];
+	pid_t pid;
+	char c;
+
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	ASSERT_EQ(0, pipe(pipes));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		join(_metadata, self->group);
+		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+			_exit(1);
+		start(_metadata, &m, 0, &busy);
+		write(pipes[1], "", 1);
+		for (;;)
+			pause();
+	}
+	close(pipes[1]);
+	ASSERT_EQ(1, read(pipes[0], &c, 1))
+		STEP("open a device in a cgroup");
+	set(_metadata, self->group, "cgroup.freeze", "1");
+	kill(pid, SIGKILL);
+	WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
+		 "a frozen process that has a device open can be killed");
+	set(_metadata, self->group, "cgroup.freeze", "0");
+	ASSERT_EQ(0, mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+		PROMISE("the device is closed: %s", m.dev.why);
+	mock_close(&m);
+}
+
+FIXTURE(freezer)
+{
+	char top[64];
+	char group[96];
+	bool mounted;
+};
+
+FIXTURE_SETUP(freezer)
+{
+	snprintf(self->top, sizeof(self->top), "/tmp/vfio_work_test.XXXXXX");
+	ASSERT_NE(NULL, mkdtemp(self->top));
+	if (mount("cgroup", self->top, "cgroup", 0, "freezer"))
+		SKIP(return, "no freezer of version 1: %s", strerror(errno));
+	self->mounted = true;
+	snprintf(self->group, sizeof(self->group), "%s/opener", self->top);
+	ASSERT_EQ(0, mkdir(self->group, 0755));
+}
+
+FIXTURE_TEARDOWN(freezer)
+{
+	if (self->group[0] && rmdir(self->group))
+		EXPECT_EQ(0, errno)
+			PROMISE("nothing is left in the cgroup of the opener after the close");
+	if (self->mounted)
+		umount2(self->top, MNT_DETACH);
+	rmdir(self->top);
+}
+
+/* The freezer of version 1 freezes the worker, too. */
+TEST_F_TIMEOUT(freezer, frozen_worker_holds_up_no_close, 60)
+{
+	char path[128], text[32];
+	unsigned int i;
+	pthread_t closer;
+	struct mock m;
+
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	for (i = 0; i < 2; i++) {
+		open_in(_metadata, self->top, self->group, &m);
+		/* Busy in the one case, idle in the other. */
+		if (i)
+			start(_metadata, &m, 0, &busy);
+		set(_metadata, self->group, "freezer.state", "FROZEN");
+		snprintf(path, sizeof(path), "%s/freezer.state", self->group);
+		WAIT_FOR(slurp(path, text, sizeof(text)) && !strcmp(text, "FROZEN\n"),
+			 "the worker freezes with the cgroup");
+		EXPECT_EQ(0, mig_set_state(&m.dev, STOP, NULL))
+			PROMISE("a worker that is frozen does no work");
+		ASSERT_EQ(0, pthread_create(&closer, NULL, close_main, &m));
+		EXPECT_TRUE(joined(closer))
+			PROMISE("a close does not wait for the cgroup of the opener to thaw");
+		set(_metadata, self->group, "freezer.state", "THAWED");
+		mock_close(&m);
+	}
+}
+
+/* ---- Limits of memory ---- */
 
 /* What the worker allocates is charged to the cgroup of the opener. */
 TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
