@@ -2200,6 +2200,9 @@ TEST_F(device, content_written_in_pre_copy_survives_migration)
 		ASSERT_LT(0, mig_read(fd, &image, 100))
 			PROMISE("dirty_bytes can be read");
 		want = scribble(_metadata, &self->dev, &self->scratch, 4);
+	} else {
+		EXPECT_EQ(-ENOMSG, mig_read(fd, &image, 100))
+			PROMISE("without initial_bytes and dirty_bytes read() fails with ENOMSG");
 	}
 	finish_migration(_metadata, &self->dev, to, fd, &image);
 	expect_scratch(_metadata, to, &self->scratch, want,
