@@ -9,7 +9,10 @@
 //! has ended. The device serves descriptors one after the other, in pieces. Descriptors with a
 //! period never end by themselves, and take turns with the others.
 
-use core::ops::Range;
+use core::{
+    num::NonZero,
+    ops::Range, //
+};
 
 /// Number of descriptors.
 pub const DESCRIPTORS: usize = 16;
@@ -233,6 +236,12 @@ impl Descriptor {
     /// All earlier turns had the same length.
     fn moved_in_turn(&self) -> u64 {
         self.pos.checked_rem(self.turn_len()).unwrap_or(0)
+    }
+
+    /// Returns the number of complete rounds over the range, and the position in the current one.
+    fn rounds(&self) -> (u64, u64) {
+        // The length of a descriptor that is served is not zero, see `check()`.
+        NonZero::new(self.len).map_or((0, 0), |len| (self.pos / len, self.pos % len))
     }
 }
 
@@ -465,7 +474,7 @@ impl Queue {
                         moving: true,
                         aborted: false,
                     });
-                    let pos = descriptor.pos % descriptor.len;
+                    let (round, pos) = descriptor.rounds();
                     let left = descriptor.turn_len() - descriptor.moved_in_turn();
                     let len = left.min(descriptor.len - pos).min(PIECE);
                     return Next::Piece(Piece {
@@ -474,9 +483,7 @@ impl Queue {
                         iova: descriptor.iova.wrapping_add(pos),
                         addr: descriptor.addr.wrapping_add(pos),
                         len,
-                        seed: descriptor
-                            .seed
-                            .wrapping_add(descriptor.pos / descriptor.len),
+                        seed: descriptor.seed.wrapping_add(round),
                         pos,
                     });
                 }
@@ -532,7 +539,7 @@ impl Queue {
             None if over && descriptor.period == 0 => (Status::Done, 0),
             None if current.aborted => (Status::Aborted, 0),
             None => {
-                let round = descriptor.pos % descriptor.len == 0;
+                let round = descriptor.rounds().1 == 0;
                 let period = u64::from(descriptor.period) * NANOS;
                 if period > 0 && round {
                     self.signal(index);
