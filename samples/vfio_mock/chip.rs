@@ -56,11 +56,8 @@ const BLOCK: usize = 256;
 /// Number of bytes after which a command checks for a fatal signal.
 const STRIDE: usize = 1 << 20;
 
-/// Number of MSI-X vectors.
-pub(crate) const VECTORS: u32 = 4;
-
 /// Size of the MSI-X table and the pending bits in bytes.
-const MSIX_SIZE: usize = config_space::msix_size(VECTORS);
+const MSIX_SIZE: usize = config_space::msix_size(registers::VECTORS);
 
 /// Size of [`Snapshot`] in bytes.
 pub(crate) const SNAPSHOT_SIZE: usize =

@@ -3,10 +3,7 @@
 //! The driver: device types, configuration space and BARs.
 
 use crate::{
-    chip::{
-        Chip,
-        VECTORS, //
-    },
+    chip::Chip,
     migration::delay::SaveDelay,
     migration_flags,
     registers, //
@@ -127,7 +124,7 @@ impl emulated::Operations for Mock {
             .memory_bar(region::BAR0 as usize, u64::from(registers::BAR_SIZE), false)?
             .memory_bar(region::BAR2 as usize, self.state_size as u64, true)?
             .msix(
-                VECTORS,
+                registers::VECTORS,
                 region::BAR0,
                 registers::MSIX_TABLE,
                 registers::MSIX_PBA,

@@ -16,6 +16,16 @@
 //! * `chip`: the device: its registers, commands and state memory.
 //! * `registers`: layout of the registers.
 //! * `dma`: the DMA engine; [`queue`]: its descriptors, without the kernel.
+//!
+//! Three paths through them:
+//!
+//! * A byte that the guest writes to BAR2 gets to the target by `device`, `chip` and the crate's
+//!   `memory`, which marks the page; `migration::save` and the crate's data_fd; then
+//!   `migration::load`, [`migration::stream`] and `chip` of the target.
+//! * An interrupt: the worker calls `device`, `chip` and `dma`, which takes the vectors of ended
+//!   descriptors from [`queue`] and signals them.
+//! * A state change: the engine of the crate closes or opens the device for work and accesses, and
+//!   calls `migration`, which saves and loads `chip`.
 
 use kernel::{
     prelude::*,

@@ -2,12 +2,12 @@
 
 //! The registers in BAR0, little-endian.
 
-use crate::{
-    chip::VECTORS,
-    queue::Queue, //
-};
+use crate::queue::Queue;
 use core::ops::Range;
 use kernel::page::PAGE_SIZE;
+
+/// Number of MSI-X vectors.
+pub(crate) const VECTORS: u32 = 4;
 
 /// Size of BAR0 in bytes.
 pub(crate) const BAR_SIZE: u32 = 16 << 10;
