@@ -133,11 +133,24 @@ impl Delay {
         }
     }
 
+    /// Cancels the delay, because there is no record to delay. The next record is ready as soon as
+    /// it exists. May sleep until the timer's callback has returned.
+    pub(crate) fn skip(&mut self) {
+        let Some((alarm, handle)) = self.alarm.take() else {
+            return;
+        };
+        // Keep the timer of a later saver.
+        let mut current = self.setting.alarm.lock();
+        current.take_if(|current| Arc::ptr_eq(current, &alarm));
+        drop(current);
+        // Cancels the timer.
+        drop(handle);
+    }
+
     /// Starts the delay of the next record.
     pub(crate) fn begin(&mut self) -> Result {
-        self.alarm = None;
+        self.skip();
         let mut current = self.setting.alarm.lock();
-        *current = None;
         let micros = self.setting.get();
         if micros == 0 {
             return Ok(());
@@ -160,11 +173,6 @@ impl Delay {
 
 impl Drop for Delay {
     fn drop(&mut self) {
-        let Some((alarm, _)) = &self.alarm else {
-            return;
-        };
-        // Keep the timer of a later saver.
-        let mut current = self.setting.alarm.lock();
-        current.take_if(|current| Arc::ptr_eq(current, alarm));
+        self.skip();
     }
 }

@@ -770,6 +770,35 @@ TEST_F_TIMEOUT(mock, poller_wakes_once_for_each_record, 60)
 	mig_stream_free(&image);
 }
 
+/* A slow device delays no record while nothing is left to stream. */
+TEST_F(mock, change_at_temporary_end_is_ready_at_once)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	int fd, i;
+
+	NEED_PRE_COPY(&src->dev);
+	populate(_metadata, src, 75);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	set_save_delay(_metadata, src, NEVER);
+	for (i = 0; i < 3; i++) {
+		store_noise(_metadata, src, 0, 1, 76 + i);
+		EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0));
+		EXPECT_LT(0, mig_read(fd, &image, 1 << 20))
+			PROMISE("what poll announces can be read");
+		EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
+			PROMISE("at the temporary end there is nothing to read");
+		EXPECT_EQ(-ENOMSG, mig_read(fd, &image, 1));
+	}
+	/* This would end a wait under way. */
+	set_save_delay(_metadata, src, 0);
+	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
+		PROMISE("poll does not announce what read() does not have");
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
 TEST_F(mock, nonblocking_read_of_slow_device_is_eagain)
 {
 	struct mock *src = &self->src;
