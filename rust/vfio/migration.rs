@@ -322,6 +322,17 @@ pub struct Remaining {
     pub reinits: u32,
 }
 
+impl Remaining {
+    /// Returns how many bytes are left in a phase.
+    fn left(&self, phase: Phase) -> u64 {
+        let left = self.initial.saturating_add(self.dirty);
+        match phase {
+            Phase::PreCopy => left,
+            Phase::StopCopy => left.saturating_add(self.tail),
+        }
+    }
+}
+
 /// Cuts the state of a device into a stream.
 ///
 /// The methods run one at a time, under the session's lock. They may sleep but must not wait for
@@ -366,16 +377,21 @@ pub trait Saver: Send + Unpin + 'static {
     ///
     /// Called by a read(), and when a session or [`Phase::StopCopy`] begins, but not before what
     /// was returned last has been read entirely. The engine keeps the answer for poll(), which
-    /// calls no method of a driver. When [`Next::NotReady`] is right no longer, or [`Next::End`] in
-    /// [`Phase::PreCopy`], the driver calls [`Notifier::notify()`]. A failure is returned from one
-    /// read(), and the next one asks again.
+    /// calls no method of a driver. A failure is returned by one read(), which asks again before it
+    /// returns.
+    ///
+    /// The driver calls [`Notifier::notify()`] when [`Next::NotReady`] is right no longer, and in
+    /// [`Phase::PreCopy`] when something is left after [`Next::End`] or after
+    /// [`remaining`](Self::remaining) said that nothing is.
     fn next(&mut self, phase: Phase) -> Result<Next>;
 
     /// Returns how much there is to come, without what [`next`](Self::next) has returned.
     ///
     /// For `VFIO_MIG_GET_PRECOPY_INFO` and `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fail with the
-    /// same error. It should be exact: users decide by it when to stop the device. May ask
-    /// firmware: poll() does not call it.
+    /// same error. It should be exact: users decide by it when to stop the device. The kernel log
+    /// tells, once, about a saver that has bytes left at its end, and about one that has a chunk
+    /// although nothing was left and nothing was notified since. May ask firmware: poll() does not
+    /// call it.
     fn remaining(&self) -> Result<Remaining>;
 
     /// Makes ready for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved;

@@ -88,6 +88,9 @@ struct Saving<M: Migratable> {
     /// What the reader has begun, or begins next; it is with the reader while that copies.
     chunk: Option<Chunk>,
     said: Said,
+    /// The number of notifications when the saver said that nothing is left, if it did so since it
+    /// was asked for a chunk last.
+    none_left: Option<u32>,
     /// How much of `chunk` was read, out of how much, and what it counts as.
     pos: usize,
     len: usize,
@@ -101,9 +104,23 @@ struct Saving<M: Migratable> {
 }
 
 impl<M: Migratable> Saving<M> {
+    /// Asks the saver how much is left in the stream.
+    fn ask_remaining(&mut self, notifier: &Notifier) -> Result<Remaining> {
+        let seen = notifier.events();
+        let remaining = self.saver.remaining()?;
+        self.none_left = (remaining.left(notifier.phase()) == 0).then_some(seen);
+        Ok(remaining)
+    }
+
     /// Returns how much there is to read, including the rest of what the reader has begun.
-    fn remaining(&self) -> Result<Remaining> {
-        let mut remaining = self.saver.remaining()?;
+    fn remaining(&mut self, notifier: &Notifier) -> Result<Remaining> {
+        let mut remaining = self.ask_remaining(notifier)?;
+        self.add_begun(&mut remaining);
+        Ok(remaining)
+    }
+
+    /// Adds the rest of what the reader has begun.
+    fn add_begun(&self, remaining: &mut Remaining) {
         let begun = (self.len - self.pos) as u64;
         let part = if self.initial {
             &mut remaining.initial
@@ -111,7 +128,6 @@ impl<M: Migratable> Saving<M> {
             &mut remaining.dirty
         };
         *part = part.saturating_add(begun);
-        Ok(remaining)
     }
 
     /// Asks the saver what comes next, when the last chunk has been read.
@@ -119,10 +135,14 @@ impl<M: Migratable> Saving<M> {
         // Read before the saver is asked, so that what it tells meanwhile is not missed.
         let seen = notifier.events();
         let phase = notifier.phase();
+        let none_left = self.none_left.take() == Some(seen);
         self.said = match self.saver.next(phase) {
             // A chunk without bytes would never be read entirely.
             Ok(Next::Chunk(chunk)) if chunk.len() == 0 => Said::Failed(EIO),
             Ok(Next::Chunk(mut chunk)) => {
+                if none_left && seen == notifier.events() {
+                    pr_warn_once!("a saver has a chunk after it said that nothing is left\n");
+                }
                 self.pos = 0;
                 self.len = chunk.len();
                 self.initial = chunk.initial;
@@ -132,30 +152,22 @@ impl<M: Migratable> Saving<M> {
             }
             Ok(Next::NotReady) => Said::NotReady(seen),
             Ok(Next::End) => {
-                self.check_end(phase, seen == notifier.events());
+                self.check_end(notifier, seen);
                 Said::End(seen)
             }
             Err(e) => Said::Failed(e),
         };
     }
 
-    /// Warns about a saver that has something left at the end.
-    fn check_end(&self, phase: Phase, unchanged: bool) {
-        let Ok(Remaining {
-            initial,
-            dirty,
-            tail,
-            ..
-        }) = self.saver.remaining()
-        else {
+    /// Warns about a saver that has something left at the end, unless there was a notification
+    /// after `seen`.
+    fn check_end(&mut self, notifier: &Notifier, seen: u32) {
+        let Ok(remaining) = self.ask_remaining(notifier) else {
             return;
         };
-        let left = match phase {
-            Phase::PreCopy => initial.saturating_add(dirty),
-            Phase::StopCopy => initial.saturating_add(dirty).saturating_add(tail),
-        };
-        if unchanged && left > 0 {
-            pr_warn_once!("vfio: a saver says that {left} bytes are left at its end\n");
+        let left = remaining.left(notifier.phase());
+        if left > 0 && seen == notifier.events() {
+            pr_warn_once!("a saver says that {left} bytes are left at its end\n");
         }
     }
 
@@ -202,6 +214,7 @@ impl<M: Migratable> SaveSession<M> {
             saver,
             chunk: None,
             said: Said::Nothing,
+            none_left: None,
             pos: 0,
             len: 0,
             initial: false,
@@ -250,17 +263,12 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Returns how many bytes are left to stream, nothing if the session has ended.
     pub(super) fn data_size(&self) -> Result<Option<u64>> {
-        let guard = lock_killable(&self.saving)?;
-        let Some(saving) = guard.as_ref() else {
+        let mut guard = lock_killable(&self.saving)?;
+        let Some(saving) = (*guard).as_mut() else {
             return Ok(None);
         };
-        let Remaining {
-            initial,
-            dirty,
-            tail,
-            ..
-        } = saving.remaining()?;
-        Ok(Some(initial.saturating_add(dirty).saturating_add(tail)))
+        let remaining = saving.remaining(&self.notifier)?;
+        Ok(Some(remaining.left(Phase::StopCopy)))
     }
 
     /// Waits until somebody notifies, unless the reader does not want to wait.
@@ -287,11 +295,11 @@ impl<M: Migratable> SaveSession<M> {
         }
     }
 
-    /// Ends the turn. Unless it failed, poll() knows afterwards what the next one finds.
-    fn unclaim(&self, failed: bool) {
+    /// Ends the turn. poll() knows afterwards what the next one finds, also if this one failed.
+    fn unclaim(&self) {
         if let Some(saving) = &mut *self.saving.lock() {
             saving.reading = false;
-            if !failed && saving.pos == saving.len && matches!(saving.said, Said::Nothing) {
+            if saving.pos == saving.len && matches!(saving.said, Said::Nothing) {
                 saving.ask(&self.notifier);
             }
         }
@@ -361,7 +369,7 @@ impl<M: Migratable> SaveSession<M> {
                 break Ok(());
             }
         };
-        self.unclaim(result.is_err());
+        self.unclaim();
         if done > 0 {
             return Ok(done);
         }
@@ -398,12 +406,8 @@ impl<M: Migratable> SaveSession<M> {
         if self.notifier.phase() != Phase::PreCopy {
             return Err(EINVAL);
         }
-        let Remaining {
-            mut initial,
-            mut dirty,
-            tail,
-            reinits,
-        } = saving.remaining()?;
+        let mut remaining = saving.ask_remaining(&self.notifier)?;
+        let reinits = remaining.reinits;
         let v2 = saving.device.precopy_info_v2();
         if v2 {
             // Without the opt-in the field stays as the user left it.
@@ -412,8 +416,17 @@ impl<M: Migratable> SaveSession<M> {
                 flags = bindings::VFIO_PRECOPY_INFO_REINIT;
                 saving.reported_reinits = reinits;
                 saving.reported_initial = u64::MAX;
+                // `dirty_bytes` begins anew with zero, whatever the reader has begun.
+                saving.initial = true;
             }
         }
+        saving.add_begun(&mut remaining);
+        let Remaining {
+            mut initial,
+            mut dirty,
+            tail,
+            ..
+        } = remaining;
         if initial > 0 {
             initial = initial.saturating_add(tail);
         } else if dirty > 0 {

@@ -7,6 +7,7 @@
 //! engine; the kselftests test the rest.
 
 use crate::fake::{
+    logged,
     wait_until,
     Call,
     DataFd,
@@ -830,7 +831,7 @@ mod tests {
         let all = tracking.pending();
 
         for page in 0..130 {
-            rig.fake.provide_chunk(chunk(1)?);
+            rig.fake.provide_chunk(chunk(1)?, RECORD as u64);
             ensure_eq!(fd.read(user.addr, RECORD), Ok(RECORD), "page {page}");
         }
         ensure_eq!(pages(), (0, 0), "pages that were read");
@@ -929,6 +930,112 @@ mod tests {
         ensure_eq!(polled(&fd), (POLLIN, 0), "a failure");
         ensure_eq!(fd.read(user.addr, 16), Err(FAILURE), "a failure");
         ensure_eq!(fd.read(user.addr, 16), Ok(0), "after the failure");
+        Ok(())
+    }
+
+    #[test]
+    fn poll_tells_what_read_finds_after_a_failed_read() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+
+        for (state, phase) in [
+            (State::PreCopy, Phase::PreCopy),
+            (State::StopCopy, Phase::StopCopy),
+        ] {
+            let pre_copy = phase == Phase::PreCopy;
+            // The first chunk is asked for when the session begins.
+            let begin_failing = || -> Result<DataFd> {
+                rig.restart();
+                rig.fake.fail(Call::Next(phase), 0)?;
+                let fd = rig.set(state)?.ok_or(EINVAL)?;
+                rig.fake.mend();
+                ensure_eq!(fd.poll(), POLLIN, "a failure in {state:?}");
+                Ok(fd)
+            };
+
+            let fd = begin_failing()?;
+            rig.fake.set_ready(false);
+            ensure_eq!(fd.read(user.addr, 16), Err(FAILURE), "{state:?}");
+            ensure_eq!(fd.poll(), 0, "not ready after a failure in {state:?}");
+            ensure_eq!(fd.read_nonblock(user.addr, 16), Err(EAGAIN), "{state:?}");
+            rig.fake.set_ready(true);
+
+            let fd = begin_failing()?;
+            ensure_eq!(fd.read(user.addr, 16), Err(FAILURE), "{state:?}");
+            let end = if pre_copy { 0 } else { POLLIN };
+            ensure_eq!(fd.poll(), end, "the end after a failure in {state:?}");
+            let end = if pre_copy { Err(ENOMSG) } else { Ok(0) };
+            ensure_eq!(fd.read(user.addr, 16), end, "{state:?}");
+
+            let fd = begin_failing()?;
+            rig.fake.provide(b"0123456789", true)?;
+            ensure_eq!(fd.read(user.addr, 16), Err(FAILURE), "{state:?}");
+            rig.fake.set_ready(false);
+            ensure_eq!(fd.poll(), POLLIN, "a chunk after a failure in {state:?}");
+            ensure_eq!(fd.read_nonblock(0, 16), Err(EFAULT), "{state:?}");
+            ensure_eq!(fd.poll(), POLLIN, "a chunk after a fault in {state:?}");
+            ensure_eq!(fd.read_nonblock(user.addr, 16), Ok(10), "{state:?}");
+            ensure_eq!(fd.poll(), 0, "not ready after a fault in {state:?}");
+            rig.fake.set_ready(true);
+
+            // A failure behind a chunk is for the next read().
+            let fd = rig.enter(state)?.ok_or(EINVAL)?;
+            rig.fake.provide(b"0123456789", true)?;
+            rig.fake.fail(Call::Next(phase), 1)?;
+            ensure_eq!(fd.read(user.addr, 16), Ok(10), "{state:?}");
+            rig.fake.mend();
+            rig.fake.set_ready(false);
+            ensure_eq!(fd.poll(), POLLIN, "a failure behind a chunk");
+            ensure_eq!(fd.read_nonblock(user.addr, 16), Err(FAILURE), "{state:?}");
+            ensure_eq!(fd.poll(), 0, "not ready behind a failure");
+            rig.fake.set_ready(true);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_saver_that_miscounts_is_reported_once() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        let size = || rig.engine.data_size(&rig.fake);
+        let reports = || {
+            (
+                logged(c"a saver has a chunk after it said that nothing is left"),
+                logged(c"a saver says that 5 bytes are left at its end"),
+            )
+        };
+        let (chunks, ends) = reports();
+
+        // A notification in between is no mistake.
+        ensure_eq!(size(), Ok(0), "size of nothing");
+        rig.fake.provide(b"0123456789", true)?;
+        ensure_eq!(fd.read(user.addr, 16), Ok(10), "what is there now");
+        rig.fake.set_missing(5);
+        rig.fake.notifier()?.notify();
+        rig.fake.set_missing(0);
+        ensure_eq!(fd.read(user.addr, 16), Err(ENOMSG), "what has gone");
+        ensure_eq!(reports(), (chunks, ends), "reports without a mistake");
+
+        for round in 0..2 {
+            ensure_eq!(size(), Ok(0), "size in round {round}");
+            rig.fake.provide_chunk(Chunk::new(b"0123456789")?, 0);
+            ensure_eq!(fd.read(user.addr, 16), Ok(10), "a chunk in round {round}");
+            ensure_eq!(reports(), (chunks + 1, ends), "reports in round {round}");
+        }
+        for round in 0..2 {
+            rig.fake.set_missing(5);
+            ensure_eq!(
+                fd.read(user.addr, 16),
+                Err(ENOMSG),
+                "the end in round {round}"
+            );
+            ensure_eq!(
+                reports(),
+                (chunks + 1, ends + 1),
+                "reports in round {round}"
+            );
+        }
         Ok(())
     }
 

@@ -60,6 +60,7 @@ mod core_side {
         pub(super) fn vfio_kunit_alloc_device(parent: *mut c_void) -> *mut c_void;
         pub(super) fn vfio_kunit_device_references(vdev: *mut c_void) -> c_uint;
         pub(super) safe fn vfio_kunit_user_memory(size: usize) -> c_ulong;
+        pub(super) fn vfio_kunit_logged(text: *const c_char) -> c_uint;
         pub(super) fn vfio_kunit_read(
             file: *mut c_void,
             to: c_ulong,
@@ -128,8 +129,10 @@ struct Script {
     held: bool,
     /// Chunks of the saver, each with whether it is initial.
     chunks: KVec<(&'static [u8], bool)>,
-    /// Chunk of the saver before those. [`Saver::remaining()`] does not count it.
-    ready: Option<Chunk>,
+    /// Chunk of the saver before those, with the size that [`Saver::remaining()`] counts for it.
+    ready: Option<(Chunk, u64)>,
+    /// Bytes that [`Saver::remaining()`] counts and that do not exist.
+    missing: u64,
     /// Last chunk of the saver when the device is stopped.
     tail: Option<&'static [u8]>,
     not_ready: bool,
@@ -255,13 +258,26 @@ impl Fake {
     /// Removes all chunks of the saver.
     fn provide_nothing(&self) {
         let mut script = self.script.lock();
+        script.missing = 0;
         script.chunks.clear();
         script.tail = None;
     }
 
-    /// Sets the first chunk of the saver.
-    pub(crate) fn provide_chunk(&self, chunk: Chunk) {
-        self.script.lock().ready = Some(chunk);
+    /// Sets the first chunk of the saver, which counts as `size` bytes. A chunk that does not count
+    /// is not announced either.
+    pub(crate) fn provide_chunk(&self, chunk: Chunk, size: u64) {
+        let mut script = self.script.lock();
+        script.ready = Some((chunk, size));
+        let notifier = script.notifier.clone();
+        drop(script);
+        if let Some(notifier) = notifier.filter(|_| size > 0) {
+            notifier.notify();
+        }
+    }
+
+    /// Sets how many bytes the saver counts that do not exist.
+    pub(crate) fn set_missing(&self, size: u64) {
+        self.script.lock().missing = size;
     }
 
     /// Returns the notifier of the session.
@@ -380,7 +396,7 @@ impl Saver for FakeSaver {
             return Ok(Next::NotReady);
         }
         let mut script = self.0.script.lock();
-        if let Some(chunk) = script.ready.take() {
+        if let Some((chunk, _)) = script.ready.take() {
             return Ok(Next::Chunk(chunk));
         }
         let (bytes, initial) = if !script.chunks.is_empty() {
@@ -411,8 +427,9 @@ impl Saver for FakeSaver {
                 .filter(|(_, initial)| *initial == which);
             chunks.map(|(bytes, _)| bytes.len() as u64).sum()
         };
+        let ready = script.ready.as_ref().map_or(0, |(_, size)| *size);
         Ok(Remaining {
-            initial: size(true),
+            initial: size(true) + ready + script.missing,
             dirty: size(false),
             tail: script.tail.map_or(0, |tail| tail.len() as u64),
             reinits: 0,
@@ -667,6 +684,12 @@ impl UserMemory {
         self.slice().reader().read_slice(&mut bytes)?;
         Ok(bytes)
     }
+}
+
+/// Returns the number of lines of the kernel log that contain a text.
+pub(crate) fn logged(text: &CStr) -> u32 {
+    // SAFETY: The text is a string.
+    unsafe { core_side::vfio_kunit_logged(text.as_char_ptr()) }
 }
 
 /// Waits until a condition is true. Fails with `ETIMEDOUT` if that takes too long.

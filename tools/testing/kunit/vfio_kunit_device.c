@@ -2,14 +2,17 @@
 /*
  * Replacement of vfio core for the KUnit tests of the migration engine: a
  * device that is not registered, and calls of a data_fd without a descriptor.
+ * And a look at the kernel log.
  */
 
 #include <kunit/test-bug.h>
 #include <kunit/test.h>
 #include <linux/file.h>
 #include <linux/fs.h>
+#include <linux/kmsg_dump.h>
 #include <linux/mman.h>
 #include <linux/poll.h>
+#include <linux/string.h>
 #include <linux/uio.h>
 #include <linux/vfio.h>
 
@@ -40,6 +43,21 @@ unsigned long vfio_kunit_user_memory(size_t size)
 			     PROT_READ | PROT_WRITE,
 			     MAP_ANONYMOUS | MAP_PRIVATE, 0);
 	return IS_ERR_VALUE(addr) ? 0 : addr;
+}
+
+/* How many lines of the kernel log have @text in them. */
+unsigned int vfio_kunit_logged(const char *text)
+{
+	struct kmsg_dump_iter iter;
+	unsigned int count = 0;
+	char line[256];
+	size_t len;
+
+	kmsg_dump_rewind(&iter);
+	while (kmsg_dump_get_line(&iter, false, line, sizeof(line), &len))
+		if (strnstr(line, text, len))
+			count++;
+	return count;
 }
 
 static void vfio_kunit_set_nonblock(struct file *file, bool nonblock)

@@ -16,6 +16,7 @@ struct vfio_device;
 struct vfio_device *vfio_kunit_alloc_device(struct device *parent);
 unsigned int vfio_kunit_device_references(struct vfio_device *vdev);
 unsigned long vfio_kunit_user_memory(size_t size);
+unsigned int vfio_kunit_logged(const char *text);
 ssize_t vfio_kunit_read(struct file *file, unsigned long to, size_t size,
 			bool nonblock);
 ssize_t vfio_kunit_write(struct file *file, unsigned long from, size_t size,

@@ -369,6 +369,41 @@ TEST_F(mock, reinit_announces_new_initial_data)
 	migrate(_metadata, src, &self->dst, fd, &image);
 }
 
+/* The rest of a record that was read in part is streamed, and then the page again. */
+TEST_F(mock, rest_of_a_change_is_initial_after_reinit)
+{
+	struct mock *src = &self->src;
+	struct mig_stream image = {};
+	struct vfio_precopy_info info;
+	__u64 size, left;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
+	populate(_metadata, src, 10);
+	fd = go(_metadata, &src->dev, PRE_COPY);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	store_noise(_metadata, src, 0, 1, 1);
+	ASSERT_EQ(1, mig_read(fd, &image, 1));
+	command(_metadata, src, VFIO_MOCK_CMD_REINIT, 0, 0, 4711);
+	vfio_mock_pattern(src->want, 4711, 0, src->size);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ((__u32)VFIO_PRECOPY_INFO_REINIT, info.flags);
+	EXPECT_EQ(0U, info.dirty_bytes)
+		PROMISE("dirty_bytes is also reset to zero");
+	EXPECT_EQ(size, info.initial_bytes);
+
+	left = info.initial_bytes;
+	ASSERT_EQ(1, mig_read(fd, &image, 1));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(left - 1, info.initial_bytes)
+		PROMISE("initial_bytes decrease as migration data is read from the device");
+	EXPECT_EQ(0U, info.dirty_bytes);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
+	migrate(_metadata, src, &self->dst, fd, &image);
+}
+
 /* An aborted session does not affect the next one. */
 TEST_F(mock, new_session_streams_everything)
 {
