@@ -329,6 +329,16 @@ impl<T: Operations> Migratable for Opened<T> {
         self.data.is_broken()
     }
 
+    fn halt(&self) {
+        // No matter what fails: nothing begins from here on.
+        let _ = self.endpoint.gate.shut(Reason::Stopped);
+        self.endpoint.run(false);
+        for memory in self.mapped() {
+            let _ = memory.freeze();
+        }
+        self.data.halt();
+    }
+
     fn reset(&self) -> Result {
         self.data.reset()?;
         self.mapped().for_each(StateMemory::reset);
@@ -490,6 +500,7 @@ impl<T: Operations> Emulated<T> {
     }
 
     fn open(&self) -> Result {
+        self.private.engine.open()?;
         let endpoint = Endpoint::new(self.private.config.clone())?;
         let data = self.private.data.open(endpoint.clone());
         let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;

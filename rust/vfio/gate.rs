@@ -218,11 +218,16 @@ impl Gate {
     /// Fails with `ERESTARTSYS` if the task is killed while it waits. The reason does not hold
     /// then, and the work goes on.
     pub(crate) fn close(&self, reason: Reason) -> Result {
+        self.shut(reason).inspect_err(|_| self.open(reason))
+    }
+
+    /// Closes the gate as [`close()`](Self::close) does, but if the task is killed the reason
+    /// holds all the same, and what is under way goes on.
+    pub(crate) fn shut(&self, reason: Reason) -> Result {
         self.inner.lock().reasons |= reason as u32;
         self.wait(KILLABLE, FOREVER, |inner, _| {
             !inner.working && (reason != Reason::Stopped || inner.writes == 0)
         })
-        .inspect_err(|_| self.open(reason))
     }
 
     /// Ends a reason to keep the gate closed, and kicks the worker. Does not sleep.

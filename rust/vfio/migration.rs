@@ -41,8 +41,8 @@
 //! If a method fails, what was called before on the same arc is undone, and the state is the one
 //! from which the arc leads; the arcs before it stay done. If undoing fails too, or if the driver
 //! says that the device [is broken](Migratable::is_broken), the state is `ERROR`, which only
-//! [`reset`] leaves. Reset and the last close come in any state; both drop the saver or loader
-//! first, and close calls nothing else.
+//! [`reset`] leaves, and [`halt`] is called. Reset and the last close come in any state; both drop
+//! the saver or loader first, and close calls nothing else.
 //!
 //! [`quiesce_p2p`]: Migratable::quiesce_p2p
 //! [`resume_p2p`]: Migratable::resume_p2p
@@ -53,6 +53,7 @@
 //! [`load`]: Migratable::load
 //! [`loaded`]: Migratable::loaded
 //! [`reset`]: Migratable::reset
+//! [`halt`]: Migratable::halt
 //!
 //! # Locking
 //!
@@ -277,6 +278,14 @@ pub trait Migratable: Send + Sync + 'static {
     fn is_broken(&self) -> bool {
         false
     }
+
+    /// Keeps the device from running, as far as that is possible, because its state is `ERROR` now:
+    /// what an arc has done could not be undone, or [`reset`](Self::reset) failed, or the device
+    /// [is broken](Self::is_broken). May sleep.
+    ///
+    /// Called after the method that failed. [`reset`](Self::reset) lets the device run again. By
+    /// default nothing is done. Not called for [`Engine::fail()`], which the driver calls itself.
+    fn halt(&self) {}
 
     /// Brings the device into the state of power on, running. For `VFIO_DEVICE_RESET`.
     ///

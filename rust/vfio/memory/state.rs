@@ -375,9 +375,10 @@ impl StateMemory {
     /// A page to which a store was dropped reads as anything by that mapping until
     /// [`thaw()`](Self::thaw). What the driver itself writes is not affected.
     ///
-    /// Waits at most 0.1 s for the kernel to unpin pages that it may write to on behalf of a user.
-    /// Fails with `EBUSY` if one is pinned then, and with `EINTR` if the task was killed; no store
-    /// was dropped then.
+    /// Waits about 0.1 s while the kernel has references to pages that were mapped writable: it
+    /// may write to them on behalf of a user. A reference that it took to read counts as well,
+    /// because the reference count does not tell them apart. Fails with `EBUSY` if there is one
+    /// after that, and with `EINTR` if the task was killed; no store was dropped then.
     pub(crate) fn freeze(&self) -> Result {
         let mut waits = 100;
         while !self.0.mappings.lock().freeze(&self.0.memory)? {

@@ -138,6 +138,11 @@ enum Event {
 /// }
 ///
 /// impl Variant {
+///     /// Called by `open_device()`.
+///     fn open(&self) -> Result {
+///         self.engine.open()
+///     }
+///
 ///     fn set_state(
 ///         &self,
 ///         chip: &Arc<Chip>,
@@ -272,10 +277,11 @@ impl<M: Migratable> Engine<M> {
     /// readers and pollers are woken. A reset leads out.
     ///
     /// Does not wait for a state change that is under way, which ends after the method that it is
-    /// in, and fails with `ENODEV` if that method does not fail. May sleep. May be called at any
-    /// time, also by a method of [`Migratable`] and with `memory_lock` held, but not by a method of
-    /// a [`Saver`](super::Saver) or [`Loader`](super::Loader): those run under the lock of the
-    /// session that ends.
+    /// in, and fails with `ENODEV` if that method does not fail. A report while the device is
+    /// closed, or during the last close, has no effect after the next [`open()`](Self::open). May
+    /// sleep. May be called at any time, also by a method of [`Migratable`] and with `memory_lock` held,
+    /// but not by a method of a [`Saver`](super::Saver) or [`Loader`](super::Loader): those run
+    /// under the lock of the session that ends.
     pub fn fail(&self) {
         self.report(Event::Failed);
     }
@@ -345,6 +351,9 @@ impl<M: Migratable> Engine<M> {
             let done = Self::arc(driver, device, current, next);
             if done.is_err() && driver.is_broken() {
                 current.leave(Current::Error);
+            }
+            if let Current::Error = current {
+                driver.halt();
             }
             self.publish(current);
             file = done?;
@@ -505,12 +514,31 @@ impl<M: Migratable> Engine<M> {
             let done = driver.reset();
             if done.is_ok() {
                 current.leave(Current::Running);
+            } else {
+                driver.halt();
             }
             self.publish(current);
             if *self.event.lock() == Some(Event::Failed) {
                 return done.and(Err(ENODEV));
             }
             done
+        })
+    }
+
+    /// Begins anew in `RUNNING`, when the device is opened for the first time, whatever was
+    /// reported while it was closed: the driver brings the device into the state of power on.
+    /// May sleep.
+    ///
+    /// Must be called then, or a device that [died](Self::fail) while it was closed is in `ERROR`
+    /// for its next user. Fails with `ENODEV` if the device is [gone](Self::fence), and with
+    /// `EINTR` if the task is being killed while it waits.
+    pub fn open(&self) -> Result {
+        self.try_with_current(|current| {
+            current.present()?;
+            *self.event.lock() = None;
+            current.leave(Current::Running);
+            self.publish(current);
+            Ok(())
         })
     }
 

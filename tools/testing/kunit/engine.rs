@@ -93,7 +93,7 @@ fn undo_of(from: State, to: State, failed: Call) -> &'static [Call] {
 fn can_fail(call: Call) -> bool {
     !matches!(
         call,
-        Call::SaverDropped | Call::LoaderDropped | Call::DataSize | Call::Reset
+        Call::SaverDropped | Call::LoaderDropped | Call::DataSize | Call::Halt | Call::Reset
     )
 }
 
@@ -321,6 +321,7 @@ mod tests {
                         if let Some(ended) = session_of(from) {
                             expected.push(ended, GFP_KERNEL)?;
                         }
+                        expected.push(Call::Halt, GFP_KERNEL)?;
                         ensure_eq!(rig.fake.calls()[..], expected[..], "{what}");
 
                         if let Some(fd) = &session {
@@ -1101,6 +1102,7 @@ mod tests {
                         .skip(expected.len())
                         .any(|&call| can_fail(call));
                     ensure_eq!(undone, false, "undo {what}");
+                    ensure_eq!(calls.last(), Some(&Call::Halt), "{what}");
                     rig.engine.reset(&rig.fake)?;
                     ensure_eq!(rig.engine.state(), State::Running, "{what}");
                     drop(session);
@@ -1143,6 +1145,81 @@ mod tests {
     }
 
     #[test]
+    fn a_report_around_close_is_not_for_the_next_user() -> Result {
+        for flags in Flags::ALL {
+            let rig = Rig::new(flags)?;
+
+            for from in State::ALL.into_iter().filter(|&from| flags.has(from)) {
+                for (before, after) in [(true, false), (false, true), (true, true)] {
+                    let what = fmt!("{from:?}, {before}, {after}");
+                    let session = rig.enter(from)?;
+
+                    if before {
+                        rig.engine.fail();
+                    }
+                    rig.engine.close();
+                    ensure_eq!(rig.engine.state(), State::Running, "closed in {what}");
+                    if after {
+                        rig.engine.fail();
+                        ensure_eq!(rig.engine.state(), State::Error, "failed in {what}");
+                    }
+                    ensure_eq!(rig.engine.open(), Ok(()), "{what}");
+                    ensure_eq!(rig.engine.state(), State::Running, "open in {what}");
+                    ensure_eq!(rig.device_references(), 1, "{what}");
+                    let next = rig.set(State::StopCopy)?;
+                    ensure_eq!(rig.engine.state(), State::StopCopy, "{what}");
+                    drop((session, next));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_report_during_close_is_not_for_the_next_user() -> Result {
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+
+        for (state, ended) in [
+            (State::PreCopy, Call::SaverDropped),
+            (State::StopCopy, Call::SaverDropped),
+            (State::Resuming, Call::LoaderDropped),
+        ] {
+            for reset in [false, true] {
+                let what = fmt!("{state:?}, {reset}");
+                let session = rig.enter(state)?.ok_or(EINVAL)?;
+
+                rig.fake.hold(Some(ended));
+                let other = rig.clone();
+                let close = Job::begin(move || other.engine.close())?;
+                let held = wait_until(|| rig.fake.is_held());
+                let other = rig.clone();
+                let report = Job::begin(move || match reset {
+                    true => other.engine.reset_done(),
+                    false => other.engine.fail(),
+                })?
+                .wait();
+                let waits = !close.is_done();
+                rig.fake.hold(None);
+                close.wait()?;
+
+                ensure_eq!(held, Ok(()), "{ended:?} in {what}");
+                ensure_eq!(report, Ok(()), "the report in {what}");
+                ensure_eq!(waits, true, "close() has ended in {what}");
+                ensure_eq!(rig.fake.calls()[..], [ended], "{what}");
+                ensure_eq!(rig.engine.open(), Ok(()), "{what}");
+                ensure_eq!(rig.engine.state(), State::Running, "open in {what}");
+                ensure_eq!(rig.device_references(), 1, "{what}");
+                let dead = match state {
+                    State::Resuming => session.write(0, 1),
+                    _ => session.read(0, 1),
+                };
+                ensure_eq!(dead, Err(ENODEV), "{what}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn a_reset_that_fails_is_an_error() -> Result {
         let rig = Rig::new(Flags::STOP_COPY)?;
         let session = rig.enter(State::StopCopy)?;
@@ -1150,6 +1227,9 @@ mod tests {
         rig.fake.fail(Call::Reset, 0)?;
         ensure_eq!(rig.engine.reset(&rig.fake), Err(FAILURE), "reset");
         ensure_eq!(rig.engine.state(), State::Error, "state");
+        let calls = rig.fake.calls();
+        let expected = [Call::SaverDropped, Call::Reset, Call::Halt];
+        ensure_eq!(calls[..], expected, "calls");
         rig.fake.mend();
         ensure_eq!(rig.engine.reset(&rig.fake), Ok(()), "another reset");
         ensure_eq!(rig.engine.state(), State::Running, "state after another");
@@ -1227,6 +1307,7 @@ mod tests {
                     ensure_eq!(rig.engine.reset(&rig.fake), Err(ENODEV), "{what}");
                     rig.engine.reset_done();
                     rig.engine.close();
+                    ensure_eq!(rig.engine.open(), Err(ENODEV), "{what}");
                 }
                 ensure_eq!(rig.fake.calls()[..], [], "{from:?}");
                 if let Some(fd) = session.filter(|_| from != State::Resuming) {

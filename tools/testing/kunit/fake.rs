@@ -98,6 +98,7 @@ pub(crate) enum Call {
     LoaderDropped,
     DataSize,
     Remaining,
+    Halt,
     Reset,
 }
 
@@ -379,6 +380,10 @@ impl Migratable for Fake {
         self.script.lock().broken
     }
 
+    fn halt(&self) {
+        let _ = self.called(Call::Halt);
+    }
+
     fn reset(&self) -> Result {
         self.called(Call::Reset)?;
         self.script.lock().broken = false;
@@ -581,6 +586,7 @@ impl Rig {
         self.fake.mend();
         self.fake.provide_nothing();
         self.engine.close();
+        let _ = self.engine.open();
         drop(self.fake.calls());
         drop(self.fake.asked());
     }
