@@ -779,7 +779,7 @@ TEST_F(dma, bad_descriptors_fail)
 }
 
 /*
- * Runs @op over [iova, +len), of which the first @good bytes can be moved, and then a
+ * Runs @op over [iova, +len), where only the first @good bytes can be moved, and then a
  * valid transfer, which must succeed. @user is the model of the user memory at @iova,
  * or NULL if it is not compared.
  */
