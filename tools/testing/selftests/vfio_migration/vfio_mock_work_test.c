@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The worker of the mock migratable device vfio_mock: when it stands still, what its
- * interrupts do, who pays for it, and that it holds up nothing else of the kernel.
+ * The worker of the mock migratable device vfio_mock: states in which it stops, its
+ * interrupts, accounting of its resources, and effects on the rest of the kernel.
  *
  *	VFIO_MOCK_MEDIUM="DEVICE" VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_work_test
  *
- * with the sysfs path of a mediated device; vfio_minimal.ko is beside the module.
- * run_mock.sh makes it and runs this. VFIO_MIGRATION_ROUNDS=N repeats what races N
- * times as often.
+ * with the sysfs path of a mediated device; vfio_minimal.ko is in the directory of the
+ * module. run_mock.sh creates it and runs this. VFIO_MIGRATION_ROUNDS=N multiplies the
+ * rounds of races by N.
  */
 #include <dirent.h>
 #include <sys/mount.h>
@@ -21,12 +21,12 @@
 
 #define IOVA	0x40000000ULL
 
-/* The IOVAs of two pages of the same zone of the log are closer than this. */
+/* Upper bound for the distance of two IOVAs in the same zone of the log. */
 #define ZONE_PAGES	4096U
 #define ZONE	(ZONE_PAGES * PAGE)
 #define ZONES	4096U
 
-/* Always due: the worker never has nothing to do. */
+/* Always due: the worker is always busy. */
 static const struct dma_desc busy = {
 	.op = CHURN, .len = 64 << 10, .period = 1, .irq_vector = VFIO_MOCK_IRQ_NONE,
 };
@@ -57,7 +57,7 @@ FIXTURE_TEARDOWN(work)
 	mock_close(&self->m);
 }
 
-/* Reads a file of the kernel as a string. */
+/* Reads a file in procfs or sysfs as a string. */
 static bool slurp(const char *path, char *text, size_t size)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -71,7 +71,7 @@ static bool slurp(const char *path, char *text, size_t size)
 	return len >= 0;
 }
 
-/* The worker of the device that is open; 0 if there is none. */
+/* The worker of the open device, or 0. */
 static pid_t worker(void)
 {
 	char path[300], comm[32];
@@ -108,7 +108,7 @@ static void expect_moving(struct __test_metadata *_metadata, const struct mock *
 
 /* ---- Interrupts and states ---- */
 
-/* Lets the worker run on this CPU, when this thread sleeps, and at no other time. */
+/* Lets the worker run only on this CPU, and only while this thread sleeps. */
 static void share_cpu(struct __test_metadata *_metadata, pid_t pid)
 {
 	const struct sched_param fifo = { .sched_priority = 1 };
@@ -120,12 +120,12 @@ static void share_cpu(struct __test_metadata *_metadata, pid_t pid)
 	ASSERT_EQ(0, sched_setaffinity(pid, sizeof(one), &one))
 		STEP("keep the worker (%d) on the CPU of the test: %s", pid, strerror(errno));
 	ASSERT_EQ(0, sched_setscheduler(0, SCHED_FIFO, &fifo))
-		STEP("become a thread of real time: %s", strerror(errno));
+		STEP("become a realtime thread: %s", strerror(errno));
 }
 
 /*
- * A descriptor that has ended in the image has raised its interrupt: it was delivered,
- * or is pending in the image.
+ * A descriptor that has ended in the image has raised its interrupt, which was
+ * delivered, or is pending in the image.
  */
 TEST_F_TIMEOUT(work, image_has_the_interrupt_of_an_ended_descriptor, 600)
 {
@@ -143,12 +143,12 @@ TEST_F_TIMEOUT(work, image_has_the_interrupt_of_an_ended_descriptor, 600)
 			.op = CHURN, .len = 1 + 48 * (i % 1000), .irq_vector = 0,
 		};
 		if (i % 2 && p2p) {
-			/* Aborted while the worker must not run. */
+			/* Abort it while the worker cannot run. */
 			ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING_P2P, NULL));
 			start(_metadata, m, 0, &d);
 			set32(m, DMA_ABORT, 0);
 		} else {
-			/* Stopped at any time. */
+			/* Stop at a random time. */
 			start(_metadata, m, 0, &d);
 			usleep(i % 97);
 		}
@@ -166,7 +166,7 @@ TEST_F_TIMEOUT(work, image_has_the_interrupt_of_an_ended_descriptor, 600)
 		}
 		close(fd);
 		ASSERT_EQ(0, mig_reset(&m->dev));
-		/* What was pending is gone now. */
+		/* Clears pending interrupts. */
 		taken(fds[0]);
 	}
 	EXPECT_EQ(0U, lost)
@@ -180,7 +180,7 @@ static void on_signal(int sig)
 	(void)sig;
 }
 
-/* A thread that changes the state and back, and is sent signals. */
+/* A thread that changes the state back and forth, and receives signals. */
 struct changer {
 	pthread_t thread;
 	struct mig_device *dev;
@@ -200,7 +200,7 @@ static void *changer_main(void *arg)
 	return NULL;
 }
 
-/* A signal that is not fatal has no effect on a state change, nor on the DMA after it. */
+/* A non-fatal signal does not affect a state change, nor the DMA after it. */
 TEST_F_TIMEOUT(work, signals_do_not_fail_state_changes, 120)
 {
 	struct mock *m = &self->m;
@@ -227,7 +227,7 @@ TEST_F_TIMEOUT(work, signals_do_not_fail_state_changes, 120)
 		expect_moving(_metadata, m, n);
 }
 
-/* A thread that stops the device, which takes as long as its DMA. */
+/* A thread that stops the device, which waits for its DMA. */
 static void *stop_main(void *arg)
 {
 	struct changer *c = arg;
@@ -245,10 +245,10 @@ static void *reset_main(void *arg)
 }
 
 /*
- * RESET ends a transfer that waits for a page fault, also in a piece that begins
- * after the RESET, beside a state change that waits for the transfer.
+ * RESET ends a transfer that waits for a page fault, even in a piece that begins after
+ * the RESET, while a state change waits for the transfer.
  */
-TEST_F_TIMEOUT(work, reset_beside_a_state_change_ends, 240)
+TEST_F_TIMEOUT(work, reset_during_state_change_ends, 240)
 {
 	unsigned int count = mig_times(100), i;
 	struct mock *m = &self->m;
@@ -272,14 +272,14 @@ TEST_F_TIMEOUT(work, reset_beside_a_state_change_ends, 240)
 		usleep(3 * (i % 32));
 		ASSERT_EQ(0, pthread_create(&reset.thread, NULL, reset_main, &reset));
 		ASSERT_TRUE(joined(reset.thread))
-			PROMISE("RESET does not wait for a page fault that is not served");
+			PROMISE("RESET does not wait for an unresolved page fault");
 		ASSERT_TRUE(joined(stop.thread))
-			PROMISE("a state change does not outlast the RESET of what it waits for");
+			PROMISE("a state change ends with the RESET of its transfer");
 		EXPECT_EQ(0, reset.ret)
 			PROMISE("RESET works in every state");
 		EXPECT_EQ(0, stop.ret);
 		ASSERT_EQ(0, mig_reset(&m->dev));
-		/* It was interrupted, not its successor. */
+		/* The RESET interrupted this transfer, not the next one. */
 		d.len = before;
 		d = dma_run(_metadata, m, 0, &d);
 		expect_complete(_metadata, &d, "a transfer after RESET");
@@ -291,8 +291,8 @@ TEST_F_TIMEOUT(work, reset_beside_a_state_change_ends, 240)
 
 /* ---- The rest of the kernel ---- */
 
-/* A worker that always has work keeps no grace period of RCU Tasks from its end. */
-TEST_F_TIMEOUT(work, busy_worker_holds_up_no_grace_period, 120)
+/* A worker that is always busy does not delay grace periods of RCU Tasks. */
+TEST_F_TIMEOUT(work, busy_worker_does_not_delay_grace_periods, 120)
 {
 	static const char *const dirs[] = { "/sys/kernel/tracing", "/sys/kernel/debug/tracing" };
 	const char *module = getenv("VFIO_MOCK_MODULE");
@@ -322,14 +322,14 @@ TEST_F_TIMEOUT(work, busy_worker_holds_up_no_grace_period, 120)
 		if (syscall(SYS_finit_module, fd, "", 0) && errno == EEXIST)
 			break;
 		ASSERT_EQ(0, syscall(SYS_delete_module, "vfio_minimal", 0))
-			PROMISE("a module can be unloaded beside a worker that is busy: %s",
+			PROMISE("a module can be unloaded while the worker is busy: %s",
 				strerror(errno));
 	}
 	close(fd);
 	expect_moving(_metadata, &self->m, 0);
 }
 
-/* Nanoseconds that a task has run. */
+/* The runtime of a task in nanoseconds. */
 static __u64 run_time(pid_t pid)
 {
 	char path[64], text[128];
@@ -346,7 +346,7 @@ static __u64 now(void)
 	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
 }
 
-/* While the system is frozen no work runs, and afterwards it goes on. */
+/* The worker stops while the system is frozen, and continues afterwards. */
 TEST_F_TIMEOUT(work, worker_freezes_with_the_system, 120)
 {
 	__u64 ran, elapsed;
@@ -362,7 +362,7 @@ TEST_F_TIMEOUT(work, worker_freezes_with_the_system, 120)
 		SKIP(return, "no CONFIG_SCHED_INFO");
 	ASSERT_EQ(0, write_word("/sys/power/pm_test", "freezer"));
 	elapsed = now();
-	/* Freezes, waits for some seconds, and thaws. */
+	/* Freeze for some seconds, and thaw. */
 	EXPECT_EQ(0, write_word("/sys/power/state", "mem"))
 		PROMISE("a busy worker freezes");
 	elapsed = now() - elapsed;
@@ -373,9 +373,9 @@ TEST_F_TIMEOUT(work, worker_freezes_with_the_system, 120)
 	expect_moving(_metadata, &self->m, 0);
 }
 
-/* ---- Users that are gone ---- */
+/* ---- Dead users ---- */
 
-/* A process that keeps a userfaultfd of its parent, and nothing else of it. */
+/* A process that only keeps a userfaultfd of its parent. */
 static pid_t keep_file(int keep)
 {
 	pid_t pid = fork();
@@ -392,10 +392,10 @@ static pid_t keep_file(int keep)
 
 /*
  * A process is killed while its DMA waits for a page fault that another process does
- * not serve. The transfer keeps its memory, and a mapping in that the device, without
- * a process that has it open. The removal of the device ends that.
+ * not resolve. The transfer keeps the memory of the process, and with it a mapping of
+ * the device, which stays open without a process. The removal of the device ends this.
  */
-TEST_F_TIMEOUT(work, removal_ends_a_transfer_of_a_dead_process, 120)
+TEST_F_TIMEOUT(work, removal_ends_transfer_of_dead_process, 120)
 {
 	struct dma_desc d = { .op = FILL, .len = PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE };
 	char type[PATH_MAX + 16], c;
@@ -441,11 +441,11 @@ TEST_F_TIMEOUT(work, removal_ends_a_transfer_of_a_dead_process, 120)
 	EXPECT_TRUE(joined(guest.remover))
 		PROMISE("the removal of a device ends the transfer that keeps it in use");
 	EXPECT_EQ(0, guest.ret);
-	/* Ends the fault, if nothing else has. */
+	/* End the fault in any case. */
 	kill(keeper, SIGKILL);
 }
 
-/* ---- Who pays ---- */
+/* ---- Accounting ---- */
 
 FIXTURE(payer)
 {
@@ -465,7 +465,7 @@ FIXTURE_SETUP(payer)
 	self->mounted = true;
 	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", self->top);
 	if (write_word(path, "+cpu +memory"))
-		SKIP(return, "no controllers of CPU and memory");
+		SKIP(return, "no controllers for CPU and memory");
 	snprintf(self->group, sizeof(self->group), "%s/opener", self->top);
 	ASSERT_EQ(0, mkdir(self->group, 0755));
 }
@@ -474,7 +474,7 @@ FIXTURE_TEARDOWN(payer)
 {
 	if (self->group[0] && rmdir(self->group))
 		EXPECT_EQ(0, errno)
-			PROMISE("nothing is left in the cgroup of the opener after the close");
+			PROMISE("the cgroup of the opener is empty after the close");
 	if (self->mounted)
 		umount2(self->top, MNT_DETACH);
 	rmdir(self->top);
@@ -495,7 +495,7 @@ static __u64 value(struct __test_metadata *_metadata, const char *group, const c
 	return strtoull(at + strlen(key), NULL, 10);
 }
 
-/* Makes this process a member of the cgroup, as one that opens a device. */
+/* Moves this process to the cgroup before it opens a device. */
 static void join(struct __test_metadata *_metadata, const char *group)
 {
 	char path[160], self[16];
@@ -506,7 +506,7 @@ static void join(struct __test_metadata *_metadata, const char *group)
 		STEP("move the process to a cgroup");
 }
 
-/* The worker uses CPU time of the opener's cgroup, in which no other task runs. */
+/* The worker uses CPU time of the opener's cgroup, which has no other running task. */
 TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 {
 	struct mock m;
@@ -526,7 +526,7 @@ TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 			_exit(1);
 		start(_metadata, &m, 0, &busy);
 		write(pipes[1], "", 1);
-		/* Does nothing from now on. */
+		/* Idle from now on. */
 		for (;;)
 			pause();
 	}
@@ -551,7 +551,7 @@ static void set(struct __test_metadata *_metadata, const char *group, const char
 		STEP("write %s to %s", word, path);
 }
 
-/* A process in the cgroup that does nothing. */
+/* An idle process in the cgroup. */
 static pid_t bystander(struct __test_metadata *_metadata, const char *group)
 {
 	int pipes[2];
@@ -584,8 +584,8 @@ static void open_in(struct __test_metadata *_metadata, const char *top, const ch
 }
 
 /*
- * The time of the worker counts against the quota of the cgroup. The kernel throttles
- * no kthread, so the worker goes on: a state change that waits for it is not held up.
+ * The runtime of the worker counts against the quota of the cgroup. The kernel does not
+ * throttle kthreads, so the worker continues, and state changes are not delayed.
  */
 TEST_F_TIMEOUT(payer, worker_uses_the_quota_of_the_opener, 120)
 {
@@ -604,8 +604,8 @@ TEST_F_TIMEOUT(payer, worker_uses_the_quota_of_the_opener, 120)
 }
 
 /*
- * What the worker allocates fails when the cgroup of the opener has reached its limit,
- * and kills no process of it.
+ * Allocations of the worker fail at the limit of the opener's cgroup, without killing
+ * a process in it.
  */
 TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 {
@@ -629,18 +629,18 @@ TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 	for (i = 0; i < ZONES; i++)
 		ASSERT_EQ(0, mig_dma_map(&m.dev, i * ZONE, mem, 16 * PAGE, RW));
 	ASSERT_EQ(0, mig_log_start(&m.dev, &granule, &range, 1));
-	/* Less than the log wants, which is a bit for each page of the zones at least. */
+	/* Less than needed for the log: at least a bit for each page of the zones. */
 	snprintf(text, sizeof(text), "%llu",
 		 value(_metadata, self->group, "memory.current", "") + (64 << 10));
 	set(_metadata, self->group, "memory.max", text);
 	for (i = 0; i < ZONES; i++) {
 		d.iova = i * ZONE;
 		d = dma_run(_metadata, &m, 0, &d);
-		expect_complete(_metadata, &d, "a transfer that the log has no memory for");
+		expect_complete(_metadata, &d, "a transfer without memory for the log");
 	}
 	EXPECT_LT(0U, value(_metadata, self->group, "memory.events", "max "))
 		STEP("reach the limit");
-	/* Now there is no room for a piece of a transfer either. */
+	/* Now there is not enough memory for a piece of a transfer either. */
 	d = (struct dma_desc){
 		.op = FILL, .len = 64 << 10, .irq_vector = VFIO_MOCK_IRQ_NONE,
 	};
@@ -648,7 +648,7 @@ TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 		d = dma_run(_metadata, &m, 0, &d);
 		if (d.status == VFIO_MOCK_DMA_FAILED) {
 			EXPECT_EQ(VFIO_MOCK_DMA_ERROR_NO_MEMORY, (int)d.error)
-				PROMISE("a transfer without memory says so");
+				PROMISE("a transfer without memory reports this");
 		}
 	}
 	EXPECT_EQ(0U, value(_metadata, self->group, "memory.events", "oom_kill "))
@@ -663,13 +663,13 @@ TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 		missing += !(bitmap[0] & 1);
 	}
 	EXPECT_EQ(0U, missing)
-		PROMISE("pages that the log had no memory for are reported");
+			PROMISE("pages without memory for the log are reported");
 	mock_close(&m);
 	kill(pid, SIGKILL);
 	waitpid(pid, NULL, 0);
 }
 
-/* ---- Cgroups that are frozen ---- */
+/* ---- Frozen cgroups ---- */
 
 /* A thread that closes the device. */
 static void *close_main(void *arg)
@@ -695,15 +695,15 @@ TEST_F_TIMEOUT(payer, device_closes_while_its_cgroup_is_frozen, 60)
 	set(_metadata, self->group, "cgroup.freeze", "1");
 	expect_moving(_metadata, &m, 0);
 	EXPECT_EQ(0U, value(_metadata, self->group, "cgroup.events", "frozen "))
-		PROMISE("version 2 does not call a cgroup frozen in which a kthread is");
+		PROMISE("a cgroup of version 2 with a kthread is not reported as frozen");
 	ASSERT_EQ(0, pthread_create(&closer, NULL, close_main, &m));
 	EXPECT_TRUE(joined(closer))
 		PROMISE("a device can be closed while the cgroup of its opener is frozen");
-	/* Asked again: the kernel does not count again when a kthread leaves. */
+	/* Freeze again: the state is not updated when a kthread leaves. */
 	set(_metadata, self->group, "cgroup.freeze", "0");
 	set(_metadata, self->group, "cgroup.freeze", "1");
 	WAIT_FOR(value(_metadata, self->group, "cgroup.events", "frozen ") == 1,
-		 "nothing of the device is left in the cgroup");
+		 "the cgroup is empty after the close");
 	set(_metadata, self->group, "cgroup.freeze", "0");
 	kill(pid, SIGKILL);
 	waitpid(pid, NULL, 0);
@@ -738,7 +738,7 @@ TEST_F_TIMEOUT(payer, frozen_opener_can_be_killed, 60)
 	set(_metadata, self->group, "cgroup.freeze", "1");
 	kill(pid, SIGKILL);
 	WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
-		 "a frozen process that has a device open can be killed");
+		 "a frozen process with an open device can be killed");
 	set(_metadata, self->group, "cgroup.freeze", "0");
 	ASSERT_EQ(0, mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
 		PROMISE("the device is closed: %s", m.dev.why);
@@ -767,14 +767,14 @@ FIXTURE_TEARDOWN(freezer)
 {
 	if (self->group[0] && rmdir(self->group))
 		EXPECT_EQ(0, errno)
-			PROMISE("nothing is left in the cgroup of the opener after the close");
+			PROMISE("the cgroup of the opener is empty after the close");
 	if (self->mounted)
 		umount2(self->top, MNT_DETACH);
 	rmdir(self->top);
 }
 
-/* The freezer of version 1 freezes the worker, too. */
-TEST_F_TIMEOUT(freezer, frozen_worker_holds_up_no_close, 60)
+/* The freezer of version 1 also freezes the worker. */
+TEST_F_TIMEOUT(freezer, frozen_worker_does_not_delay_close, 60)
 {
 	char path[128], text[32];
 	unsigned int i;
@@ -785,7 +785,7 @@ TEST_F_TIMEOUT(freezer, frozen_worker_holds_up_no_close, 60)
 		SKIP(return, "no VFIO_MOCK_MEDIUM");
 	for (i = 0; i < 2; i++) {
 		open_in(_metadata, self->top, self->group, &m);
-		/* Busy in the one case, idle in the other. */
+		/* First busy, then idle. */
 		if (i)
 			start(_metadata, &m, 0, &busy);
 		set(_metadata, self->group, "freezer.state", "FROZEN");
@@ -793,18 +793,18 @@ TEST_F_TIMEOUT(freezer, frozen_worker_holds_up_no_close, 60)
 		WAIT_FOR(slurp(path, text, sizeof(text)) && !strcmp(text, "FROZEN\n"),
 			 "the worker freezes with the cgroup");
 		EXPECT_EQ(0, mig_set_state(&m.dev, STOP, NULL))
-			PROMISE("a worker that is frozen does no work");
+			PROMISE("a frozen worker does not run");
 		ASSERT_EQ(0, pthread_create(&closer, NULL, close_main, &m));
 		EXPECT_TRUE(joined(closer))
-			PROMISE("a close does not wait for the cgroup of the opener to thaw");
+			PROMISE("a close does not wait for a frozen cgroup of the opener");
 		set(_metadata, self->group, "freezer.state", "THAWED");
 		mock_close(&m);
 	}
 }
 
-/* ---- Limits of memory ---- */
+/* ---- Memory limits ---- */
 
-/* What the worker allocates is charged to the cgroup of the opener. */
+/* Allocations of the worker are charged to the cgroup of the opener. */
 TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 {
 	struct dma_desc d = {
@@ -843,8 +843,8 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 		}
 		charged = value(_metadata, self->group, "memory.stat", slab) - before;
 		/*
-		 * A bit for each page of a zone, at least. Half of it allows for what the
-		 * statistics of a cgroup lag behind.
+	 * At least a bit for each page of a zone. Half of it, because the statistics of
+	 * a cgroup lag behind.
 		 */
 		EXPECT_LE((__s64)(ZONES * ZONE_PAGES / 8 / 2), charged)
 			PROMISE("a log of %u zones charges the cgroup of the opener (%lld)",
@@ -854,10 +854,10 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 	}
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
 	EXPECT_EQ(0, status)
-		PROMISE("what the worker allocates is charged to the opener");
+		PROMISE("allocations of the worker are charged to the opener");
 }
 
-/* Opens a device in a process of its own, a member of @group if there is one. */
+/* Opens a device in a new process, which is moved to @group if that is not NULL. */
 static int open_elsewhere(struct __test_metadata *_metadata, const char *size,
 			  const char *group)
 {
@@ -881,7 +881,7 @@ static int open_elsewhere(struct __test_metadata *_metadata, const char *size,
 	return WIFEXITED(status) ? -WEXITSTATUS(status) : -EINTR;
 }
 
-TEST_F_TIMEOUT(payer, device_that_exceeds_the_limit_does_not_open, 60)
+TEST_F_TIMEOUT(payer, device_exceeding_limit_does_not_open, 60)
 {
 	char path[128];
 
@@ -896,13 +896,13 @@ TEST_F_TIMEOUT(payer, device_that_exceeds_the_limit_does_not_open, 60)
 		PROMISE("it kills no process of the cgroup");
 }
 
-/* Kilobytes that @key of /proc/meminfo stands for. */
+/* The value of @key in /proc/meminfo in KiB. */
 static __u64 meminfo(struct __test_metadata *_metadata, const char *key)
 {
 	return value(_metadata, "/proc", "meminfo", key);
 }
 
-TEST_F_TIMEOUT(payer, device_that_exceeds_the_machine_kills_no_process, 120)
+TEST_F_TIMEOUT(payer, device_exceeding_memory_kills_no_process, 120)
 {
 	__u64 available = meminfo(_metadata, "MemAvailable:"), want = 700 << 10;
 	int pipes[2], status;
@@ -913,12 +913,12 @@ TEST_F_TIMEOUT(payer, device_that_exceeds_the_machine_kills_no_process, 120)
 	if (!getenv("VFIO_MOCK_1G"))
 		SKIP(return, "no VFIO_MOCK_1G");
 	if (available < want + (64 << 10) || available > 8 << 20)
-		SKIP(return, "%llu KiB of memory are not a machine for this test", available);
+		SKIP(return, "this test cannot fill %llu KiB of memory", available);
 	ASSERT_EQ(0, pipe(pipes));
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
-		/* What remains is less than the device. */
+		/* Leave less memory than the device needs. */
 		mem = mmap(NULL, (available - want) << 10, PROT_READ | PROT_WRITE,
 			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 		if (mem == MAP_FAILED)
@@ -929,11 +929,11 @@ TEST_F_TIMEOUT(payer, device_that_exceeds_the_machine_kills_no_process, 120)
 	}
 	close(pipes[1]);
 	ASSERT_EQ(1, read(pipes[0], &c, 1))
-		STEP("have somebody use memory");
+		STEP("start a process that uses memory");
 	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "VFIO_MOCK_1G", NULL))
-		PROMISE("a device that does not fit into the machine does not open");
+		PROMISE("a device that does not fit into memory does not open");
 	EXPECT_EQ(0, waitpid(pid, &status, WNOHANG))
-		PROMISE("nobody is killed for a device");
+		PROMISE("no process is killed for a device");
 	kill(pid, SIGKILL);
 	waitpid(pid, &status, 0);
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Devices of the driver vfio_odd, for what the crate vfio does for a driver and no
- * device of vfio_mock can show.
+ * Devices of the driver vfio_odd, for properties of the crate vfio that no device of
+ * vfio_mock can show.
  *
  *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_odd_test
  *
- * vfio_odd.ko is beside that module. run_mock.sh runs this.
+ * vfio_odd.ko is in the directory of that module. run_mock.sh runs this.
  */
 #include <limits.h>
 #include <sys/syscall.h>
@@ -65,7 +65,7 @@ FIXTURE_TEARDOWN(odd)
 			STEP("unload vfio_odd: %s", strerror(errno));
 }
 
-/* Creates a device of a type, and does not open it; 0 or -errno. */
+/* Creates a device of a type without opening it; 0 or -errno. */
 static int create(odd_data *self, const char *type)
 {
 	char path[128];
@@ -98,7 +98,7 @@ static __u64 attribute(struct __test_metadata *_metadata, odd_data *self, const 
 
 /* ---- Reads ---- */
 
-/* A thread that does one thing to the device. */
+/* A thread that makes one call to the device. */
 struct user {
 	struct poller poller;
 	struct mig_device *dev;
@@ -165,7 +165,7 @@ static void let_reads_end(struct __test_metadata *_metadata, odd_data *self)
 	ASSERT_EQ(0, write_word(path, "1"));
 }
 
-/* Like vfio-pci, in which reads hold memory_lock. */
+/* Like vfio-pci, whose reads hold memory_lock. */
 TEST_F_TIMEOUT(odd, memory_space_off_waits_for_reads, 60)
 {
 	struct user reader, writer;
@@ -173,7 +173,7 @@ TEST_F_TIMEOUT(odd, memory_space_off_waits_for_reads, 60)
 	begin_slow_read(_metadata, self, variant->backend, &reader);
 	begin(_metadata, self, &writer, memory_off_main);
 	EXPECT_FALSE(atomic_load(&writer.poller.done))
-		PROMISE("no read is under way when memory space has been switched off");
+		PROMISE("no read is in progress when memory space has been disabled");
 	EXPECT_EQ(0U, attribute(_metadata, self, "ended"));
 	let_reads_end(_metadata, self);
 	ASSERT_TRUE(joined(writer.poller.thread))
@@ -181,7 +181,7 @@ TEST_F_TIMEOUT(odd, memory_space_off_waits_for_reads, 60)
 	EXPECT_EQ(2, writer.ret);
 	ASSERT_TRUE(joined(reader.poller.thread));
 	EXPECT_EQ(4, reader.ret)
-		PROMISE("a read that was under way succeeds");
+		PROMISE("a read that was in progress succeeds");
 	begin(_metadata, self, &reader, read_main);
 	ASSERT_TRUE(joined(reader.poller.thread));
 	EXPECT_EQ(-EIO, reader.ret);
@@ -194,7 +194,7 @@ TEST_F_TIMEOUT(odd, reset_and_reads_wait_for_each_other, 60)
 	begin_slow_read(_metadata, self, variant->backend, &reader);
 	begin(_metadata, self, &resetter, reset_main);
 	EXPECT_FALSE(atomic_load(&resetter.poller.done))
-		PROMISE("no read is under way during a reset");
+		PROMISE("no read is in progress during a reset");
 	begin(_metadata, self, &second, read_main);
 	EXPECT_FALSE(atomic_load(&second.poller.done));
 	EXPECT_EQ(1U, attribute(_metadata, self, "begun"))
@@ -203,13 +203,13 @@ TEST_F_TIMEOUT(odd, reset_and_reads_wait_for_each_other, 60)
 	ASSERT_TRUE(joined(resetter.poller.thread));
 	EXPECT_EQ(0, resetter.ret);
 	ASSERT_TRUE(joined(second.poller.thread))
-		PROMISE("a read goes on after the reset");
+		PROMISE("a read continues after the reset");
 	EXPECT_EQ(4, second.ret);
 	ASSERT_TRUE(joined(reader.poller.thread));
 	EXPECT_EQ(4, reader.ret);
 }
 
-/* A process that is killed while its read waits for a reset ends at once. */
+/* A process that is killed while its read waits for a reset ends immediately. */
 TEST_F_TIMEOUT(odd, read_that_waits_for_a_reset_can_be_killed, 60)
 {
 	struct user reader, resetter;
@@ -264,7 +264,7 @@ TEST_F(odd, bar_is_not_larger_than_a_region)
 	EXPECT_EQ(-EINVAL, mig_region_read(&self->guest.dev, BAR0, LARGEST, &byte, 1));
 }
 
-/* ---- Memory to be mapped ---- */
+/* ---- Mappable memory ---- */
 
 TEST_F(odd, mappable_memory_is_the_content_of_a_bar)
 {
