@@ -19,6 +19,15 @@
 /* The number of this ioctl in the draft of the pre-copy series. */
 #define MIG_DRAFT_PRECOPY_INFO	_IO(VFIO_TYPE, VFIO_BASE + 22)
 
+/* The states of a device. */
+#define MIG_ERROR		((__u32)VFIO_DEVICE_STATE_ERROR)
+#define MIG_STOP		((__u32)VFIO_DEVICE_STATE_STOP)
+#define MIG_RUNNING		((__u32)VFIO_DEVICE_STATE_RUNNING)
+#define MIG_STOP_COPY		((__u32)VFIO_DEVICE_STATE_STOP_COPY)
+#define MIG_RESUMING		((__u32)VFIO_DEVICE_STATE_RESUMING)
+#define MIG_RUNNING_P2P		((__u32)VFIO_DEVICE_STATE_RUNNING_P2P)
+#define MIG_PRE_COPY		((__u32)VFIO_DEVICE_STATE_PRE_COPY)
+#define MIG_PRE_COPY_P2P	((__u32)VFIO_DEVICE_STATE_PRE_COPY_P2P)
 #define MIG_STATE_NR		VFIO_DEVICE_STATE_NR
 
 /* The page size of the kernel in bytes. */

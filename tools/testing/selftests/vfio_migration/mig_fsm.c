@@ -7,36 +7,27 @@
 #include "kselftest.h"
 #include "mig.h"
 
-#define ERROR		VFIO_DEVICE_STATE_ERROR
-#define STOP		VFIO_DEVICE_STATE_STOP
-#define RUNNING		VFIO_DEVICE_STATE_RUNNING
-#define STOP_COPY	VFIO_DEVICE_STATE_STOP_COPY
-#define RESUMING	VFIO_DEVICE_STATE_RESUMING
-#define RUNNING_P2P	VFIO_DEVICE_STATE_RUNNING_P2P
-#define PRE_COPY	VFIO_DEVICE_STATE_PRE_COPY
-#define PRE_COPY_P2P	VFIO_DEVICE_STATE_PRE_COPY_P2P
-
 /* "The driver implements the following behavior for the FSM arcs" */
 static const struct {
 	__u32 from;
 	__u32 to;
 	bool new_fd;	/* "... and will return a new data_fd" */
 } arcs[] = {
-	{ RUNNING_P2P, STOP, false },
-	{ STOP_COPY, STOP, false },
-	{ RESUMING, STOP, false },
-	{ PRE_COPY, RUNNING, false },
-	{ RUNNING_P2P, RUNNING, false },
-	{ PRE_COPY_P2P, RUNNING_P2P, false },
-	{ RUNNING, RUNNING_P2P, false },
-	{ STOP, RUNNING_P2P, false },
-	{ RUNNING, PRE_COPY, true },
-	{ RUNNING_P2P, PRE_COPY_P2P, true },
-	{ STOP, STOP_COPY, true },
-	{ PRE_COPY, PRE_COPY_P2P, false },
-	{ PRE_COPY_P2P, PRE_COPY, false },
-	{ PRE_COPY_P2P, STOP_COPY, false },
-	{ STOP, RESUMING, true },
+	{ MIG_RUNNING_P2P, MIG_STOP, false },
+	{ MIG_STOP_COPY, MIG_STOP, false },
+	{ MIG_RESUMING, MIG_STOP, false },
+	{ MIG_PRE_COPY, MIG_RUNNING, false },
+	{ MIG_RUNNING_P2P, MIG_RUNNING, false },
+	{ MIG_PRE_COPY_P2P, MIG_RUNNING_P2P, false },
+	{ MIG_RUNNING, MIG_RUNNING_P2P, false },
+	{ MIG_STOP, MIG_RUNNING_P2P, false },
+	{ MIG_RUNNING, MIG_PRE_COPY, true },
+	{ MIG_RUNNING_P2P, MIG_PRE_COPY_P2P, true },
+	{ MIG_STOP, MIG_STOP_COPY, true },
+	{ MIG_PRE_COPY, MIG_PRE_COPY_P2P, false },
+	{ MIG_PRE_COPY_P2P, MIG_PRE_COPY, false },
+	{ MIG_PRE_COPY_P2P, MIG_STOP_COPY, false },
+	{ MIG_STOP, MIG_RESUMING, true },
 };
 
 static bool has(__u64 flags, __u64 flag)
@@ -53,10 +44,10 @@ static __u32 fold(__u64 flags, __u32 state)
 {
 	if (has(flags, VFIO_MIGRATION_P2P))
 		return state;
-	if (state == RUNNING_P2P)
-		return RUNNING;
-	if (state == PRE_COPY_P2P)
-		return PRE_COPY;
+	if (state == MIG_RUNNING_P2P)
+		return MIG_RUNNING;
+	if (state == MIG_PRE_COPY_P2P)
+		return MIG_PRE_COPY;
 	return state;
 }
 
@@ -64,16 +55,16 @@ static __u32 fold(__u64 flags, __u32 state)
 bool mig_fsm_exists(__u64 flags, __u32 state)
 {
 	switch (state) {
-	case STOP:
-	case RUNNING:
-	case STOP_COPY:
-	case RESUMING:
+	case MIG_STOP:
+	case MIG_RUNNING:
+	case MIG_STOP_COPY:
+	case MIG_RESUMING:
 		return has(flags, VFIO_MIGRATION_STOP_COPY);
-	case RUNNING_P2P:
+	case MIG_RUNNING_P2P:
 		return has(flags, VFIO_MIGRATION_P2P);
-	case PRE_COPY:
+	case MIG_PRE_COPY:
 		return has(flags, VFIO_MIGRATION_PRE_COPY);
-	case PRE_COPY_P2P:
+	case MIG_PRE_COPY_P2P:
 		return has(flags, VFIO_MIGRATION_PRE_COPY | VFIO_MIGRATION_P2P);
 	}
 	/* "ERROR cannot be specified as a device state" */
@@ -83,7 +74,7 @@ bool mig_fsm_exists(__u64 flags, __u32 state)
 /* "PRE_COPY, PRE_COPY_P2P and STOP_COPY form the "saving group" of states" */
 bool mig_fsm_saving(__u32 state)
 {
-	return state == PRE_COPY || state == PRE_COPY_P2P || state == STOP_COPY;
+	return state == MIG_PRE_COPY || state == MIG_PRE_COPY_P2P || state == MIG_STOP_COPY;
 }
 
 bool mig_fsm_move(__u64 flags, __u32 from, __u32 to, bool *new_fd,
@@ -97,14 +88,14 @@ bool mig_fsm_move(__u64 flags, __u32 from, __u32 to, bool *new_fd,
 
 	*new_fd = false;
 	if (path)
-		path[0] = ERROR;
+		path[0] = MIG_ERROR;
 	if (!mig_fsm_exists(flags, from) || !mig_fsm_exists(flags, to))
 		return false;
 	if (from == to)
 		return true;
 
 	/* "These arcs are not permitted and return error if requested" */
-	if (from == STOP_COPY && (to == PRE_COPY || to == PRE_COPY_P2P))
+	if (from == MIG_STOP_COPY && (to == MIG_PRE_COPY || to == MIG_PRE_COPY_P2P))
 		return false;
 
 	queue[tail++] = from;
@@ -141,7 +132,7 @@ bool mig_fsm_move(__u64 flags, __u32 from, __u32 to, bool *new_fd,
 	if (path) {
 		for (n = 0, s = to; s != from; s = prev[s])
 			n++;
-		path[n] = ERROR;
+		path[n] = MIG_ERROR;
 		for (s = to; s != from; s = prev[s])
 			path[--n] = s;
 	}
@@ -151,14 +142,14 @@ bool mig_fsm_move(__u64 flags, __u32 from, __u32 to, bool *new_fd,
 const char *mig_state_name(__u32 state)
 {
 	static const char *const names[] = {
-		[ERROR] = "ERROR",
-		[STOP] = "STOP",
-		[RUNNING] = "RUNNING",
-		[STOP_COPY] = "STOP_COPY",
-		[RESUMING] = "RESUMING",
-		[RUNNING_P2P] = "RUNNING_P2P",
-		[PRE_COPY] = "PRE_COPY",
-		[PRE_COPY_P2P] = "PRE_COPY_P2P",
+		[MIG_ERROR] = "ERROR",
+		[MIG_STOP] = "STOP",
+		[MIG_RUNNING] = "RUNNING",
+		[MIG_STOP_COPY] = "STOP_COPY",
+		[MIG_RESUMING] = "RESUMING",
+		[MIG_RUNNING_P2P] = "RUNNING_P2P",
+		[MIG_PRE_COPY] = "PRE_COPY",
+		[MIG_PRE_COPY_P2P] = "PRE_COPY_P2P",
 	};
 
 	return state < MIG_STATE_NR ? names[state] : "(no state)";

@@ -21,15 +21,6 @@
 #include "kselftest_harness.h"
 #include "mig.h"
 
-#define ERROR		((__u32)VFIO_DEVICE_STATE_ERROR)
-#define STOP		((__u32)VFIO_DEVICE_STATE_STOP)
-#define RUNNING		((__u32)VFIO_DEVICE_STATE_RUNNING)
-#define STOP_COPY	((__u32)VFIO_DEVICE_STATE_STOP_COPY)
-#define RESUMING	((__u32)VFIO_DEVICE_STATE_RESUMING)
-#define RUNNING_P2P	((__u32)VFIO_DEVICE_STATE_RUNNING_P2P)
-#define PRE_COPY	((__u32)VFIO_DEVICE_STATE_PRE_COPY)
-#define PRE_COPY_P2P	((__u32)VFIO_DEVICE_STATE_PRE_COPY_P2P)
-
 /* Follows an EXPECT or ASSERT: the promise that the failure breaks. */
 #define PROMISE(fmt, ...) TH_LOG("  promise broken: " fmt, ##__VA_ARGS__)
 /* The same for a step that is not the subject of the test. */
@@ -118,13 +109,13 @@ static inline void go_home(struct __test_metadata *_metadata,
 
 	ASSERT_EQ(0, mig_get_state(dev, &state))
 		STEP("get the state");
-	if (state == RUNNING)
+	if (state == MIG_RUNNING)
 		return;
 	if (mig_reset(dev)) {
-		ASSERT_EQ(0, mig_set_state(dev, RUNNING, NULL))
+		ASSERT_EQ(0, mig_set_state(dev, MIG_RUNNING, NULL))
 			STEP("return from %s to RUNNING", mig_state_name(state));
 	}
-	expect_state(_metadata, dev, RUNNING, "after the return to RUNNING");
+	expect_state(_metadata, dev, MIG_RUNNING, "after the return to RUNNING");
 }
 
 /* Goes from RUNNING to @state; returns the descriptor of the session or -1. */
@@ -136,7 +127,7 @@ static inline int go(struct __test_metadata *_metadata,
 	go_home(_metadata, dev);
 	ASSERT_EQ(0, mig_set_state(dev, state, &fd))
 		STEP("go from RUNNING to %s", mig_state_name(state));
-	if (mig_fsm_saving(state) || state == RESUMING) {
+	if (mig_fsm_saving(state) || state == MIG_RESUMING) {
 		ASSERT_LE(0, fd)
 			PROMISE("the arc into %s will return a new data_fd",
 				mig_state_name(state));
@@ -181,7 +172,7 @@ static inline size_t stream_limit(const struct mig_device *dev)
 static inline void take_image(struct __test_metadata *_metadata,
 			      const struct mig_device *dev, struct mig_stream *image)
 {
-	int fd = go(_metadata, dev, STOP_COPY);
+	int fd = go(_metadata, dev, MIG_STOP_COPY);
 	int ret;
 
 	image->len = 0;
@@ -202,16 +193,16 @@ static inline void load_and_run(struct __test_metadata *_metadata,
 	size_t done;
 	int fd, ret;
 
-	fd = go(_metadata, dev, RESUMING);
+	fd = go(_metadata, dev, MIG_RESUMING);
 	ret = mig_load(fd, image->data, image->len, chunk, &done);
 	ASSERT_EQ(0, ret)
 		PROMISE("a good image loads in pieces of %zu bytes; write() said %s after %zu of %zu bytes",
 			chunk, strerror(-ret), done, image->len);
-	ret = mig_set_state(dev, STOP, NULL);
+	ret = mig_set_state(dev, MIG_STOP, NULL);
 	ASSERT_EQ(0, ret)
 		PROMISE("a good image loaded in pieces of %zu bytes is accepted at RESUMING -> STOP: %s",
 			chunk, strerror(-ret));
-	move_on(_metadata, dev, RUNNING);
+	move_on(_metadata, dev, MIG_RUNNING);
 	close(fd);
 }
 

@@ -432,7 +432,7 @@ static inline void stop_and_save(struct __test_metadata *_metadata,
 	int new_fd;
 
 	ASSERT_EQ(0, mig_data_size(&m->dev, &running));
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP_COPY, &new_fd));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP_COPY, &new_fd));
 	if (new_fd >= 0)
 		*fd = new_fd;
 	ASSERT_EQ(0, mig_data_size(&m->dev, &stopped));
@@ -462,19 +462,19 @@ static inline void load_and_compare(struct __test_metadata *_metadata,
 	size_t done;
 	int fd, ret;
 
-	fd = go(_metadata, &dst->dev, RESUMING);
+	fd = go(_metadata, &dst->dev, MIG_RESUMING);
 	ret = mig_load(fd, image->data, image->len, chunk, &done);
 	ASSERT_EQ(0, ret)
 		PROMISE("a good image loads in pieces of %zu bytes; write() said %s after %zu of %zu bytes",
 			chunk, strerror(-ret), done, image->len);
 	restore_config(_metadata, dst, front);
-	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL))
+	ASSERT_EQ(0, mig_set_state(&dst->dev, MIG_STOP, NULL))
 		PROMISE("a good image is accepted at RESUMING -> STOP");
 	close(fd);
 	expect_memory(_metadata, dst, want, "in STOP on the target");
 	read_front(_metadata, dst, &now);
 	expect_same_front(_metadata, front, &now, "on the target");
-	move_on(_metadata, &dst->dev, RUNNING);
+	move_on(_metadata, &dst->dev, MIG_RUNNING);
 	expect_memory(_metadata, dst, want, "running on the target");
 }
 

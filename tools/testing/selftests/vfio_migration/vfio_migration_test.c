@@ -36,9 +36,9 @@
 #define FEATURE_STATE		VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
 #define FEATURE_SIZE		VFIO_DEVICE_FEATURE_MIG_DATA_SIZE
 #define FEATURE_V2		VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2
-#define GET			VFIO_DEVICE_FEATURE_GET
-#define SET			VFIO_DEVICE_FEATURE_SET
-#define PROBE			VFIO_DEVICE_FEATURE_PROBE
+#define MIG_GET			VFIO_DEVICE_FEATURE_GET
+#define MIG_SET			VFIO_DEVICE_FEATURE_SET
+#define MIG_PROBE		VFIO_DEVICE_FEATURE_PROBE
 
 /* An ioctl number that no data_fd supports. */
 #define NO_SUCH_IOCTL		_IO(VFIO_TYPE, VFIO_BASE + 99)
@@ -127,14 +127,14 @@ static bool save_steady(struct __test_metadata *_metadata,
 	int fd;
 
 	image->len = 0;
-	fd = go(_metadata, dev, STOP_COPY);
+	fd = go(_metadata, dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, mig_save(fd, image, stream_limit(dev)));
 	close(fd);
-	move_on(_metadata, dev, STOP);
-	ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &fd));
+	move_on(_metadata, dev, MIG_STOP);
+	ASSERT_EQ(0, mig_set_state(dev, MIG_STOP_COPY, &fd));
 	ASSERT_EQ(0, mig_save(fd, &again, stream_limit(dev)));
 	close(fd);
-	move_on(_metadata, dev, RUNNING);
+	move_on(_metadata, dev, MIG_RUNNING);
 	same = image->len == again.len && !memcmp(image->data, again.data, again.len);
 	mig_stream_free(&again);
 	return same;
@@ -181,11 +181,13 @@ TEST_F(device, migration_flags)
 
 	EXPECT_EQ(0U, self->dev.flags & ~known)
 		PROMISE("other combinations of flags have behavior to be defined in the future");
-	EXPECT_EQ(0, mig_feature(&self->dev, PROBE | GET | FEATURE_MIGRATION, NULL, 0))
+	EXPECT_EQ(0, mig_feature(&self->dev, MIG_PROBE | MIG_GET | FEATURE_MIGRATION, NULL, 0))
 		PROMISE("PROBE returns that GET of VFIO_DEVICE_FEATURE_MIGRATION is supported");
-	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, PROBE | SET | FEATURE_MIGRATION, NULL, 0))
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_PROBE | MIG_SET | FEATURE_MIGRATION,
+				       NULL, 0))
 		PROMISE("VFIO_DEVICE_FEATURE_MIGRATION supports only GET");
-	EXPECT_EQ(0, mig_feature(&self->dev, PROBE | GET | SET | FEATURE_STATE, NULL, 0))
+	EXPECT_EQ(0, mig_feature(&self->dev, MIG_PROBE | MIG_GET | MIG_SET | FEATURE_STATE,
+				 NULL, 0))
 		PROMISE("PROBE returns that GET and SET of MIG_DEVICE_STATE are supported");
 }
 
@@ -198,25 +200,25 @@ static void check_get_arguments(struct __test_metadata *_metadata,
 	struct vfio_device_feature *hole;
 	__u8 data[256] = {};
 
-	EXPECT_EQ(0, mig_feature(dev, GET | feature, data, size))
+	EXPECT_EQ(0, mig_feature(dev, MIG_GET | feature, data, size))
 		PROMISE("GET of feature %u works", feature);
-	EXPECT_EQ(0, mig_feature_argsz(dev, GET | feature, data, sizeof(data),
+	EXPECT_EQ(0, mig_feature_argsz(dev, MIG_GET | feature, data, sizeof(data),
 				       head + sizeof(data)))
 		PROMISE("feature %u: a larger argsz is accepted", feature);
-	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, GET | feature, data, size,
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, MIG_GET | feature, data, size,
 					     head + size - 1))
 		PROMISE("feature %u: argsz must cover the structure", feature);
-	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, GET | feature, data, size, head))
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, MIG_GET | feature, data, size, head))
 		PROMISE("feature %u: argsz must cover the structure", feature);
-	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, GET | feature, data, size, head - 1))
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, MIG_GET | feature, data, size, head - 1))
 		PROMISE("argsz must cover struct vfio_device_feature");
-	EXPECT_EQ(-EINVAL, mig_feature(dev, GET | SET | feature, data, size))
+	EXPECT_EQ(-EINVAL, mig_feature(dev, MIG_GET | MIG_SET | feature, data, size))
 		PROMISE("GET and SET are mutually exclusive, except when using PROBE");
 	EXPECT_EQ(-EINVAL, mig_feature(dev, feature, data, size))
 		PROMISE("without PROBE one of GET or SET must be requested");
-	EXPECT_EQ(-EINVAL, mig_feature(dev, GET | feature | 1 << 19, data, size))
+	EXPECT_EQ(-EINVAL, mig_feature(dev, MIG_GET | feature | 1 << 19, data, size))
 		PROMISE("unknown flags are refused");
-	EXPECT_EQ(0, mig_feature_argsz(dev, PROBE | GET | feature, NULL, 0, head))
+	EXPECT_EQ(0, mig_feature_argsz(dev, MIG_PROBE | MIG_GET | feature, NULL, 0, head))
 		PROMISE("PROBE needs no data");
 
 	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, NULL));
@@ -226,7 +228,7 @@ static void check_get_arguments(struct __test_metadata *_metadata,
 	ASSERT_NE(NULL, hole);
 	hole = (void *)((char *)hole + mig_page_size() - head);
 	hole->argsz = head + size;
-	hole->flags = GET | feature;
+	hole->flags = MIG_GET | feature;
 	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, hole));
 	EXPECT_EQ(EFAULT, errno)
 		PROMISE("feature %u: a buffer that cannot be written is EFAULT", feature);
@@ -240,35 +242,35 @@ TEST_F(device, feature_arguments)
 			    sizeof(struct vfio_device_feature_mig_state));
 	check_get_arguments(_metadata, &self->dev, FEATURE_SIZE,
 			    sizeof(struct vfio_device_feature_mig_data_size));
-	expect_state(_metadata, &self->dev, RUNNING, "after refused and probing calls");
+	expect_state(_metadata, &self->dev, MIG_RUNNING, "after refused and probing calls");
 }
 
 TEST_F(device, set_state_arguments)
 {
-	struct vfio_device_feature_mig_state mig = { .device_state = STOP };
+	struct vfio_device_feature_mig_state mig = { .device_state = MIG_STOP };
 	const __u32 head = sizeof(struct vfio_device_feature);
 	struct vfio_device_feature *hole;
 
-	EXPECT_EQ(-EINVAL, mig_feature_argsz(&self->dev, SET | FEATURE_STATE, &mig,
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(&self->dev, MIG_SET | FEATURE_STATE, &mig,
 					     sizeof(mig), head + sizeof(mig) - 1))
 		PROMISE("argsz must cover struct vfio_device_feature_mig_state");
-	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, SET | GET | FEATURE_STATE, &mig,
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_SET | MIG_GET | FEATURE_STATE, &mig,
 				       sizeof(mig)))
 		PROMISE("GET and SET are mutually exclusive, except when using PROBE");
-	EXPECT_EQ(0, mig_feature(&self->dev, PROBE | SET | FEATURE_STATE, &mig,
+	EXPECT_EQ(0, mig_feature(&self->dev, MIG_PROBE | MIG_SET | FEATURE_STATE, &mig,
 				 sizeof(mig)));
-	expect_state(_metadata, &self->dev, RUNNING,
+	expect_state(_metadata, &self->dev, MIG_RUNNING,
 		     "after PROBE, which only returns whether SET is supported");
 
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
 	hole = (void *)((char *)hole + mig_page_size() - head);
 	hole->argsz = head + sizeof(mig);
-	hole->flags = SET | FEATURE_STATE;
+	hole->flags = MIG_SET | FEATURE_STATE;
 	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, hole));
 	EXPECT_EQ(EFAULT, errno)
 		PROMISE("a buffer that cannot be read is EFAULT");
-	expect_state(_metadata, &self->dev, RUNNING, "after EFAULT");
+	expect_state(_metadata, &self->dev, MIG_RUNNING, "after EFAULT");
 }
 
 /* The state has changed by the time the descriptor cannot be returned. */
@@ -285,21 +287,21 @@ TEST_F(device, set_state_fails_if_fd_cannot_be_returned)
 		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(MAP_FAILED, feature);
 	feature->argsz = len;
-	feature->flags = SET | FEATURE_STATE;
+	feature->flags = MIG_SET | FEATURE_STATE;
 	mig = (void *)feature->data;
-	mig->device_state = STOP_COPY;
+	mig->device_state = MIG_STOP_COPY;
 	ASSERT_EQ(0, mprotect(feature, len, PROT_READ));
 	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, feature));
 	EXPECT_EQ(EFAULT, errno);
-	expect_state(_metadata, &self->dev, STOP_COPY, "after SET_STATE could not return its fd");
-	EXPECT_EQ(0, mig_set_state(&self->dev, RUNNING, NULL))
+	expect_state(_metadata, &self->dev, MIG_STOP_COPY, "after SET_STATE could not return its fd");
+	EXPECT_EQ(0, mig_set_state(&self->dev, MIG_RUNNING, NULL))
 		PROMISE("the user can attempt to return to some other state");
 	take_image(_metadata, &self->dev, &image);
 }
 
 TEST_F(device, unknown_feature)
 {
-	static const __u32 ops[] = { GET, SET, PROBE | GET, PROBE | SET };
+	static const __u32 ops[] = { MIG_GET, MIG_SET, MIG_PROBE | MIG_GET, MIG_PROBE | MIG_SET };
 	__u64 data = 0;
 	unsigned int i;
 
@@ -315,11 +317,11 @@ TEST_F(device, precopy_info_v2_arguments)
 {
 	int want = self->dev.flags & VFIO_MIGRATION_PRE_COPY ? 0 : -EINVAL;
 
-	EXPECT_EQ(want, mig_feature(&self->dev, PROBE | SET | FEATURE_V2, NULL, 0))
+	EXPECT_EQ(want, mig_feature(&self->dev, MIG_PROBE | MIG_SET | FEATURE_V2, NULL, 0))
 		PROMISE("PRECOPY_INFOv2 is available exactly if PRE_COPY is");
-	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, PROBE | GET | FEATURE_V2, NULL, 0))
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_PROBE | MIG_GET | FEATURE_V2, NULL, 0))
 		PROMISE("PRECOPY_INFOv2 supports only SET");
-	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, GET | FEATURE_V2, NULL, 0))
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_GET | FEATURE_V2, NULL, 0))
 		PROMISE("PRECOPY_INFOv2 supports only SET");
 	EXPECT_EQ(want, mig_opt_in_v2(&self->dev));
 	EXPECT_EQ(want, mig_opt_in_v2(&self->dev))
@@ -338,7 +340,7 @@ TEST_F(device, get_state_returns_no_fd)
 		mig = (struct vfio_device_feature_mig_state){
 			.device_state = 0x55, .data_fd = 0x55,
 		};
-		ASSERT_EQ(0, mig_feature(&self->dev, GET | FEATURE_STATE, &mig,
+		ASSERT_EQ(0, mig_feature(&self->dev, MIG_GET | FEATURE_STATE, &mig,
 					 sizeof(mig)));
 		EXPECT_EQ(state, mig.device_state);
 		EXPECT_EQ(-1, mig.data_fd)
@@ -358,7 +360,7 @@ static void check_move(struct __test_metadata *_metadata,
 	__u32 state;
 
 	old = go(_metadata, dev, from);
-	if (from == RESUMING)
+	if (from == MIG_RESUMING)
 		load_all(_metadata, old, image);
 
 	allowed = mig_fsm_move(dev->flags, from, to, &wants_fd, NULL);
@@ -379,7 +381,7 @@ static void check_move(struct __test_metadata *_metadata,
 			"only for a new data transfer session");
 	if (wants_fd && fd >= 0) {
 		mode = fcntl(fd, F_GETFL) & O_ACCMODE;
-		EXPECT_EQ(to == RESUMING ? O_WRONLY : O_RDONLY, mode)
+		EXPECT_EQ(to == MIG_RESUMING ? O_WRONLY : O_RDONLY, mode)
 			PROMISE("the data_fd of %s has one direction", mig_state_name(to));
 		EXPECT_FALSE(mig_fd_is_dead(fd))
 			PROMISE("%s -> %s: the data_fd of the new session works",
@@ -422,15 +424,15 @@ TEST_F(device, saving_group_shares_one_session)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	EXPECT_LT(0, mig_read(fd, &image, 64))
 		PROMISE("in PRE_COPY initial data is available");
 	if (self->dev.flags & VFIO_MIGRATION_P2P) {
-		move_on(_metadata, &self->dev, PRE_COPY_P2P);
-		move_on(_metadata, &self->dev, PRE_COPY);
-		move_on(_metadata, &self->dev, PRE_COPY_P2P);
+		move_on(_metadata, &self->dev, MIG_PRE_COPY_P2P);
+		move_on(_metadata, &self->dev, MIG_PRE_COPY);
+		move_on(_metadata, &self->dev, MIG_PRE_COPY_P2P);
 	}
-	move_on(_metadata, &self->dev, STOP_COPY);
+	move_on(_metadata, &self->dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
 	to = open_target(_metadata, &self->dev, &second);
 	load_and_run(_metadata, to, &image, 0);
@@ -440,7 +442,7 @@ TEST_F(device, saving_group_shares_one_session)
 
 TEST_F(device, data_fd_is_unidirectional_stream)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	char byte = 0;
 	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
 	unsigned int i;
@@ -453,7 +455,7 @@ TEST_F(device, data_fd_is_unidirectional_stream)
 		flags = fcntl(fd, F_GETFD);
 		EXPECT_EQ(FD_CLOEXEC, flags & FD_CLOEXEC)
 			PROMISE("a data_fd is close-on-exec");
-		if (states[i] == RESUMING) {
+		if (states[i] == MIG_RESUMING) {
 			EXPECT_EQ(-1, read(fd, &byte, 1));
 			EXPECT_EQ(EBADF, errno)
 				PROMISE("the data_fd of RESUMING cannot be read");
@@ -502,7 +504,7 @@ TEST_F(device, empty_and_faulting_reads_consume_nothing)
 	edge = page_before_a_hole();
 	ASSERT_NE(NULL, edge);
 	edge += mig_page_size();
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	EXPECT_EQ(0, read(fd, &byte, 0))
 		PROMISE("a read of zero bytes returns 0");
 	EXPECT_LT(0, mig_read(fd, &image, 7));
@@ -529,7 +531,7 @@ TEST_F(device, read_across_fault_loses_nothing)
 	ASSERT_NE(NULL, edge);
 	edge += mig_page_size();
 
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	do {
 		ret = read(fd, edge - 13, 64);
 		/* Either the part that fits was delivered, or nothing was consumed. */
@@ -587,7 +589,7 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 	hole[0] = (struct iovec){ edge - 13, 13 };
 	hole[1] = (struct iovec){ edge, 64 };
 
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	ret = read_vector(fd, &image, hole, 2);
 	ASSERT_LT(0, ret)
 		PROMISE("a readv() returns the bytes copied before a fault (%s)",
@@ -605,7 +607,7 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 	close(fd);
 
 	to = open_target(_metadata, &self->dev, &other);
-	fd = go(_metadata, to, RESUMING);
+	fd = go(_metadata, to, MIG_RESUMING);
 	memcpy(edge - 13, image.data, 13);
 	ret = writev(fd, hole, 2);
 	ASSERT_LT(0, ret)
@@ -624,9 +626,9 @@ TEST_F_TIMEOUT(device, readv_and_writev_keep_the_order, 120)
 		ASSERT_LT(0, ret)
 			PROMISE("writev() writes like write() (%s)", strerror(errno));
 	}
-	ASSERT_EQ(0, mig_set_state(to, STOP, NULL))
+	ASSERT_EQ(0, mig_set_state(to, MIG_STOP, NULL))
 		PROMISE("readv() and writev() neither lose nor repeat bytes");
-	move_on(_metadata, to, RUNNING);
+	move_on(_metadata, to, MIG_RUNNING);
 	close(fd);
 }
 
@@ -644,7 +646,7 @@ TEST_F_TIMEOUT(device, readv_stops_before_temporary_end, 60)
 	int fd, i;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	do {
 		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
 		if (image.len > stream_limit(&self->dev))
@@ -660,7 +662,7 @@ TEST_F_TIMEOUT(device, readv_stops_before_temporary_end, 60)
 	EXPECT_EQ(0U, info.initial_bytes + info.dirty_bytes)
 		PROMISE("temporary end: both initial_bytes and dirty_bytes are zero");
 
-	move_on(_metadata, &self->dev, STOP_COPY);
+	move_on(_metadata, &self->dev, MIG_STOP_COPY);
 	do {
 		ret = read_vector(fd, &image, iov, ARRAY_SIZE(iov));
 	} while (ret > 0);
@@ -680,7 +682,7 @@ TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 	char byte;
 
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	do {
 		in = splice(fd, NULL, pipes[1], NULL, 1 << 16, 0);
 		if (in < 0)
@@ -703,7 +705,7 @@ TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 	close(fd);
 
 	to = open_target(_metadata, &self->dev, &other);
-	fd = go(_metadata, to, RESUMING);
+	fd = go(_metadata, to, MIG_RESUMING);
 	for (out = 0; out < (ssize_t)image.len; out += in) {
 		in = image.len - out < 4096 ? image.len - out : 4096;
 		ASSERT_EQ(in, write(pipes[1], image.data + out, in));
@@ -720,9 +722,9 @@ TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 			PROMISE("a data_fd without splice() returns EINVAL from the start");
 		ASSERT_EQ(0, mig_load(fd, image.data, image.len, 0, NULL));
 	}
-	ASSERT_EQ(0, mig_set_state(to, STOP, NULL))
+	ASSERT_EQ(0, mig_set_state(to, MIG_STOP, NULL))
 		PROMISE("splice() neither loses nor repeats bytes");
-	move_on(_metadata, to, RUNNING);
+	move_on(_metadata, to, MIG_RUNNING);
 	close(fd);
 	close(pipes[0]);
 	close(pipes[1]);
@@ -730,7 +732,9 @@ TEST_F_TIMEOUT(device, splice_moves_the_stream_or_is_refused, 60)
 
 TEST_F(device, poll_in_every_state)
 {
-	static const __u32 states[] = { PRE_COPY, PRE_COPY_P2P, STOP_COPY, RESUMING };
+	static const __u32 states[] = {
+		MIG_PRE_COPY, MIG_PRE_COPY_P2P, MIG_STOP_COPY, MIG_RESUMING,
+	};
 	int fd, events, want;
 	unsigned int i;
 
@@ -738,7 +742,7 @@ TEST_F(device, poll_in_every_state)
 		if (!mig_fsm_exists(self->dev.flags, states[i]))
 			continue;
 		fd = go(_metadata, &self->dev, states[i]);
-		want = states[i] == RESUMING ? POLLOUT : POLLIN;
+		want = states[i] == MIG_RESUMING ? POLLOUT : POLLIN;
 		events = mig_poll(fd, POLLIN | POLLOUT, 0);
 		EXPECT_EQ(want, events & want)
 			PROMISE("the data_fd of a new %s session is %s", mig_state_name(states[i]),
@@ -747,7 +751,7 @@ TEST_F(device, poll_in_every_state)
 			PROMISE("a new %s session has no error (%#x)",
 				mig_state_name(states[i]), events);
 		if (mig_reset(&self->dev))
-			mig_set_state(&self->dev, RUNNING, NULL);
+			mig_set_state(&self->dev, MIG_RUNNING, NULL);
 		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0))
 			PROMISE("poll does not wait for a %s session that has ended",
 				mig_state_name(states[i]));
@@ -770,7 +774,7 @@ TEST_F(device, empty_and_faulting_writes_consume_nothing)
 	edge += mig_page_size();
 	take_image(_metadata, &self->dev, &image);
 	to = open_target(_metadata, &self->dev, &second);
-	fd = go(_metadata, to, RESUMING);
+	fd = go(_metadata, to, MIG_RESUMING);
 	EXPECT_EQ(0, write(fd, image.data, 0))
 		PROMISE("a write of zero bytes returns 0");
 	EXPECT_EQ(-1, write(fd, edge, 16));
@@ -792,7 +796,7 @@ TEST_F(device, empty_and_faulting_writes_consume_nothing)
 		at += ret;
 	}
 	EXPECT_EQ(0, write(fd, image.data, 0));
-	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(to, MIG_STOP, NULL))
 		PROMISE("faults neither lose nor repeat bytes: the image is complete");
 }
 
@@ -847,7 +851,7 @@ TEST_F_TIMEOUT(device, parallel_readers_get_disjoint_ordered_bytes, 120)
 	if (!save_steady(_metadata, &self->dev, &image))
 		SKIP(return, "two images of the stopped device differ");
 	for (r = 0; r < 2 * rounds(); r++) {
-		fd = go(_metadata, &self->dev, STOP_COPY);
+		fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 		memset(sharers, 0, sizeof(sharers));
 		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
 			sharers[i].fd = fd;
@@ -866,7 +870,7 @@ TEST_F_TIMEOUT(device, parallel_readers_get_disjoint_ordered_bytes, 120)
 		EXPECT_EQ(1, mig_pieces_make_up(&image, &sharers[0].got, &sharers[1].got))
 			PROMISE("each of the parallel readers gets its bytes in order");
 		close(fd);
-		move_on(_metadata, &self->dev, RUNNING);
+		move_on(_metadata, &self->dev, MIG_RUNNING);
 	}
 }
 
@@ -885,7 +889,7 @@ TEST_F_TIMEOUT(device, parallel_writers_load_valid_image_or_fail, 120)
 
 	for (r = 0; r < 4 * rounds(); r++) {
 		ASSERT_EQ(0, mig_reset(&self->dev));
-		fd = go(_metadata, &self->dev, RESUMING);
+		fd = go(_metadata, &self->dev, MIG_RESUMING);
 		memset(sharers, 0, sizeof(sharers));
 		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
 			sharers[i].fd = fd;
@@ -901,7 +905,7 @@ TEST_F_TIMEOUT(device, parallel_writers_load_valid_image_or_fail, 120)
 						    &sharers[i]));
 		for (i = 0; i < ARRAY_SIZE(sharers); i++)
 			pthread_join(sharers[i].thread, NULL);
-		ret = mig_set_state(&self->dev, STOP, NULL);
+		ret = mig_set_state(&self->dev, MIG_STOP, NULL);
 		if (sharers[0].err || sharers[1].err) {
 			EXPECT_NE(0, ret)
 				PROMISE("data that write() refused (%s) is not incorporated into the device state",
@@ -911,7 +915,7 @@ TEST_F_TIMEOUT(device, parallel_writers_load_valid_image_or_fail, 120)
 		refused += ret != 0;
 		if (ret)
 			continue;
-		move_on(_metadata, &self->dev, RUNNING);
+		move_on(_metadata, &self->dev, MIG_RUNNING);
 		if (!save_steady(_metadata, &self->dev, &now) || !steady)
 			continue;
 		EXPECT_TRUE(now.len == whole.len && !memcmp(now.data, whole.data, now.len))
@@ -952,7 +956,7 @@ TEST_F(device, duplicates_share_one_stream)
 	shared = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
 		      -1, 0);
 	ASSERT_NE(MAP_FAILED, shared);
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	copy = dup(fd);
 	ASSERT_LE(0, copy);
 	for (i = 0; i < 3; i++) {
@@ -971,7 +975,7 @@ TEST_F(device, duplicates_share_one_stream)
 	close(copy);
 
 	to = open_target(_metadata, &self->dev, &second);
-	fd = go(_metadata, to, RESUMING);
+	fd = go(_metadata, to, MIG_RESUMING);
 	copy = dup(fd);
 	for (i = 0; i < 3; i++) {
 		EXPECT_EQ(0, mig_load(fd, image.data + at, 5, 0, NULL));
@@ -983,7 +987,7 @@ TEST_F(device, duplicates_share_one_stream)
 	}
 	close(fd);
 	EXPECT_EQ(0, mig_load(copy, image.data + at, image.len - at, 0, NULL));
-	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(to, MIG_STOP, NULL))
 		PROMISE("a descriptor, its duplicates and those of a child write one stream");
 }
 
@@ -998,7 +1002,7 @@ TEST_F(device, data_fd_in_another_process)
 	int fd;
 
 	ASSERT_EQ(0, mig_helper_start(&helper));
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	do {
 		EXPECT_LE(0, mig_read(fd, &image, 9));
 		ret = mig_helper_read(&helper, fd, buffer, sizeof(buffer));
@@ -1010,7 +1014,7 @@ TEST_F(device, data_fd_in_another_process)
 	close(fd);
 
 	to = open_target(_metadata, &self->dev, &second);
-	fd = go(_metadata, to, RESUMING);
+	fd = go(_metadata, to, MIG_RESUMING);
 	while (at < image.len) {
 		part = image.len - at < sizeof(buffer) ? image.len - at : sizeof(buffer);
 		ret = mig_helper_write(&helper, fd, image.data + at, part);
@@ -1022,7 +1026,7 @@ TEST_F(device, data_fd_in_another_process)
 		EXPECT_EQ(0, mig_load(fd, image.data + at, part, 0, NULL));
 		at += part;
 	}
-	EXPECT_EQ(0, mig_set_state(to, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(to, MIG_STOP, NULL))
 		PROMISE("two processes in turns transfer a whole image");
 	mig_helper_stop(&helper);
 }
@@ -1038,7 +1042,7 @@ TEST_F_TIMEOUT(device, temporary_end, 60)
 	int fd, i;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0) & POLLIN)
 		PROMISE("in PRE_COPY initial data is available to be read");
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
@@ -1056,7 +1060,7 @@ TEST_F_TIMEOUT(device, temporary_end, 60)
 	EXPECT_EQ(0U, info.dirty_bytes)
 		PROMISE("temporary end: both initial_bytes and dirty_bytes are zero");
 
-	move_on(_metadata, &self->dev, STOP_COPY);
+	move_on(_metadata, &self->dev, MIG_STOP_COPY);
 	EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0) & POLLIN)
 		PROMISE("once in STOP_COPY poll always returns readable");
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)))
@@ -1084,7 +1088,7 @@ TEST_F(device, permanent_end)
 	struct mig_stream image = {};
 	int fd;
 
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0) & POLLIN)
 		PROMISE("once in STOP_COPY poll always returns readable");
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)))
@@ -1098,8 +1102,8 @@ TEST_F(device, permanent_end_after_pre_copy)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
-	move_on(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
+	move_on(_metadata, &self->dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)))
 		PROMISE("permanent end of stream: read() returns 0");
 	check_permanent_end(_metadata, fd);
@@ -1112,12 +1116,12 @@ TEST_F_TIMEOUT(device, poller_wakes_on_stop_copy, 60)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
 	poller_start(_metadata, &poller, fd);
 	EXPECT_FALSE(atomic_load(&poller.done))
 		PROMISE("poll waits at the temporary end of stream");
-	move_on(_metadata, &self->dev, STOP_COPY);
+	move_on(_metadata, &self->dev, MIG_STOP_COPY);
 	EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
 		PROMISE("a poller that waits in PRE_COPY wakes when the device enters STOP_COPY");
 }
@@ -1131,11 +1135,11 @@ static void check_wake_by(struct __test_metadata *_metadata,
 	int ret;
 
 	poller_start(_metadata, &poller, fd);
-	ret = state == ERROR ? mig_reset(dev) : mig_set_state(dev, state, NULL);
+	ret = state == MIG_ERROR ? mig_reset(dev) : mig_set_state(dev, state, NULL);
 	ASSERT_EQ(0, ret);
 	EXPECT_NE(0, poller_join(&poller))
 		PROMISE("a poller wakes when the data transfer session ends by %s",
-			state == ERROR ? "RESET" : mig_state_name(state));
+			state == MIG_ERROR ? "RESET" : mig_state_name(state));
 	EXPECT_EQ(-1, read(fd, &byte, 1));
 	EXPECT_EQ(ENODEV, errno)
 		PROMISE("the session has ended: read() fails with ENODEV");
@@ -1147,9 +1151,9 @@ TEST_F_TIMEOUT(device, poller_wakes_on_running, 60)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
-	check_wake_by(_metadata, &self->dev, fd, RUNNING);
+	check_wake_by(_metadata, &self->dev, fd, MIG_RUNNING);
 }
 
 TEST_F_TIMEOUT(device, poller_wakes_on_reset, 60)
@@ -1159,9 +1163,9 @@ TEST_F_TIMEOUT(device, poller_wakes_on_reset, 60)
 
 	NEED_PRE_COPY(&self->dev);
 	NEED_RESET(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
-	check_wake_by(_metadata, &self->dev, fd, ERROR);
+	check_wake_by(_metadata, &self->dev, fd, MIG_ERROR);
 }
 
 TEST_F_TIMEOUT(device, poller_wakes_on_close, 60)
@@ -1171,7 +1175,7 @@ TEST_F_TIMEOUT(device, poller_wakes_on_close, 60)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
 	poller_start(_metadata, &poller, fd);
 	mig_close_device(&self->dev);
@@ -1194,7 +1198,7 @@ TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info))
 		PROMISE("support for VFIO_MIG_GET_PRECOPY_INFO is mandatory");
 	EXPECT_NE(0U, info.initial_bytes)
@@ -1232,7 +1236,7 @@ TEST_F(device, precopy_info_arguments)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 
 	info = (struct vfio_precopy_info){ .argsz = sizeof(info) - 1 };
 	EXPECT_EQ(-1, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
@@ -1264,23 +1268,23 @@ TEST_F(device, precopy_info_arguments)
 TEST_F(device, precopy_info_only_in_pre_copy)
 {
 	static const __u32 states[] = {
-		PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RUNNING,
+		MIG_PRE_COPY, MIG_PRE_COPY_P2P, MIG_STOP_COPY, MIG_STOP, MIG_RUNNING,
 	};
 	struct vfio_precopy_info info;
 	unsigned int i;
 	int fd, ret;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	for (i = 0; i < ARRAY_SIZE(states); i++) {
 		if (!mig_fsm_exists(self->dev.flags, states[i]))
 			continue;
 		ASSERT_EQ(0, mig_set_state(&self->dev, states[i], NULL));
 		ret = mig_precopy_info(fd, &info);
-		if (states[i] == PRE_COPY || states[i] == PRE_COPY_P2P) {
+		if (states[i] == MIG_PRE_COPY || states[i] == MIG_PRE_COPY_P2P) {
 			EXPECT_EQ(0, ret)
 				PROMISE("this ioctl is valid in %s", mig_state_name(states[i]));
-		} else if (states[i] == STOP_COPY) {
+		} else if (states[i] == MIG_STOP_COPY) {
 			EXPECT_EQ(-EINVAL, ret)
 				PROMISE("this ioctl is valid only in PRE_COPY states and the kernel driver should return EINVAL from STOP_COPY");
 		} else {
@@ -1292,11 +1296,11 @@ TEST_F(device, precopy_info_only_in_pre_copy)
 	}
 	close(fd);
 
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	EXPECT_EQ(-EINVAL, mig_precopy_info(fd, &info))
 		PROMISE("a session that starts in STOP_COPY has no pre-copy information");
 	close(fd);
-	fd = go(_metadata, &self->dev, RESUMING);
+	fd = go(_metadata, &self->dev, MIG_RESUMING);
 	ret = mig_precopy_info(fd, &info);
 	EXPECT_TRUE(ret == -EINVAL || ret == -ENOTTY)
 		PROMISE("a session of RESUMING has no pre-copy information (%d)", ret);
@@ -1311,7 +1315,7 @@ TEST_F(device, precopy_info_flags)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
 	EXPECT_EQ(0xdeadbeef, info.flags)
 		PROMISE("without the opt-in to PRECOPY_INFOv2 the flags field is unchanged");
@@ -1325,7 +1329,7 @@ TEST_F(device, precopy_info_flags)
 	/* The opt-in ends with this opening of the device. */
 	mig_close_device(&self->dev);
 	ASSERT_EQ(0, mig_reopen_device(&self->dev));
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	info.flags = 0xdeadbeef;
 	ASSERT_EQ(0, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
 	EXPECT_EQ(0xdeadbeef, info.flags)
@@ -1338,7 +1342,7 @@ TEST_F(device, precopy_info_accepts_draft_number)
 	int fd;
 
 	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	if (ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft) && errno == ENOTTY)
 		SKIP(return, "the device supports only mainline's number of the ioctl");
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
@@ -1373,7 +1377,7 @@ static void check_data_size(struct __test_metadata *_metadata,
 	int new_fd;
 
 	ASSERT_EQ(0, mig_data_size(dev, &before));
-	ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &new_fd));
+	ASSERT_EQ(0, mig_set_state(dev, MIG_STOP_COPY, &new_fd));
 	if (fd < 0)
 		fd = new_fd;
 	ASSERT_EQ(0, mig_data_size(dev, &stopped));
@@ -1390,7 +1394,7 @@ static void check_data_size(struct __test_metadata *_metadata,
 TEST_F_TIMEOUT(device, data_size_bounds_the_stream, 60)
 {
 	static const __u32 states[] = {
-		RUNNING, RUNNING_P2P, STOP, PRE_COPY, PRE_COPY_P2P,
+		MIG_RUNNING, MIG_RUNNING_P2P, MIG_STOP, MIG_PRE_COPY, MIG_PRE_COPY_P2P,
 	};
 	struct mig_stream image = {};
 	unsigned int i;
@@ -1404,12 +1408,12 @@ TEST_F_TIMEOUT(device, data_size_bounds_the_stream, 60)
 	}
 	if (!(self->dev.flags & VFIO_MIGRATION_PRE_COPY))
 		return;
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	ASSERT_LT(0, mig_read(fd, &image, 100));
-	check_data_size(_metadata, &self->dev, PRE_COPY, fd);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	check_data_size(_metadata, &self->dev, MIG_PRE_COPY, fd);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
-	check_data_size(_metadata, &self->dev, PRE_COPY, fd);
+	check_data_size(_metadata, &self->dev, MIG_PRE_COPY, fd);
 }
 
 /* ---- RESUMING ---- */
@@ -1444,9 +1448,9 @@ static bool offer(struct __test_metadata *_metadata, const struct mig_device *de
 	int fd, written, ret;
 	__u32 state;
 
-	fd = go(_metadata, dev, RESUMING);
+	fd = go(_metadata, dev, MIG_RESUMING);
 	written = mig_load(fd, data, len, 0, NULL);
-	ret = mig_set_state(dev, STOP, NULL);
+	ret = mig_set_state(dev, MIG_STOP, NULL);
 	ASSERT_EQ(0, mig_get_state(dev, &state));
 	if (written) {
 		EXPECT_NE(0, ret)
@@ -1454,14 +1458,14 @@ static bool offer(struct __test_metadata *_metadata, const struct mig_device *de
 				strerror(-written));
 	}
 	if (ret) {
-		EXPECT_TRUE(state == RESUMING || state == ERROR)
+		EXPECT_TRUE(state == MIG_RESUMING || state == MIG_ERROR)
 			PROMISE("after a failed RESUMING -> STOP the state is RESUMING or ERROR, not %s",
 				mig_state_name(state));
-		EXPECT_NE(0, mig_set_state(dev, RUNNING, NULL))
+		EXPECT_NE(0, mig_set_state(dev, MIG_RUNNING, NULL))
 			PROMISE("a device with refused data does not run");
 		ASSERT_EQ(0, mig_reset(dev))
 			PROMISE("to abort a RESUMING session the device must be reset");
-		expect_state(_metadata, dev, RUNNING, "after a reset that ends a refused load");
+		expect_state(_metadata, dev, MIG_RUNNING, "after a reset that ends a refused load");
 	}
 	close(fd);
 	return ret != 0;
@@ -1521,7 +1525,7 @@ TEST_F_TIMEOUT(device, survives_damaged_image, 120)
 		refused += offer(_metadata, to, bad.data, bad.len);
 		bad.data[i] = image.data[i];
 		ASSERT_EQ(0, mig_reset(to));
-		expect_state(_metadata, to, RUNNING, "after RESET of a damaged image");
+		expect_state(_metadata, to, MIG_RUNNING, "after RESET of a damaged image");
 		load_after_refusal(_metadata, to, &image);
 	}
 	EXPECT_NE(0U, refused)
@@ -1537,11 +1541,11 @@ TEST_F(device, more_data_does_not_repair_refused_image)
 
 	NEED_RESET(&self->dev);
 	take_image(_metadata, &self->dev, &image);
-	fd = go(_metadata, &self->dev, RESUMING);
+	fd = go(_metadata, &self->dev, MIG_RESUMING);
 	EXPECT_EQ(0, mig_load(fd, image.data, image.len / 2, 0, NULL));
-	EXPECT_NE(0, mig_set_state(&self->dev, STOP, NULL));
+	EXPECT_NE(0, mig_set_state(&self->dev, MIG_STOP, NULL));
 	/* The session may have ended or not; the device must not run on half an image. */
-	EXPECT_NE(0, mig_set_state(&self->dev, RUNNING, NULL))
+	EXPECT_NE(0, mig_set_state(&self->dev, MIG_RUNNING, NULL))
 		PROMISE("a device with refused data does not run");
 	ASSERT_EQ(0, mig_reset(&self->dev));
 	EXPECT_TRUE(mig_fd_is_dead(fd))
@@ -1562,10 +1566,10 @@ TEST_F(device, bytes_after_the_end_are_refused)
 	extra[1] = 8;
 	extra[2] = image.len;	/* the whole image twice */
 	for (i = 0; i < ARRAY_SIZE(extra); i++) {
-		fd = go(_metadata, &self->dev, RESUMING);
+		fd = go(_metadata, &self->dev, MIG_RESUMING);
 		load_all(_metadata, fd, &image);
 		written = mig_load(fd, image.data, extra[i], 0, NULL);
-		ret = mig_set_state(&self->dev, STOP, NULL);
+		ret = mig_set_state(&self->dev, MIG_STOP, NULL);
 		EXPECT_TRUE(written || ret)
 			PROMISE("an image followed by %zu bytes is invalid: write() or SET_STATE must fail",
 				extra[i]);
@@ -1586,10 +1590,10 @@ TEST_F(device, good_image_after_an_error_is_refused)
 	ASSERT_EQ(0, mig_stream_copy(&bad, &image));
 	for (i = 0; i < 64 && i < bad.len; i++)
 		bad.data[i] ^= 0xff;
-	fd = go(_metadata, &self->dev, RESUMING);
+	fd = go(_metadata, &self->dev, MIG_RESUMING);
 	written = mig_load(fd, bad.data, bad.len, 0, NULL);
 	mig_load(fd, image.data, image.len, 0, NULL);
-	EXPECT_NE(0, mig_set_state(&self->dev, STOP, NULL))
+	EXPECT_NE(0, mig_set_state(&self->dev, MIG_STOP, NULL))
 		PROMISE("a good image does not repair a session with invalid data (write(): %s)",
 			written ? strerror(-written) : "nothing");
 	ASSERT_EQ(0, mig_reset(&self->dev));
@@ -1624,7 +1628,7 @@ TEST_F(device, image_of_incompatible_device_is_refused)
 
 TEST_F(device, old_fd_never_sees_a_new_session)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	struct mig_stream image = {};
 	struct vfio_precopy_info info;
 	unsigned int i;
@@ -1635,9 +1639,9 @@ TEST_F(device, old_fd_never_sees_a_new_session)
 		if (!mig_fsm_exists(self->dev.flags, states[i]))
 			continue;
 		old = go(_metadata, &self->dev, states[i]);
-		if (states[i] == RESUMING)
+		if (states[i] == MIG_RESUMING)
 			load_all(_metadata, old, &image);
-		ASSERT_EQ(0, mig_set_state(&self->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&self->dev, MIG_RUNNING, NULL));
 		EXPECT_TRUE(mig_fd_is_dead(old))
 			PROMISE("leaving %s terminates the data transfer session: ENODEV",
 				mig_state_name(states[i]));
@@ -1645,7 +1649,7 @@ TEST_F(device, old_fd_never_sees_a_new_session)
 		EXPECT_TRUE(mig_fd_is_dead(old))
 			PROMISE("the fd of an ended %s session does not see the new one: ENODEV",
 				mig_state_name(states[i]));
-		if (states[i] == PRE_COPY) {
+		if (states[i] == MIG_PRE_COPY) {
 			EXPECT_EQ(-ENODEV, mig_precopy_info(old, &info))
 				PROMISE("the fd of an ended session has no data of the new one: ENODEV");
 		}
@@ -1660,7 +1664,7 @@ TEST_F(device, old_fd_never_sees_a_new_session)
 
 TEST_F(device, fd_after_close_of_the_device)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	struct vfio_precopy_info info;
 	unsigned int i;
 	int fd;
@@ -1681,13 +1685,13 @@ TEST_F(device, fd_after_close_of_the_device)
 		EXPECT_TRUE(mig_fd_is_dead(fd))
 			PROMISE("an old data_fd stays dead for the next opener");
 		close(fd);
-		expect_state(_metadata, &self->dev, RUNNING, "after close and open");
+		expect_state(_metadata, &self->dev, MIG_RUNNING, "after close and open");
 	}
 }
 
 TEST_F(device, closed_data_fd_does_not_block_transitions)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	struct mig_stream image = {};
 	unsigned int i;
 
@@ -1698,8 +1702,8 @@ TEST_F(device, closed_data_fd_does_not_block_transitions)
 			continue;
 		close(go(_metadata, &self->dev, states[i]));
 		expect_state(_metadata, &self->dev, states[i], "after close of the data_fd");
-		if (states[i] != RESUMING) {
-			EXPECT_EQ(0, mig_set_state(&self->dev, STOP, NULL))
+		if (states[i] != MIG_RESUMING) {
+			EXPECT_EQ(0, mig_set_state(&self->dev, MIG_STOP, NULL))
 				PROMISE("a closed data_fd does not keep the device in %s",
 					mig_state_name(states[i]));
 		}
@@ -1729,7 +1733,7 @@ TEST_F_TIMEOUT(device, reset_in_every_state, 60)
 		EXPECT_EQ(0, mig_reset(&self->dev))
 			PROMISE("RESET works in %s", mig_state_name(state));
 		ASSERT_EQ(0, mig_get_state(&self->dev, &now));
-		EXPECT_EQ(RUNNING, now)
+		EXPECT_EQ(MIG_RUNNING, now)
 			PROMISE("VFIO_DEVICE_RESET returns the device from %s to RUNNING",
 				mig_state_name(state));
 		if (fd >= 0) {
@@ -1757,10 +1761,10 @@ TEST_F_TIMEOUT(device, close_in_every_state, 60)
 			STEP("reopen the device: %s", self->dev.why);
 		ASSERT_EQ(0, mig_get_state(&self->dev, &now));
 		/* After this failure the device may be in any state. */
-		ASSERT_EQ(RUNNING, now)
+		ASSERT_EQ(MIG_RUNNING, now)
 			PROMISE("a device that was closed in %s is RUNNING for the next opener",
 				mig_state_name(state));
-		fd = go(_metadata, &self->dev, STOP_COPY);
+		fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 		close(fd);
 	}
 }
@@ -1768,7 +1772,7 @@ TEST_F_TIMEOUT(device, close_in_every_state, 60)
 /* The next opener relies on RUNNING without a GET of the state. */
 TEST_F_TIMEOUT(device, next_opener_can_reach_every_state, 60)
 {
-	static const __u32 targets[] = { STOP, STOP_COPY, RESUMING };
+	static const __u32 targets[] = { MIG_STOP, MIG_STOP_COPY, MIG_RESUMING };
 	__u32 state, now;
 	unsigned int i;
 	int fd, ret;
@@ -1790,7 +1794,7 @@ TEST_F_TIMEOUT(device, next_opener_can_reach_every_state, 60)
 					strerror(-ret));
 			ASSERT_EQ(0, mig_get_state(&self->dev, &now));
 			EXPECT_EQ(targets[i], now);
-			EXPECT_EQ(targets[i] != STOP, fd >= 0)
+			EXPECT_EQ(targets[i] != MIG_STOP, fd >= 0)
 				PROMISE("a session after a close in %s has a new data_fd",
 					mig_state_name(state));
 			if (fd >= 0)
@@ -1838,7 +1842,7 @@ static int create_guest(const struct mig_device *like, struct guest *g)
 
 TEST_F(device, fd_after_removal_of_the_device)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	struct vfio_precopy_info info;
 	struct guest guest;
 	unsigned int i;
@@ -1880,7 +1884,7 @@ TEST_F_TIMEOUT(device, hammered_by_eight_threads, 300)
 			PROMISE("a concurrent call succeeds or fails with a valid error");
 		ASSERT_EQ(0, mig_reopen_device(&self->dev))
 			STEP("reopen the device: %s", self->dev.why);
-		expect_state(_metadata, &self->dev, RUNNING, "after close and open");
+		expect_state(_metadata, &self->dev, MIG_RUNNING, "after close and open");
 		ASSERT_EQ(0, mig_reset(&self->dev));
 		load_and_run(_metadata, &self->dev, &image, 0);
 	}
@@ -1925,7 +1929,7 @@ static void *ender_main(void *arg)
 
 	switch (e->how) {
 	case BY_SET_STATE:
-		mig_set_state(&e->guest->dev, RUNNING, NULL);
+		mig_set_state(&e->guest->dev, MIG_RUNNING, NULL);
 		break;
 	case BY_RESET:
 		e->ret = mig_reset(&e->guest->dev);
@@ -1962,7 +1966,7 @@ TEST_F_TIMEOUT(device, reader_behind_stalled_reader_gets_next_bytes, 60)
 	ASSERT_NE(NULL, content);
 
 	/* In the middle of the stream, inside of a block if the device uses blocks. */
-	ahead.fd = go(_metadata, &self->dev, STOP_COPY);
+	ahead.fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	while (first.data.len < image.len / 2)
 		ASSERT_LT(0, mig_read(ahead.fd, &first.data, image.len / 2 - first.data.len));
 	len[0] = first.data.len;
@@ -1998,7 +2002,7 @@ static void check_stalled(struct __test_metadata *_metadata, struct guest *g,
 			  __u32 from, enum how how, const struct mig_stream *image)
 {
 	struct ender ender = { .guest = g, .how = how };
-	struct stalled s = { .writes = from == RESUMING };
+	struct stalled s = { .writes = from == MIG_RESUMING };
 	bool waited_for;
 	__u8 *content;
 	int ret;
@@ -2079,18 +2083,18 @@ static void check_all_stalls(struct __test_metadata *_metadata, struct mig_devic
 TEST_F_TIMEOUT(device, stalled_reader_blocks_no_call_in_pre_copy, 120)
 {
 	NEED_PRE_COPY(&self->dev);
-	check_all_stalls(_metadata, &self->dev, PRE_COPY);
+	check_all_stalls(_metadata, &self->dev, MIG_PRE_COPY);
 }
 
 TEST_F_TIMEOUT(device, stalled_reader_blocks_no_call_in_stop_copy, 120)
 {
-	check_all_stalls(_metadata, &self->dev, STOP_COPY);
+	check_all_stalls(_metadata, &self->dev, MIG_STOP_COPY);
 }
 
 TEST_F_TIMEOUT(device, stalled_writer_blocks_no_call, 120)
 {
 	NEED_RESET(&self->dev);
-	check_all_stalls(_metadata, &self->dev, RESUMING);
+	check_all_stalls(_metadata, &self->dev, MIG_RESUMING);
 }
 
 /* ---- Content of the device ---- */
@@ -2150,12 +2154,12 @@ static void finish_migration(struct __test_metadata *_metadata,
 {
 	int new_fd;
 
-	ASSERT_EQ(0, mig_set_state(from, STOP_COPY, &new_fd));
+	ASSERT_EQ(0, mig_set_state(from, MIG_STOP_COPY, &new_fd));
 	if (fd < 0)
 		fd = new_fd;
 	ASSERT_EQ(0, mig_save(fd, image, stream_limit(from)));
 	close(fd);
-	ASSERT_EQ(0, mig_set_state(from, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(from, MIG_RUNNING, NULL));
 	if (from->fd == to->fd)
 		mig_reset(to);
 	load_and_run(_metadata, to, image, 0);
@@ -2188,7 +2192,7 @@ TEST_F(device, content_written_in_pre_copy_survives_migration)
 	NEED_SCRATCH(self);
 	to = open_target(_metadata, &self->dev, &second);
 	scribble(_metadata, &self->dev, &self->scratch, 2);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
 	want = scribble(_metadata, &self->dev, &self->scratch, 3);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
@@ -2218,13 +2222,13 @@ TEST_F_TIMEOUT(device, poller_wakes_when_content_changes, 60)
 
 	NEED_PRE_COPY(&self->dev);
 	NEED_SCRATCH(self);
-	fd = go(_metadata, &self->dev, PRE_COPY);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
 	poller_start(_metadata, &poller, fd);
 	scribble(_metadata, &self->dev, &self->scratch, 5);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	if (!info.dirty_bytes) {
-		mig_set_state(&self->dev, RUNNING, NULL);
+		mig_set_state(&self->dev, MIG_RUNNING, NULL);
 		poller_join(&poller);
 		SKIP(return, "the device does not stream changes in PRE_COPY again");
 	}
@@ -2301,7 +2305,7 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	to = open_target(_metadata, &self->dev, &second);
 	if (self->scratch.len)
 		scribble(_metadata, &self->dev, &self->scratch, 30);
-	fd = go(_metadata, &self->dev, STOP_COPY);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 	for (i = 0; i < self->dev.info.num_regions && i < ARRAY_SIZE(regions); i++) {
 		read_region(_metadata, &self->dev, i, &regions[i]);
 		read_region(_metadata, &self->dev, i, &now);
@@ -2311,9 +2315,9 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
 	go_home(_metadata, &self->dev);
 
-	fd = go(_metadata, to, RESUMING);
+	fd = go(_metadata, to, MIG_RESUMING);
 	load_all(_metadata, fd, &image);
-	move_on(_metadata, to, STOP);
+	move_on(_metadata, to, MIG_STOP);
 	for (i = 0; i < self->dev.info.num_regions && i < ARRAY_SIZE(regions); i++) {
 		if (!steady[i] || !regions[i].len)
 			continue;
@@ -2372,7 +2376,7 @@ TEST_F(device, mapped_writes_survive_migration)
 	want = pattern(_metadata, s->len, 42);
 	memcpy(map, want, s->len);
 	if (self->dev.flags & VFIO_MIGRATION_PRE_COPY) {
-		fd = go(_metadata, &self->dev, PRE_COPY);
+		fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 		DRAIN_OR_SKIP(&self->dev, fd, &image);
 		want = pattern(_metadata, s->len, 43);
 		memcpy(map, want, s->len);
@@ -2388,7 +2392,7 @@ TEST_F(device, mapped_writes_survive_migration)
 /* A data_fd is read into or written from mapped memory of the same device. */
 TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	struct mig_scratch *s = &self->scratch;
 	struct stalled io;
 	unsigned int i;
@@ -2401,7 +2405,7 @@ TEST_F_TIMEOUT(device, data_fd_and_mapped_memory_do_not_deadlock, 120)
 		if (!mig_fsm_exists(self->dev.flags, states[i]))
 			continue;
 		io = (struct stalled){
-			.stall.page = map, .len = s->len, .writes = states[i] == RESUMING,
+			.stall.page = map, .len = s->len, .writes = states[i] == MIG_RESUMING,
 		};
 		io.fd = go(_metadata, &self->dev, states[i]);
 		ASSERT_EQ(0, pthread_create(&io.thread, NULL, stalled_main, &io));
@@ -2443,7 +2447,7 @@ static int report_log(const struct mig_device *dev, __u64 *bitmap)
 }
 
 #define NEED_LOGGING(dev) do {							\
-	if (mig_feature(dev, PROBE | SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START, \
+	if (mig_feature(dev, MIG_PROBE | MIG_SET | VFIO_DEVICE_FEATURE_DMA_LOGGING_START, \
 			NULL, 0))						\
 		SKIP(return, "the device does not have DMA logging");		\
 } while (0)
@@ -2554,7 +2558,7 @@ TEST_F(device, dma_logging_stop_without_start_is_harmless)
 	ASSERT_EQ(0, start_log(&self->dev));
 
 	for (state = 0; state < MIG_STATE_NR; state++) {
-		if (!mig_fsm_exists(self->dev.flags, state) || state == RESUMING)
+		if (!mig_fsm_exists(self->dev.flags, state) || state == MIG_RESUMING)
 			continue;
 		if (mig_set_state(&self->dev, state, NULL))
 			continue;

@@ -27,14 +27,6 @@
 #include "mig.h"
 #include "vfio_mock.h"
 
-#define RUNNING		((__u32)VFIO_DEVICE_STATE_RUNNING)
-#define RUNNING_P2P	((__u32)VFIO_DEVICE_STATE_RUNNING_P2P)
-#define PRE_COPY	((__u32)VFIO_DEVICE_STATE_PRE_COPY)
-#define PRE_COPY_P2P	((__u32)VFIO_DEVICE_STATE_PRE_COPY_P2P)
-#define STOP_COPY	((__u32)VFIO_DEVICE_STATE_STOP_COPY)
-#define STOP		((__u32)VFIO_DEVICE_STATE_STOP)
-#define RESUMING	((__u32)VFIO_DEVICE_STATE_RESUMING)
-
 #define PAGE		mig_page_size()
 /* The length of one read() or write(). */
 #define PIECE		(1 << 20)
@@ -370,22 +362,22 @@ static void bench_image(void)
 	fill_all(&m);
 	memfd = new_memfd(m.size);
 	for (i = 0; i < runs; i++) {
-		fd = to_state(&m.dev, STOP_COPY);
+		fd = to_state(&m.dev, MIG_STOP_COPY);
 		lseek(memfd, 0, SEEK_SET);
 		read_both(fd, memfd, &ours[i], &theirs[i]);
 		close(fd);
-		to_state(&m.dev, RUNNING);
+		to_state(&m.dev, MIG_RUNNING);
 	}
 	add("read(data_fd), 256 MiB image", ours, theirs, runs, true, "MB/s", 1 / 1e6,
 	    AT_LEAST, 0.95);
 
-	fd = to_state(&m.dev, STOP_COPY);
+	fd = to_state(&m.dev, MIG_STOP_COPY);
 	must(mig_save(fd, &image, 2 * m.size), "save an image");
 	close(fd);
 	for (i = 0; i < runs; i++) {
-		fd = to_state(&m.dev, RESUMING);
+		fd = to_state(&m.dev, MIG_RESUMING);
 		write_both(fd, memfd, &image, &ours[i], &theirs[i]);
-		to_state(&m.dev, STOP);
+		to_state(&m.dev, MIG_STOP);
 		close(fd);
 	}
 	add("write(data_fd), 256 MiB image", ours, theirs, runs, true, "MB/s", 1 / 1e6,
@@ -430,8 +422,8 @@ static void bench_round(void)
 		return;
 	if (!open_mock(&small, "VFIO_MOCK_16M"))
 		return;
-	large_fd = to_state(&large.dev, PRE_COPY);
-	small_fd = to_state(&small.dev, PRE_COPY);
+	large_fd = to_state(&large.dev, MIG_PRE_COPY);
+	small_fd = to_state(&small.dev, MIG_PRE_COPY);
 	drain(large_fd);
 	drain(small_fd);
 	for (i = 0; i < runs * MANY; i++) {
@@ -473,11 +465,11 @@ static void bench_write(void)
 	write_pages(&m);
 	for (i = 0; i < runs * 2; i++) {
 		off[i] = write_pages(&m);
-		fd = to_state(&m.dev, PRE_COPY);
+		fd = to_state(&m.dev, MIG_PRE_COPY);
 		drain(fd);
 		on[i] = write_pages(&m);
 		close(fd);
-		to_state(&m.dev, RUNNING);
+		to_state(&m.dev, MIG_RUNNING);
 	}
 	add(name, on, off, i, false, "us", 1 / 1e6, AT_MOST, 1.05);
 	mig_close(&m.dev);
@@ -531,9 +523,10 @@ static void bench_store(void)
 
 /* Each arc at least once, and back to RUNNING. */
 static const __u32 way[STEPS + 1] = {
-	RUNNING, PRE_COPY, PRE_COPY_P2P, PRE_COPY, RUNNING, RUNNING_P2P, PRE_COPY_P2P,
-	RUNNING_P2P, PRE_COPY_P2P, STOP_COPY, STOP, STOP_COPY, STOP, RESUMING, STOP,
-	RUNNING_P2P, STOP, RUNNING_P2P,
+	MIG_RUNNING, MIG_PRE_COPY, MIG_PRE_COPY_P2P, MIG_PRE_COPY, MIG_RUNNING,
+	MIG_RUNNING_P2P, MIG_PRE_COPY_P2P, MIG_RUNNING_P2P, MIG_PRE_COPY_P2P, MIG_STOP_COPY,
+	MIG_STOP, MIG_STOP_COPY, MIG_STOP, MIG_RESUMING, MIG_STOP, MIG_RUNNING_P2P,
+	MIG_STOP, MIG_RUNNING_P2P,
 };
 
 /* The time of each step; the device resumes from @image. */
@@ -545,28 +538,28 @@ static void walk(const struct mig_device *dev, const struct mig_stream *image,
 	double start;
 
 	for (i = 0; i < STEPS; i++) {
-		if (way[i] == RESUMING)
+		if (way[i] == MIG_RESUMING)
 			must(mig_load(fd, image->data, image->len, 0, NULL), "load an image");
 		start = now();
 		new_fd = to_state(dev, way[i + 1]);
 		seconds[i] = now() - start;
 		if (new_fd >= 0)
 			fd = new_fd;
-		if (fd >= 0 && !mig_fsm_saving(way[i + 1]) && way[i + 1] != RESUMING) {
+		if (fd >= 0 && !mig_fsm_saving(way[i + 1]) && way[i + 1] != MIG_RESUMING) {
 			close(fd);
 			fd = -1;
 		}
 	}
-	to_state(dev, RUNNING);
+	to_state(dev, MIG_RUNNING);
 }
 
 static void save_image(const struct mig_device *dev, struct mig_stream *image)
 {
-	int fd = to_state(dev, STOP_COPY);
+	int fd = to_state(dev, MIG_STOP_COPY);
 
 	must(mig_save(fd, image, 1 << 20), "save an image");
 	close(fd);
-	to_state(dev, RUNNING);
+	to_state(dev, MIG_RUNNING);
 }
 
 static void bench_arcs(void)

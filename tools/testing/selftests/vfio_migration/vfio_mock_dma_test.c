@@ -504,7 +504,7 @@ TEST_F(dma, descriptor_of_the_device_cannot_be_written)
 
 	if (!(m->dev.flags & VFIO_MIGRATION_P2P))
 		return;
-	move_on(_metadata, &m->dev, RUNNING_P2P);
+	move_on(_metadata, &m->dev, MIG_RUNNING_P2P);
 	dma_ring(_metadata, m, n);
 	now = dma_get(_metadata, m, n);
 	EXPECT_EQ(VFIO_MOCK_DMA_QUEUED, (int)now.status);
@@ -1128,7 +1128,7 @@ static void expect_on_the_move(struct __test_metadata *_metadata, dma_data *self
 
 TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
 {
-	static const __u32 states[] = { RUNNING_P2P, PRE_COPY_P2P };
+	static const __u32 states[] = { MIG_RUNNING_P2P, MIG_PRE_COPY_P2P };
 	struct mock *m = &self->m;
 	struct dma_desc d;
 	struct queue q;
@@ -1182,7 +1182,7 @@ TEST_F_TIMEOUT(dma, p2p_states_start_nothing, 120)
 			q.order[j] = q.order[j + 1];
 		q.nr -= 2;
 
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		for (j = 0; j < q.nr; j++) {
 			d = dma_wait(_metadata, m, q.order[j]);
 			expect_complete(_metadata, &d, "a transfer that waited");
@@ -1213,8 +1213,8 @@ TEST_F_TIMEOUT(dma, p2p_states_wait_for_transfer_in_progress, 120)
 		}
 		if (i % 8)
 			usleep(20 << (i % 8));
-		state = i % 2 && mig_fsm_exists(m->dev.flags, PRE_COPY_P2P) ? PRE_COPY_P2P
-									    : RUNNING_P2P;
+		state = i % 2 && mig_fsm_exists(m->dev.flags, MIG_PRE_COPY_P2P) ? MIG_PRE_COPY_P2P
+									    : MIG_RUNNING_P2P;
 		ASSERT_EQ(0, mig_set_state(&m->dev, state, NULL));
 		first = 3;
 		for (n = 0; n < 3; n++) {
@@ -1241,7 +1241,7 @@ TEST_F_TIMEOUT(dma, p2p_states_wait_for_transfer_in_progress, 120)
 				first = n;
 		}
 		expect_still(_metadata, self, m, mig_state_name(state));
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		for (n = first; n < 3; n++) {
 			d = dma_wait(_metadata, m, n);
 			expect_complete(_metadata, &d, "a transfer after the return to RUNNING");
@@ -1254,7 +1254,7 @@ TEST_F_TIMEOUT(dma, p2p_states_wait_for_transfer_in_progress, 120)
 
 TEST_F_TIMEOUT(dma, stopped_device_does_no_dma, 120)
 {
-	static const __u32 states[] = { STOP, STOP_COPY };
+	static const __u32 states[] = { MIG_STOP, MIG_STOP_COPY };
 	struct mock *m = &self->m;
 	struct engine before, now;
 	unsigned int i;
@@ -1281,7 +1281,7 @@ TEST_F_TIMEOUT(dma, stopped_device_does_no_dma, 120)
 		EXPECT_EQ(0, memcmp(&before, &now, sizeof(now)))
 			PROMISE("in %s a doorbell or an abort has no effect", name);
 		expect_still(_metadata, self, m, name);
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		expect_on_the_move(_metadata, self, m);
 		EXPECT_EQ(dropped + 5, reg64(m, DROPPED));
 	}
@@ -1290,7 +1290,8 @@ TEST_F_TIMEOUT(dma, stopped_device_does_no_dma, 120)
 TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
 {
 	static const __u32 states[] = {
-		RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY, RESUMING,
+		MIG_RUNNING, MIG_RUNNING_P2P, MIG_PRE_COPY, MIG_PRE_COPY_P2P, MIG_STOP,
+		MIG_STOP_COPY, MIG_RESUMING,
 	};
 	struct mock *m = &self->m;
 	struct engine power_on = see_engine(_metadata, m), now;
@@ -1333,7 +1334,7 @@ TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
 TEST_F_TIMEOUT(dma, close_ends_all_transfers, 120)
 {
 	struct engine power_on = see_engine(_metadata, &self->m), now;
-	static const __u32 states[] = { RUNNING, PRE_COPY, RUNNING_P2P, STOP };
+	static const __u32 states[] = { MIG_RUNNING, MIG_PRE_COPY, MIG_RUNNING_P2P, MIG_STOP };
 	struct mock *m = &self->m;
 	struct dma_desc d;
 	unsigned int i;
@@ -1476,8 +1477,8 @@ TEST_F_TIMEOUT(dma, needs_bus_mastering, 120)
 			PROMISE("DMA has ended when the write that disables bus mastering returns");
 	}
 	/* Migration states do not depend on bus mastering, as in hardware. */
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
-	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 	again = dma_get(_metadata, m, 0);
 	EXPECT_EQ(d.pos, again.pos)
 		PROMISE("a device that runs again does not enable bus mastering");
@@ -1536,7 +1537,7 @@ static void *stopper_main(void *arg)
 	struct stopper *s = arg;
 
 	atomic_store(&s->poller.tid, gettid());
-	s->ret = mig_set_state(s->dev, STOP, NULL);
+	s->ret = mig_set_state(s->dev, MIG_STOP, NULL);
 	atomic_store(&s->poller.done, true);
 	return NULL;
 }
@@ -1621,7 +1622,7 @@ TEST_F_TIMEOUT(dma, killed_ioctl_does_not_wait_for_a_state_change, 120)
 		ASSERT_LE(0, pid);
 		if (!pid)
 			_exit(i ? mig_data_size(&m->dev, &size) :
-				  mig_set_state(&m->dev, STOP, NULL));
+				  mig_set_state(&m->dev, MIG_STOP, NULL));
 		WAIT_FOR(sleeps_uninterruptibly(pid),
 			 "%s waits for a state change",
 			 i ? "MIG_DATA_SIZE" : "SET_STATE");
@@ -1674,16 +1675,16 @@ static void carry_over(struct __test_metadata *_metadata, dma_data *self,
 	struct mock *src = &self->m, *dst = &self->dst;
 	struct engine before, after;
 
-	ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, fd < 0 ? &fd : NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP_COPY, fd < 0 ? &fd : NULL));
 	ASSERT_LE(0, fd);
 	before = see_engine(_metadata, src);
 	expect_still(_metadata, self, src, "in STOP_COPY");
 	ASSERT_EQ(0, mig_save(fd, image, stream_limit(&src->dev)));
 	close(fd);
 
-	fd = go(_metadata, &dst->dev, RESUMING);
+	fd = go(_metadata, &dst->dev, MIG_RESUMING);
 	load_all(_metadata, fd, image);
-	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&dst->dev, MIG_STOP, NULL));
 	close(fd);
 	memcpy(dst->want, src->want, src->size);
 	after = see_engine(_metadata, dst);
@@ -1710,16 +1711,16 @@ TEST_F_TIMEOUT(dma, queue_continues_after_migration, 300)
 		image.len = 0;
 		fd = -1;
 		ASSERT_EQ(0, mig_set_state(&m->dev, i % 2 &&
-					   mig_fsm_exists(m->dev.flags, PRE_COPY_P2P) ?
-					   PRE_COPY_P2P : RUNNING_P2P, &fd));
+					   mig_fsm_exists(m->dev.flags, MIG_PRE_COPY_P2P) ?
+					   MIG_PRE_COPY_P2P : MIG_RUNNING_P2P, &fd));
 		queue_up(_metadata, self, m, &q, 1 + pick(self, DESCS));
 		set32(m, DMA_DOORBELL, DESCS);	/* an error to migrate */
 		carry_over(_metadata, self, fd, &image);
 		if (i % 3) {
-			move_on(_metadata, &dst->dev, RUNNING_P2P);
+			move_on(_metadata, &dst->dev, MIG_RUNNING_P2P);
 			expect_still(_metadata, self, dst, "in RUNNING_P2P on the target");
 		}
-		move_on(_metadata, &dst->dev, RUNNING);
+		move_on(_metadata, &dst->dev, MIG_RUNNING);
 		expect_in_order(_metadata, self, dst, &q);
 		EXPECT_EQ(q.nr, reg64(dst, DMA_DONE));
 		ASSERT_EQ(0, mig_dma_unmap(&dst->dev, IOVA, self->ram.size));
@@ -1744,7 +1745,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_continue_after_migration, 300)
 		start_all_kinds(_metadata, self);
 		if (m->dev.flags & VFIO_MIGRATION_PRE_COPY) {
 			/* The device never becomes quiet: a round need not have an end. */
-			ASSERT_EQ(0, mig_set_state(&m->dev, PRE_COPY, &fd));
+			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_PRE_COPY, &fd));
 			while (image.len < 3 * m->size) {
 				ret = mig_read(fd, &image, 1 << 16);
 				ASSERT_TRUE(ret > 0 || ret == -ENOMSG);
@@ -1757,7 +1758,7 @@ TEST_F_TIMEOUT(dma, continuous_transfers_continue_after_migration, 300)
 			d = dma_get(_metadata, dst, op);
 			pos[op] = d.pos;
 		}
-		move_on(_metadata, &dst->dev, RUNNING);
+		move_on(_metadata, &dst->dev, MIG_RUNNING);
 		expect_on_the_move(_metadata, self, dst);
 		for (op = READ; op <= CHURN; op++) {
 			d = dma_get(_metadata, dst, op);
@@ -1802,7 +1803,7 @@ TEST_F_TIMEOUT(dma, dma_into_the_device_is_tracked_exactly, 120)
 	NEED_PRE_COPY(&m->dev);
 	ASSERT_NE(NULL, dirty);
 	scatter(_metadata, self);
-	fd = go(_metadata, &m->dev, PRE_COPY);
+	fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &(struct mig_stream){}, stream_limit(&m->dev)));
 	for (i = 0; i < count; i++) {
 		memset(dirty, 0, m->size / PAGE);
@@ -1928,7 +1929,7 @@ TEST_F_TIMEOUT(peers, dma_into_a_peer_is_tracked_exactly, 120)
 
 	NEED_PRE_COPY(&a->dev);
 	ASSERT_NE(NULL, dirty);
-	fd = go(_metadata, &a->dev, PRE_COPY);
+	fd = go(_metadata, &a->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &(struct mig_stream){}, stream_limit(&a->dev)));
 	for (i = 0; i < count; i++) {
 		memset(dirty, 0, a->size / PAGE);
@@ -1958,7 +1959,7 @@ TEST_F_TIMEOUT(peers, dma_into_itself, 120)
 	int fd = -1;
 
 	if (a->dev.flags & VFIO_MIGRATION_PRE_COPY) {
-		fd = go(_metadata, &a->dev, PRE_COPY);
+		fd = go(_metadata, &a->dev, MIG_PRE_COPY);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &(struct mig_stream){},
 					    stream_limit(&a->dev)));
 	}
@@ -1988,7 +1989,7 @@ TEST_F_TIMEOUT(peers, dma_into_itself, 120)
 /* A peer that writes to a stopped device: a bug of the client. */
 TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
 {
-	static const __u32 states[] = { STOP, STOP_COPY };
+	static const __u32 states[] = { MIG_STOP, MIG_STOP_COPY };
 	struct mock *a = &self->a, *b = &self->b;
 	struct dma_desc d;
 	unsigned int i;
@@ -2008,7 +2009,7 @@ TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
 		EXPECT_LT(dropped, reg64(a, DROPPED))
 			PROMISE("writes of a peer in %s are counted", mig_state_name(states[i]));
 		expect_memory(_metadata, a, a->want, mig_state_name(states[i]));
-		ASSERT_EQ(0, mig_set_state(&a->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&a->dev, MIG_RUNNING, NULL));
 		expect_memory(_metadata, a, a->want, "running again");
 		EXPECT_EQ(0, memcmp(a->want, self->a_map, a->size))
 			PROMISE("the mapping shows the memory of a device that runs again");

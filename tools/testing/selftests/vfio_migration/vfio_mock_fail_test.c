@@ -228,8 +228,8 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 
 	populate(_metadata, &self->dst, 2);
 	take_image(_metadata, &self->dst.dev, &image);
-	for (from = STOP; from < MIG_STATE_NR; from++) {
-		for (to = STOP; to < MIG_STATE_NR; to++) {
+	for (from = MIG_STOP; from < MIG_STATE_NR; from++) {
+		for (to = MIG_STOP; to < MIG_STATE_NR; to++) {
 			if (from == to || !mig_fsm_exists(dev->flags, from) ||
 			    !mig_fsm_exists(dev->flags, to) ||
 			    !mig_fsm_move(dev->flags, from, to, &new_fd, NULL))
@@ -239,9 +239,9 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 			for_each_failure(nth, what) {
 				ASSERT_EQ(0, mig_reset(dev));
 				first = -1;
-				if (from != RUNNING)
+				if (from != MIG_RUNNING)
 					ASSERT_EQ(0, mig_set_state(dev, from, &first));
-				if (from == RESUMING)
+				if (from == MIG_RESUMING)
 					load_all(_metadata, first, &image);
 				fd = -1;
 				nth_begin(nth);
@@ -249,7 +249,7 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 				nth_end(nth, ret);
 				ASSERT_EQ(0, mig_get_state(dev, &state));
 				if (ret) {
-					EXPECT_NE(ERROR, state)
+					EXPECT_NE(MIG_ERROR, state)
 						PROMISE("%s: a failure leaves a state of the path",
 							what);
 				} else {
@@ -265,7 +265,7 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 						PROMISE("%s: it can be repeated from there",
 							what);
 				}
-				if (from == RESUMING) {
+				if (from == MIG_RESUMING) {
 					expect_memory(_metadata, &self->src, self->dst.want,
 						      what);
 				}
@@ -278,13 +278,13 @@ TEST_F_TIMEOUT(fail, every_transition, 300)
 	/* With some migration_flags the last of them ends in RESUMING. */
 	ASSERT_EQ(0, mig_reset(dev));
 	for_each_failure(nth, "RESET") {
-		ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &fd));
+		ASSERT_EQ(0, mig_set_state(dev, MIG_STOP_COPY, &fd));
 		nth_begin(nth);
 		ret = ioctl(dev->fd, VFIO_DEVICE_RESET) ? -errno : 0;
 		nth_end(nth, 0);
 		EXPECT_EQ(0, ret)
 			PROMISE("RESET never fails");
-		expect_state(_metadata, dev, RUNNING, "after RESET");
+		expect_state(_metadata, dev, MIG_RUNNING, "after RESET");
 		close(fd);
 		if (nth->n == 1 && !nth->injected)
 			break;
@@ -314,7 +314,7 @@ TEST_F_TIMEOUT(fail, save, 300)
 		populate(_metadata, &self->src, nth->n);
 		fd = -1;
 		if (dev->flags & VFIO_MIGRATION_PRE_COPY) {
-			ASSERT_EQ(0, mig_set_state(dev, PRE_COPY, &fd));
+			ASSERT_EQ(0, mig_set_state(dev, MIG_PRE_COPY, &fd));
 			nth_begin(nth);
 			ret = mig_save(fd, &image, stream_limit(dev));
 			nth_end(nth, ret == -ENOMSG ? 0 : ret);
@@ -322,12 +322,12 @@ TEST_F_TIMEOUT(fail, save, 300)
 				PROMISE("after a failure read() continues at its position");
 			store(_metadata, &self->src, 12345, &byte, 1);
 		} else {
-			ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, &fd));
+			ASSERT_EQ(0, mig_set_state(dev, MIG_STOP_COPY, &fd));
 			nth_begin(nth);
 			ret = mig_save(fd, &image, stream_limit(dev));
 			nth_end(nth, ret);
 		}
-		ASSERT_EQ(0, mig_set_state(dev, STOP_COPY, NULL));
+		ASSERT_EQ(0, mig_set_state(dev, MIG_STOP_COPY, NULL));
 		EXPECT_EQ(0, mig_save(fd, &image, stream_limit(dev)));
 		close(fd);
 		read_front(_metadata, &self->src, &front);
@@ -335,7 +335,7 @@ TEST_F_TIMEOUT(fail, save, 300)
 	}
 	if (dev->flags & VFIO_MIGRATION_PRE_COPY) {
 		ASSERT_EQ(0, mig_reset(dev));
-		ASSERT_EQ(0, mig_set_state(dev, PRE_COPY, &fd));
+		ASSERT_EQ(0, mig_set_state(dev, MIG_PRE_COPY, &fd));
 		for_each_failure(nth, "PRECOPY_INFO") {
 			info = (struct vfio_precopy_info){ .argsz = sizeof(info) };
 			nth_begin(nth);
@@ -376,7 +376,7 @@ TEST_F_TIMEOUT(fail, resume, 300)
 	stop_and_save(_metadata, &self->src, &fd, &image);
 	read_front(_metadata, &self->src, &front);
 	close(fd);
-	fd = go(_metadata, dev, RESUMING);
+	fd = go(_metadata, dev, MIG_RESUMING);
 	for_each_failure(nth, "poll() of the data_fd") {
 		nth_begin(nth);
 		ret = mig_poll(fd, POLLOUT, 0);
@@ -385,14 +385,14 @@ TEST_F_TIMEOUT(fail, resume, 300)
 	close(fd);
 	for_each_failure(nth, "write() of the data_fd") {
 		ASSERT_EQ(0, mig_reset(dev));
-		ASSERT_EQ(0, mig_set_state(dev, RESUMING, &fd));
+		ASSERT_EQ(0, mig_set_state(dev, MIG_RESUMING, &fd));
 		done = 0;
 		nth_begin(nth);
 		ret = mig_load(fd, image.data, image.len, 5000, &done);
 		nth_end(nth, ret);
 		ret = mig_load(fd, image.data + done, image.len - done, 0, &more);
 		if (!ret) {
-			ret = mig_set_state(dev, STOP, NULL);
+			ret = mig_set_state(dev, MIG_STOP, NULL);
 			EXPECT_EQ(0, ret)
 				PROMISE("an image completed after a failure is good: %s",
 					strerror(-ret));
@@ -401,7 +401,7 @@ TEST_F_TIMEOUT(fail, resume, 300)
 			EXPECT_EQ(-ENOMEM, ret)
 				PROMISE("an image stays refused after a lack of memory: %s",
 					strerror(-ret));
-			EXPECT_NE(0, mig_set_state(dev, STOP, NULL));
+			EXPECT_NE(0, mig_set_state(dev, MIG_STOP, NULL));
 		}
 		close(fd);
 	}
@@ -436,7 +436,9 @@ TEST_F_TIMEOUT(fail, mappings, 120)
  */
 TEST_F_TIMEOUT(fail, page_faults, 120)
 {
-	static const __u32 states[] = { RUNNING, PRE_COPY, STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = {
+		MIG_RUNNING, MIG_PRE_COPY, MIG_STOP, MIG_STOP_COPY, MIG_RESUMING,
+	};
 	struct mock *m = &self->src;
 	struct nth *nth = &self->nth;
 	__u8 *map, *dirty;
@@ -453,7 +455,7 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 	for (i = 0; i < ARRAY_SIZE(states); i++) {
 		if (!mig_fsm_exists(m->dev.flags, states[i]))
 			continue;
-		stopped = states[i] != RUNNING && states[i] != PRE_COPY;
+		stopped = states[i] != MIG_RUNNING && states[i] != MIG_PRE_COPY;
 		for (j = 0; j < 2; j++) {
 			write = j;
 			snprintf(what, sizeof(what), "a page fault of a %s in %s",
@@ -468,12 +470,12 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 					   m->offset[BAR2]);
 				ASSERT_EQ(LONELY, map);
 				fd = -1;
-				if (states[i] == PRE_COPY) {
-					fd = go(_metadata, &m->dev, PRE_COPY);
+				if (states[i] == MIG_PRE_COPY) {
+					fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 					first.len = 0;
 					ASSERT_EQ(-ENOMSG, mig_save(fd, &first,
 								    stream_limit(&m->dev)));
-				} else if (states[i] != RUNNING) {
+				} else if (states[i] != MIG_RUNNING) {
 					ASSERT_EQ(0, mig_set_state(&m->dev, states[i], &fd));
 				}
 				nth_begin(nth);
@@ -488,7 +490,7 @@ TEST_F_TIMEOUT(fail, page_faults, 120)
 				EXPECT_EQ(write && stopped ? 1ULL : 0ULL, reg64(m, DROPPED))
 					PROMISE("%s, failure %u: a store is dropped once",
 						what, nth->n);
-				if (states[i] == PRE_COPY && write)
+				if (states[i] == MIG_PRE_COPY && write)
 					expect_round(_metadata, m, fd, dirty, what);
 				if (fd >= 0)
 					close(fd);

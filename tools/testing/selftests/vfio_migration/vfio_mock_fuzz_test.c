@@ -399,7 +399,7 @@ TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 
 	EXPECT_EQ(0, mig_reset(&m->dev))
 		PROMISE("RESET succeeds after any calls");
-	expect_state(_metadata, &m->dev, RUNNING, "after RESET");
+	expect_state(_metadata, &m->dev, MIG_RUNNING, "after RESET");
 	fd = atomic_load(&f.data_fd);
 	EXPECT_TRUE(fd < 0 || mig_fd_is_dead(fd))
 		PROMISE("RESET ends the session");

@@ -352,7 +352,7 @@ TEST_F(irq, waits_for_all_conditions)
 	put(_metadata, m, BAR0, VECTOR_CONTROL(1), 1, 4);
 	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
 	raise_irq(_metadata, m, 1);
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 
 	/* The table cannot be written while the device is stopped. */
 	ASSERT_EQ(0, set_none(m, UNMASK, 1, 1));
@@ -361,7 +361,7 @@ TEST_F(irq, waits_for_all_conditions)
 	EXPECT_EQ(2U, pending(_metadata, m));
 	put(_metadata, m, CONFIG, MSIX_CONTROL, 0, 1);
 	EXPECT_EQ(2U, pending(_metadata, m));
-	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 	EXPECT_EQ(2U, pending(_metadata, m));
 	EXPECT_EQ(0U, all_signals(self->fds));
 	put(_metadata, m, BAR0, VECTOR_CONTROL(1), 0, 4);
@@ -372,7 +372,7 @@ TEST_F(irq, waits_for_all_conditions)
 
 TEST_F(irq, waits_while_stopped)
 {
-	static const __u32 states[] = { STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_STOP, MIG_STOP_COPY, MIG_RESUMING };
 	struct mock *m = &self->m;
 	struct mig_stream image = {};
 	unsigned int i;
@@ -392,14 +392,14 @@ TEST_F(irq, waits_while_stopped)
 			PROMISE("in %s the device must not generate interrupts",
 				mig_state_name(states[i]));
 		EXPECT_EQ(4U, pending(_metadata, m));
-		if (states[i] == RESUMING) {
+		if (states[i] == MIG_RESUMING) {
 			/* The image replaces the pending interrupts. */
 			load_all(_metadata, fd, &image);
 		}
-		ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 		EXPECT_EQ(0U, all_signals(self->fds));
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
-		EXPECT_EQ(states[i] == RESUMING ? 0U : 100U, all_signals(self->fds))
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
+		EXPECT_EQ(states[i] == MIG_RESUMING ? 0U : 100U, all_signals(self->fds))
 			PROMISE("interrupts pending in %s are delivered in RUNNING, unless replaced",
 				mig_state_name(states[i]));
 		EXPECT_EQ(0U, pending(_metadata, m));
@@ -410,7 +410,9 @@ TEST_F(irq, waits_while_stopped)
 
 TEST_F(irq, delivered_in_all_running_states)
 {
-	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P };
+	static const __u32 states[] = {
+		MIG_RUNNING, MIG_RUNNING_P2P, MIG_PRE_COPY, MIG_PRE_COPY_P2P,
+	};
 	struct mock *m = &self->m;
 	unsigned int i;
 
@@ -424,10 +426,10 @@ TEST_F(irq, delivered_in_all_running_states)
 			PROMISE("a device in %s delivers interrupts", mig_state_name(states[i]));
 	}
 	/* STOP -> RUNNING_P2P: interrupts do not wait for RUNNING. */
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
-	if (mig_fsm_exists(m->dev.flags, RUNNING_P2P)) {
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING_P2P, NULL));
+	if (mig_fsm_exists(m->dev.flags, MIG_RUNNING_P2P)) {
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING_P2P, NULL));
 		EXPECT_EQ(1000U, all_signals(self->fds))
 			PROMISE("pending interrupts are delivered as soon as the device runs");
 	}
@@ -444,7 +446,7 @@ TEST_F(irq, reset_clears_only_device_state)
 	raise_irq(_metadata, m, 0);
 	raise_irq(_metadata, m, 1);
 	raise_irq(_metadata, m, 2);
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	ASSERT_EQ(0, mig_reset(&m->dev));
 	EXPECT_EQ(0U, pending(_metadata, m))
 		PROMISE("reset clears pending interrupts");
@@ -489,7 +491,7 @@ TEST_F(irq, table_takes_any_access)
 			PROMISE("the table keeps written values, and nothing exists around it");
 	}
 
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	dropped = reg64(m, DROPPED);
 	put(_metadata, m, BAR0, VFIO_MOCK_MSIX_TABLE, ~0ULL, 8);
 	ASSERT_EQ(VECTORS * 16, mock_read(m, BAR0, VFIO_MOCK_MSIX_TABLE, seen, VECTORS * 16));
@@ -543,7 +545,7 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 	raise_irq(_metadata, m, 2);
 	EXPECT_EQ(1U, all_signals(self->fds));
 	/* Vector 3 is raised while the device is stopped. */
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
 	read_front(_metadata, m, &front);
 	EXPECT_EQ(0xeU, front.msix_pba[0]);
@@ -554,16 +556,16 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 
 	/* A target with eventfds set before the state is loaded. */
 	ASSERT_EQ(0, set_eventfds(&dst, 0, VECTORS, self->fds));
-	fd = go(_metadata, &dst.dev, RESUMING);
+	fd = go(_metadata, &dst.dev, MIG_RESUMING);
 	load_all(_metadata, fd, &image);
-	ASSERT_EQ(0, mig_set_state(&dst.dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&dst.dev, MIG_STOP, NULL));
 	close(fd);
 	restore_config(_metadata, &dst, &front);
 	read_front(_metadata, &dst, &now);
 	expect_same_front(_metadata, &front, &now, "in STOP on the target");
 	EXPECT_EQ(0U, all_signals(self->fds))
 		PROMISE("nothing is delivered before the target runs");
-	move_on(_metadata, &dst.dev, RUNNING);
+	move_on(_metadata, &dst.dev, MIG_RUNNING);
 	EXPECT_EQ(1010U, all_signals(self->fds))
 		PROMISE("pending interrupts are delivered on the target, except if masked in the table");
 	EXPECT_EQ(4U, pending(_metadata, &dst));
@@ -601,11 +603,11 @@ TEST_F(irq, restored_function_mask_applies_to_loaded_interrupts)
 	raise_irq(_metadata, m, 3);
 	take_image(_metadata, &m->dev, &image);
 	ASSERT_EQ(0, mig_reset(&m->dev));
-	fd = go(_metadata, &m->dev, RESUMING);
+	fd = go(_metadata, &m->dev, MIG_RESUMING);
 	put(_metadata, m, CONFIG, MSIX_CONTROL, MSIX_FUNCTION_MASK, 1);
 	load_all(_metadata, fd, &image);
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
-	move_on(_metadata, &m->dev, RUNNING);
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
+	move_on(_metadata, &m->dev, MIG_RUNNING);
 	close(fd);
 	EXPECT_EQ(8U, pending(_metadata, m));
 	EXPECT_EQ(0U, all_signals(self->fds))
@@ -827,7 +829,7 @@ TEST_F(irq, req_arguments)
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_BOOL | TRIGGER, 0, 1, &flag, 1));
 	EXPECT_EQ(1U, signals(fd));
 	/* REQ belongs to the host, not to the device. */
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	EXPECT_EQ(0, mig_set_irqs(&m->dev, REQ, DATA_NONE | TRIGGER, 0, 1, NULL, 0));
 	EXPECT_EQ(1U, signals(fd))
 		PROMISE("the request interrupt is delivered while the device is stopped");
@@ -901,8 +903,8 @@ static void *disturber_main(void *arg)
 		mock_write(d->m, CONFIG, MSIX_CONTROL, &clear, 1);
 		mock_write(d->m, CONFIG, 4, &(__u16){ 2 }, 2);
 		mock_write(d->m, CONFIG, 4, &(__u16){ 6 }, 2);
-		d->failed |= mig_set_state(&d->m->dev, STOP, NULL);
-		d->failed |= mig_set_state(&d->m->dev, RUNNING, NULL);
+		d->failed |= mig_set_state(&d->m->dev, MIG_STOP, NULL);
+		d->failed |= mig_set_state(&d->m->dev, MIG_RUNNING, NULL);
 	}
 	return NULL;
 }
@@ -975,7 +977,7 @@ TEST_F_TIMEOUT(irq, removal_signals_request, 60)
 	create_guest(_metadata, &guest, &self->m);
 	ASSERT_EQ(0, mig_set_irqs(&guest.dev, REQ, DATA_EVENTFD | TRIGGER, 0, 1, &req,
 				  sizeof(req)));
-	ASSERT_EQ(0, mig_set_state(&guest.dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&guest.dev, MIG_STOP, NULL));
 	ASSERT_EQ(0, pthread_create(&guest.remover, NULL, remover_main, &guest));
 	EXPECT_EQ(POLLIN, mig_poll(req, POLLIN, mig_hang_seconds() * 1000))
 		PROMISE("the removal of an open device signals the request interrupt");

@@ -226,15 +226,15 @@ FIXTURE_VARIANT_ADD(kept, group_mapping) {
 FIXTURE_VARIANT_ADD(kept, group_eventfd) { .kind = EVENTFD };
 
 FIXTURE_VARIANT_ADD(kept, group_pre_copy) {
-	.kind = DATA_FD, .state = PRE_COPY, .keeps_module = true,
+	.kind = DATA_FD, .state = MIG_PRE_COPY, .keeps_module = true,
 };
 
 FIXTURE_VARIANT_ADD(kept, group_stop_copy) {
-	.kind = DATA_FD, .state = STOP_COPY, .keeps_module = true,
+	.kind = DATA_FD, .state = MIG_STOP_COPY, .keeps_module = true,
 };
 
 FIXTURE_VARIANT_ADD(kept, group_resuming) {
-	.kind = DATA_FD, .state = RESUMING, .keeps_module = true,
+	.kind = DATA_FD, .state = MIG_RESUMING, .keeps_module = true,
 };
 
 FIXTURE_VARIANT_ADD(kept, cdev_unbound) {
@@ -254,12 +254,12 @@ FIXTURE_VARIANT_ADD(kept, cdev_mapping) {
 FIXTURE_VARIANT_ADD(kept, cdev_eventfd) { .kind = EVENTFD, .backend = MIG_IOMMUFD };
 
 FIXTURE_VARIANT_ADD(kept, cdev_stop_copy) {
-	.kind = DATA_FD, .backend = MIG_IOMMUFD, .state = STOP_COPY,
+	.kind = DATA_FD, .backend = MIG_IOMMUFD, .state = MIG_STOP_COPY,
 	.keeps_module = true,
 };
 
 FIXTURE_VARIANT_ADD(kept, cdev_resuming) {
-	.kind = DATA_FD, .backend = MIG_IOMMUFD, .state = RESUMING,
+	.kind = DATA_FD, .backend = MIG_IOMMUFD, .state = MIG_RESUMING,
 	.keeps_module = true,
 };
 
@@ -538,7 +538,7 @@ TEST_F_TIMEOUT(life, device_migrates_while_its_removal_waits, 30)
 	/* A session that starts now may end after the device, or with it. */
 	map = bar2_map(_metadata, m, 0, m->size);
 	store_noise(_metadata, m, 0, m->size, 2);
-	late = go(_metadata, &m->dev, STOP_COPY);
+	late = go(_metadata, &m->dev, MIG_STOP_COPY);
 	mock_close(m);
 	EXPECT_FALSE(mig_fd_is_dead(late))
 		PROMISE("a mapping keeps the session as well as the device");
@@ -569,8 +569,8 @@ TEST_F_TIMEOUT(life, bind_during_removal, 30)
 	ret = mig_bind(&dev);
 	ASSERT_EQ(0, ret)
 		STEP("bind a device whose removal waits: %s: %s", dev.why, strerror(-ret));
-	ASSERT_EQ(0, mig_set_state(&dev, STOP, NULL));
-	expect_state(_metadata, &dev, STOP, "before the removal");
+	ASSERT_EQ(0, mig_set_state(&dev, MIG_STOP, NULL));
+	expect_state(_metadata, &dev, MIG_STOP, "before the removal");
 	expect_module_is_kept(_metadata, "a device");
 	atomic_store(&e.let_go, true);
 	mig_close(&dev);
@@ -618,8 +618,8 @@ static void hold_everything(struct __test_metadata *_metadata, life_data *self,
 	};
 	dma_set(_metadata, m, 1, &d);
 	dma_ring(_metadata, m, 1);
-	fd = go(_metadata, &m->dev, m->dev.flags & VFIO_MIGRATION_PRE_COPY ? PRE_COPY :
-									     RESUMING);
+	fd = go(_metadata, &m->dev, m->dev.flags & VFIO_MIGRATION_PRE_COPY ? MIG_PRE_COPY :
+									     MIG_RESUMING);
 	poller_start(_metadata, &poller, fd);
 	ASSERT_EQ(1, write(ready, "", 1));
 	for (;;)
@@ -672,10 +672,10 @@ static void open_once(struct opener *o, const char *path)
 	}
 	ret = mig_region_read(&dev, BAR0, VFIO_MOCK_REG_MAGIC, &value, 4);
 	if (ret != 4 || value != VFIO_MOCK_MAGIC || mig_get_state(&dev, &state) ||
-	    state != RUNNING)
+	    state != MIG_RUNNING)
 		snprintf(o->why, sizeof(o->why), "an open device works (%d, %#x)", ret,
 			 value);
-	if (!mig_set_state(&dev, STOP_COPY, &fd))
+	if (!mig_set_state(&dev, MIG_STOP_COPY, &fd))
 		close(fd);
 	else
 		snprintf(o->why, sizeof(o->why), "an open device changes to STOP_COPY");
@@ -1080,7 +1080,7 @@ struct other {
 static void *other_main(void *arg)
 {
 	static const __u32 states[] = {
-		STOP, RUNNING, STOP_COPY, STOP, RESUMING,
+		MIG_STOP, MIG_RUNNING, MIG_STOP_COPY, MIG_STOP, MIG_RESUMING,
 	};
 	struct other *o = arg;
 	struct mig_device *dev = &o->m->dev;
@@ -1122,19 +1122,19 @@ FIXTURE_VARIANT(stalled)
 };
 
 FIXTURE_VARIANT_ADD(stalled, read) {
-	.call = call_read, .backend = MIG_IOMMUFD, .state = STOP_COPY,
+	.call = call_read, .backend = MIG_IOMMUFD, .state = MIG_STOP_COPY,
 };
 
 FIXTURE_VARIANT_ADD(stalled, write) {
-	.call = call_write, .backend = MIG_IOMMUFD, .state = RESUMING,
+	.call = call_write, .backend = MIG_IOMMUFD, .state = MIG_RESUMING,
 };
 
 FIXTURE_VARIANT_ADD(stalled, precopy_info_in) {
-	.call = call_precopy_info_in, .backend = MIG_IOMMUFD, .state = PRE_COPY,
+	.call = call_precopy_info_in, .backend = MIG_IOMMUFD, .state = MIG_PRE_COPY,
 };
 
 FIXTURE_VARIANT_ADD(stalled, precopy_info_out) {
-	.call = call_precopy_info_out, .backend = MIG_IOMMUFD, .state = PRE_COPY,
+	.call = call_precopy_info_out, .backend = MIG_IOMMUFD, .state = MIG_PRE_COPY,
 };
 
 FIXTURE_VARIANT_ADD(stalled, region_read) {

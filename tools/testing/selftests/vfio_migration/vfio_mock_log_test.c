@@ -449,7 +449,10 @@ TEST_F_TIMEOUT(log, unreported_writes_are_bounded, 600)
 
 TEST_F(log, ends_with_close)
 {
-	static const __u32 states[] = { RUNNING, RUNNING_P2P, PRE_COPY, STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = {
+		MIG_RUNNING, MIG_RUNNING_P2P, MIG_PRE_COPY, MIG_STOP, MIG_STOP_COPY,
+		MIG_RESUMING,
+	};
 	struct mock *m = &self->m;
 	unsigned int i;
 
@@ -460,11 +463,11 @@ TEST_F(log, ends_with_close)
 		log_transfer(_metadata, self, FILL, i % 3, 5 * PAGE, 2 * PAGE);
 		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
 		expect_report(_metadata, self, i % 3, 0, WINDOW, PAGE);
-		if (states[i] == RESUMING) {
+		if (states[i] == MIG_RESUMING) {
 			ASSERT_EQ(0, mig_reset(&m->dev))
 				STEP("reset the device");
 		} else {
-			move_on(_metadata, &m->dev, RUNNING);
+			move_on(_metadata, &m->dev, MIG_RUNNING);
 		}
 		log_transfer(_metadata, self, FILL, i % 3, 15 * PAGE + 1, 2 * PAGE);
 		ASSERT_EQ(0, mig_reset(&m->dev));
@@ -577,7 +580,7 @@ TEST_F_TIMEOUT(log, copy_by_log_is_complete, 120)
 		if (i == rounds) {
 			for (n = 0; n < 8; n++)
 				dma_wait_moved(_metadata, m, n, PAGE);
-			ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 		}
 		memset(bitmap, 0, sizeof(bitmap));
 		ASSERT_EQ(0, mig_log_report(&m->dev, base, WINDOW, PAGE, bitmap));

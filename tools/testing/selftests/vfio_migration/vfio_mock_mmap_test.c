@@ -70,7 +70,7 @@ static void store_at(map_data *self, __u8 *map, __u64 at, __u64 len)
 static int start_tracking(struct __test_metadata *_metadata, map_data *self)
 {
 	struct mig_stream first = {};
-	int fd = go(_metadata, &self->m.dev, PRE_COPY);
+	int fd = go(_metadata, &self->m.dev, MIG_PRE_COPY);
 
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &first, stream_limit(&self->m.dev)));
 	mig_stream_free(&first);
@@ -449,7 +449,8 @@ TEST_F(map, mapping_keeps_device_open)
 TEST_F(map, mapping_shows_reset)
 {
 	static const __u32 states[] = {
-		RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY, RESUMING,
+		MIG_RUNNING, MIG_RUNNING_P2P, MIG_PRE_COPY, MIG_PRE_COPY_P2P, MIG_STOP,
+		MIG_STOP_COPY, MIG_RESUMING,
 	};
 	struct mock *m = &self->m;
 	unsigned int i;
@@ -491,7 +492,7 @@ TEST_F_TIMEOUT(map, stores_are_tracked_exactly, 300)
 	expect_dirty_round(_metadata, self, fd, "nothing");
 	for (i = 0; i < count; i++) {
 		move_on(_metadata, &m->dev, i % 2 || !(m->dev.flags & VFIO_MIGRATION_P2P) ?
-			PRE_COPY : PRE_COPY_P2P);
+			MIG_PRE_COPY : MIG_PRE_COPY_P2P);
 		for (j = pick(self, 12); j; j--) {
 			len = 1 + pick(self, pick(self, 3) ? 8 : 5 * PAGE);
 			at = pick(self, m->size - len + 1);
@@ -558,7 +559,7 @@ TEST_F_TIMEOUT(map, stores_while_tracking_starts_and_stops, 60)
 	NEED_PRE_COPY(&m->dev);
 	for (i = 0; i < 3; i++) {
 		store_at(self, self->map, 0, m->size);
-		fd = go(_metadata, &m->dev, PRE_COPY);
+		fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 		image.len = 0;
 		store_at(self, self->map + 5, 5, 3 * PAGE);
 		ASSERT_LT(0, mig_read(fd, &image, m->size / 2));
@@ -573,7 +574,7 @@ TEST_F_TIMEOUT(map, stores_while_tracking_starts_and_stops, 60)
 		expect_bytes(_metadata, m->want, parsed.memory, m->size, "the image");
 		mock_image_free(&parsed);
 		close(fd);
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		store_at(self, self->map, 0, m->size);
 		expect_both(_metadata, self, "running again");
 	}
@@ -594,7 +595,7 @@ TEST_F(map, page_of_dropped_stores_is_empty)
 	ASSERT_NE(MAP_FAILED, used);
 	memset(used, 0xa5, size);
 	store_at(self, self->map, 0, m->size);
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	ASSERT_EQ(0, munmap(used, size));
 	ASSERT_EQ(0, mig_touch(self->map + 100, true));
 	for (i = 0; i < PAGE; i++) {
@@ -607,7 +608,7 @@ TEST_F(map, page_of_dropped_stores_is_empty)
 
 TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 {
-	static const __u32 states[] = { STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_STOP, MIG_STOP_COPY, MIG_RESUMING };
 	struct mock *m = &self->m;
 	struct mig_stream image = {};
 	struct mock_image parsed;
@@ -627,7 +628,7 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		if (i % 2)
 			madvise(self->map, m->size, MADV_DONTNEED);
 		ASSERT_EQ(0, mig_set_state(&m->dev, state, &fd));
-		if (state == RESUMING) {
+		if (state == MIG_RESUMING) {
 			ASSERT_EQ(m->size, (__u64)mock_read(m, BAR2, 0, m->want, m->size))
 				STEP("read the state memory");
 		}
@@ -645,7 +646,7 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 		expect_memory(_metadata, m, m->want, name);
 		EXPECT_EQ(0, memcmp(m->want + 61 * PAGE, self->map + 61 * PAGE, 30 * PAGE))
 			PROMISE("in %s other pages still show the memory", name);
-		if (state == STOP_COPY) {
+		if (state == MIG_STOP_COPY) {
 			image.len = 0;
 			ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
 			ASSERT_EQ(0, mig_touch(self->map + 99 * PAGE, true));
@@ -655,13 +656,13 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 				     "the stream");
 			mock_image_free(&parsed);
 		}
-		if (state == RESUMING) {
+		if (state == MIG_RESUMING) {
 			ASSERT_EQ(0, mig_reset(&m->dev));
 			memset(m->want, 0, m->size);
 			EXPECT_EQ(0U, reg64(m, DROPPED))
 				PROMISE("DROPPED is 0 after RESET");
 		} else {
-			ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		}
 		expect_both(_metadata, self, "running again");
 		EXPECT_EQ(0, memcmp(m->want + PAGE, other, 9 * PAGE))
@@ -683,10 +684,10 @@ TEST_F(map, tracking_works_after_a_stop)
 
 	NEED_PRE_COPY(&m->dev);
 	store_at(self, self->map, 0, m->size);
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	mig_touch(self->map, true);
 	mig_touch(self->map + 8 * PAGE, true);
-	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 	fd = start_tracking(_metadata, self);
 	store_at(self, self->map + 8 * PAGE, 8 * PAGE, 4);
 	store_at(self, self->map + 10 * PAGE, 10 * PAGE, 4);
@@ -709,17 +710,17 @@ TEST_F(map, target_can_be_mapped_during_load)
 	read_front(_metadata, m, &front);
 	stop_and_save(_metadata, m, &fd, &image);
 	close(fd);
-	fd = go(_metadata, &dst->dev, RESUMING);
+	fd = go(_metadata, &dst->dev, MIG_RESUMING);
 	for (at = 0; at < image.len; at += 100000) {
 		ASSERT_EQ(0, mig_touch(map + at % dst->size, at % 3 == 0));
 		ASSERT_EQ(0, mig_load(fd, image.data + at,
 				      image.len - at < 100000 ? image.len - at : 100000,
 				      0, NULL));
 	}
-	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&dst->dev, MIG_STOP, NULL));
 	expect_memory(_metadata, dst, m->want, "in STOP on the target");
 	mig_touch(map, true);
-	move_on(_metadata, &dst->dev, RUNNING);
+	move_on(_metadata, &dst->dev, MIG_RUNNING);
 	expect_memory(_metadata, dst, m->want, "running on the target");
 	expect_bytes(_metadata, m->want, map, dst->size, "the mapping on the target");
 }
@@ -751,11 +752,11 @@ TEST_F_TIMEOUT(map, stream_is_read_into_the_mapping, 60)
 		/* This stream contains the bytes of the stream read before. */
 		stop_and_save(_metadata, m, &fd, &image);
 		close(fd);
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		expect_both(_metadata, self, "running again");
 	}
 
-	fd = go(_metadata, &m->dev, STOP_COPY);
+	fd = go(_metadata, &m->dev, MIG_STOP_COPY);
 	for (i = 0; i < 5; i++) {
 		got = read(fd, self->map + at + i * 3 * PAGE, 9000);
 		ASSERT_LT(0, got)
@@ -764,15 +765,15 @@ TEST_F_TIMEOUT(map, stream_is_read_into_the_mapping, 60)
 	}
 	expect_memory(_metadata, m, m->want, "in STOP_COPY");
 	close(fd);
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP_COPY, &fd));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP_COPY, &fd));
 	image.len = 0;
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
 		PROMISE("the stream follows its format: %s", parsed.why);
 	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
 	close(fd);
-	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 	expect_both(_metadata, self, "running again");
 }
 
@@ -794,7 +795,7 @@ TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 	stop_and_save(_metadata, m, &fd, &image);
 	close(fd);
 
-	fd = go(_metadata, &dst->dev, RESUMING);
+	fd = go(_metadata, &dst->dev, MIG_RESUMING);
 	/* Stores in RESUMING are dropped, but this mapping shows them. */
 	memcpy(map + at, image.data, PAGE);
 	ASSERT_LT(0, write(fd, image.data, 48));
@@ -803,7 +804,7 @@ TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 	/* Written before RESUMING, if that keeps the memory. */
 	ASSERT_EQ(0, mig_reset(&dst->dev));
 	memcpy(map + at, image.data, part);
-	ASSERT_EQ(0, mig_set_state(&dst->dev, RESUMING, &fd));
+	ASSERT_EQ(0, mig_set_state(&dst->dev, MIG_RESUMING, &fd));
 	if (memcmp(map + at, image.data, part)) {
 		TH_LOG("RESUMING begins with an empty memory");
 		EXPECT_NE(0, write(fd, map + at, part))
@@ -813,16 +814,18 @@ TEST_F_TIMEOUT(map, stream_is_written_from_the_mapping, 60)
 	ASSERT_EQ(0, mig_load(fd, map + at, part, 0, NULL))
 		PROMISE("write() of the stream from the device itself works");
 	ASSERT_EQ(0, mig_load(fd, image.data + part, image.len - part, 0, NULL));
-	ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&dst->dev, MIG_STOP, NULL));
 	expect_memory(_metadata, dst, m->want, "in STOP on the target");
-	move_on(_metadata, &dst->dev, RUNNING);
+	move_on(_metadata, &dst->dev, MIG_RUNNING);
 	expect_bytes(_metadata, m->want, map, dst->size, "the mapping on the target");
 }
 
 /* read() and write() of the device itself, with a mapping of it as the buffer. */
 TEST_F(map, mapping_as_buffer_of_region_access)
 {
-	static const __u32 states[] = { RUNNING, PRE_COPY, STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = {
+		MIG_RUNNING, MIG_PRE_COPY, MIG_STOP, MIG_STOP_COPY, MIG_RESUMING,
+	};
 	struct mock *m = &self->m;
 	unsigned int i;
 
@@ -841,13 +844,13 @@ TEST_F(map, mapping_as_buffer_of_region_access)
 		EXPECT_EQ(64, mock_read(m, BAR0, 0, self->map + 5 * PAGE, 64))
 			PROMISE("in %s registers are read into the mapping",
 				mig_state_name(states[i]));
-		if (states[i] == RUNNING || states[i] == PRE_COPY) {
+		if (states[i] == MIG_RUNNING || states[i] == MIG_PRE_COPY) {
 			memcpy(m->want + 100, m->want + 10 * PAGE, 5000);
 			memcpy(m->want + 20 * PAGE, m->want + 30 * PAGE, 5000);
 			ASSERT_EQ(64, mock_read(m, BAR0, 0, m->want + 5 * PAGE, 64));
 			/* The registers have not changed since. */
 			expect_both(_metadata, self, mig_state_name(states[i]));
-		} else if (states[i] != RESUMING) {
+		} else if (states[i] != MIG_RESUMING) {
 			expect_memory(_metadata, m, m->want, mig_state_name(states[i]));
 		}
 	}
@@ -1012,7 +1015,7 @@ TEST_F_TIMEOUT(map, pinned_page_is_streamed_again, 60)
 	NEED_PRE_COPY(&m->dev);
 	DIRECT_OR_SKIP(&direct, &stall);
 	store_at(self, self->map, 0, m->size);
-	fd = go(_metadata, &m->dev, PRE_COPY);
+	fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mig_data_size(&m->dev, &quiet));
 	take_page_in_hand(_metadata, self, &direct, &stall);
@@ -1055,7 +1058,7 @@ TEST_F_TIMEOUT(map, new_session_ignores_ended_pins, 60)
 
 	NEED_PRE_COPY(&m->dev);
 	DIRECT_OR_SKIP(&direct, &stall);
-	fd = go(_metadata, &m->dev, PRE_COPY);
+	fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, mig_data_size(&m->dev, &whole));
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	ASSERT_EQ(0, mig_data_size(&m->dev, &quiet));
@@ -1064,10 +1067,10 @@ TEST_F_TIMEOUT(map, new_session_ignores_ended_pins, 60)
 	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
 	EXPECT_LT(quiet, size);
 	let_page_go(_metadata, &direct, &stall, NULL);
-	move_on(_metadata, &m->dev, RUNNING);
+	move_on(_metadata, &m->dev, MIG_RUNNING);
 	close(fd);
 
-	fd = go(_metadata, &m->dev, PRE_COPY);
+	fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, mig_data_size(&m->dev, &size));
 	EXPECT_EQ(whole, size)
 		PROMISE("a new session streams each page once");
@@ -1094,7 +1097,7 @@ TEST_F_TIMEOUT(map, unmapped_pinned_page_is_streamed_again, 60)
 	store_at(self, self->map, 0, m->size);
 	take_page_in_hand(_metadata, self, &direct, &stall);
 	ASSERT_EQ(0, munmap(self->map, m->size));
-	fd = go(_metadata, &m->dev, PRE_COPY);
+	fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
 	expect_memory(_metadata, m, m->want, "after the read()");
@@ -1114,7 +1117,7 @@ static __u32 state_before_stop(const struct mock *m, __u32 state)
 {
 	if (!(m->dev.flags & VFIO_MIGRATION_P2P))
 		return state;
-	return state == PRE_COPY ? PRE_COPY_P2P : RUNNING_P2P;
+	return state == MIG_PRE_COPY ? MIG_PRE_COPY_P2P : MIG_RUNNING_P2P;
 }
 
 static void expect_pin_refused(struct __test_metadata *_metadata, map_data *self,
@@ -1144,21 +1147,21 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	DIRECT_OR_SKIP(&direct, &stall);
 	store_at(self, self->map, 0, m->size);
 	if (pre_copy) {
-		fd = go(_metadata, &m->dev, PRE_COPY);
+		fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	}
 	take_page_in_hand(_metadata, self, &direct, &stall);
 	if (pre_copy) {
-		expect_pin_refused(_metadata, self, PRE_COPY, STOP_COPY);
+		expect_pin_refused(_metadata, self, MIG_PRE_COPY, MIG_STOP_COPY);
 		/* The session continues. */
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
-		expect_pin_refused(_metadata, self, PRE_COPY, STOP_COPY);
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		expect_pin_refused(_metadata, self, MIG_PRE_COPY, MIG_STOP_COPY);
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		close(fd);
 	}
-	expect_pin_refused(_metadata, self, RUNNING, STOP);
-	expect_pin_refused(_metadata, self, RUNNING, STOP_COPY);
-	expect_pin_refused(_metadata, self, RUNNING, RESUMING);
+	expect_pin_refused(_metadata, self, MIG_RUNNING, MIG_STOP);
+	expect_pin_refused(_metadata, self, MIG_RUNNING, MIG_STOP_COPY);
+	expect_pin_refused(_metadata, self, MIG_RUNNING, MIG_RESUMING);
 	store_at(self, self->map, 0, 5 * PAGE);
 	EXPECT_EQ(0U, reg64(m, DROPPED))
 		PROMISE("a device that does not stop drops no store");
@@ -1166,7 +1169,7 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 
 	image.len = 0;
 	if (pre_copy) {
-		fd = go(_metadata, &m->dev, PRE_COPY);
+		fd = go(_metadata, &m->dev, MIG_PRE_COPY);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 	}
 	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
@@ -1279,17 +1282,17 @@ TEST_F_TIMEOUT(map, migration_during_stores, 300)
 		image.len = 0;
 		fd = -1;
 		if (m->dev.flags & VFIO_MIGRATION_PRE_COPY) {
-			ASSERT_EQ(0, mig_set_state(&m->dev, PRE_COPY, &fd));
+			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_PRE_COPY, &fd));
 			/* The writers never pause: read only some rounds. */
 			for (rounds = 0; rounds < 300; rounds++) {
 				ret = mig_read(fd, &image, 1 << 14);
 				ASSERT_TRUE(ret > 0 || ret == -ENOMSG);
 			}
-			ASSERT_EQ(0, mig_set_state(&m->dev, PRE_COPY, NULL));
+			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_PRE_COPY, NULL));
 		}
 		for (n = 0; n < WRITERS; n++)
 			before[n] = atomic_load(&writers[n].done);
-		ASSERT_EQ(0, mig_set_state(&m->dev, STOP_COPY, fd < 0 ? &fd : NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP_COPY, fd < 0 ? &fd : NULL));
 		for (n = 0; n < WRITERS; n++)
 			after[n] = atomic_load(&writers[n].begun);
 		ASSERT_EQ(m->size, (__u64)mock_read(m, BAR2, 0, m->want, m->size));
@@ -1306,7 +1309,7 @@ TEST_F_TIMEOUT(map, migration_during_stores, 300)
 			expect_stores(_metadata, &writers[n], m->want, before[n], after[n],
 				      "in the image");
 		ASSERT_EQ(0, mig_reset(&dst->dev));
-		ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		/* Until each writer has stored to each page again. */
 		for (n = 0; n < WRITERS; n++) {
 			after[n] = atomic_load(&writers[n].done) + 2 * writers[n].pages;

@@ -71,7 +71,7 @@ static void expect_refused(struct __test_metadata *_metadata, struct mock *m,
 	__u32 state;
 	int fd, ret;
 
-	fd = go(_metadata, &m->dev, RESUMING);
+	fd = go(_metadata, &m->dev, MIG_RESUMING);
 	ret = mig_load(fd, data, len, chunk, NULL);
 	if (ret) {
 		EXPECT_EQ(-EINVAL, ret)
@@ -80,23 +80,23 @@ static void expect_refused(struct __test_metadata *_metadata, struct mock *m,
 		EXPECT_EQ(-EINVAL, mig_load(fd, data, len < 64 ? len : 64, 0, NULL))
 			PROMISE("%s (%zu): a refusal sticks", what, where);
 	}
-	EXPECT_EQ(-EINVAL, mig_set_state(&m->dev, STOP, NULL))
+	EXPECT_EQ(-EINVAL, mig_set_state(&m->dev, MIG_STOP, NULL))
 		PROMISE("%s (%zu): if the user provided data is found to be incomplete, inconsistent, or otherwise invalid, the migration driver must fail SET_STATE",
 			what, where);
 	if (thorough) {
-		EXPECT_NE(0, mig_set_state(&m->dev, STOP, NULL))
+		EXPECT_NE(0, mig_set_state(&m->dev, MIG_STOP, NULL))
 			PROMISE("%s: a refusal sticks", what);
-		EXPECT_NE(0, mig_set_state(&m->dev, RUNNING, NULL))
+		EXPECT_NE(0, mig_set_state(&m->dev, MIG_RUNNING, NULL))
 			PROMISE("%s: a device with refused data does not run", what);
 		ASSERT_EQ(0, mig_get_state(&m->dev, &state));
-		EXPECT_TRUE(state == RESUMING || state == ERROR)
+		EXPECT_TRUE(state == MIG_RESUMING || state == MIG_ERROR)
 			PROMISE("%s: the device is not RUNNING until reset, not in %s",
 				what, mig_state_name(state));
 	}
 	ASSERT_EQ(0, mig_reset(&m->dev))
 		PROMISE("RESET works in every state");
 	if (thorough) {
-		expect_state(_metadata, &m->dev, RUNNING, what);
+		expect_state(_metadata, &m->dev, MIG_RUNNING, what);
 		expect_fresh(_metadata, m, what);
 		EXPECT_TRUE(mig_fd_is_dead(fd))
 			PROMISE("%s: RESET ends the session", what);
@@ -124,11 +124,11 @@ TEST_F_TIMEOUT(refuse, every_truncation, 120)
 			continue;
 		if (n++ % variant->stride)
 			continue;
-		fd = go(_metadata, &s->m.dev, RESUMING);
+		fd = go(_metadata, &s->m.dev, MIG_RESUMING);
 		ret = mig_load(fd, s->stream.data, at, 0, NULL);
 		EXPECT_EQ(0, ret)
 			PROMISE("the beginning of a good image is accepted (%zu bytes)", at);
-		EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, STOP, NULL))
+		EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, MIG_STOP, NULL))
 			PROMISE("an image that ends after %zu of %zu bytes is incomplete",
 				at, s->stream.len);
 		close(fd);
@@ -585,11 +585,11 @@ static void expect_loads(struct __test_metadata *_metadata, struct subject *s,
 {
 	int fd, ret;
 
-	fd = go(_metadata, &s->m.dev, RESUMING);
+	fd = go(_metadata, &s->m.dev, MIG_RESUMING);
 	ret = mig_load(fd, image->data, image->len, chunk, NULL);
 	EXPECT_EQ(0, ret)
 		PROMISE("%s: write() takes a good image", what);
-	EXPECT_EQ(0, mig_set_state(&s->m.dev, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(&s->m.dev, MIG_STOP, NULL))
 		PROMISE("%s: a good image is accepted at RESUMING -> STOP", what);
 	expect_memory(_metadata, &s->m, s->good.memory, what);
 	close(fd);
@@ -642,14 +642,14 @@ TEST_F(refuse, incomplete_image_can_be_completed)
 	size_t half = s->stream.len / 2;
 	int fd;
 
-	fd = go(_metadata, &s->m.dev, RESUMING);
+	fd = go(_metadata, &s->m.dev, MIG_RESUMING);
 	EXPECT_EQ(0, mig_load(fd, s->stream.data, half, 0, NULL));
-	EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, STOP, NULL))
+	EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, MIG_STOP, NULL))
 		PROMISE("an incomplete image is refused");
-	expect_state(_metadata, &s->m.dev, RESUMING, "after an incomplete image");
+	expect_state(_metadata, &s->m.dev, MIG_RESUMING, "after an incomplete image");
 	EXPECT_EQ(0, mig_load(fd, s->stream.data + half, s->stream.len - half, 0, NULL))
 		PROMISE("the rest may still be written");
-	EXPECT_EQ(0, mig_set_state(&s->m.dev, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(&s->m.dev, MIG_STOP, NULL))
 		PROMISE("the image is complete now");
 	expect_memory(_metadata, &s->m, s->good.memory, "in STOP on the target");
 }
@@ -660,13 +660,13 @@ TEST_F(refuse, good_image_after_an_error)
 	struct mig_stream *s = &self->s.stream;
 	int fd;
 
-	fd = go(_metadata, &self->s.m.dev, RESUMING);
+	fd = go(_metadata, &self->s.m.dev, MIG_RESUMING);
 	s->data[0] ^= 1;
 	EXPECT_EQ(-EINVAL, mig_load(fd, s->data, s->len, 0, NULL));
 	s->data[0] ^= 1;
 	EXPECT_EQ(-EINVAL, mig_load(fd, s->data, s->len, 0, NULL))
 		PROMISE("a refusal sticks: later writes fail, too");
-	EXPECT_EQ(-EINVAL, mig_set_state(&self->s.m.dev, STOP, NULL))
+	EXPECT_EQ(-EINVAL, mig_set_state(&self->s.m.dev, MIG_STOP, NULL))
 		PROMISE("a refusal sticks: RESUMING -> STOP fails");
 	ASSERT_EQ(0, mig_reset(&self->s.m.dev));
 	expect_good_image_loads(_metadata, &self->s);
@@ -727,7 +727,7 @@ TEST_F(refuse, write_across_fault_loses_nothing)
 	ASSERT_NE(MAP_FAILED, map);
 	ASSERT_EQ(0, mprotect(map + page, page, PROT_NONE));
 
-	fd = go(_metadata, &self->s.m.dev, RESUMING);
+	fd = go(_metadata, &self->s.m.dev, MIG_RESUMING);
 	EXPECT_EQ(-1, write(fd, map + page, 16));
 	EXPECT_EQ(EFAULT, errno)
 		PROMISE("EFAULT only when nothing was taken");
@@ -746,7 +746,7 @@ TEST_F(refuse, write_across_fault_loses_nothing)
 			PROMISE("only the bytes taken are counted");
 		at += ret;
 	}
-	EXPECT_EQ(0, mig_set_state(&self->s.m.dev, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(&self->s.m.dev, MIG_STOP, NULL))
 		PROMISE("no byte is lost or taken twice");
 	expect_memory(_metadata, &self->s.m, self->s.good.memory, "in STOP on the target");
 }
@@ -828,7 +828,7 @@ TEST_F(refuse, killed_reader_ends_within_a_chunk)
 	int fd;
 
 	populate(_metadata, &s->m, 0x5eed);
-	fd = go(_metadata, &s->m.dev, STOP_COPY);
+	fd = go(_metadata, &s->m.dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, mig_data_size(&s->m.dev, &before));
 	if (!killed_in_transfer(_metadata, fd, &s->stream, true))
 		SKIP(return, "no userfaultfd");
@@ -848,16 +848,16 @@ TEST_F(refuse, killed_writer_ends_within_a_block)
 	struct mig_stream rest = {};
 	int fd;
 
-	fd = go(_metadata, &s->m.dev, RESUMING);
+	fd = go(_metadata, &s->m.dev, MIG_RESUMING);
 	if (!killed_in_transfer(_metadata, fd, &s->stream, false))
 		SKIP(return, "no userfaultfd");
-	EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, STOP, NULL))
+	EXPECT_EQ(-EINVAL, mig_set_state(&s->m.dev, MIG_STOP, NULL))
 		PROMISE("a killed writer writes no further block");
 	EXPECT_EQ(0, mig_stream_add(&rest, s->stream.data + BEGUN,
 				    s->stream.len - BEGUN));
 	EXPECT_EQ(0, mig_load(fd, rest.data, rest.len, 0, NULL))
 		PROMISE("the data of a killed writer is loaded once");
-	EXPECT_EQ(0, mig_set_state(&s->m.dev, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(&s->m.dev, MIG_STOP, NULL))
 		PROMISE("the data of a killed writer is loaded once");
 	close(fd);
 }
@@ -873,8 +873,8 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 	MOCK_OPEN_OR_SKIP(&dst, "VFIO_MOCK_SMALL", 1, variant->backend);
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
 	populate(_metadata, &s->m, 0x5eed);
-	fd = go(_metadata, &s->m.dev, STOP_COPY);
-	to = go(_metadata, &dst.dev, RESUMING);
+	fd = go(_metadata, &s->m.dev, MIG_STOP_COPY);
+	to = go(_metadata, &dst.dev, MIG_RESUMING);
 	EXPECT_EQ(-1, sendfile(to, fd, NULL, 4096));
 	EXPECT_EQ(EINVAL, errno)
 		PROMISE("sendfile() is for files with a position");
@@ -889,14 +889,14 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 	EXPECT_EQ(0, in)
 		PROMISE("permanent end of stream: splice() returns 0 (%s)",
 			strerror(errno));
-	EXPECT_EQ(0, mig_set_state(&dst.dev, STOP, NULL))
+	EXPECT_EQ(0, mig_set_state(&dst.dev, MIG_STOP, NULL))
 		PROMISE("splice() neither loses nor repeats bytes");
 	expect_memory(_metadata, &dst, s->good.memory, "in STOP on the target");
 	ASSERT_EQ(0, mig_reset(&dst.dev));
 	close(to);
 
 	/* A refusal of bad bytes persists. */
-	to = go(_metadata, &dst.dev, RESUMING);
+	to = go(_metadata, &dst.dev, MIG_RESUMING);
 	ASSERT_EQ(3, write(pipes[1], "bad", 3));
 	ASSERT_EQ(4096, write(pipes[1], s->good.memory, 4096));
 	EXPECT_EQ(-1, splice(pipes[0], NULL, to, NULL, 4099, 0));
@@ -920,7 +920,7 @@ TEST_F(refuse, splice_returns_enomsg_at_temporary_end)
 	NEED_PRE_COPY(&s->m.dev);
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
 	populate(_metadata, &s->m, 0x5eed);
-	fd = go(_metadata, &s->m.dev, PRE_COPY);
+	fd = go(_metadata, &s->m.dev, MIG_PRE_COPY);
 	while ((in = splice(fd, NULL, pipes[1], NULL, 1 << 20, 0)) > 0)
 		ASSERT_EQ(in, mig_read(pipes[0], &rest, in));
 	EXPECT_EQ(-1, in);

@@ -373,9 +373,9 @@ static void load(struct __test_metadata *_metadata, const struct mock *from,
 	unsigned int n;
 	int fd;
 
-	fd = go(_metadata, &to->dev, RESUMING);
+	fd = go(_metadata, &to->dev, MIG_RESUMING);
 	load_all(_metadata, fd, image);
-	ASSERT_EQ(0, mig_set_state(&to->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&to->dev, MIG_STOP, NULL));
 	close(fd);
 	memcpy(to->want, from->want, to->size);
 	for (n = 0; n < DESCS; n++) {
@@ -398,7 +398,7 @@ static void move(struct __test_metadata *_metadata, stress_data *self,
 
 	start_logs(_metadata, self, from);
 	if (flags & VFIO_MIGRATION_PRE_COPY) {
-		set_all(_metadata, from, PRE_COPY, fds);
+		set_all(_metadata, from, MIG_PRE_COPY, fds);
 		pre_copy(_metadata, self, from, fds, images);
 	}
 	for (n = 0; n < NR_WRITERS; n++)
@@ -406,8 +406,8 @@ static void move(struct __test_metadata *_metadata, stress_data *self,
 	/* Both devices are in a P2P state before the first one stops. */
 	if (flags & VFIO_MIGRATION_P2P)
 		set_all(_metadata, from, flags & VFIO_MIGRATION_PRE_COPY ?
-			PRE_COPY_P2P : RUNNING_P2P, fds);
-	set_all(_metadata, from, STOP_COPY, fds);
+			MIG_PRE_COPY_P2P : MIG_RUNNING_P2P, fds);
+	set_all(_metadata, from, MIG_STOP_COPY, fds);
 	for (n = 0; n < NR_WRITERS; n++)
 		bounds[n].after = atomic_load(&self->writers[n].begun);
 
@@ -440,8 +440,8 @@ static void move(struct __test_metadata *_metadata, stress_data *self,
 	}
 	map_all(_metadata, self, from, false);
 	map_all(_metadata, self, to, true);
-	set_all(_metadata, to, flags & VFIO_MIGRATION_P2P ? RUNNING_P2P : RUNNING, fds);
-	set_all(_metadata, to, RUNNING, fds);
+	set_all(_metadata, to, flags & VFIO_MIGRATION_P2P ? MIG_RUNNING_P2P : MIG_RUNNING, fds);
+	set_all(_metadata, to, MIG_RUNNING, fds);
 }
 
 TEST_F_TIMEOUT(stress, everything_at_once, 7200)

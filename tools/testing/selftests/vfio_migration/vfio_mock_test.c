@@ -130,7 +130,7 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 
 	populate(_metadata, src, 0x1234);
 	if (src->dev.flags & VFIO_MIGRATION_PRE_COPY) {
-		fd = go(_metadata, &src->dev, PRE_COPY);
+		fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
 		ASSERT_EQ(0, mig_data_size(&src->dev, &size));
 		EXPECT_EQ(size, info.initial_bytes)
@@ -166,7 +166,7 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 		store_noise(_metadata, src, src->size - PAGE - 1, 2, 80);
 		if (src->dev.flags & VFIO_MIGRATION_P2P) {
 			left = expect_exact_info(_metadata, src, fd);
-			move_on(_metadata, &src->dev, PRE_COPY_P2P);
+			move_on(_metadata, &src->dev, MIG_PRE_COPY_P2P);
 			EXPECT_EQ(left, expect_exact_info(_metadata, src, fd));
 			store_noise(_metadata, src, 3 * PAGE, 9, 81);
 			expect_exact_info(_metadata, src, fd);
@@ -185,7 +185,7 @@ TEST_F_TIMEOUT(mock, life_of_a_migration, 120)
 	expect_memory(_metadata, dst, dst->want, "after commands on the target");
 
 	/* The source is unchanged and can be resumed. */
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	expect_memory(_metadata, src, src->want, "on the source, back in RUNNING");
 
 	/* From the target back to the source. */
@@ -205,7 +205,7 @@ TEST_F_TIMEOUT(mock, dirtying_is_accounted_exactly, 120)
 
 	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 5);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	for (i = 0; i < 300; i++) {
 		r = vfio_mock_mix(++n);
 		at = vfio_mock_mix(++n) % src->size;
@@ -273,7 +273,7 @@ TEST_F(mock, one_dirty_page_costs_one_page)
 	int fd, i;
 
 	NEED_PRE_COPY(&src->dev);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	ASSERT_EQ(0, mig_data_size(&src->dev, &tail));
 	EXPECT_LT(0U, tail)
@@ -313,7 +313,7 @@ TEST_F_TIMEOUT(mock, poller_wakes_when_state_gets_dirty, 60)
 	int fd, i;
 
 	NEED_PRE_COPY(&src->dev);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	for (i = 0; i < 2; i++) {
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 		poller_start(_metadata, &poller, fd);
@@ -341,7 +341,7 @@ TEST_F(mock, reinit_announces_new_initial_data)
 	NEED_PRE_COPY(&src->dev);
 	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
 	populate(_metadata, src, 8);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.flags & VFIO_PRECOPY_INFO_REINIT)
 		PROMISE("REINIT is only reported for later initial data");
@@ -381,7 +381,7 @@ TEST_F(mock, rest_of_a_change_is_initial_after_reinit)
 	NEED_PRE_COPY(&src->dev);
 	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
 	populate(_metadata, src, 10);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	store_noise(_metadata, src, 0, 1, 1);
 	ASSERT_EQ(1, mig_read(fd, &image, 1));
@@ -416,7 +416,7 @@ TEST_F(mock, new_session_streams_everything)
 	NEED_PRE_COPY(&src->dev);
 	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
 	populate(_metadata, src, 9);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, mig_data_size(&src->dev, &whole));
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	command(_metadata, src, VFIO_MOCK_CMD_REINIT, 0, 0, 4711);
@@ -424,10 +424,10 @@ TEST_F(mock, new_session_streams_everything)
 	ASSERT_LT(0, mig_read(fd, &image, 10));
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ((__u32)VFIO_PRECOPY_INFO_REINIT, info.flags);
-	move_on(_metadata, &src->dev, RUNNING);
+	move_on(_metadata, &src->dev, MIG_RUNNING);
 	close(fd);
 
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0U, info.flags)
 		PROMISE("REINIT is not reported for data that this session has not streamed yet");
@@ -447,7 +447,7 @@ TEST_F(mock, reinit_is_not_reported_without_opt_in)
 	int fd;
 
 	NEED_PRE_COPY(&src->dev);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	command(_metadata, src, VFIO_MOCK_CMD_REINIT, 0, 0, 4711);
 	vfio_mock_pattern(src->want, 4711, 0, src->size);
@@ -465,7 +465,7 @@ TEST_F(mock, precopy_info_answers_both_numbers)
 	int fd;
 
 	NEED_PRE_COPY(&src->dev);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_LT(0, mig_read(fd, &(struct mig_stream){}, 99));
 	ASSERT_EQ(0, mig_precopy_info(fd, &info));
 	EXPECT_EQ(0, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft))
@@ -476,11 +476,11 @@ TEST_F(mock, precopy_info_answers_both_numbers)
 	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
 	EXPECT_EQ(EINVAL, errno);
 
-	move_on(_metadata, &src->dev, STOP_COPY);
+	move_on(_metadata, &src->dev, MIG_STOP_COPY);
 	draft.argsz = sizeof(draft);
 	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
 	EXPECT_EQ(EINVAL, errno);
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	EXPECT_EQ(-ENODEV, mig_precopy_info(fd, &info))
 		PROMISE("every call on the fd of an ended session returns ENODEV");
 	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
@@ -499,7 +499,7 @@ TEST_F(mock, cancelled_migration_does_not_change_source)
 	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 9);
 	for (i = 0; i < 3; i++) {
-		fd = go(_metadata, &src->dev, PRE_COPY);
+		fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
 		if (!i)
 			first = info.initial_bytes;
@@ -510,7 +510,7 @@ TEST_F(mock, cancelled_migration_does_not_change_source)
 		store_noise(_metadata, src, i * PAGE, 9, i);
 		if (i == 2)
 			break;
-		move_on(_metadata, &src->dev, RUNNING);
+		move_on(_metadata, &src->dev, MIG_RUNNING);
 		EXPECT_TRUE(mig_fd_is_dead(fd));
 		close(fd);
 		expect_memory(_metadata, src, src->want, "after a cancelled migration");
@@ -556,8 +556,8 @@ TEST_F_TIMEOUT(mock, stream_is_independent_of_read_size, 120)
 		if (image.len / chunks[i] > (1 << 18))
 			continue;
 		/* STOP_COPY -> STOP -> STOP_COPY starts a new session. */
-		ASSERT_EQ(0, mig_set_state(&src->dev, STOP, NULL));
-		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP, NULL));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP_COPY, &fd));
 		again.len = 0;
 		while ((ret = mig_read(fd, &again, chunks[i])) > 0)
 			;
@@ -577,13 +577,13 @@ TEST_F(mock, p2p_states_keep_the_device_working)
 
 	NEED_P2P(&src->dev);
 	populate(_metadata, src, 12);
-	move_on(_metadata, &src->dev, RUNNING_P2P);
+	move_on(_metadata, &src->dev, MIG_RUNNING_P2P);
 	fill(_metadata, src, 9, 99, 13);
 	store_noise(_metadata, src, PAGE - 1, 2, 14);
 	expect_memory(_metadata, src, src->want, "in RUNNING_P2P");
 	if (!(src->dev.flags & VFIO_MIGRATION_PRE_COPY))
 		return;
-	ASSERT_EQ(0, mig_set_state(&src->dev, PRE_COPY_P2P, &fd));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_PRE_COPY_P2P, &fd));
 	ASSERT_LE(0, fd);
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	fill(_metadata, src, 19, 99, 15);
@@ -607,7 +607,7 @@ static void expect_dropped(struct __test_metadata *_metadata, struct mock *m,
 
 TEST_F(mock, stopped_device_does_not_change)
 {
-	static const __u32 states[] = { STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_STOP, MIG_STOP_COPY, MIG_RESUMING };
 	struct mock *src = &self->src;
 	struct mock_front before, now;
 	struct mig_stream image = {};
@@ -628,7 +628,7 @@ TEST_F(mock, stopped_device_does_not_change)
 		set64(src, LEN, src->size);
 		read_front(_metadata, src, &before);
 		ASSERT_EQ(0, mig_set_state(&src->dev, states[i], &fd));
-		if (states[i] == RESUMING)
+		if (states[i] == MIG_RESUMING)
 			read_front(_metadata, src, &before);
 
 		expect_dropped(_metadata, src, BAR0, VFIO_MOCK_REG_SCRATCH, ~0ULL, 8, name);
@@ -651,11 +651,11 @@ TEST_F(mock, stopped_device_does_not_change)
 		EXPECT_EQ(2U, get(_metadata, src, CONFIG, 4, 2))
 			PROMISE("in %s the device must respond to PCI config space", name);
 		put(_metadata, src, CONFIG, 4, before.config[4], 2);
-		if (states[i] == RESUMING)
+		if (states[i] == MIG_RESUMING)
 			continue;
 
 		expect_memory(_metadata, src, src->want, name);
-		if (states[i] == STOP_COPY) {
+		if (states[i] == MIG_STOP_COPY) {
 			image.len = 0;
 			ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&src->dev)));
 			load_and_compare(_metadata, &self->dst, &image, 0, src->want,
@@ -663,7 +663,7 @@ TEST_F(mock, stopped_device_does_not_change)
 			EXPECT_EQ(0U, reg64(&self->dst, DROPPED))
 				PROMISE("DROPPED does not migrate");
 		}
-		ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 		dropped = reg64(src, DROPPED);
 		store_noise(_metadata, src, 0, 100, 30);
 		fill(_metadata, src, 200, 100, 30);
@@ -676,7 +676,8 @@ TEST_F(mock, stopped_device_does_not_change)
 TEST_F(mock, reset_wipes_the_device)
 {
 	static const __u32 states[] = {
-		RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP, STOP_COPY, RESUMING,
+		MIG_RUNNING, MIG_RUNNING_P2P, MIG_PRE_COPY, MIG_PRE_COPY_P2P, MIG_STOP,
+		MIG_STOP_COPY, MIG_RESUMING,
 	};
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
@@ -692,10 +693,10 @@ TEST_F(mock, reset_wipes_the_device)
 		go_home(_metadata, &src->dev);
 		populate(_metadata, src, 41 + i);
 		ASSERT_EQ(0, mig_set_state(&src->dev, states[i], &fd));
-		if (states[i] == RESUMING)
+		if (states[i] == MIG_RESUMING)
 			load_all(_metadata, fd, &image);
 		ASSERT_EQ(0, mig_reset(&src->dev));
-		expect_state(_metadata, &src->dev, RUNNING, "after RESET");
+		expect_state(_metadata, &src->dev, MIG_RUNNING, "after RESET");
 		expect_fresh(_metadata, src, "after RESET");
 		if (fd >= 0)
 			close(fd);
@@ -704,7 +705,7 @@ TEST_F(mock, reset_wipes_the_device)
 
 TEST_F(mock, next_opener_gets_fresh_device)
 {
-	static const __u32 states[] = { RUNNING, STOP, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_RUNNING, MIG_STOP, MIG_STOP_COPY, MIG_RESUMING };
 	struct mock *src = &self->src;
 	struct mig_stream image = {};
 	unsigned int i;
@@ -718,14 +719,14 @@ TEST_F(mock, next_opener_gets_fresh_device)
 		go_home(_metadata, &src->dev);
 		populate(_metadata, src, 51 + i);
 		ASSERT_EQ(0, mig_set_state(&src->dev, states[i], &fd));
-		if (states[i] == RESUMING)
+		if (states[i] == MIG_RESUMING)
 			load_all(_metadata, fd, &image);
 		if (fd >= 0)
 			close(fd);
 		mig_close_device(&src->dev);
 		ASSERT_EQ(0, mig_reopen_device(&src->dev))
 			STEP("reopen the device: %s", src->dev.why);
-		expect_state(_metadata, &src->dev, RUNNING, "for the next opener");
+		expect_state(_metadata, &src->dev, MIG_RUNNING, "for the next opener");
 		expect_fresh(_metadata, src, "for the next opener");
 	}
 }
@@ -748,17 +749,17 @@ TEST_F_TIMEOUT(mock, read_waits_for_slow_device, 60)
 	for (delay = 1; delay < 400; delay += 1 + delay / 8) {
 		go_home(_metadata, &src->dev);
 		set_save_delay(_metadata, src, delay);
-		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP_COPY, &fd));
 		image.len = 0;
 		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&src->dev)));
 		close(fd);
-		ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	}
 
 	image.len = 0;
 	fd = -1;
 	if (src->dev.flags & VFIO_MIGRATION_PRE_COPY) {
-		fd = go(_metadata, &src->dev, PRE_COPY);
+		fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 		store_noise(_metadata, src, 0, 1, 71);
 		EXPECT_LT(0U, expect_unready_info(_metadata, src, fd));
@@ -780,7 +781,7 @@ TEST_F_TIMEOUT(mock, poller_wakes_once_for_each_record, 60)
 	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 74);
 	set_save_delay(_metadata, src, 5000);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	for (;;) {
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
@@ -814,7 +815,7 @@ TEST_F(mock, change_at_temporary_end_is_ready_at_once)
 
 	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 75);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&src->dev)));
 	set_save_delay(_metadata, src, NEVER);
@@ -843,7 +844,7 @@ TEST_F(mock, nonblocking_read_of_slow_device_is_eagain)
 	NEED_PRE_COPY(&src->dev);
 	populate(_metadata, src, 72);
 	set_save_delay(_metadata, src, NEVER);
-	fd = go(_metadata, &src->dev, PRE_COPY);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096))
 		PROMISE("with O_NONBLOCK a read() returns EAGAIN if no data is ready");
@@ -851,7 +852,7 @@ TEST_F(mock, nonblocking_read_of_slow_device_is_eagain)
 		PROMISE("poll does not report data that is not ready");
 	EXPECT_LT(0U, expect_unready_info(_metadata, src, fd))
 		PROMISE("data that is not ready is still pending");
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	EXPECT_TRUE(mig_fd_is_dead(fd));
 	close(fd);
 
@@ -868,17 +869,17 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 
 	populate(_metadata, src, 74);
 	set_save_delay(_metadata, src, NEVER);
-	fd = go(_metadata, &src->dev, STOP_COPY);
+	fd = go(_metadata, &src->dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
 		PROMISE("also in STOP_COPY poll() waits for data that is not ready");
 	EXPECT_EQ(-EAGAIN, mig_read(fd, &image, 4096));
 	EXPECT_EQ(0, mig_poll(fd, POLLIN, 0));
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	close(fd);
 
 	set_save_delay(_metadata, src, 1000);
-	fd = go(_metadata, &src->dev, STOP_COPY);
+	fd = go(_metadata, &src->dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
 	do {
 		ASSERT_EQ(POLLIN, mig_poll(fd, POLLIN, -1));
@@ -888,7 +889,7 @@ TEST_F(mock, stop_copy_poll_waits_for_slow_saver)
 	EXPECT_EQ(0, got);
 	EXPECT_EQ(0, unready)
 		PROMISE("read() returns data after poll(): a client does not spin");
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	close(fd);
 
 	set_save_delay(_metadata, src, 0);
@@ -905,7 +906,7 @@ TEST_F(mock, read_returns_what_is_ready)
 	int fd;
 
 	populate(_metadata, src, 73);
-	fd = go(_metadata, &src->dev, STOP_COPY);
+	fd = go(_metadata, &src->dev, MIG_STOP_COPY);
 	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
 	ASSERT_EQ(3, mig_read(fd, &image, 3));
 	set_save_delay(_metadata, src, NEVER);
@@ -914,7 +915,7 @@ TEST_F(mock, read_returns_what_is_ready)
 	EXPECT_GT(size, image.len)
 		PROMISE("read() returns the ready data and does not wait for more");
 	/* The device is not ready any more: use a new session. */
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	close(fd);
 	set_save_delay(_metadata, src, 0);
 	image.len = 0;
@@ -974,7 +975,7 @@ TEST_F(mock, readv_returns_what_is_ready)
 	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
 	for (i = 0; i < 2; i++) {
 		set_save_delay(_metadata, src, 0);
-		ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &r.fd));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP_COPY, &r.fd));
 		ASSERT_EQ(3, mig_read(r.fd, &image, 3));
 		set_save_delay(_metadata, src, NEVER);
 		if (!i) {
@@ -982,7 +983,7 @@ TEST_F(mock, readv_returns_what_is_ready)
 			ready = mig_read(r.fd, &image, size);
 			ASSERT_LT(0, ready);
 			ASSERT_GT((ssize_t)size, ready);
-			ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+			ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 			close(r.fd);
 		}
 	}
@@ -998,7 +999,7 @@ TEST_F(mock, readv_returns_what_is_ready)
 	EXPECT_EQ(-1, splice(r.fd, NULL, pipes[1], NULL, 4096, 0));
 	EXPECT_EQ(EAGAIN, errno)
 		PROMISE("splice() does not wait with O_NONBLOCK");
-	ASSERT_EQ(0, mig_set_state(&src->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	EXPECT_EQ(-1, splice(r.fd, NULL, pipes[1], NULL, 4096, 0));
 	EXPECT_EQ(ENODEV, errno)
 		PROMISE("after the session every call fails with ENODEV");
@@ -1022,7 +1023,7 @@ TEST_F(mock, shorter_delay_ends_the_wait)
 		struct reader r = {};
 
 		set_save_delay(_metadata, src, NEVER);
-		r.fd = go(_metadata, &src->dev, STOP_COPY);
+		r.fd = go(_metadata, &src->dev, MIG_STOP_COPY);
 		ASSERT_EQ(0, pthread_create(&r.poller.thread, NULL, reader_main, &r));
 		wait_until_asleep(&r.poller);
 		if (!i) {
@@ -1064,7 +1065,7 @@ static void check_reader_wakes(struct __test_metadata *_metadata, struct mock *m
 	else if (!strcmp(how, "close"))
 		mig_close_device(&m->dev);
 	else
-		ret = mig_set_state(&m->dev, RUNNING, NULL);
+		ret = mig_set_state(&m->dev, MIG_RUNNING, NULL);
 	EXPECT_EQ(0, ret);
 	ASSERT_TRUE(joined(r.poller.thread))
 		PROMISE("a reader that waits in %s wakes at the end of the session by %s",
@@ -1086,8 +1087,8 @@ TEST_F_TIMEOUT(mock, waiting_reader_blocks_no_call, 60)
 
 	for (i = 0; i < ARRAY_SIZE(ends); i++) {
 		if (self->src.dev.flags & VFIO_MIGRATION_PRE_COPY)
-			check_reader_wakes(_metadata, &self->src, PRE_COPY, ends[i]);
-		check_reader_wakes(_metadata, &self->src, STOP_COPY, ends[i]);
+			check_reader_wakes(_metadata, &self->src, MIG_PRE_COPY, ends[i]);
+		check_reader_wakes(_metadata, &self->src, MIG_STOP_COPY, ends[i]);
 	}
 }
 
@@ -1125,8 +1126,8 @@ TEST_F_TIMEOUT(mock, parallel_readers_get_each_byte_once, 60)
 	stop_and_save(_metadata, src, &fd, &image);
 	for (j = 0; j < image.len; j++)
 		sum += image.data[j];
-	ASSERT_EQ(0, mig_set_state(&src->dev, STOP, NULL));
-	ASSERT_EQ(0, mig_set_state(&src->dev, STOP_COPY, &fd));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP_COPY, &fd));
 	for (i = 0; i < ARRAY_SIZE(sharers); i++) {
 		sharers[i].fd = fd;
 		ASSERT_EQ(0, pthread_create(&sharers[i].thread, NULL, sharer_main,
@@ -1153,8 +1154,8 @@ TEST_F(mock, data_fd_outlives_its_device)
 	int save, load;
 
 	populate(_metadata, src, 60);
-	save = go(_metadata, &src->dev, STOP_COPY);
-	load = go(_metadata, &self->dst.dev, RESUMING);
+	save = go(_metadata, &src->dev, MIG_STOP_COPY);
+	load = go(_metadata, &self->dst.dev, MIG_RESUMING);
 	ASSERT_LT(0, mig_read(save, &image, 4096));
 	ASSERT_EQ(0, mig_load(load, image.data, image.len, 0, NULL));
 	mig_close(&src->dev);
@@ -1755,9 +1756,9 @@ TEST_F(pci, bars_need_memory_space)
 	EXPECT_EQ(-EIO, mock_write(m, BAR0, VFIO_MOCK_MSIX_TABLE, &value, 8));
 	EXPECT_EQ(-EIO, mock_write(m, BAR2, 0, &value, 8));
 	/* The same in any migration state. */
-	ASSERT_EQ(0, mig_set_state(&m->dev, STOP, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	EXPECT_EQ(-EIO, mock_write(m, BAR2, 0, &value, 8));
-	ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING, NULL));
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 	EXPECT_EQ(0U, get(_metadata, m, CONFIG, 4, 2))
 		PROMISE("states do not change the command register");
 	put(_metadata, m, CONFIG, 4, 2, 1);
@@ -1789,17 +1790,17 @@ TEST_F(mock, only_vmm_restores_config_space)
 		ASSERT_EQ(0, mig_reset(&dst->dev));
 		if (when == 0)
 			put(_metadata, dst, CONFIG, 4, 0x106, 2);
-		fd = go(_metadata, &dst->dev, RESUMING);
+		fd = go(_metadata, &dst->dev, MIG_RESUMING);
 		if (when == 1)
 			put(_metadata, dst, CONFIG, 4, 0x106, 2);
 		load_all(_metadata, fd, &image);
 		/* The time of QEMU and Cloud Hypervisor. */
 		if (when == 2)
 			put(_metadata, dst, CONFIG, 4, 0x106, 2);
-		ASSERT_EQ(0, mig_set_state(&dst->dev, STOP, NULL));
+		ASSERT_EQ(0, mig_set_state(&dst->dev, MIG_STOP, NULL));
 		if (when == 3)
 			put(_metadata, dst, CONFIG, 4, 0x106, 2);
-		move_on(_metadata, &dst->dev, RUNNING);
+		move_on(_metadata, &dst->dev, MIG_RUNNING);
 		close(fd);
 		EXPECT_EQ(0x106U, get(_metadata, dst, CONFIG, 4, 2))
 			PROMISE("the command register written by the VMM (case %u) stays", when);
@@ -1813,7 +1814,7 @@ TEST_F(mock, only_vmm_restores_config_space)
 
 TEST_F(pci, data_fd_outlives_the_mediated_device)
 {
-	static const __u32 states[] = { PRE_COPY, STOP_COPY, RESUMING };
+	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
 	struct vfio_precopy_info info;
 	struct guest guest;
 	unsigned int i;

@@ -144,7 +144,7 @@ TEST_F_TIMEOUT(work, image_has_the_interrupt_of_an_ended_descriptor, 600)
 		};
 		if (i % 2 && p2p) {
 			/* Abort it while the worker cannot run. */
-			ASSERT_EQ(0, mig_set_state(&m->dev, RUNNING_P2P, NULL));
+			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING_P2P, NULL));
 			start(_metadata, m, 0, &d);
 			set32(m, DMA_ABORT, 0);
 		} else {
@@ -153,7 +153,7 @@ TEST_F_TIMEOUT(work, image_has_the_interrupt_of_an_ended_descriptor, 600)
 			usleep(i % 97);
 		}
 		fd = -1;
-		ASSERT_EQ(0, mig_set_state(&m->dev, STOP_COPY, &fd));
+		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP_COPY, &fd));
 		d = dma_get(_metadata, m, 0);
 		if (!dma_owned(&d)) {
 			ended[d.status == VFIO_MOCK_DMA_ABORTED]++;
@@ -195,7 +195,7 @@ static void *changer_main(void *arg)
 	unsigned int i;
 
 	for (i = 0; i < c->count && !c->ret; i++)
-		c->ret = mig_set_state(c->dev, i % 2 ? RUNNING : RUNNING_P2P, NULL);
+		c->ret = mig_set_state(c->dev, i % 2 ? MIG_RUNNING : MIG_RUNNING_P2P, NULL);
 	atomic_store(&c->done, true);
 	return NULL;
 }
@@ -232,7 +232,7 @@ static void *stop_main(void *arg)
 {
 	struct changer *c = arg;
 
-	c->ret = mig_set_state(c->dev, STOP, NULL);
+	c->ret = mig_set_state(c->dev, MIG_STOP, NULL);
 	return NULL;
 }
 
@@ -599,7 +599,7 @@ TEST_F_TIMEOUT(payer, worker_uses_the_quota_of_the_opener, 120)
 	WAIT_FOR(value(_metadata, self->group, "cpu.stat", "nr_throttled ") > 2,
 		 "CPU time of the worker counts against cpu.max of the opener");
 	expect_moving(_metadata, &m, 0);
-	EXPECT_EQ(0, mig_set_state(&m.dev, STOP, NULL));
+	EXPECT_EQ(0, mig_set_state(&m.dev, MIG_STOP, NULL));
 	mock_close(&m);
 }
 
@@ -663,7 +663,7 @@ TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 		missing += !(bitmap[0] & 1);
 	}
 	EXPECT_EQ(0U, missing)
-			PROMISE("pages without memory for the log are reported");
+		PROMISE("pages without memory for the log are reported");
 	mock_close(&m);
 	kill(pid, SIGKILL);
 	waitpid(pid, NULL, 0);
@@ -792,7 +792,7 @@ TEST_F_TIMEOUT(freezer, frozen_worker_does_not_delay_close, 60)
 		snprintf(path, sizeof(path), "%s/freezer.state", self->group);
 		WAIT_FOR(slurp(path, text, sizeof(text)) && !strcmp(text, "FROZEN\n"),
 			 "the worker freezes with the cgroup");
-		EXPECT_EQ(0, mig_set_state(&m.dev, STOP, NULL))
+		EXPECT_EQ(0, mig_set_state(&m.dev, MIG_STOP, NULL))
 			PROMISE("a frozen worker does not run");
 		ASSERT_EQ(0, pthread_create(&closer, NULL, close_main, &m));
 		EXPECT_TRUE(joined(closer))
@@ -843,8 +843,8 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 		}
 		charged = value(_metadata, self->group, "memory.stat", slab) - before;
 		/*
-	 * At least a bit for each page of a zone. Half of it, because the statistics of
-	 * a cgroup lag behind.
+		 * At least a bit for each page of a zone. Half of it, because the statistics of
+		 * a cgroup lag behind.
 		 */
 		EXPECT_LE((__s64)(ZONES * ZONE_PAGES / 8 / 2), charged)
 			PROMISE("a log of %u zones charges the cgroup of the opener (%lld)",
