@@ -24,8 +24,8 @@
 //!   `migration::load`, [`migration::stream`] and `chip` of the target.
 //! * An interrupt: the worker calls `device`, `chip` and `dma`, which takes the vectors of ended
 //!   descriptors from [`queue`] and signals them.
-//! * A state change: the engine of the crate closes or opens the device for work and accesses, and
-//!   calls `migration`, which saves and loads `chip`.
+//! * A state change: the crate stops or starts work and accesses, and calls `migration`, which
+//!   saves and loads `chip`.
 
 use kernel::{
     prelude::*,
