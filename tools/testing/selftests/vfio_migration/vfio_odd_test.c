@@ -47,7 +47,7 @@ FIXTURE_SETUP(odd)
 		 module);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
-		SKIP(return, "%s is not built", path);
+		SKIP(return, "vfio_odd.ko is not built");
 	ASSERT_EQ(0, syscall(SYS_finit_module, fd, "", 0))
 		STEP("load %s: %s", path, strerror(errno));
 	close(fd);
