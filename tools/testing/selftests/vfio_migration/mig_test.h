@@ -278,4 +278,39 @@ static inline int poller_join(struct poller *p)
 	return joined(p->thread) ? p->revents : 0;
 }
 
+static inline bool hang_is_over(const struct timespec *start)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec > start->tv_sec + mig_hang_seconds();
+}
+
+/* Waits until @condition holds, and fails the test if it never does. */
+#define WAIT_FOR(condition, fmt, ...) do {					\
+	struct timespec __start;						\
+	bool __met;								\
+										\
+	clock_gettime(CLOCK_MONOTONIC, &__start);				\
+	while (!(__met = (condition)) && !hang_is_over(&__start))		\
+		usleep(100);							\
+	ASSERT_TRUE(__met)							\
+		PROMISE(fmt, ##__VA_ARGS__);					\
+} while (0)
+
+/* Is the process in a wait that only its end or SIGKILL interrupts? */
+static inline bool sleeps_uninterruptibly(pid_t pid)
+{
+	char path[64], line[256] = {}, *paren;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	file = fopen(path, "r");
+	if (!file)
+		return false;
+	paren = fgets(line, sizeof(line), file) ? strrchr(line, ')') : NULL;
+	fclose(file);
+	return paren && !strncmp(paren, ") D", 3);
+}
+
 #endif /* MIG_TEST_H */

@@ -60,26 +60,6 @@ static inline bool dma_owned(const struct dma_desc *d)
 	return d->status == VFIO_MOCK_DMA_QUEUED || d->status == VFIO_MOCK_DMA_ACTIVE;
 }
 
-static inline bool hang_is_over(const struct timespec *start)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec > start->tv_sec + mig_hang_seconds();
-}
-
-/* Waits until @condition holds, and fails the test if it never does. */
-#define WAIT_FOR(condition, fmt, ...) do {					\
-	struct timespec __start;						\
-	bool __met;								\
-										\
-	clock_gettime(CLOCK_MONOTONIC, &__start);				\
-	while (!(__met = (condition)) && !hang_is_over(&__start))		\
-		usleep(100);							\
-	ASSERT_TRUE(__met)							\
-		PROMISE(fmt, ##__VA_ARGS__);					\
-} while (0)
-
 /* Waits until software owns the descriptor again, and returns it. */
 static inline struct dma_desc dma_wait(struct __test_metadata *_metadata,
 				       const struct mock *m, unsigned int n)

@@ -1585,21 +1585,6 @@ TEST_F_TIMEOUT(dma, reset_ends_the_wait_for_dma, 60)
 	mig_stall_free(&stall);
 }
 
-/* Is the process in a wait that only its end or SIGKILL interrupts? */
-static bool sleeps_uninterruptibly(pid_t pid)
-{
-	char path[64], line[256] = {}, *paren;
-	FILE *file;
-
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	file = fopen(path, "r");
-	if (!file)
-		return false;
-	paren = fgets(line, sizeof(line), file) ? strrchr(line, ')') : NULL;
-	fclose(file);
-	return paren && !strncmp(paren, ") D", 3);
-}
-
 /* A killed process does not wait for the state change of another one. */
 TEST_F_TIMEOUT(dma, killed_ioctl_does_not_wait_for_a_state_change, 120)
 {

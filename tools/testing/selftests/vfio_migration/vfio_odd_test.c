@@ -213,8 +213,6 @@ TEST_F_TIMEOUT(odd, reset_and_reads_wait_for_each_other, 60)
 TEST_F_TIMEOUT(odd, read_that_waits_for_a_reset_can_be_killed, 60)
 {
 	struct user reader, resetter;
-	unsigned int i;
-	bool ended;
 	pid_t pid;
 
 	begin_slow_read(_metadata, self, variant->backend, &reader);
@@ -227,16 +225,10 @@ TEST_F_TIMEOUT(odd, read_that_waits_for_a_reset_can_be_killed, 60)
 		read_main(&second);
 		_exit(0);
 	}
-	usleep(20000);
-	kill(pid, SIGKILL);
-	for (i = 0; i < 100 * (unsigned int)mig_hang_seconds(); i++) {
-		ended = waitpid(pid, NULL, WNOHANG) == pid;
-		if (ended)
-			break;
-		usleep(10000);
-	}
-	EXPECT_TRUE(ended)
-		PROMISE("a read that waits for a reset can be killed");
+	WAIT_FOR(sleeps_uninterruptibly(pid), "a read waits for a reset");
+	ASSERT_EQ(0, kill(pid, SIGKILL));
+	WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
+		 "a read that waits for a reset can be killed");
 	EXPECT_FALSE(atomic_load(&resetter.poller.done));
 	let_reads_end(_metadata, self);
 	ASSERT_TRUE(joined(resetter.poller.thread));
