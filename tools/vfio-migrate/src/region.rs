@@ -149,7 +149,8 @@ impl Load {
         }
     }
 
-    /// Writes pages of the host with different content at random offsets until [`Self::stop`] is called.
+    /// Writes pages of the host with different content at random offsets until [`Self::stop`] is
+    /// called.
     pub(crate) fn run(&self, bytes: &dyn Bytes, size: u64, rate: u64) -> io::Result<()> {
         let mut pace = Pace::new(Some(rate), Instant::now());
         let mut page = vec![0; size.min(page_size() as u64) as usize];

@@ -1087,7 +1087,10 @@ proptest! {
     /// A damaged stream is refused, unless the damage does not change the state.
     #[test]
     #[cfg_attr(miri, ignore = "too slow")]
-    fn damage_is_noticed(damages in prop::collection::vec(damage(), 1..4), cut in 1..2 * PAGE_SIZE + 808) {
+    fn damage_is_noticed(
+        damages in prop::collection::vec(damage(), 1..4),
+        cut in 1..2 * PAGE_SIZE + 808,
+    ) {
         let memory = memory(2, 9);
         let mut stream = save(&memory, registers(REGISTERS));
         let mut loader = Loader::new(2);
