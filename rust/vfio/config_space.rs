@@ -13,7 +13,7 @@ use kernel::prelude::*;
 /// The size in bytes of a conventional configuration space.
 pub const SIZE: usize = 256;
 
-/// Offsets, as in `PCI_*`.
+/// Offsets, named like `PCI_*`.
 const VENDOR_ID: usize = 0x00;
 const COMMAND: usize = 0x04;
 const CLASS_REVISION: usize = 0x08;
@@ -22,7 +22,7 @@ const BASE_ADDRESS_0: usize = 0x10;
 const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
 const CAPABILITY_LIST: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
-/// Where the only capability is.
+/// Offset of the only capability.
 const CAPABILITY: usize = 0x40;
 
 /// In the command register: memory space, bus master, parity, SERR#, INTx disable.
@@ -35,20 +35,21 @@ const STATUS_CAP_LIST: u32 = 1 << 20;
 /// In a base address register: memory anywhere in 64 bits.
 const BASE_ADDRESS_64: u32 = 1 << 2;
 const BASE_ADDRESS_PREFETCH: u32 = 1 << 3;
-/// The capability MSI-X, and what of its first dword can be written: enable, function mask.
+/// The capability MSI-X, and the writable bits of its first dword: enable, function mask.
 const CAP_ID_MSIX: u32 = 0x11;
 const MSIX_WRITABLE: u32 = 0xc000_0000;
 /// In the last byte of that dword: the function mask.
 const MSIX_CONTROL: usize = CAPABILITY + 3;
 const MSIX_FUNCTION_MASK: u8 = 1 << 6;
 
-/// Returns how many bytes [`Endpoint::save_msix`](crate::endpoint::Endpoint::save_msix) gives for
-/// a device with `vectors` vectors.
+/// Returns the size in bytes of the data of
+/// [`Endpoint::save_msix`](crate::endpoint::Endpoint::save_msix) for a device with `vectors`
+/// vectors.
 pub const fn msix_size(vectors: u32) -> usize {
     msix::table_size(vectors as usize) + msix::pending_size(vectors as usize)
 }
 
-/// Where a device has its MSI-X table and pending bits.
+/// The location of the MSI-X table and pending bits of a device.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Msix {
     pub(crate) vectors: u32,
@@ -57,17 +58,17 @@ pub(crate) struct Msix {
     pub(crate) pending: u32,
 }
 
-/// What kind of device it is.
+/// The identity of a device.
 pub struct Id {
-    /// Who made it; the subsystem's vendor too.
+    /// Vendor ID, also of the subsystem.
     pub vendor: u16,
-    /// What it is; the subsystem too.
+    /// Device ID, also of the subsystem.
     pub device: u16,
     /// Class, subclass and programming interface, in 24 bits.
     pub class: u32,
 }
 
-/// Returns the words of a configuration space, or of what is as large.
+/// Returns the words of a configuration space or of its mask.
 fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
     let words = bytes.chunks_exact(size_of::<u64>());
     words.filter_map(|word| Some(u64::from_ne_bytes(*word.first_chunk()?)))
@@ -75,12 +76,12 @@ fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
 
 /// The configuration space of a PCI device without INTx.
 ///
-/// When the device is opened and after a reset it is that of power on, with the bit for memory
-/// space set in the command register and that for bus mastering clear, like that of a device that
-/// `vfio-pci` has just opened.
+/// It has its content at power on when the device is opened and after a reset: in the command
+/// register, the bit for memory space is set and the bit for bus mastering is clear, like in a
+/// device that `vfio-pci` has just opened.
 ///
-/// Users find the size of a base address register by writing ones to it, and what the device can
-/// do from the list of capabilities.
+/// Users get the size of a BAR by writing ones to it, and the features of the device from the list
+/// of capabilities.
 ///
 /// # Examples
 ///
@@ -100,7 +101,7 @@ fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
 #[derive(Clone)]
 pub struct ConfigSpace {
     bytes: [u8; SIZE],
-    /// The bits that a write changes.
+    /// The writable bits.
     writable: [u8; SIZE],
     /// The size of each BAR in bytes.
     bars: [u64; 6],
@@ -108,7 +109,7 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// Makes the configuration space of a device without BARs and capabilities, at power on.
+    /// Creates the configuration space of a device without BARs and capabilities, at power on.
     pub fn new(id: Id) -> Self {
         let mut this = Self {
             bytes: [0; SIZE],
@@ -126,9 +127,9 @@ impl ConfigSpace {
         this
     }
 
-    /// Adds a memory BAR of 64 bits, which takes two registers from `index` on.
+    /// Adds a 64-bit memory BAR, which consists of two registers from `index` on.
     ///
-    /// Fails with `EINVAL`, and says why in the log, if `index` is not 0, 2 or 4, if the device has
+    /// Fails with `EINVAL`, and logs the reason, if `index` is not 0, 2 or 4, if the device has
     /// this BAR already, or if `size` in bytes is not a power of two from 16 to
     /// [`region::MAX_SIZE`].
     pub fn memory_bar(mut self, index: usize, size: u64, prefetchable: bool) -> Result<Self> {
@@ -146,7 +147,7 @@ impl ConfigSpace {
             pr_err!("BAR{} of {:#x} bytes: {}\n", index, size, why);
             return Err(EINVAL);
         }
-        // The address bits below the size are fixed, by which a user finds the size.
+        // The address bits below the size are read-only, so that users can get the size.
         let mask = !(size - 1);
         let flags = BASE_ADDRESS_64
             | if prefetchable {
@@ -164,13 +165,13 @@ impl ConfigSpace {
     }
 
     /// Adds the capability MSI-X with `vectors` vectors, whose table and pending bits are in the
-    /// BAR `bar`, at these offsets. Accesses to them are served by the
-    /// [`Endpoint`](crate::endpoint::Endpoint), so the BAR must not be one that users may
-    /// [map](crate::emulated::Operations::mmap): then the device cannot be opened.
+    /// BAR `bar`, at these offsets. The [`Endpoint`](crate::endpoint::Endpoint) serves accesses to
+    /// them, so users must not be able to [map](crate::emulated::Operations::mmap) the BAR:
+    /// otherwise the device cannot be opened.
     ///
-    /// Fails with `EINVAL`, and says why in the log, if there are not 1 to 2048 vectors, if the
-    /// device has MSI-X already or does not have that BAR yet, if an offset is not a multiple of 8,
-    /// or if table and pending bits overlap or are not inside of the BAR.
+    /// Fails with `EINVAL`, and logs the reason, if there are not 1 to 2048 vectors, if the device
+    /// has MSI-X already or does not have that BAR yet, if an offset is not a multiple of 8, or if
+    /// table and pending bits overlap or are not inside the BAR.
     pub fn msix(mut self, vectors: u32, bar: u32, table: u32, pba: u32) -> Result<Self> {
         let size = self.bars.get(bar as usize).copied().unwrap_or(0);
         let count = vectors as usize;
@@ -231,22 +232,22 @@ impl ConfigSpace {
         }
     }
 
-    /// Returns where the MSI-X table and pending bits are.
+    /// Returns the location of the MSI-X table and pending bits.
     pub(crate) fn msix_place(&self) -> Msix {
         self.msix
     }
 
-    /// Tells whether all vectors of MSI-X are masked.
+    /// Returns whether all MSI-X vectors are masked.
     pub(crate) fn is_function_masked(&self) -> bool {
         self.bytes[MSIX_CONTROL] & self.writable[MSIX_CONTROL] & MSIX_FUNCTION_MASK != 0
     }
 
-    /// Tells whether memory space is on: accesses to BARs reach the device.
+    /// Returns whether memory space is enabled: accesses to BARs reach the device.
     pub(crate) fn is_decoding(&self) -> bool {
         self.bytes[COMMAND] & COMMAND_MEMORY != 0
     }
 
-    /// Tells whether bus mastering is on: the device may do DMA and send messages.
+    /// Returns whether bus mastering is enabled: the device may do DMA and send messages.
     pub(crate) fn is_master(&self) -> bool {
         self.bytes[COMMAND] & COMMAND_MASTER != 0
     }
@@ -261,14 +262,14 @@ impl ConfigSpace {
         }
     }
 
-    /// Reads bytes; what is behind the end reads as zero.
+    /// Reads bytes. Bytes after the end read as zero.
     pub(crate) fn read(&self, offset: usize, to: &mut [u8]) {
         for (at, byte) in (offset..).zip(to) {
             *byte = self.bytes.get(at).copied().unwrap_or(0);
         }
     }
 
-    /// Writes bytes, of which only the writable bits count.
+    /// Writes bytes. Only writable bits change.
     pub(crate) fn write(&mut self, offset: usize, from: &[u8]) {
         let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
         for ((byte, mask), from) in bytes.zip(from) {
@@ -276,13 +277,13 @@ impl ConfigSpace {
         }
     }
 
-    /// Returns all of it, for the stream.
+    /// Returns the whole content, for the stream.
     pub(crate) fn save(&self) -> &[u8; SIZE] {
         &self.bytes
     }
 
-    /// Tells whether what is in a stream is of such a device: whether it differs in nothing that
-    /// cannot be written.
+    /// Returns whether a configuration space in a stream belongs to such a device: whether all
+    /// read-only bits are equal.
     pub(crate) fn accepts(&self, bytes: &[u8; SIZE]) -> bool {
         let old = words(&self.bytes).zip(words(&self.writable));
         old.zip(words(bytes))

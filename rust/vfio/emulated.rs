@@ -2,9 +2,9 @@
 
 //! Devices without an IOMMU of their own.
 //!
-//! Such a device is made of software: it looks like a PCI device to its user, and what it reads and
-//! writes of the user's memory goes through VFIO. The user reaches it through a group and a
-//! container, or through a character device and an iommufd.
+//! Such a device is emulated in software. It looks like a PCI device to its user, and accesses the
+//! user's memory through VFIO. The user opens it through a group and a container, or through a
+//! character device and an iommufd.
 //!
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
@@ -88,16 +88,16 @@ use kernel::{
 
 /// A driver of an emulated, migratable PCI device.
 ///
-/// The implementing type is the data of the device from its creation to its removal. What belongs
-/// to a user is in [`OpenData`](Self::OpenData) instead: it comes with the first open and goes with
-/// the last close, so that the next user finds nothing of it.
+/// The implementing type is the data of the device from its creation to its removal. Data of a user
+/// belongs in [`OpenData`](Self::OpenData) instead, which is created by the first open and dropped
+/// by the last close, so that the next user cannot see it.
 ///
 /// [`read`](Self::read) and [`write`](Self::write) may be called by any number of threads at the
 /// same time, and beside the methods of [`Migratable`].
 ///
 /// # Examples
 ///
-/// A device with a BAR and two vectors of MSI-X. Its open data is that of the example on the front
+/// A device with a BAR and two vectors of MSI-X. It has the open data of the example on the front
 /// page.
 ///
 /// ```
@@ -147,114 +147,114 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// The name of the driver.
     const NAME: &'static CStr;
 
-    /// Returns which migration states the device supports. Asked once, before it is registered. May
-    /// sleep.
+    /// Returns the migration states that the device supports. Called once, before it is registered.
+    /// May sleep.
     ///
-    /// By default all that the open data supports; it cannot be more.
+    /// By default, all states that the open data supports. It must not be more.
     fn migration_flags(&self) -> Flags {
         Self::OpenData::FLAGS
     }
 
-    /// Returns the PCI configuration space at power on, and with it what BARs and interrupts the
-    /// device has. Asked once, before it is registered. May sleep.
+    /// Returns the PCI configuration space at power on, which defines the BARs and interrupts of
+    /// the device. Called once, before it is registered. May sleep.
     ///
-    /// If it fails the device is not created, and who creates it gets the error.
+    /// If it fails, the creation of the device fails with the same error.
     fn config_space(&self) -> Result<ConfigSpace>;
 
-    /// Makes the data of an open device, in the state of power on.
+    /// Creates the data of an open device, in the state of power on.
     ///
-    /// Called on the first open. May sleep. If it fails the open fails with the same error.
-    /// `endpoint` is of this open, too.
+    /// Called on the first open. May sleep. If it fails, the open fails with the same error.
+    /// `endpoint` is created for this open, too.
     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Self::OpenData, Error>;
 
-    /// Reads from a BAR. The whole range is inside of it. What is read of MSI-X table and pending
-    /// bits is the [`Endpoint`]'s, which replaces it in `to` afterwards.
+    /// Reads from a BAR. The whole range is inside the BAR. The [`Endpoint`] replaces the bytes of
+    /// the MSI-X table and pending bits in `to` afterwards.
     ///
-    /// Called in any migration state, so a read must not change what is in the image. No call is
-    /// under way during a reset, nor when a write to the command register that switches memory
-    /// space off has returned: both wait for the calls under way, as with `vfio-pci`.
+    /// Called in any migration state, so a read must not change migrated state. No call is under
+    /// way during a reset, or after a write to the command register that disables memory space:
+    /// both wait for the calls under way, like in `vfio-pci`.
     ///
-    /// May sleep. No user memory is involved: the bytes are copied on afterwards. A failure is
-    /// returned from the read(), unless a part of it was served before.
+    /// May sleep. Called without access to user memory: the bytes are copied afterwards. A failure
+    /// is returned from the read(), unless a part of it was served before.
     fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
 
-    /// Writes to a BAR. The whole range is inside of it. What is written to the MSI-X table has
-    /// reached the [`Endpoint`], and means nothing to the driver.
+    /// Writes to a BAR. The whole range is inside the BAR. The [`Endpoint`] has handled writes to
+    /// the MSI-X table, and the driver should ignore these bytes.
     ///
     /// Not called while the device is stopped or being reset: such writes are dropped and counted,
     /// see [`Endpoint::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are
-    /// called when the writes under way have returned.
+    /// called after the writes under way have returned.
     ///
-    /// May sleep. No user memory is involved: the bytes were copied before. An access of 1 to 8
-    /// bytes arrives in one piece, as it would on a bus; a longer one arrives in blocks of at most
-    /// 64 KiB. A failure is returned from the write(), unless a part of it was served before.
+    /// May sleep. Called without access to user memory: the bytes were copied before. An access of
+    /// 1 to 8 bytes is passed as a whole, like on a bus. A longer one is passed in blocks of at
+    /// most 64 KiB. A failure is returned from the write(), unless a part of it was served before.
     fn write(open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
 
-    /// Returns the memory that is the content of a BAR and may be mapped by mmap(), if there is.
+    /// Returns the memory that is the content of a BAR and may be mapped by mmap(), if any.
     ///
-    /// Stores to a mapping are tracked as writes are, see [`StateMemory`]; the driver does not
-    /// learn of them otherwise. While the device is stopped they are dropped.
+    /// Stores to a mapping are tracked like writes, see [`StateMemory`]. The driver is not notified
+    /// of them. They are dropped while the device is stopped.
     ///
     /// Called once for each region when the device is opened. The open fails with `EINVAL`, and the
-    /// log says why, if the memory is not as large as the BAR, or if the BAR has the MSI-X table or
-    /// the pending bits, which a mapping would bypass. May sleep. By default there is none.
+    /// log has the reason, if the size of the memory differs from that of the BAR, or if the BAR
+    /// has the MSI-X table or the pending bits, which a mapping would bypass. May sleep. By default
+    /// [`None`].
     fn mmap(_open: &Self::OpenData, _region_index: u32) -> Option<&StateMemory> {
         None
     }
 
-    /// Whether [`work`](Self::work) may access other devices: peer-to-peer DMA. A driver whose work
-    /// never does says `false`, and the work goes on in `RUNNING_P2P` and `PRE_COPY_P2P`. A driver
-    /// cannot tell which memory is behind an IOVA, hence the default.
+    /// Whether [`work`](Self::work) may access other devices: peer-to-peer DMA. If `false`, the
+    /// work goes on in `RUNNING_P2P` and `PRE_COPY_P2P`. A driver cannot know whether an IOVA
+    /// refers to another device, hence the default.
     const PEER_TO_PEER: bool = true;
 
-    /// Does a piece of what the device does by itself, such as DMA, and tells when there is more.
+    /// Does a piece of the device's own work, such as DMA, and returns when to be called next.
     ///
-    /// Called again and again by a worker that exists from the first open to the last close, for
-    /// drivers that have this method; [`Endpoint::wake()`] makes it be called again. Called without
-    /// locks held. May sleep.
+    /// Called repeatedly by a worker that exists from the first open to the last close, if the
+    /// driver has this method. [`Endpoint::wake()`] causes another call. Called without locks held.
+    /// May sleep.
     ///
     /// The crate quiesces the work. When [`Migratable::quiesce_p2p`], [`Migratable::stop`] or
     /// [`Migratable::reset`] is called, no call is under way, and none begins before
     /// [`Migratable::resume_p2p`], [`Migratable::start`] or the reset has returned; then the worker
-    /// is woken. Whatever the answer was, what is left to do waits, and the driver keeps it in the
-    /// device's state. Hence:
+    /// is woken. Unfinished work waits, regardless of the return value, and the driver keeps it in
+    /// the device's state. Hence:
     ///
-    /// * Raise the interrupts of a piece before returning: what is not raised then is not in the
-    ///   image.
+    /// * Raise the interrupts of a piece before returning: later ones are not in the image.
     /// * Keep a piece short. State changes wait for the call under way. A reset and the last close
-    ///   wait, too, but they let transfers of the [`Bus`] fail.
-    /// * Allocate with [`GFP_MAYFAIL`](crate::memory::GFP_MAYFAIL), and be ready for a failure. It
-    ///   is charged to the memory cgroup of the task that opened the device; other flags let the
-    ///   OOM killer end a process of that cgroup which has nothing to do with it.
+    ///   wait, too, but they make transfers of the [`Bus`] fail.
+    /// * Allocate with [`GFP_MAYFAIL`](crate::memory::GFP_MAYFAIL), and handle failures.
+    ///   Allocations are charged to the memory cgroup of the task that opened the device. With
+    ///   other flags, the OOM killer may kill an unrelated process of that cgroup.
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
     }
 }
 
-/// What a device has to do next by itself.
+/// The next work of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// There is more to do now.
+    /// There is more work now.
     Again,
-    /// There is something to do when this time has passed, or when the device is woken.
+    /// There is work when this time has passed, or when the device is woken.
     After(Delta),
-    /// There is nothing to do until the device is woken.
+    /// There is no work until the device is woken.
     Wait,
 }
 
-/// What exists from the first open to the last close.
+/// Data that exists from the first open to the last close.
 #[pin_data]
 struct Opened<T: Operations> {
     data: Arc<T::OpenData>,
     endpoint: Arc<Endpoint>,
-    /// The memory of each region that the user may map.
+    /// For each region, the memory that the user may map.
     mappable: [Option<StateMemory>; region::COUNT as usize],
     #[pin]
     log: dma::Log,
 }
 
-/// What the engine works with: the driver's data, and beside it what the front end does for the
-/// driver. While the device is stopped, interrupts wait and stores to mappings are dropped.
+/// The device as the engine sees it: calls the driver, and does the front end's part. While the
+/// device is stopped, interrupts are pending and stores to mappings are dropped.
 #[vtable]
 impl<T: Operations> Migratable for Opened<T> {
     type OwnerModule = <T::OpenData as Migratable>::OwnerModule;
@@ -262,7 +262,7 @@ impl<T: Operations> Migratable for Opened<T> {
     type Loader = <T::OpenData as Migratable>::Loader;
     const FLAGS: Flags = <T::OpenData as Migratable>::FLAGS;
 
-    // What is passed on here is there only if the driver has it.
+    // A method is forwarded only if the driver has it.
     const HAS_QUIESCE_P2P: bool = <T::OpenData as Migratable>::HAS_QUIESCE_P2P;
     const HAS_RESUME_P2P: bool = <T::OpenData as Migratable>::HAS_RESUME_P2P;
     const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
@@ -330,7 +330,7 @@ impl<T: Operations> Migratable for Opened<T> {
     }
 
     fn halt(&self) {
-        // No matter what fails: nothing begins from here on.
+        // Errors do not matter: nothing starts from now on.
         let _ = self.endpoint.gate.shut(Reason::Stopped);
         self.endpoint.run(false);
         for memory in self.mapped() {
@@ -354,7 +354,7 @@ impl<T: Operations> Opened<T> {
         self.mappable.iter().flatten()
     }
 
-    /// Lets the user's mappings be accessed, or not.
+    /// Sets whether the user may access mappings.
     fn enable(&self, enabled: bool) {
         self.mapped().for_each(|memory| memory.enable(enabled));
     }
@@ -365,11 +365,11 @@ impl<T: Operations> Opened<T> {
     }
 }
 
-/// What the device does by itself.
+/// The work of a device, for its worker.
 ///
 /// # Invariants
 ///
-/// `device` is open as long as this exists.
+/// `device` is open during the lifetime of this value.
 struct ByItself<T: Operations> {
     device: NonNull<bindings::vfio_device>,
     opened: Arc<Opened<T>>,
@@ -395,7 +395,7 @@ impl<T: Operations> worker::Job for ByItself<T> {
     }
 }
 
-/// What a driver's device has behind the `struct vfio_device`.
+/// Private data of a device.
 #[pin_data]
 struct Private<T: Operations> {
     #[pin]
@@ -404,18 +404,18 @@ struct Private<T: Operations> {
     config: ConfigSpace,
     #[pin]
     engine: Engine<Opened<T>>,
-    /// Present while the device is open. A callback that needs it takes a reference, because
-    /// `request` may come at any time.
+    /// Present while the device is open. Callbacks take a reference, because `request` may be
+    /// called at any time.
     #[pin]
     opened: SpinLock<Option<Arc<Opened<T>>>>,
-    /// Present while the device is open, if it does anything by itself.
+    /// Present while the device is open, if the driver has [`Operations::work`].
     #[pin]
     worker: Mutex<Option<Worker<ByItself<T>>>>,
-    /// Tells that the core has let go of the device.
+    /// Completed when the core has released the device.
     released: Arc<Completion>,
 }
 
-/// A device of driver `T`, as the core allocates it.
+/// A device of driver `T`, allocated by the core.
 ///
 /// # Invariants
 ///
@@ -471,11 +471,11 @@ impl<T: Operations> Emulated<T> {
             )?
         };
         // INVARIANT: `private` has just been initialised.
-        // SAFETY: `raw` is valid and known to nobody else.
+        // SAFETY: `raw` is valid and not shared.
         unsafe {
             (*raw).ops = &VTable::<T>::OPS;
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
-            // The core can report what is logged only with the bitmaps of iommufd.
+            // The core can report the log only with the bitmaps of iommufd.
             if cfg!(CONFIG_IOMMUFD_DRIVER) {
                 (*raw).log_ops = &VTable::<T>::LOG_OPS;
             }
@@ -483,18 +483,18 @@ impl<T: Operations> Emulated<T> {
         Ok((dev, released))
     }
 
-    /// Returns the device that a callback is about.
+    /// Returns the device of a callback.
     ///
     /// # Safety
     ///
-    /// `vdev` must point to a device allocated by [`Self::allocate()`] and finished by it, whose
-    /// reference count is not zero before `'a` ends.
+    /// `vdev` must point to a device that [`Self::allocate()`] has returned, and its reference
+    /// count must not be zero before `'a` ends.
     unsafe fn from_raw<'a>(vdev: *mut bindings::vfio_device) -> &'a Self {
         // SAFETY: By the safety requirements and because `dev` is at offset 0.
         unsafe { &*vdev.cast() }
     }
 
-    /// Returns what exists while the device is open. Fails with `ENODEV` if it is not.
+    /// Returns the data of the open device. Fails with `ENODEV` if it is not open.
     fn opened(&self) -> Result<Arc<Opened<T>>> {
         self.private.opened.lock().clone().ok_or(ENODEV)
     }
@@ -515,7 +515,8 @@ impl<T: Operations> Emulated<T> {
             GFP_KERNEL_ACCOUNT,
         )?;
         if T::HAS_WORK {
-            // INVARIANT: `close()` drops it, and the core calls that before the device is closed.
+            // INVARIANT: `close()` drops the worker, and the core calls it before the device is
+            // closed.
             let job = ByItself {
                 device: NonNull::from(&self.dev).cast(),
                 opened: opened.clone(),
@@ -527,9 +528,9 @@ impl<T: Operations> Emulated<T> {
         Ok(())
     }
 
-    /// Asks the driver which memory the user may map.
+    /// Returns the memory that the user may map, for each region.
     ///
-    /// Fails with `EINVAL`, and says why in the log, if it does not fit the configuration space.
+    /// Fails with `EINVAL`, and logs the reason, if it does not match the configuration space.
     fn mappable(
         &self,
         data: &T::OpenData,
@@ -561,11 +562,11 @@ impl<T: Operations> Emulated<T> {
 
     fn close(&self) {
         let worker = self.private.worker.lock().take();
-        // Waits for what the device is doing.
+        // Waits for the work under way.
         drop(worker);
         self.private.engine.close();
         let opened = self.private.opened.lock().take();
-        // A driver may have kept the endpoint, but not who listened to it.
+        // A driver may have kept the endpoint, but the eventfds belong to the user.
         if let Some(opened) = &opened {
             opened.endpoint.irqs.silence();
         }
@@ -577,7 +578,8 @@ impl<T: Operations> Emulated<T> {
     ///
     /// # Safety
     ///
-    /// `vma` must be undergoing its setup in an mmap() of the file of `device`, which is this.
+    /// `vma` must be undergoing its setup in an mmap() of the file of `device`, which must be this
+    /// device.
     unsafe fn mmap(
         &self,
         device: &Device<Open>,
@@ -645,7 +647,7 @@ impl<T: Operations> Emulated<T> {
             GET_IRQ_INFO => Self::get_irq_info(&opened.endpoint.irqs, arg),
             SET_IRQS => Self::set_irqs(&opened.endpoint.irqs, arg),
             RESET => {
-                // First: a state change under way may wait for the work.
+                // Must be first: a state change under way may wait for the work.
                 let _halt = opened.endpoint.gate.halt()?;
                 self.private.engine.reset(&opened)
             }
@@ -663,7 +665,7 @@ impl<T: Operations> Emulated<T> {
             return Err(EINVAL);
         }
         let flags = bindings::VFIO_DEVICE_FLAGS_PCI | bindings::VFIO_DEVICE_FLAGS_RESET;
-        // There are no capabilities, hence the zeroes for those who know of them.
+        // There are no capabilities: `cap_offset` and the padding are zero.
         let info = [argsz, flags, region::COUNT, irq::COUNT, 0, 0].map(u32::to_ne_bytes);
         let info = info.as_flattened();
         writer.write_slice(&info[..info.len().min(argsz as usize)])
@@ -688,7 +690,7 @@ impl<T: Operations> Emulated<T> {
 
     /// Serves `VFIO_DEVICE_SET_IRQS`.
     fn set_irqs(irqs: &Irqs, arg: usize) -> Result {
-        // The size of what follows the header is known only when the header is.
+        // The header has the size of the data that follows it.
         let mut reader = UserSlice::new(UserPtr::from_addr(arg), usize::MAX).reader();
         let request = irq::Request {
             argsz: reader.read()?,
@@ -716,8 +718,8 @@ const RESET: u32 = vfio_io(11);
 
 /// The registration of an emulated device.
 ///
-/// Dropping it removes the device: the user is asked to let go of it, and the drop waits until that
-/// has happened.
+/// Dropping it removes the device: it asks the user to release the device, and waits until that has
+/// happened.
 pub(crate) struct Registration<T: Operations> {
     /// Present until the registration is dropped.
     dev: Option<ARef<Device>>,
@@ -734,7 +736,7 @@ impl<T: Operations> Registration<T> {
         Some(&this.private.data)
     }
 
-    /// Creates a device below `parent` and makes it known to user space.
+    /// Creates a device below `parent` and registers it.
     ///
     /// May sleep. The device is live before this returns.
     ///
@@ -769,16 +771,16 @@ impl<T: Operations> Drop for Registration<T> {
         let Some(dev) = self.dev.take() else {
             return;
         };
-        // SAFETY: The device is registered, and nothing is held that its callbacks need.
+        // SAFETY: The device is registered, and no lock that its callbacks need is held.
         unsafe { bindings::vfio_unregister_group_dev(dev.as_raw()) };
         drop(dev);
-        // A file that is being closed lets go of the device after it has let go of the
-        // registration, and nothing but this keeps the module until `release` has been called.
+        // A file that is being closed releases the registration first and the device later. Only
+        // this wait keeps the module loaded until `release` has been called.
         self.released.wait_for_completion();
     }
 }
 
-/// The operations by which the core calls driver `T`.
+/// The operations of driver `T` for the core.
 struct VTable<T: Operations>(PhantomData<T>);
 
 impl<T: Operations> VTable<T> {
@@ -831,7 +833,7 @@ impl<T: Operations> VTable<T> {
         let private = unsafe { &raw mut (*vdev.cast::<Emulated<T>>()).private };
         // SAFETY: As above.
         let released = unsafe { (*private).released.clone() };
-        // SAFETY: Nobody uses the private part any more. The core frees the memory.
+        // SAFETY: The private part is not used any more. The core frees the memory.
         unsafe { core::ptr::drop_in_place(private) };
         released.complete_all();
     }
@@ -1048,7 +1050,7 @@ impl<T: Operations> VTable<T> {
                 const { assert!(offset_of!(bindings::interval_tree_node, rb) == 0) };
                 // SAFETY: The node is the first field of one in an interval tree.
                 let range = unsafe { &*node.cast::<bindings::interval_tree_node>() };
-                // The core lets empty ranges pass, which end before they begin.
+                // The core does not reject empty ranges, which end before they begin.
                 if range.last.wrapping_add(1) == range.start {
                     return Err(EINVAL);
                 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The gate that a device's work and the accesses to its BARs go through.
+//! Gate for a device's work and for accesses to its BARs.
 //!
 //! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
@@ -23,21 +23,21 @@ use kernel::{
 
 /// Sleeps until a fatal signal arrives.
 const KILLABLE: c_uint = bindings::TASK_UNINTERRUPTIBLE | bindings::TASK_WAKEKILL;
-/// Sleeps like an idle worker: adds no load, and the system may suspend meanwhile.
+/// Sleeps like an idle worker: does not count as load, and the system may suspend meanwhile.
 const IDLE: c_uint =
     bindings::TASK_UNINTERRUPTIBLE | bindings::TASK_NOLOAD | bindings::TASK_FREEZABLE;
 
 const FOREVER: c_long = c_long::MAX;
 
-/// How long a write to the command register waits for the work under way, in milliseconds, before
-/// it lets the transfers of that work fail.
+/// Time in milliseconds that a write to the command register waits for the work under way before it
+/// makes the transfers of that work fail.
 const COMMAND_WAIT: u32 = 100;
 
-/// How long the last close waits for the worker, in milliseconds, before it takes the worker out of
+/// Time in milliseconds that the last close waits for the worker before it moves the worker out of
 /// the cgroups of the opener.
 const EXIT_WAIT: u32 = 100;
 
-/// Why a gate is closed for work. Several reasons may hold at the same time.
+/// A reason for which a gate is closed for work. Several reasons may hold at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
     /// The device is in a P2P state, or on its way to a stopped one.
@@ -48,7 +48,7 @@ pub(crate) enum Reason {
     NotMaster = 4,
 }
 
-/// State of a gate, as its lock protects it.
+/// State of a gate, protected by its lock.
 ///
 /// # Invariants
 ///
@@ -56,7 +56,7 @@ pub(crate) enum Reason {
 struct Inner {
     /// The reasons that hold, one bit each.
     reasons: u32,
-    /// How many resets are under way.
+    /// Number of resets under way.
     halts: u32,
     /// A call of `work()` is under way.
     working: bool,
@@ -70,9 +70,9 @@ struct Inner {
     dropped: u64,
     /// The worker was kicked since the last call of `work()` began.
     kicked: bool,
-    /// The worker shall exit.
+    /// The worker must exit.
     ended: bool,
-    /// The worker calls `work()` no more, and does not sleep any more.
+    /// The worker does not call `work()` or sleep any more.
     exited: bool,
     worker: Option<NonNull<bindings::task_struct>>,
 }
@@ -93,10 +93,10 @@ impl Inner {
         !self.holds(Reason::Stopped) && self.halts == 0
     }
 
-    /// Lets the call of `work()` under way fail where it waits for a page fault to be served.
+    /// Makes the call of `work()` under way fail where it waits for a page fault.
     ///
-    /// The signal stays pending until the call has returned, and [`Gate::leave()`] takes it away
-    /// under the same lock: it reaches each wait of this call and none of the next one.
+    /// The signal stays pending until the call has returned, and [`Gate::leave()`] clears it under
+    /// the same lock. It ends all waits of this call and none of the next one.
     fn interrupt(&self) {
         if let Some(worker) = self.worker.filter(|_| self.working) {
             // SAFETY: By the type invariants. The worker allows the kernel to send it this signal.
@@ -105,12 +105,12 @@ impl Inner {
     }
 }
 
-/// A gate that calls of [`Operations::work`](crate::emulated::Operations::work) and accesses to
-/// BARs pass.
+/// A gate for calls of [`Operations::work`](crate::emulated::Operations::work) and accesses to
+/// BARs.
 ///
-/// Closing it waits until the calls that have passed have returned. They raise their interrupts
-/// before they return. No lock is held during the wait. A stopped device can be read: for reads the
-/// gate is closed only without memory space and during a reset.
+/// Closing it waits until the calls under way have returned. They raise their interrupts before
+/// they return. No lock is held during the wait. A stopped device can be read: for reads, the gate
+/// is closed only without memory space and during a reset.
 #[pin_data]
 pub(crate) struct Gate {
     #[pin]
@@ -126,7 +126,7 @@ unsafe impl Send for Gate {}
 unsafe impl Sync for Gate {}
 
 impl Gate {
-    /// Makes a gate of a device that decodes nothing and is no bus master.
+    /// Creates the gate of a device with memory space and bus mastering disabled.
     pub(crate) fn new() -> Result<Arc<Self>> {
         let inner = Inner {
             reasons: Reason::NotMaster as u32,
@@ -158,7 +158,7 @@ impl Gate {
         )
     }
 
-    /// Sleeps in a task state until `done` returns true. It is told whether the time has passed.
+    /// Sleeps in a task state until `done` returns true. Passes it whether the timeout has expired.
     ///
     /// Fails with `ERESTARTSYS` if a signal that the state allows arrives before that.
     fn wait(
@@ -176,7 +176,7 @@ impl Gate {
             let signalled = unsafe {
                 bindings::prepare_to_wait_event(self.waiters.get(), entry.get(), state as c_int)
             };
-            // Looked at before the signal: what has happened cannot be interrupted.
+            // Checked before the signal: a condition that is true wins.
             due |= timeout == 0;
             if done(&mut self.inner.lock(), due) {
                 break Ok(());
@@ -185,7 +185,7 @@ impl Gate {
                 break Err(ERESTARTSYS);
             }
             let left = if due { FOREVER } else { timeout };
-            // SAFETY: The task may sleep. Any time may be asked for.
+            // SAFETY: The task may sleep. Any timeout is valid.
             timeout = unsafe { bindings::schedule_timeout(left) };
         };
         // SAFETY: Both are valid.
@@ -213,16 +213,16 @@ impl Gate {
     }
 
     /// Closes the gate for a reason: no call of `work()` begins, and none is under way when this
-    /// returns. For [`Reason::Stopped`] the same holds for writes. May sleep.
+    /// returns. For [`Reason::Stopped`], the same applies to writes. May sleep.
     ///
-    /// Fails with `ERESTARTSYS` if the task is killed while it waits. The reason does not hold
-    /// then, and the work goes on.
+    /// Fails with `ERESTARTSYS` if the task is killed while it waits. Then the gate is not closed,
+    /// and the work goes on.
     pub(crate) fn close(&self, reason: Reason) -> Result {
         self.shut(reason).inspect_err(|_| self.open(reason))
     }
 
-    /// Closes the gate as [`close()`](Self::close) does, but if the task is killed the reason
-    /// holds all the same, and what is under way goes on.
+    /// Closes the gate like [`close()`](Self::close), but if the task is killed, the gate stays
+    /// closed. Calls under way then continue.
     pub(crate) fn shut(&self, reason: Reason) -> Result {
         self.inner.lock().reasons |= reason as u32;
         self.wait(KILLABLE, FOREVER, |inner, _| {
@@ -230,7 +230,7 @@ impl Gate {
         })
     }
 
-    /// Ends a reason to keep the gate closed, and kicks the worker. Does not sleep.
+    /// Removes a reason for which the gate is closed, and kicks the worker. Does not sleep.
     pub(crate) fn open(&self, reason: Reason) {
         self.change(|inner| {
             inner.reasons &= !(reason as u32);
@@ -238,10 +238,10 @@ impl Gate {
         });
     }
 
-    /// Puts the command register into effect: accesses fail unless memory space is on, and the
-    /// gate is closed for work unless bus mastering is on. Does not sleep.
+    /// Applies the command register: accesses fail unless memory space is enabled, and the gate is
+    /// closed for work unless bus mastering is enabled. Does not sleep.
     ///
-    /// What is under way goes on; [`settle()`](Self::settle) waits for it.
+    /// Calls under way continue; [`settle()`](Self::settle) waits for them.
     pub(crate) fn command(&self, memory: bool, master: bool) {
         self.change(|inner| {
             inner.decodes = memory;
@@ -254,11 +254,10 @@ impl Gate {
         });
     }
 
-    /// Waits until nothing is under way that the command register forbids. May sleep.
+    /// Waits for calls under way that the command register does not allow. May sleep.
     ///
-    /// Work that does not return within [`COMMAND_WAIT`] is interrupted, so that the time does not
-    /// depend on who serves the page faults of the user's memory. Returns early if the task is
-    /// killed.
+    /// Work that does not return within [`COMMAND_WAIT`] is interrupted, so that the wait does not
+    /// depend on page faults of user memory being served. Returns early if the task is killed.
     pub(crate) fn settle(&self) {
         let timeout = msecs_to_jiffies(COMMAND_WAIT) as c_long;
         let _ = self.wait(KILLABLE, timeout, |inner, due| {
@@ -296,7 +295,7 @@ impl Gate {
         });
     }
 
-    /// Returns whether the work under way is to return as soon as it can: during a reset, and when
+    /// Returns whether the work under way must return as soon as possible: during a reset, and when
     /// it was interrupted. Called by the worker. Does not sleep.
     pub(crate) fn is_halted(&self) -> bool {
         self.inner.lock().halts != 0 || kernel::current!().signal_pending()
@@ -312,18 +311,18 @@ impl Gate {
         self.inner.lock().dropped
     }
 
-    /// Lets the work under way fail where it waits for a page fault to be served. Does not sleep.
+    /// Makes the work under way fail where it waits for a page fault. Does not sleep.
     pub(crate) fn interrupt(&self) {
         self.inner.lock().interrupt();
     }
 
-    /// Lets the worker call `work()` once more, as soon as the gate is open. Does not sleep.
+    /// Makes the worker call `work()` again, as soon as the gate is open. Does not sleep.
     pub(crate) fn kick(&self) {
         self.change(|inner| inner.kicked = true);
     }
 
-    /// Writes to a BAR by `write`, unless the gate is closed for writes: then the write is dropped
-    /// and counted. May sleep if `write` does.
+    /// Calls `write` to write to a BAR. If the gate is closed for writes, drops and counts the
+    /// write instead. May sleep if `write` does.
     ///
     /// Fails with `EIO` if memory space is off.
     pub(crate) fn write(&self, write: impl FnOnce() -> Result) -> Result {
@@ -340,7 +339,7 @@ impl Gate {
         let result = write();
         let mut inner = self.inner.lock();
         inner.writes -= 1;
-        // Nothing waits for it otherwise.
+        // Otherwise there is no waiter.
         let last = inner.writes == 0 && !(inner.decodes && inner.admits_writes());
         drop(inner);
         if last {
@@ -349,8 +348,8 @@ impl Gate {
         result
     }
 
-    /// Reads from a BAR by `read`. During a reset it waits for the end of the reset, as with
-    /// `memory_lock` of `vfio-pci`. May sleep.
+    /// Calls `read` to read from a BAR. Waits for the end of a reset, like for `memory_lock` in
+    /// `vfio-pci`. May sleep.
     ///
     /// Fails with `EIO` if memory space is off, and with `ERESTARTSYS` if the task is killed while
     /// it waits.
@@ -372,7 +371,7 @@ impl Gate {
         let result = read();
         let mut inner = self.inner.lock();
         inner.reads -= 1;
-        // Nothing waits for it otherwise.
+        // Otherwise there is no waiter.
         let last = inner.reads == 0 && !(inner.decodes && inner.halts == 0);
         drop(inner);
         if last {
@@ -381,7 +380,7 @@ impl Gate {
         result
     }
 
-    /// Tells the gate which task calls `work()`.
+    /// Sets the task that calls `work()`.
     ///
     /// # Safety
     ///
@@ -391,7 +390,7 @@ impl Gate {
         self.inner.lock().worker = Some(worker);
     }
 
-    /// Lets the worker exit, and interrupts the work under way. Does not sleep.
+    /// Makes the worker exit, and interrupts the work under way. Does not sleep.
     pub(crate) fn end(&self) {
         self.change(|inner| {
             inner.ended = true;
@@ -400,13 +399,13 @@ impl Gate {
         });
     }
 
-    /// Says that the worker is about to exit. Called by the worker.
+    /// Reports that the worker is about to exit. Called by the worker.
     pub(crate) fn exit(&self) {
         self.change(|inner| inner.exited = true);
     }
 
-    /// Waits for [`exit()`](Self::exit), but no longer than [`EXIT_WAIT`]. Returns whether it was
-    /// called. May sleep.
+    /// Waits for [`exit()`](Self::exit), for at most [`EXIT_WAIT`]. Returns whether it was called.
+    /// May sleep.
     pub(crate) fn wait_for_exit(&self) -> bool {
         let timeout = msecs_to_jiffies(EXIT_WAIT) as c_long;
         let mut exited = false;
@@ -418,10 +417,10 @@ impl Gate {
         exited
     }
 
-    /// Waits until `next` is to be done and the gate is open, and passes the gate. Called by the
-    /// worker, who calls [`leave()`](Self::leave) afterwards.
+    /// Waits until `next` is due and the gate is open, and passes the gate. Called by the worker,
+    /// which calls [`leave()`](Self::leave) afterwards.
     ///
-    /// Returns false, and does not pass, if the worker shall exit.
+    /// Returns false, and does not pass, if the worker must exit.
     pub(crate) fn enter(&self, next: Work) -> bool {
         let timeout = match next {
             Work::Again => 0,
@@ -444,8 +443,8 @@ impl Gate {
         entered
     }
 
-    /// Says that the call of `work()` has returned, and takes the interrupt away that was meant for
-    /// it. Called by the worker.
+    /// Reports that the call of `work()` has returned, and clears its interrupt. Called by the
+    /// worker.
     pub(crate) fn leave(&self) {
         let mut inner = self.inner.lock();
         inner.working = false;
@@ -453,7 +452,7 @@ impl Gate {
             // SAFETY: It is the current task.
             unsafe { bindings::flush_signals(kernel::task::Task::current_raw()) };
         }
-        // Else nobody can wait for it.
+        // Otherwise there is no waiter.
         let closed = !inner.admits_work();
         drop(inner);
         if closed {

@@ -2,16 +2,16 @@
 
 //! Live migration.
 //!
-//! A driver implements [`Migratable`] for the data of an open device: one method for each *kind* of
-//! thing the device must be able to do, a [`Saver`] that cuts the device's state into [`Chunk`]s,
-//! and a [`Loader`] that takes such a stream in. The [`Engine`] does the rest of what the uAPI asks
-//! for: the states and the paths between them, the sessions and their data_fd, what read(), poll()
-//! and the ioctls of that file answer, who waits for whom, and what happens on reset and close.
+//! A driver implements [`Migratable`] for the data of an open device: methods that stop and start
+//! parts of the device, a [`Saver`] that cuts the device's state into [`Chunk`]s, and a [`Loader`]
+//! that consumes such a stream. The [`Engine`] implements the rest of the uAPI: the states and the
+//! paths between them, the sessions and their data_fd, read(), poll() and the ioctls of that file,
+//! waiting, reset and close.
 //!
 //! # What is called when
 //!
-//! The user asks for a state; the engine walks there along the arcs of [`fsm`], one by one, and on
-//! each arc calls, in this order:
+//! The user sets a target state. The engine walks to it along the arcs of [`fsm`], one by one. On
+//! each arc it calls, in this order:
 //!
 //! | from | to | calls |
 //! |---|---|---|
@@ -34,15 +34,15 @@
 //! | `STOP` | `RESUMING` | [`load`] |
 //! | `RESUMING` | `STOP` | [`loaded`], the loader is dropped |
 //!
-//! Without P2P is without `VFIO_MIGRATION_P2P` in the device's [`Flags`].
+//! "Without P2P" means without `VFIO_MIGRATION_P2P` in the device's [`Flags`].
 //!
-//! After the calls to [`pre_copy`] and to [`Saver::seal`] comes one of [`Saver::next`].
+//! Each call of [`pre_copy`] and [`Saver::seal`] is followed by one of [`Saver::next`].
 //!
-//! If a method fails, what was called before on the same arc is undone, and the state is the one
-//! from which the arc leads; the arcs before it stay done. If undoing fails too, or if the driver
-//! says that the device [is broken](Migratable::is_broken), the state is `ERROR`, which only
-//! [`reset`] leaves, and [`halt`] is called. Reset and the last close come in any state; both drop
-//! the saver or loader first, and close calls nothing else.
+//! If a method fails, the calls before it on the same arc are undone, and the state is the start of
+//! the arc. Earlier arcs are not undone. If undoing fails too, or if the driver reports that the
+//! device [is broken](Migratable::is_broken), the state is `ERROR`, which only [`reset`] leaves,
+//! and [`halt`] is called. Reset and the last close can happen in any state. Both drop the saver or
+//! loader first, and close calls no method.
 //!
 //! [`quiesce_p2p`]: Migratable::quiesce_p2p
 //! [`resume_p2p`]: Migratable::resume_p2p
@@ -58,17 +58,17 @@
 //! # Locking
 //!
 //! `Engine::current` serialises state changes and is held while the driver's methods run. Each
-//! session has a lock of its own, inside of which the saver or loader runs. Neither is ever held
-//! while user memory is accessed, so that an unserved page fault delays only the faulting task.
-//! What an ioctl asks for waits for either lock killably: a task that is killed does not stay
-//! behind one that waits for the device.
+//! session has a lock of its own, under which the saver or loader runs. Neither is ever held while
+//! user memory is accessed, so that an unserved page fault delays only the faulting task. Ioctls
+//! wait killably for either lock: a killed task does not stay blocked by a task that waits for the
+//! device.
 //!
 //! vfio-pci calls `reset_done` of the PCI driver with its `memory_lock` held, and the methods of a
 //! variant driver may take that lock in a state change. With it held, only these may be called:
 //! [`Engine::state()`], [`Engine::fail()`] and [`Engine::reset_done()`]. They do not wait for
-//! `Engine::current`: if it is held, the holder does the rest before releasing it. They may end a
-//! session and drop its saver or loader, whose destructor, and whose methods that were called
-//! before, must not need `memory_lock`.
+//! `Engine::current`: if it is held, the holder completes the operation before releasing it. They
+//! may end a session and drop its saver or loader. The destructor, and methods of the saver or
+//! loader that still run, must not need `memory_lock`.
 //!
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
@@ -107,24 +107,24 @@ use kernel::{
     },
 };
 
-/// What a device must be able to do to be migrated.
+/// The migration support of a device.
 ///
 /// Implemented by the data of an open device, which exists from the first open to the last close,
 /// and which a [`Saver`] or [`Loader`] may share.
 ///
 /// No two methods run at the same time on one device. The methods of its [`Saver`] or [`Loader`]
-/// may run beside them. All may sleep, and none is called with a lock held that a user copy is made
-/// under.
+/// may run beside them. All may sleep. None is called with a lock held that is also held during a
+/// user copy.
 ///
-/// A method that fails leaves the device as it was, unless [`is_broken`](Self::is_broken) says
-/// otherwise. What it fails with is what the user's ioctl fails with: `ENOMEM` for want of memory,
-/// `EINVAL` for a stream that is not good, `EIO` for a device that does not answer, `ENODEV` for
-/// one that is gone. A method that waits does so killably, and fails with `ERESTARTSYS` only if the
-/// task is being killed. `EINTR` and `EAGAIN` are not errors of a state change.
+/// A method that fails leaves the device unchanged, unless [`is_broken`](Self::is_broken) returns
+/// true. The user's ioctl fails with the same error: `ENOMEM` if there is no memory, `EINVAL` for
+/// an invalid stream, `EIO` for a device that does not respond, `ENODEV` for one that is gone. A
+/// method that waits must be killable, and fails with `ERESTARTSYS` only if the task is being
+/// killed. State changes must not fail with `EINTR` or `EAGAIN`.
 ///
 /// # Examples
 ///
-/// A device that does DMA to other devices. Its state is that of the example on the front page.
+/// A device that does DMA to other devices. It has the state of the example on the front page.
 ///
 /// ```
 /// #[pin_data]
@@ -197,21 +197,21 @@ pub trait Migratable: Send + Sync + 'static {
     /// Cuts the device's state into a stream.
     type Saver: Saver;
 
-    /// Takes such a stream in.
+    /// Loads such a stream.
     type Loader: Loader;
 
-    /// Which states such a device supports.
+    /// The states that such a device supports.
     ///
     /// `VFIO_MIGRATION_P2P` needs [`quiesce_p2p`](Self::quiesce_p2p) and
     /// [`resume_p2p`](Self::resume_p2p), `VFIO_MIGRATION_PRE_COPY` needs
-    /// [`pre_copy`](Self::pre_copy); without them the driver does not build.
+    /// [`pre_copy`](Self::pre_copy); without these methods the driver does not build.
     const FLAGS: Flags;
 
     /// Ends peer-to-peer DMA, for the arcs from `RUNNING` to `RUNNING_P2P` and from `PRE_COPY` to
     /// `PRE_COPY_P2P`.
     ///
-    /// When it returns no transfer to another device is under way and none starts any more. With
-    /// `VFIO_MIGRATION_P2P` a device that does no DMA has nothing to do, and says so.
+    /// When this returns, no transfer to another device is under way, and none starts. A device
+    /// with `VFIO_MIGRATION_P2P` that does no DMA implements this without doing anything.
     fn quiesce_p2p(&self) -> Result {
         Ok(())
     }
@@ -222,117 +222,118 @@ pub trait Migratable: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Stops the device: when it returns, there is no DMA and no interrupt any more, and nothing
-    /// changes the device's state but a [`Loader`] and [`reset`](Self::reset). What an
-    /// [`Endpoint`](crate::endpoint::Endpoint) is signalled afterwards waits until the device runs.
+    /// Stops the device. When this returns, there is no DMA and no interrupt, and only a [`Loader`]
+    /// and [`reset`](Self::reset) change the device's state. Interrupts signalled to an
+    /// [`Endpoint`](crate::endpoint::Endpoint) afterwards are pending until the device runs.
     ///
     /// Called after [`quiesce_p2p`](Self::quiesce_p2p), and to undo [`start`](Self::start) on an
     /// arc that fails.
     fn stop(&self) -> Result;
 
-    /// Lets the device go on from where it was stopped, without peer-to-peer DMA. Also called to
-    /// undo [`stop`](Self::stop) on an arc that fails.
+    /// Resumes the device where it was stopped, without peer-to-peer DMA. Also called to undo
+    /// [`stop`](Self::stop) on an arc that fails.
     fn start(&self) -> Result;
 
     /// Begins to save the device while it runs, for the arcs to `PRE_COPY` and `PRE_COPY_P2P`.
     ///
-    /// From here on changes of its state are tracked, until the saver is dropped. Otherwise as
-    /// [`save`](Self::save). Not called without `VFIO_MIGRATION_PRE_COPY`.
+    /// Changes of its state are tracked from now on, until the saver is dropped. Otherwise the same
+    /// as [`save`](Self::save). Not called without `VFIO_MIGRATION_PRE_COPY`.
     fn pre_copy(_this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<Self::Saver> {
         Err(EINVAL)
     }
 
     /// Begins to save the device, which is stopped, for the arc to `STOP_COPY`.
     ///
-    /// When the session ends, for whatever reason, the saver is dropped. It keeps `notifier` if
-    /// anything becomes readable by itself: if it returns [`Next::NotReady`], or [`Next::End`] in
-    /// [`Phase::PreCopy`].
+    /// The saver is dropped when the session ends, for any reason. A saver that returns
+    /// [`Next::NotReady`], or [`Next::End`] in [`Phase::PreCopy`], keeps `notifier`, and notifies
+    /// when there is more to read.
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver>;
 
     /// Begins to load, for the arc from `STOP` to `RESUMING`.
     ///
-    /// When the session ends the loader is dropped. It keeps `notifier` if it is not always
+    /// The loader is dropped when the session ends. It keeps `notifier` if it is not always
     /// [ready](Loader::is_ready).
     fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader>;
 
-    /// Puts into effect what was loaded, for the arc from `RESUMING` to `STOP`.
+    /// Applies the loaded state, for the arc from `RESUMING` to `STOP`.
     ///
     /// Fails with `EINVAL` if the stream is not complete; the device then stays in `RESUMING`, and
     /// the user may write the rest or reset the device. Any other error is final for the session,
-    /// like one of [`Loader::write`]. Not called after such an error.
+    /// like an error of [`Loader::write`]. Not called after such an error.
     fn loaded(&self, loader: &mut Self::Loader) -> Result;
 
-    /// Returns how many bytes `STOP_COPY` would stream if it began now, headers included.
+    /// Returns the number of bytes that `STOP_COPY` would stream if it began now, including
+    /// headers.
     ///
     /// Called while no session is open, for `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fails with
-    /// the same error. May ask firmware: neither poll() nor [`Engine::state()`] waits for it. A
-    /// state change and a reset do, killably, because no two methods run at the same time; hence a
-    /// driver bounds the time that it gives its firmware.
+    /// the same error. May query firmware: neither poll() nor [`Engine::state()`] waits for it.
+    /// State changes and resets wait, killably, because no two methods run at the same time. Hence
+    /// a driver must bound the time that its firmware may take.
     fn data_size(&self) -> Result<u64>;
 
-    /// Tells whether the device is broken: no longer in the state that the engine has it in.
+    /// Returns whether the device is broken: no longer in the state that the engine assumes.
     ///
     /// Called after another method has failed. If it is broken, nothing is undone and the state is
-    /// `ERROR`; if not, the device is as it was before the method was called.
-    /// [`reset`](Self::reset) mends it. Does not sleep. A device without hardware does not break.
+    /// `ERROR`. If not, the device must be in the same state as before that method.
+    /// [`reset`](Self::reset) repairs it. Does not sleep. A device without hardware does not break.
     fn is_broken(&self) -> bool {
         false
     }
 
-    /// Keeps the device from running, as far as that is possible, because its state is `ERROR` now:
-    /// what an arc has done could not be undone, or [`reset`](Self::reset) failed, or the device
-    /// [is broken](Self::is_broken). May sleep.
+    /// Keeps the device from running, as far as possible, because its state is `ERROR` now: an arc
+    /// could not be undone, [`reset`](Self::reset) failed, or the device [is
+    /// broken](Self::is_broken). May sleep.
     ///
-    /// Called after the method that failed. [`reset`](Self::reset) lets the device run again. By
-    /// default nothing is done. Not called for [`Engine::fail()`], which the driver calls itself.
+    /// Called after the failed method. [`reset`](Self::reset) enables the device to run again. By
+    /// default this does nothing. Not called for [`Engine::fail()`], which the driver calls itself.
     fn halt(&self) {}
 
-    /// Brings the device into the state of power on, running. For `VFIO_DEVICE_RESET`.
+    /// Resets the device to its state at power on, running. For `VFIO_DEVICE_RESET`.
     ///
-    /// Called in any state, when the session has ended. If it fails the state is `ERROR`, and the
+    /// Called in any state, after the session has ended. If it fails, the state is `ERROR`, and the
     /// ioctl fails with the same error. May sleep.
     ///
-    /// Waits for nothing that depends on a user: state changes wait for it, and so does the close.
-    /// A fatal signal need not end it, since it takes no longer than the device is large.
+    /// Must not wait for anything that depends on a user: state changes and the close wait for it.
+    /// It need not be killable, because its duration is bounded by the size of the device.
     fn reset(&self) -> Result;
 }
 
-/// When a chunk is asked for.
+/// The phase of a session in which a chunk is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// In `PRE_COPY` or `PRE_COPY_P2P`: the device goes on and may change what was saved.
+    /// In `PRE_COPY` or `PRE_COPY_P2P`: the device continues and may change state that was saved.
     PreCopy,
-    /// In `STOP_COPY`: the device is stopped and the stream must come to its end.
+    /// In `STOP_COPY`: the device is stopped and the stream must end.
     StopCopy,
 }
 
-/// What comes next in the stream.
+/// The next part of the stream.
 pub enum Next {
-    /// These bytes. A chunk without any is a mistake: read() fails with `EIO`.
+    /// These bytes. A chunk without bytes is an error: read() fails with `EIO`.
     Chunk(Chunk),
-    /// Something that the device has not got ready yet. The reader waits, or fails with `EAGAIN`
-    /// if it does not want to, until the [`Notifier`] tells.
+    /// Data that the device has not prepared yet. The reader waits until the [`Notifier`] is
+    /// notified, or fails with `EAGAIN` if it is nonblocking.
     NotReady,
-    /// Nothing: in [`Phase::PreCopy`] nothing for now, in [`Phase::StopCopy`] nothing ever.
+    /// Nothing: the temporary end in [`Phase::PreCopy`], the permanent end in [`Phase::StopCopy`].
     End,
 }
 
-/// How much a saver has not handed out yet, in bytes of the stream, headers included.
+/// The size of the rest of a saver's stream, in bytes, including headers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Remaining {
-    /// What was never handed out.
+    /// State that was never handed out.
     pub initial: u64,
-    /// What was handed out and has changed since.
+    /// State that was handed out and has changed since.
     pub dirty: u64,
-    /// What only [`Phase::StopCopy`] can hand out.
+    /// State that only [`Phase::StopCopy`] can hand out.
     pub tail: u64,
-    /// How often the device has re-initialised itself since the session began, which makes all
-    /// of its state initial again.
+    /// The number of times that the device has re-initialised itself since the session began. Each
+    /// makes all of its state initial again.
     pub reinits: u32,
 }
 
 impl Remaining {
-    /// Returns how many bytes are left in a phase.
+    /// Returns the number of bytes left in a phase.
     fn left(&self, phase: Phase) -> u64 {
         let left = self.initial.saturating_add(self.dirty);
         match phase {
@@ -347,11 +348,11 @@ impl Remaining {
 /// The methods run one at a time, under the session's lock. They may sleep but must not wait for
 /// the user, nor for anything that waits for a state change.
 ///
-/// When the session ends the saver is dropped, in the context of whoever ends it, which may sleep.
+/// The saver is dropped when the session ends, in the context that ends it, which may sleep.
 ///
 /// # Examples
 ///
-/// A saver that goes through tracked memory, page by page, and again through what has changed.
+/// A saver that streams tracked memory page by page, and changed pages again.
 ///
 /// ```
 /// use kernel::page::PAGE_SIZE;
@@ -382,48 +383,49 @@ impl Remaining {
 /// }
 /// ```
 pub trait Saver: Send + Unpin + 'static {
-    /// Returns what comes next in the stream.
+    /// Returns the next part of the stream.
     ///
-    /// Called by a read(), and when a session or [`Phase::StopCopy`] begins, but not before what
-    /// was returned last has been read entirely. The engine keeps the answer for poll(), which
-    /// calls no method of a driver. A failure is returned by one read(), which asks again before it
-    /// returns.
+    /// Called by a read(), and when a session or [`Phase::StopCopy`] begins, but only after the
+    /// last returned chunk has been read entirely. The engine keeps the result for poll(), which
+    /// calls no method of a driver. A failure is returned by one read(), which calls this again
+    /// before it returns.
     ///
-    /// The driver calls [`Notifier::notify()`] when [`Next::NotReady`] is right no longer, and in
-    /// [`Phase::PreCopy`] when something is left after [`Next::End`] or after
-    /// [`remaining`](Self::remaining) said that nothing is.
+    /// The driver calls [`Notifier::notify()`] when [`Next::NotReady`] is no longer true, and in
+    /// [`Phase::PreCopy`] when there is data again after [`Next::End`] or after
+    /// [`remaining`](Self::remaining) has returned zero.
     fn next(&mut self, phase: Phase) -> Result<Next>;
 
-    /// Returns how much there is to come, without what [`next`](Self::next) has returned.
+    /// Returns the size of the rest of the stream, without the chunks that [`next`](Self::next) has
+    /// returned.
     ///
     /// For `VFIO_MIG_GET_PRECOPY_INFO` and `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fail with the
-    /// same error. It should be exact: users decide by it when to stop the device. The kernel log
-    /// tells, once, about a saver that has bytes left at its end, and about one that has a chunk
-    /// although nothing was left and nothing was notified since. May ask firmware: poll() does not
+    /// same error. It should be exact: users decide from it when to stop the device. The engine
+    /// warns once about a saver that has bytes left at its end, and about one that returns a chunk
+    /// although nothing was left and it has not notified since. May query firmware: poll() does not
     /// call it.
     fn remaining(&self) -> Result<Remaining>;
 
-    /// Makes ready for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved;
-    /// the state change then fails with the same error, the device goes on and the session with it.
+    /// Prepares for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved. The
+    /// state change then fails with the same error, and the device and the session continue.
     ///
-    /// Called on each arc to `STOP_COPY`, before [`next`](Self::next) is asked in that phase. Not
-    /// called again after it succeeded. If it failed, it is called again when the user tries again:
-    /// the device may have run meanwhile.
+    /// Called on each arc to `STOP_COPY`, before [`next`](Self::next) is called in that phase. Not
+    /// called again after it succeeded. If it failed, it is called again on the user's next
+    /// attempt: the device may have run meanwhile.
     fn seal(&mut self) -> Result {
         Ok(())
     }
 }
 
-/// Takes a stream in.
+/// Loads the state of a device from a stream.
 ///
 /// A loader may change the device before the image is complete: only [`Migratable::loaded`],
-/// [`Migratable::reset`] or the last close lead out of `RESUMING`, so that a device with half of an
-/// image never runs.
+/// [`Migratable::reset`] or the last close leave `RESUMING`, so a device with a partial image never
+/// runs.
 ///
 /// The methods run one at a time, under the session's lock. They may sleep but must not wait for
 /// the user, nor for anything that waits for a state change.
 ///
-/// When the session ends the loader is dropped, in the context of whoever ends it, which may sleep.
+/// The loader is dropped when the session ends, in the context that ends it, which may sleep.
 ///
 /// # Examples
 ///
@@ -450,39 +452,39 @@ pub trait Saver: Send + Unpin + 'static {
 /// }
 /// ```
 pub trait Loader: Send + Unpin + 'static {
-    /// Takes the next bytes of the stream, however the user cut it.
+    /// Consumes the next bytes of the stream, which the user may cut anywhere.
     ///
-    /// A failure is final for the session: every later write() and the arc to `STOP` fail with
-    /// the same error. `EINVAL` is the one for a stream that is not good.
+    /// A failure is final for the session: every later write() and the arc to `STOP` fail with the
+    /// same error. It is `EINVAL` for an invalid stream.
     fn write(&mut self, bytes: &[u8]) -> Result;
 
-    /// Tells whether [`write`](Self::write) can take bytes at once. If not, the device has not got
-    /// ready for them yet: the writer waits, or fails with `EAGAIN` if it does not want to, until
-    /// the [`Notifier`] tells.
+    /// Returns whether [`write`](Self::write) can take bytes now. If not, the device is not ready
+    /// for them yet: the writer waits until the [`Notifier`] is notified, or fails with `EAGAIN` if
+    /// it is nonblocking.
     ///
-    /// Also for poll(): it reads what the driver knows, does not ask firmware, and does not sleep.
-    /// Once it is ready it stays so until it gets bytes.
+    /// Also called for poll(): it must answer from the driver's data, without querying firmware,
+    /// and must not sleep. A ready loader stays ready until it gets bytes.
     fn is_ready(&self) -> bool {
         true
     }
 }
 
-/// Most bytes at the head of a [`Chunk`].
+/// Maximum number of bytes at the head of a [`Chunk`].
 const HEAD: usize = 64;
 
-/// What follows the head of a [`Chunk`].
+/// The part of a [`Chunk`] after its head.
 enum Body {
-    /// Bytes that were made for the purpose.
+    /// Bytes allocated for the chunk.
     Bytes(KVVec<u8>),
     /// Pages of the device's memory.
     Pages(PageRun),
 }
 
-/// A piece of the stream: a few bytes of header, and a body that is not copied on its way.
+/// A piece of the stream: a few bytes of header, and a body that is copied only to the user.
 ///
 /// # Examples
 ///
-/// A record of up to 16 pages that changed, with the number of the first in front, and how many.
+/// A record of up to 16 changed pages, after the number of the first page and the number of pages.
 ///
 /// ```
 /// fn record(tracking: &Tracking) -> Result<Option<Chunk>> {
@@ -503,7 +505,7 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// Makes a chunk of at most 64 bytes.
+    /// Creates a chunk of at most 64 bytes.
     ///
     /// Fails with `EINVAL` if there are more.
     pub fn new(bytes: &[u8]) -> Result<Self> {
@@ -519,7 +521,7 @@ impl Chunk {
         })
     }
 
-    /// Lets bytes follow, in place of what was to follow before.
+    /// Sets the body to bytes. Replaces a previous body.
     pub fn bytes(self, bytes: KVVec<u8>) -> Self {
         Self {
             body: Body::Bytes(bytes),
@@ -527,9 +529,9 @@ impl Chunk {
         }
     }
 
-    /// Lets pages of tracked memory follow, in place of what was to follow before.
+    /// Sets the body to pages of tracked memory. Replaces a previous body.
     ///
-    /// The chunk counts as initial or not, as the pages do.
+    /// The chunk counts as initial if the pages do.
     pub fn pages(self, run: PageRun) -> Self {
         Self {
             initial: run.is_initial(),
@@ -538,7 +540,7 @@ impl Chunk {
         }
     }
 
-    /// Says that what is in it was never handed out before.
+    /// Marks the content as never handed out before.
     pub fn initial(self) -> Self {
         Self {
             initial: true,
@@ -546,7 +548,7 @@ impl Chunk {
         }
     }
 
-    /// Notes that a reader gets the chunk, so that its pages count as streamed.
+    /// Records that a reader gets the chunk, so its pages count as streamed.
     fn hand_out(&mut self) {
         if let Body::Pages(run) = &mut self.body {
             run.hand_out();
@@ -562,7 +564,7 @@ impl Chunk {
             }
     }
 
-    /// Copies what is behind `pos` to the user and returns how much was taken.
+    /// Copies the bytes from `pos` on to the user, and returns the number of bytes copied.
     fn copy_to(&self, pos: usize, user: &mut IovIterDest<'_>) -> usize {
         let head = self.head.get(pos..self.head_len).unwrap_or(&[]);
         let copied = user.copy_to_iter(head);
@@ -582,7 +584,8 @@ impl Chunk {
     }
 }
 
-/// Puts records of one size together again, however the user cut the stream. For a [`Loader`].
+/// Reassembles records of a fixed size from a stream that the user may cut anywhere. For a
+/// [`Loader`].
 ///
 /// # Examples
 ///
@@ -613,13 +616,13 @@ impl Chunk {
 /// }
 /// ```
 pub struct Records {
-    /// The record that is arriving.
+    /// The record that has arrived in part.
     record: KVec<u8>,
     size: usize,
 }
 
 impl Records {
-    /// Makes room for a record of `size` bytes. May sleep.
+    /// Allocates the buffer for a record of `size` bytes. May sleep.
     ///
     /// Fails with `EINVAL` if `size` is zero, and with `ENOMEM`.
     pub fn new(size: usize) -> Result<Self> {
@@ -632,9 +635,9 @@ impl Records {
         })
     }
 
-    /// Takes bytes in, and calls `take` for each record that becomes complete.
+    /// Consumes bytes, and calls `take` for each record that becomes complete.
     ///
-    /// Fails with what `take` fails with. After that it is of no use, as the [`Loader`] is.
+    /// Fails with the error of `take`. After that, neither this nor the [`Loader`] may be used.
     pub fn feed(&mut self, bytes: &[u8], mut take: impl FnMut(&[u8]) -> Result) -> Result {
         let mut bytes = bytes;
         while !bytes.is_empty() {
@@ -650,19 +653,20 @@ impl Records {
         Ok(())
     }
 
-    /// Tells whether a record has arrived in part.
+    /// Returns whether a record has arrived in part.
     pub fn is_partial(&self) -> bool {
         !self.record.is_empty()
     }
 }
 
-/// By which a device tells whoever waits for a session's data.
+/// Wakes readers, writers and pollers of a session's data_fd.
 ///
-/// There is one for each session, which [`Migratable::save`] or [`Migratable::load`] gets.
+/// There is one for each session. It is passed to [`Migratable::pre_copy`], [`Migratable::save`] or
+/// [`Migratable::load`].
 ///
 /// # Examples
 ///
-/// A saver that is not ready until the device's firmware is, which tells by an interrupt.
+/// A saver that is not ready until the device's firmware raises an interrupt.
 ///
 /// ```
 /// use kernel::sync::atomic::{
@@ -704,11 +708,11 @@ impl Records {
 /// ```
 #[pin_data]
 pub struct Notifier {
-    /// In a box of its own, for which nobody has to wait when it goes: a `PollCondVar` by itself
-    /// holds up close() and state changes for a grace period of RCU.
+    /// In a box of its own, which is dropped without waiting: dropping a plain `PollCondVar` would
+    /// delay close() and state changes by a grace period of RCU.
     wait: PollCondVarBox,
-    /// How often somebody was told. Who waits for the device compares it under the lock, so that
-    /// being told before falling asleep counts too.
+    /// The number of notifications. Waiters compare it under the lock, so that a notification
+    /// before they sleep is not lost.
     #[pin]
     events: SpinLockIrq<u32>,
     /// The device of the session is stopped. Set under the session's lock.
@@ -727,13 +731,13 @@ impl Notifier {
         )
     }
 
-    /// Wakes readers and pollers, because something may have become readable: poll() says so, and
-    /// read() asks the saver again. Does not sleep.
+    /// Wakes the waiters, because something may have become readable or the loader ready. poll()
+    /// reports a saving session as readable, and read() calls the saver again. Does not sleep.
     ///
-    /// May be called in any context but a non-maskable interrupt, in hard interrupts too, and with
-    /// locks held: it takes spinlocks with interrupts disabled. With `PREEMPT_RT` these locks
-    /// sleep, so that it must be called from a thread, as which most handlers of interrupts and
-    /// timers run there.
+    /// May be called in any context except a non-maskable interrupt, including hard interrupts, and
+    /// with locks held: it takes spinlocks with interrupts disabled. With `PREEMPT_RT` these locks
+    /// sleep. Then it must be called from a thread, which most handlers of interrupts and timers
+    /// are.
     ///
     /// Dropping the last reference may sleep.
     pub fn notify(&self) {
@@ -756,17 +760,17 @@ impl Notifier {
         self.stopped.store(phase == Phase::StopCopy, Relaxed);
     }
 
-    /// Wakes those who wait for their turn. What the saver said last still holds.
+    /// Wakes readers or writers that wait for their turn. The last answer of the saver stays valid.
     fn wake(&self) {
         self.wait.notify_all();
     }
 
-    /// Returns how often somebody was told.
+    /// Returns the number of notifications.
     fn events(&self) -> u32 {
         *self.events.lock()
     }
 
-    /// Waits until somebody is told after `seen` was returned by [`events()`](Self::events).
+    /// Waits for a notification after `seen` was returned by [`events()`](Self::events).
     ///
     /// Fails with `ERESTARTSYS` at a signal.
     fn wait_after(&self, seen: u32) -> Result {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Regions: what a user reads, writes and maps of a device.
+//! Regions, which users read, write and map.
 //!
 //! C header: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
@@ -25,25 +25,25 @@ pub const BAR2: u32 = bindings::VFIO_PCI_BAR2_REGION_INDEX;
 pub const BAR4: u32 = bindings::VFIO_PCI_BAR4_REGION_INDEX;
 /// The PCI configuration space.
 pub const CONFIG: u32 = bindings::VFIO_PCI_CONFIG_REGION_INDEX;
-/// How many regions a PCI device has, present or not.
+/// Number of region indexes of a PCI device.
 pub const COUNT: u32 = bindings::VFIO_PCI_NUM_REGIONS;
 
-/// Where in a file position the region index begins; what is below it is the offset in the region.
+/// Number of bits of the offset in a file position. The bits above are the region index.
 const INDEX_SHIFT: u32 = 40;
 
-// For mmap(), each region begins at a page of the file.
+// For mmap(), each region must begin at a page boundary of the file.
 static_assert!(INDEX_SHIFT as usize >= PAGE_SHIFT);
 
-/// The largest size of a region in bytes. Positions beyond it are those of the next region.
+/// The largest size of a region in bytes. Positions beyond it belong to the next region.
 pub const MAX_SIZE: u64 = 1 << INDEX_SHIFT;
 
-/// Most bytes that a driver is handed at once.
+/// Maximum number of bytes passed to a driver at once.
 const BLOCK: usize = 64 << 10;
 
-/// Most bytes of an access that is handed to the driver without an allocation: one bus access.
+/// Maximum number of bytes of an access that needs no allocation: one bus access.
 const ACCESS: usize = size_of::<u64>();
 
-/// A place in a device file: a region and an offset in it.
+/// A position in a device file: a region and an offset in it.
 ///
 /// # Examples
 ///
@@ -84,17 +84,17 @@ impl Position {
         })
     }
 
-    /// Reads from a region that holds `region` and nothing more, as a driver does in
+    /// Reads from a region with the content `region`. For
     /// [`Operations::read`](crate::emulated::Operations::read).
     ///
-    /// Fails with `EINVAL` if `region` is smaller than the device says that it is.
+    /// Fails with `EINVAL` if the range is not inside `region`.
     pub fn read(self, region: &[u8], to: &mut [u8]) -> Result {
         let from = self.range(to.len()).and_then(|range| region.get(range));
         to.copy_from_slice(from.ok_or(EINVAL)?);
         Ok(())
     }
 
-    /// Writes to a region that holds `region` and nothing more; see [`read`](Self::read).
+    /// Writes to a region with the content `region`; see [`read`](Self::read).
     pub fn write(self, region: &mut [u8], from: &[u8]) -> Result {
         let to = self
             .range(from.len())
@@ -109,14 +109,14 @@ impl Position {
         Some(start..start.checked_add(len)?)
     }
 
-    /// Returns the position in the device file at which a region begins.
+    /// Returns the position of the start of a region in the device file.
     pub(crate) const fn start_of(region_index: u32) -> u64 {
         region_index as u64 * MAX_SIZE
     }
 }
 
-/// Finds the part of an access that is inside its region, as `vfio-pci` does: an access that
-/// starts outside fails with `EINVAL`, one that ends outside is cut.
+/// Returns the part of an access that is inside its region. Like in `vfio-pci`, an access that
+/// starts outside fails with `EINVAL`, and one that ends outside is cut.
 fn inside(pos: i64, count: usize, size_of: impl Fn(u32) -> u64) -> Result<(Position, usize)> {
     let pos = Position::from_file(pos)?;
     let left = size_of(pos.region_index)
@@ -126,7 +126,7 @@ fn inside(pos: i64, count: usize, size_of: impl Fn(u32) -> u64) -> Result<(Posit
     Ok((pos, count.min(usize::try_from(left).unwrap_or(usize::MAX))))
 }
 
-/// Room for one block of an access, on the stack if it is a single bus access. A large one does not
+/// Buffer for one block of an access, on the stack for a single bus access. A large one does not
 /// need contiguous memory.
 enum Block {
     Access([u8; ACCESS]),
@@ -152,7 +152,7 @@ impl Block {
     }
 }
 
-/// Returns how much of an access was served, or why nothing was.
+/// Returns the number of bytes served, or the error if none were.
 fn served(done: usize, error: Error) -> Result<usize> {
     if done > 0 {
         Ok(done)
@@ -163,8 +163,9 @@ fn served(done: usize, error: Error) -> Result<usize> {
 
 /// Serves a read() of a device file.
 ///
-/// `size_of` gives the size of a region and `read` its bytes. No lock is held and no driver code
-/// runs while the user's memory is written. A task that is killed stops behind the block under way.
+/// `size_of` returns the size of a region, and `read` reads its content. No lock is held and no
+/// driver code runs while the user's memory is written. A killed task stops after the current
+/// block.
 pub(crate) fn read(
     user: &mut UserBuf,
     file_pos: i64,
@@ -206,7 +207,7 @@ pub(crate) fn write(
         let bytes = block.get(count - done);
         let wanted = bytes.len();
         let copied = user.read(bytes);
-        // A bus access is whole or does not happen; a block ends where the fault was.
+        // A single bus access is never cut. Other blocks end at the fault.
         if copied == 0 || (copied < wanted && count <= ACCESS) {
             return served(done, EFAULT);
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Workers: the threads of devices that do something by themselves.
+//! Worker threads of devices.
 //!
 //! C header: [`include/linux/kthread.h`](srctree/include/linux/kthread.h)
 
@@ -34,23 +34,23 @@ use kernel::{
     task::Task,
 };
 
-/// What a thread calls again and again.
+/// A function that a worker calls repeatedly.
 pub(crate) trait Job: Send + Sync + 'static {
     /// Does a piece of work. May sleep.
     fn work(&self) -> Work;
 }
 
-/// The memory cgroup that pays for what is allocated for a device.
+/// The memory cgroup that is charged for allocations of a device.
 ///
 /// # Invariants
 ///
-/// The pointer is valid, and a reference is owned; or it is null, and nobody pays.
+/// The pointer is valid, and a reference is owned; or it is null, and nothing is charged.
 struct Memcg(*mut bindings::mem_cgroup);
 
 // SAFETY: A memory cgroup may be charged by any thread.
 unsafe impl Send for Memcg {}
 
-// SAFETY: As above; the pointer does not change.
+// SAFETY: Same as `Send`; the pointer does not change.
 unsafe impl Sync for Memcg {}
 
 impl Memcg {
@@ -61,12 +61,12 @@ impl Memcg {
         Self(unsafe { bindings::get_mem_cgroup_from_mm(null_mut()) })
     }
 
-    /// Charges the cgroup for what `allocate` allocates with `__GFP_ACCOUNT`.
+    /// Charges the cgroup for allocations by `allocate` with `__GFP_ACCOUNT`.
     fn charge<R>(&self, allocate: impl FnOnce() -> R) -> R {
-        // SAFETY: By the type invariants it is valid as long as `self`.
+        // SAFETY: By the type invariants, it is null or valid as long as `self`.
         let old = unsafe { bindings::set_active_memcg(self.0) };
         let result = allocate();
-        // SAFETY: It was the active one before, whose owner keeps it valid.
+        // SAFETY: It was the active cgroup before, whose owner keeps it valid.
         unsafe { bindings::set_active_memcg(old) };
         result
     }
@@ -92,30 +92,30 @@ struct Shared<J> {
     started: Completion,
 }
 
-// SAFETY: `opener` is only used as it says, and the rest may be sent.
+// SAFETY: `opener` is used only until `started` is completed, and the other fields may be sent.
 unsafe impl<J: Send> Send for Shared<J> {}
 
 // SAFETY: As above.
 unsafe impl<J: Sync> Sync for Shared<J> {}
 
-/// A thread of the kernel that does a [`Job`] when its [`Gate`] is open. Dropping it interrupts the
-/// call under way, and waits until the thread is gone.
+/// A kernel thread that runs a [`Job`] when its [`Gate`] is open. Dropping it interrupts the call
+/// under way, and waits until the thread has exited.
 ///
-/// The task that makes it pays for it: the thread is in the cgroups of that task, and what it
-/// allocates with `__GFP_ACCOUNT` is charged there. Its CPU time counts against the quota of that
-/// cgroup, but the kernel throttles no kthread, only the other threads of the group.
+/// The task that creates the worker pays for it: the thread is in the cgroups of that task, and its
+/// allocations with `__GFP_ACCOUNT` are charged there. Its CPU time counts against the quota of
+/// that cgroup, but the kernel throttles no kthread, only the other threads of the group.
 ///
-/// It is no thread of that process, such as `vhost_task_create()` makes: those are killed with the
-/// process and by its `execve()`, but a device file may be passed on to another process.
+/// It is not a thread of that process, unlike those of `vhost_task_create()`: these are killed with
+/// the process and by its `execve()`, but a device file may be passed to another process.
 ///
-/// The thread freezes with the system: no job is done while user space is frozen. It also freezes
-/// with a cgroup of version 1, but not with one of version 2, which leaves kthreads out: that one
-/// never reports to be frozen as long as the device is open.
+/// The thread freezes with the system: no job runs while user space is frozen. It also freezes with
+/// a cgroup of version 1, but not with one of version 2, which does not freeze kthreads: such a
+/// cgroup does not report that it is frozen while the device is open.
 ///
 /// # Invariants
 ///
-/// `task` is a thread that runs [`main::<J>()`](Self::main) on what `shared` points to, of which
-/// this owns a reference.
+/// `task` is a thread that runs [`main::<J>()`](Self::main) on the value of `shared`. A reference
+/// to it is owned.
 pub(crate) struct Worker<J: Job> {
     task: NonNull<bindings::task_struct>,
     shared: Arc<Shared<J>>,
@@ -128,7 +128,7 @@ impl<J: Job> Worker<J> {
     /// Starts a thread in the cgroups of the current task. May sleep.
     ///
     /// Fails with `ENOMEM`, with `EINTR` if the caller is being killed, and with the error of a
-    /// cgroup that does not take the thread, such as `EAGAIN`.
+    /// cgroup that rejects the thread, such as `EAGAIN`.
     pub(crate) fn new(name: &CStr, gate: Arc<Gate>, job: J) -> Result<Self> {
         let shared = Arc::pin_init(
             pin_init!(Shared {
@@ -164,9 +164,9 @@ impl<J: Job> Worker<J> {
         unsafe { shared.gate.begin(task) };
         // SAFETY: As above, the task is valid.
         unsafe { bindings::wake_up_process(task.as_ptr()) };
-        // INVARIANT: That is the thread.
+        // INVARIANT: `task` is the thread.
         let this = Self { task, shared };
-        // Completed in any case, because nobody but `drop()` stops the thread.
+        // Always completed, because only `drop()` stops the thread.
         this.shared.started.wait_for_completion();
         to_result(this.shared.attached.load(Relaxed))?;
         Ok(this)
@@ -180,8 +180,8 @@ impl<J: Job> Worker<J> {
         let shared = unsafe { ArcBorrow::<Shared<J>>::from_raw(data.cast()) };
         // SAFETY: It changes the signal handling of the current task, which is a kthread.
         unsafe { bindings::allow_kernel_signal(bindings::SIGKILL as c_int) };
-        // By the thread itself: before, it would have been given the CPUs of all kthreads after
-        // those of the cgroup.
+        // By the thread itself: if its creator did this, the thread would replace the CPUs of the
+        // cgroup by those of all kthreads when it starts.
         //
         // SAFETY: The opener waits for `started`, and the current task is valid.
         let attached = unsafe {
@@ -225,7 +225,7 @@ impl<J: Job> Drop for Worker<J> {
             // SAFETY: By the type invariants it is a thread, and this owns a reference.
             unsafe { bindings::cgroup_detach_task_all(self.task.as_ptr()) };
         }
-        // SAFETY: By the type invariants it is a thread, of which `new()` took a reference.
+        // SAFETY: By the type invariants it is a thread, and `new()` took a reference.
         unsafe { bindings::kthread_stop_put(self.task.as_ptr()) };
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Device memory that is part of a device's state, and the tracking of what changes in it.
+//! Device memory that is part of a device's state, and the tracking of its changes.
 
 use super::{
     dirty_map::{
@@ -36,48 +36,50 @@ use kernel::{
     },
 };
 
-/// How many words [`StateMemory::clear()`] writes before it lets other tasks run: 1 MiB.
+/// Number of words that [`StateMemory::clear()`] writes before it lets other tasks run: 1 MiB.
 const CLEAR_WORDS: usize = (1 << 20) / WORD;
 
-/// How many pages there are to stream, and in how many runs of neighbours within 64 pages.
+/// A number of pages to stream, and the number of their runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pages {
-    /// Pages.
+    /// Number of pages.
     pub pages: u64,
-    /// Runs, each of at most 64 pages, none across a multiple of 64.
+    /// Number of runs of adjacent pages. No run crosses a multiple of 64.
     pub runs: u64,
 }
 
-/// What there is to stream.
+/// The pages that are still to be streamed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pending {
-    /// What was never streamed.
+    /// Pages that were never streamed.
     pub initial: Pages,
-    /// What was streamed and has changed since.
+    /// Pages that were streamed and have changed since.
     pub dirty: Pages,
-    /// At most what was streamed and may have changed unnoticed, which is streamed again in
-    /// [`Phase::StopCopy`]. Belongs to [`Remaining::tail`](crate::migration::Remaining::tail).
+    /// Upper bound of the pages that were streamed and may have changed unnoticed. These are
+    /// streamed again in [`Phase::StopCopy`]. Part of
+    /// [`Remaining::tail`](crate::migration::Remaining::tail).
     pub held: Pages,
-    /// How often all became initial again.
+    /// Number of times that all pages became initial again.
     pub reinits: u32,
 }
 
-/// What there is to stream, page by page.
+/// Tracking of the pages that are still to be streamed.
 ///
-/// It lives as long as the memory, so that a migration does not begin with allocations, and is of
-/// interest while there is a `notifier`.
+/// It lives as long as the memory, so that a migration does not begin with allocations. It is
+/// active while there is a `notifier`.
 ///
-/// All pages from `initial` on were never streamed. They count as dirty in the map too, so that
-/// nothing needs to be done when they are written to.
+/// The pages from `initial` on were never streamed. They are dirty in the map too, so that writes
+/// to them need no action.
 struct Tracker {
     map: DirtyMap<KVVec<u64>>,
     initial: usize,
-    /// Where to look for changed pages next, so that a page that always changes does not keep
-    /// others from being streamed. A multiple of 64, so that no run is cut.
+    /// Start of the next search for changed pages, so that pages that always change do not starve
+    /// the others. A multiple of 64, so that no run is cut.
     cursor: usize,
-    /// What somebody could write to unnoticed when it was streamed: one bit for each page.
+    /// Pages that the kernel could write to unnoticed when they were streamed: one bit for each
+    /// page.
     held: KVVec<u64>,
-    /// How many bits of `held` are set.
+    /// Number of bits set in `held`.
     held_count: u64,
     reinits: u32,
     notifier: Option<Arc<Notifier>>,
@@ -98,7 +100,7 @@ impl Tracker {
         })
     }
 
-    /// Begins to track, with all pages initial.
+    /// Starts tracking, with all pages initial.
     fn begin(&mut self, notifier: Arc<Notifier>) {
         self.release();
         self.map.mark_all();
@@ -108,7 +110,8 @@ impl Tracker {
         self.notifier = Some(notifier);
     }
 
-    /// Holds those pages of `run` whose bits are set, and the others no more. Bit 0 is the first.
+    /// Replaces the held pages in `run` by those whose bits are set in `pinned`. Bit 0 is the first
+    /// page of `run`.
     fn hold(&mut self, run: &dirty_map::Run, pinned: u64) {
         if self.held_count == 0 && pinned == 0 {
             return;
@@ -124,7 +127,7 @@ impl Tracker {
         }
     }
 
-    /// Marks what is held.
+    /// Marks the held pages.
     fn release(&mut self) {
         if self.held_count == 0 {
             return;
@@ -160,7 +163,7 @@ impl Tracker {
             return;
         };
         self.map.mark_range(pages.start, pages.len());
-        // There is one boundary of what was never streamed. What is below it counts as changed.
+        // Pages below `initial` count as changed.
         if initial && self.initial == pages.end {
             self.initial = pages.start;
         }
@@ -173,7 +176,7 @@ impl Tracker {
             pages: (self.map.pages() - self.initial) as u64,
             runs: words.saturating_sub(self.initial / PAGES_PER_WORD) as u64,
         };
-        // A run that reaches across `initial` is one in the map and two to stream.
+        // A run across `initial` is one run in the map, but two to stream.
         let across = self.initial < self.map.pages()
             && self.initial % PAGES_PER_WORD != 0
             && self.map.is_dirty(self.initial - 1);
@@ -208,7 +211,7 @@ pub(super) struct Inner {
 }
 
 impl Inner {
-    /// Tells whether it is of interest which pages change.
+    /// Returns whether the memory is tracked.
     pub(super) fn is_tracked(&self) -> bool {
         self.tracker.lock().notifier.is_some()
     }
@@ -223,7 +226,7 @@ impl Inner {
         let tracker = &mut *self.tracker.lock();
         if let Some(notifier) = &tracker.notifier {
             let fresh = tracker.map.mark_range(first, last - first + 1);
-            // Only who waits at an empty stream needs to be told.
+            // Only a reader at the end of the stream waits.
             if fresh > 0 && fresh == tracker.map.dirty() {
                 notifier.notify();
             }
@@ -231,25 +234,25 @@ impl Inner {
     }
 }
 
-/// The memory of a device, as far as it is to be migrated.
+/// Memory of a device that is part of its migrated state.
 ///
-/// While it is [tracked](StateMemory::track), each page is known to be as it was streamed or not.
-/// Whoever changes the memory does so first and marks the pages then; who streams them clears the
-/// mark first and reads then. So a page that is not marked is as it was streamed.
+/// While it is [tracked](StateMemory::track), pages that have changed since they were streamed are
+/// marked. Writers change the memory first, and mark the pages then. The saver clears the mark
+/// first, and reads the page then. So a page without a mark is unchanged since it was streamed.
 ///
-/// Clones stand for the same memory. All of them belong in the data of one open device, and of
-/// those who work for it: kept longer, the memory would show its bytes to the next user, and two
-/// devices cannot both map it or stop it. A driver must not write to it while the device is
-/// stopped, except to load or to reset; the memory cannot tell, and does not check.
+/// Clones refer to the same memory. Keep all of them in the data of one open device: kept longer,
+/// the memory would show its content to the next user, and two devices cannot both map or stop it.
+/// A driver must not write to it while the device is stopped, except to load or to reset. This is
+/// not checked.
 ///
-/// Users may map it, see [`Operations::mmap`](crate::emulated::Operations::mmap): their stores are
-/// noticed as far as that is of interest, and dropped while the device is stopped.
+/// Users may map it, see [`Operations::mmap`](crate::emulated::Operations::mmap). Their stores are
+/// tracked too, and dropped while the device is stopped.
 ///
 /// # Context
 ///
-/// Methods that do not sleep may be called with locks held, but not in interrupts, soft or hard, and
-/// not with a lock held that an interrupt takes: they take a spinlock without disabling interrupts.
-/// With `PREEMPT_RT` that lock sleeps. A timer that changes the memory does so in
+/// Methods that do not sleep may be called with locks held, but not in interrupts, soft or hard,
+/// and not with a lock held that an interrupt takes: they take a spinlock without disabling
+/// interrupts. With `PREEMPT_RT` that lock sleeps. A timer must leave changes of the memory to
 /// [`Operations::work`](crate::emulated::Operations::work). [`read()`](Self::read) and
 /// [`page()`](Self::page) take no lock.
 ///
@@ -258,13 +261,13 @@ impl Inner {
 /// ```
 /// use kernel::page::PAGE_SIZE;
 ///
-/// /// Fills a page, and begins to track what is changed from then on.
+/// /// Fills a page, and tracks changes from then on.
 /// fn begin(memory: &StateMemory, notifier: Arc<Notifier>) -> Result<Tracking> {
 ///     memory.write(PAGE_SIZE, &[0xff; PAGE_SIZE])?;
 ///     memory.track(notifier)
 /// }
 ///
-/// /// Tells how many bytes of pages are still to be streamed.
+/// /// Returns the size in bytes of the pages still to be streamed.
 /// fn left(tracking: &Tracking) -> u64 {
 ///     let pending = tracking.pending();
 ///     (pending.initial.pages + pending.dirty.pages) * PAGE_SIZE as u64
@@ -304,29 +307,29 @@ impl StateMemory {
 
     /// Reads bytes. Does not sleep.
     ///
-    /// Fails with `EINVAL` if the range is not inside the memory; nothing is read then.
+    /// Fails with `EINVAL`, and reads nothing, if the range is not inside the memory.
     pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
         self.0.memory.read(offset, to)
     }
 
-    /// Returns what the words of a page hold, `N` at a time. What does not fill `N` at the end of
-    /// the page is left out.
+    /// Returns the words of a page, `N` at a time. An incomplete group at the end of the page is
+    /// omitted.
     pub fn page<const N: usize>(&self, page: usize) -> impl Iterator<Item = [u64; N]> + '_ {
         self.0.memory.page(page)
     }
 
     /// Writes bytes and marks their pages.
     ///
-    /// Fails with `EINVAL` if the range is not inside the memory; nothing has changed then. Does
-    /// not sleep.
+    /// Fails with `EINVAL`, and changes nothing, if the range is not inside the memory. Does not
+    /// sleep.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result {
         self.0.memory.write(offset, from)?;
         self.changed(offset..offset + from.len());
         Ok(())
     }
 
-    /// Writes words from the word `start` on, `N` at a time, as far as there are any and there is
-    /// room for `N`, calls `written` with each `N`, and marks their pages. Does not sleep, unless
+    /// Writes words from the word `start` on, `N` at a time, until `words` ends or fewer than `N`
+    /// words fit. Calls `written` with each `N`, and marks their pages. Does not sleep, unless
     /// `words` or `written` does.
     pub fn set_words<const N: usize>(
         &self,
@@ -342,8 +345,8 @@ impl StateMemory {
 
     /// Sets every byte to zero and marks all pages. May sleep.
     ///
-    /// Other tasks run in between. A fatal signal does not end it: it is for a reset, and a device
-    /// that is cleared in part is in no state that has a name.
+    /// Reschedules if needed. A fatal signal does not end it: it is for a reset, and a partly
+    /// cleared device would be in an undefined state.
     pub fn clear(&self) {
         let words = self.size() / WORD;
         for start in (0..words).step_by(CLEAR_WORDS) {
@@ -353,9 +356,9 @@ impl StateMemory {
         }
     }
 
-    /// Lets all pages count as never streamed, because the device has initialised itself anew.
+    /// Marks all pages as never streamed, because the device has re-initialised itself.
     ///
-    /// The user learns of it by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep.
+    /// Reported to the user by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep.
     pub fn reinit(&self) {
         let tracker = &mut *self.0.tracker.lock();
         if let Some(notifier) = &tracker.notifier {
@@ -363,22 +366,22 @@ impl StateMemory {
             tracker.map.mark_all();
             tracker.initial = 0;
             tracker.reinits = tracker.reinits.wrapping_add(1);
-            // Only a reader that waits at an empty stream needs to know.
+            // Only a reader at the end of the stream waits.
             if empty {
                 notifier.notify();
             }
         }
     }
 
-    /// Drops what users store to the memory by mappings, from here on. May sleep.
+    /// Drops stores of users by mappings from now on. May sleep.
     ///
-    /// A page to which a store was dropped reads as anything by that mapping until
-    /// [`thaw()`](Self::thaw). What the driver itself writes is not affected.
+    /// By that mapping, a page with a dropped store has undefined content until
+    /// [`thaw()`](Self::thaw). Writes of the driver are not affected.
     ///
-    /// Waits about 0.1 s while the kernel has references to pages that were mapped writable: it
-    /// may write to them on behalf of a user. A reference that it took to read counts as well,
-    /// because the reference count does not tell them apart. Fails with `EBUSY` if there is one
-    /// after that, and with `EINTR` if the task was killed; no store was dropped then.
+    /// Waits about 0.1 s while the kernel has references to pages that were mapped writable: it may
+    /// write to them on behalf of a user. References for reading count too, because the reference
+    /// count does not distinguish them. Fails with `EBUSY` if a reference is left after that, and
+    /// with `EINTR` if the task was killed; no store was dropped then.
     pub(crate) fn freeze(&self) -> Result {
         let mut waits = 100;
         while !self.0.mappings.lock().freeze(&self.0.memory)? {
@@ -391,31 +394,32 @@ impl StateMemory {
         Ok(())
     }
 
-    /// Lets accesses of users by mappings through, or lets them fail with `SIGBUS`. May sleep.
+    /// Sets whether users may access mappings. If not, accesses raise `SIGBUS`. May sleep.
     pub(crate) fn enable(&self, enabled: bool) {
         self.0.mappings.lock().enable(enabled, self.pages());
     }
 
-    /// Lets the stores of users through again. May sleep.
+    /// Enables stores of users again. May sleep.
     pub(crate) fn thaw(&self) {
         self.0.mappings.lock().thaw(self.pages());
     }
 
-    /// Lets the stores of users through again, because the device was reset. May sleep.
+    /// Enables stores of users again after a reset, and clears the count of dropped stores. May
+    /// sleep.
     pub(crate) fn reset(&self) {
         self.0.mappings.lock().reset(self.pages());
     }
 
-    /// Returns to how many pages stores by mappings were dropped since the last reset, because the
-    /// device was stopped. May sleep.
+    /// Returns the number of pages with stores by mappings dropped since the last reset, because
+    /// the device was stopped. May sleep.
     ///
-    /// A page counts once each time that the device stops. If stores to it come by several
-    /// mappings, it counts whenever they come by another one than before.
+    /// A page counts once for each time that the device stops. With several mappings, it counts
+    /// again each time that the stores come by a different mapping than before.
     pub fn dropped(&self) -> u64 {
         self.0.mappings.lock().dropped()
     }
 
-    /// Returns the bytes in a range. Who writes to them marks their pages afterwards.
+    /// Returns the bytes in a range. The caller must mark the pages after writing to them.
     pub(crate) fn bytes(&self, range: Range<usize>) -> *const [u8] {
         self.0.memory.bytes(range)
     }
@@ -425,10 +429,10 @@ impl StateMemory {
         self.0.changed(range);
     }
 
-    /// Begins to track, with all pages still to be streamed, until the result is dropped.
+    /// Tracks the memory until the result is dropped, with all pages still to be streamed.
     ///
-    /// `notifier` is told when there is something to stream again after there was nothing. Fails
-    /// with `EBUSY` if the memory is tracked already. Does not sleep.
+    /// Notifies `notifier` when a page is to be streamed and there was none before. Fails with
+    /// `EBUSY` if the memory is tracked already. Does not sleep.
     pub fn track(&self, notifier: Arc<Notifier>) -> Result<Tracking> {
         let mut tracker = self.0.tracker.lock();
         if tracker.notifier.is_some() {
@@ -439,27 +443,27 @@ impl StateMemory {
     }
 }
 
-/// Pages to stream: neighbours in a [`StateMemory`], whose marks have been cleared.
+/// Adjacent pages of a [`StateMemory`] to stream, whose marks have been cleared.
 ///
-/// Goes into a [`Chunk`](crate::migration::Chunk), which takes the bytes from the memory when the
-/// user reads them. A change of the memory before that marks it again. If the run, or its chunk, is
-/// dropped before [`Saver::next`](crate::migration::Saver::next) has returned it, the pages are
-/// marked again as well.
+/// Becomes part of a [`Chunk`](crate::migration::Chunk), which reads the memory when the user reads
+/// the stream. A change before that marks the page again. If the run, or its chunk, is dropped
+/// before [`Saver::next`](crate::migration::Saver::next) has returned it, the pages are marked
+/// again, too.
 pub struct PageRun {
     inner: Arc<Inner>,
     pages: Range<usize>,
     initial: bool,
-    /// A reader gets the pages, so that they count as streamed.
+    /// A reader gets the pages, so they count as streamed.
     handed_out: bool,
 }
 
 impl PageRun {
-    /// Returns which pages these are.
+    /// Returns the page numbers.
     pub fn pages(&self) -> Range<usize> {
         self.pages.clone()
     }
 
-    /// Tells whether they were never streamed before.
+    /// Returns whether the pages were never streamed before.
     pub fn is_initial(&self) -> bool {
         self.initial
     }
@@ -469,12 +473,12 @@ impl PageRun {
         &self.inner.memory
     }
 
-    /// Returns where in the memory the pages are, in bytes.
+    /// Returns the byte range of the pages in the memory.
     pub(crate) fn bytes(&self) -> Range<usize> {
         self.pages.start * PAGE_SIZE..self.pages.end * PAGE_SIZE
     }
 
-    /// Notes that a reader gets the pages.
+    /// Records that a reader gets the pages.
     pub(crate) fn hand_out(&mut self) {
         self.handed_out = true;
     }
@@ -489,20 +493,21 @@ impl Drop for PageRun {
     }
 }
 
-/// That a [`StateMemory`] is tracked. Dropping it ends the tracking; may sleep.
+/// The tracking of a [`StateMemory`]. Dropping it ends the tracking and may sleep.
 pub struct Tracking(StateMemory);
 
 impl Tracking {
-    /// Takes the next run to stream, of at most `max` pages. What was never streamed comes first.
+    /// Takes the next run to stream, of at most `max` pages. Pages that were never streamed come
+    /// first.
     ///
-    /// The pages' marks are cleared: they count as streamed, unless the result is dropped before a
-    /// reader got it. A page that somebody may write to unnoticed, because the kernel is just doing
-    /// that on behalf of a user, comes again in [`Phase::StopCopy`]. Returns nothing if there is
-    /// nothing to stream. May sleep.
+    /// Clears the marks of the pages: they count as streamed, unless the result is dropped before a
+    /// reader got it. A page that the kernel may be writing to unnoticed on behalf of a user is
+    /// streamed again in [`Phase::StopCopy`]. Returns [`None`] if no page is to be streamed. May
+    /// sleep.
     pub fn take(&self, max: usize) -> Option<PageRun> {
         let inner = &self.0 .0;
-        // Held until the pages are out of all address spaces, so that a store sets its page's mark
-        // after that mark was cleared.
+        // Held until the pages are write-protected, so that a store sets the mark of its page after
+        // the mark was cleared.
         let mut mappings = inner.mappings.lock();
         let mut tracker = inner.tracker.lock();
         let phase = tracker.notifier.as_ref()?.phase();
@@ -525,8 +530,8 @@ impl Tracking {
         })
     }
 
-    /// Returns what there is to stream. The number of runs is exact as long as whole runs are
-    /// taken. Does not sleep.
+    /// Returns the pages still to be streamed. The number of runs is exact as long as whole runs
+    /// are taken. Does not sleep.
     pub fn pending(&self) -> Pending {
         self.0 .0.tracker.lock().pending()
     }
@@ -535,7 +540,7 @@ impl Tracking {
 impl Drop for Tracking {
     fn drop(&mut self) {
         let notifier = self.0 .0.tracker.lock().notifier.take();
-        // Outside of the lock, because the notifier may go.
+        // Outside of the lock: this may be the last reference.
         drop(notifier);
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Sessions, and the data_fd by which the user takes part in one.
+//! Sessions and their data_fd.
 //!
-//! A session is shared by the engine and the file. The file holds nothing else: it may outlive
-//! the device, and when the session has ended, every call on it fails with `ENODEV`.
+//! A session is shared by the engine and the file. The file owns nothing else: it may outlive the
+//! device. After the end of the session, every call on it fails with `ENODEV`.
 
 use super::{
     Chunk,
@@ -66,45 +66,45 @@ use kernel::{
 /// `VFIO_MIG_GET_PRECOPY_INFO`.
 const MIG_GET_PRECOPY_INFO: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 21);
 
-/// The number that the ioctl had when it was proposed, with the same argument. Users of that
-/// proposal still call it.
+/// Number of the ioctl in the first proposal, with the same argument. Users of that proposal still
+/// call it.
 const DEVICE_MIG_PRECOPY: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 22);
 
-/// What a saver has said and no reader knows yet. With the number of notifications before that:
-/// after another one it may say something else.
+/// Last answer of a saver that was not returned to a reader yet, with the number of notifications
+/// before it. Another notification may change the answer.
 enum Said {
-    /// It was not asked, or it has said something that is known.
+    /// The saver was not called, or a reader has got the answer.
     Nothing,
     NotReady(u32),
     End(u32),
     Failed(Error),
 }
 
-/// What is in a saving session until it ends.
+/// Content of a saving session until it ends.
 struct Saving<M: Migratable> {
     /// Held for the opt-in to v2 of the pre-copy info; gone before close_device() returns.
     device: ARef<Device>,
     saver: M::Saver,
-    /// What the reader has begun, or begins next; it is with the reader while that copies.
+    /// The chunk to read next, perhaps read in part. [`None`] while a reader copies it.
     chunk: Option<Chunk>,
     said: Said,
-    /// The number of notifications when the saver said that nothing is left, if it did so since it
-    /// was asked for a chunk last.
+    /// Number of notifications when the saver last reported that nothing is left, if it did so
+    /// since its last chunk was requested.
     none_left: Option<u32>,
-    /// How much of `chunk` was read, out of how much, and what it counts as.
+    /// Number of bytes of `chunk` that were read, its size, and whether it counts as initial.
     pos: usize,
     len: usize,
     initial: bool,
-    /// A reader is at work. Readers take turns, so that each gets bytes that follow each other.
+    /// A reader is active. Readers take turns, so that each gets contiguous bytes.
     reading: bool,
-    /// What `initial_bytes` was reported as last; it must not grow without `REINIT`.
+    /// Last reported `initial_bytes`, which must not grow without `REINIT`.
     reported_initial: u64,
-    /// How many re-initialisations were reported.
+    /// Number of re-initialisations reported.
     reported_reinits: u32,
 }
 
 impl<M: Migratable> Saving<M> {
-    /// Asks the saver how much is left in the stream.
+    /// Returns the size of the rest of the saver's stream.
     fn ask_remaining(&mut self, notifier: &Notifier) -> Result<Remaining> {
         let seen = notifier.events();
         let remaining = self.saver.remaining()?;
@@ -112,14 +112,14 @@ impl<M: Migratable> Saving<M> {
         Ok(remaining)
     }
 
-    /// Returns how much there is to read, including the rest of what the reader has begun.
+    /// Returns the size of the rest of the stream, including the rest of the current chunk.
     fn remaining(&mut self, notifier: &Notifier) -> Result<Remaining> {
         let mut remaining = self.ask_remaining(notifier)?;
         self.add_begun(&mut remaining);
         Ok(remaining)
     }
 
-    /// Adds the rest of what the reader has begun.
+    /// Adds the rest of the current chunk.
     fn add_begun(&self, remaining: &mut Remaining) {
         let begun = (self.len - self.pos) as u64;
         let part = if self.initial {
@@ -130,9 +130,9 @@ impl<M: Migratable> Saving<M> {
         *part = part.saturating_add(begun);
     }
 
-    /// Asks the saver what comes next, when the last chunk has been read.
+    /// Gets the next part of the stream from the saver. The last chunk has been read.
     fn ask(&mut self, notifier: &Notifier) {
-        // Read before the saver is asked, so that what it tells meanwhile is not missed.
+        // Read before the saver is called, so that a notification meanwhile is not missed.
         let seen = notifier.events();
         let phase = notifier.phase();
         let none_left = self.none_left.take() == Some(seen);
@@ -159,8 +159,8 @@ impl<M: Migratable> Saving<M> {
         };
     }
 
-    /// Warns about a saver that has something left at the end, unless there was a notification
-    /// after `seen`.
+    /// Warns about a saver that has bytes left at its end, unless there was a notification after
+    /// `seen`.
     fn check_end(&mut self, notifier: &Notifier, seen: u32) {
         let Ok(remaining) = self.ask_remaining(notifier) else {
             return;
@@ -171,7 +171,7 @@ impl<M: Migratable> Saving<M> {
         }
     }
 
-    /// Tells whether a read() need not wait.
+    /// Returns whether a read() would not wait.
     fn is_readable(&self, notifier: &Notifier) -> bool {
         if self.reading {
             return false;
@@ -239,12 +239,12 @@ impl<M: Migratable> SaveSession<M> {
         Ok((session, file))
     }
 
-    /// Turns to `STOP_COPY`. The device is stopped.
+    /// Changes to `STOP_COPY`. The device is stopped.
     pub(super) fn seal(&self) -> Result {
         let mut guard = lock_killable(&self.saving)?;
         let saving = (*guard).as_mut().ok_or(ENODEV)?;
         saving.saver.seal()?;
-        // Under the lock, so that the saver is asked in one phase or the other.
+        // Under the lock, so that a call of the saver sees one phase.
         self.notifier.set_phase(Phase::StopCopy);
         self.notifier.notify();
         if saving.pos == saving.len {
@@ -261,7 +261,7 @@ impl<M: Migratable> SaveSession<M> {
         self.notifier.notify();
     }
 
-    /// Returns how many bytes are left to stream, nothing if the session has ended.
+    /// Returns the number of bytes left to stream, or [`None`] if the session has ended.
     pub(super) fn data_size(&self) -> Result<Option<u64>> {
         let mut guard = lock_killable(&self.saving)?;
         let Some(saving) = (*guard).as_mut() else {
@@ -271,7 +271,7 @@ impl<M: Migratable> SaveSession<M> {
         Ok(Some(remaining.left(Phase::StopCopy)))
     }
 
-    /// Waits until somebody notifies, unless the reader does not want to wait.
+    /// Waits for a notification. Fails with `EAGAIN` if the reader is nonblocking.
     fn wait(&self, guard: &mut MutexGuard<'_, Option<Saving<M>>>, nonblock: bool) -> Result {
         if nonblock {
             return Err(EAGAIN);
@@ -282,7 +282,7 @@ impl<M: Migratable> SaveSession<M> {
         Ok(())
     }
 
-    /// Takes turns with other readers.
+    /// Waits for the turn of this reader.
     fn claim(&self, nonblock: bool) -> Result {
         let mut guard = lock_killable(&self.saving)?;
         loop {
@@ -295,7 +295,8 @@ impl<M: Migratable> SaveSession<M> {
         }
     }
 
-    /// Ends the turn. poll() knows afterwards what the next one finds, also if this one failed.
+    /// Ends the turn of this reader. Calls the saver if needed, so that poll() agrees with the next
+    /// read(), even if this one failed.
     fn unclaim(&self) {
         if let Some(saving) = &mut *self.saving.lock() {
             saving.reading = false;
@@ -306,7 +307,8 @@ impl<M: Migratable> SaveSession<M> {
         self.notifier.wake();
     }
 
-    /// Returns what is to be read next and how much of it was, or nothing at the end of stream.
+    /// Returns the next chunk and the number of its bytes that were read, or [`None`] at the end of
+    /// stream.
     fn next(&self, nonblock: bool, first: bool) -> Result<Option<(Chunk, usize)>> {
         loop {
             let mut guard = self.saving.lock();
@@ -333,7 +335,7 @@ impl<M: Migratable> SaveSession<M> {
         }
     }
 
-    /// Takes note of how much was read of what [`next()`](Self::next) returned.
+    /// Records the position in the chunk that [`next()`](Self::next) returned.
     fn advance(&self, chunk: Chunk, pos: usize) -> Result {
         let mut guard = self.saving.lock();
         let saving = (*guard).as_mut().ok_or(ENODEV)?;
@@ -390,9 +392,9 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Serves `VFIO_MIG_GET_PRECOPY_INFO`.
     ///
-    /// `initial_bytes + dirty_bytes` is what `STOP_COPY` would stream if it began now. Its tail,
-    /// which pre-copy cannot stream, is left out when nothing else is left: both must be zero at
-    /// the temporary end of stream.
+    /// `initial_bytes + dirty_bytes` is the size that `STOP_COPY` would stream if it began now. The
+    /// tail, which pre-copy cannot stream, is excluded when nothing else is left: both must be zero
+    /// at the temporary end of stream.
     fn precopy_info(&self, arg: UserPtr) -> Result {
         let (mut reader, mut writer) = UserSlice::new(arg, PRECOPY_INFO_SIZE).reader_writer();
         let argsz = reader.read::<u32>()?;
@@ -416,7 +418,7 @@ impl<M: Migratable> SaveSession<M> {
                 flags = bindings::VFIO_PRECOPY_INFO_REINIT;
                 saving.reported_reinits = reinits;
                 saving.reported_initial = u64::MAX;
-                // `dirty_bytes` begins anew with zero, whatever the reader has begun.
+                // `dirty_bytes` restarts at zero, even if a chunk was read in part.
                 saving.initial = true;
             }
         }
@@ -432,7 +434,7 @@ impl<M: Migratable> SaveSession<M> {
         } else if dirty > 0 {
             dirty = dirty.saturating_add(tail);
         }
-        // What was not announced as initial must not be reported as such.
+        // Bytes that were not announced as initial must not be reported as such.
         let shown = initial.min(saving.reported_initial);
         dirty = dirty.saturating_add(initial - shown);
         saving.reported_initial = shown;
@@ -444,7 +446,7 @@ impl<M: Migratable> SaveSession<M> {
             .and_then(|()| writer.write(&shown))
             .and_then(|()| writer.write(&dirty));
         if written.is_err() && flags & bindings::VFIO_PRECOPY_INFO_REINIT != 0 && v2 {
-            // The user has not seen it: the next one shall.
+            // The user has not seen the flag: report it again.
             if let Some(saving) = &mut *self.saving.lock() {
                 saving.reported_reinits = reinits.wrapping_sub(1);
             }
@@ -470,18 +472,17 @@ const POLLRDHUP: u32 = 0x2000;
 /// The flag of a `struct kiocb` that `bindings` does not have: its macro casts. Set by io_uring.
 const IOCB_NOWAIT: c_int = 8;
 
-/// What is in a resuming session until it ends.
+/// Content of a resuming session until it ends.
 struct Loading<M: Migratable> {
     loader: M::Loader,
-    /// Where a write() is taken from the user to; it is with the writer while that copies.
+    /// Buffer for a write(). [`None`] while a writer uses it.
     block: Option<Block>,
-    /// Why the stream was refused.
+    /// Error with which the stream was refused.
     failed: Option<Error>,
 }
 
 impl<M: Migratable> Loading<M> {
-    /// Tells whether a write() need not wait, because there is somebody to take the bytes, or an
-    /// error.
+    /// Returns whether a write() would not wait: the loader is ready, or the stream was refused.
     fn is_ready(&self) -> bool {
         self.failed.is_some() || self.loader.is_ready()
     }
@@ -521,7 +522,7 @@ impl<M: Migratable> LoadSession<M> {
         Ok((session, file))
     }
 
-    /// Puts into effect what was loaded.
+    /// Applies the loaded state.
     pub(super) fn finish(&self, driver: &Arc<M>) -> Result {
         let mut guard = lock_killable(&self.loading)?;
         let loading = (*guard).as_mut().ok_or(ENODEV)?;
@@ -546,7 +547,7 @@ impl<M: Migratable> LoadSession<M> {
         self.notifier.notify();
     }
 
-    /// Takes turns with other writers, and what the turn consists in.
+    /// Waits for the turn of this writer, and returns the buffer, which represents the turn.
     fn claim(&self, nonblock: bool) -> Result<Block> {
         let mut guard = lock_killable(&self.loading)?;
         loop {
@@ -563,10 +564,11 @@ impl<M: Migratable> LoadSession<M> {
         }
     }
 
-    /// Waits until the loader can take bytes; tells that it cannot if some were taken before.
+    /// Waits until the loader is ready. If this write() has already taken bytes, returns false
+    /// instead of waiting.
     fn ready(&self, nonblock: bool, first: bool) -> Result<bool> {
         loop {
-            // Read before the loader is asked, so that what it tells meanwhile is not missed.
+            // Read before the loader is called, so that a notification meanwhile is not missed.
             let seen = self.notifier.events();
             let guard = self.loading.lock();
             if guard.as_ref().ok_or(ENODEV)?.is_ready() {
@@ -636,7 +638,7 @@ impl<M: Migratable> LoadSession<M> {
         result.map(|()| 0)
     }
 
-    /// Serves poll(): writable if write() would not wait, and an error once the session has ended.
+    /// Serves poll(): writable if write() would not wait, and an error after the session has ended.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         let events = bindings::POLLOUT | bindings::POLLWRNORM;
@@ -648,7 +650,7 @@ impl<M: Migratable> LoadSession<M> {
     }
 }
 
-/// Makes the file of a session. The file owns `session` until it is released.
+/// Creates the file of a session. The file owns `session` until it is released.
 fn new_file<S: 'static>(
     name: &'static CStr,
     fops: &'static bindings::file_operations,
@@ -656,8 +658,8 @@ fn new_file<S: 'static>(
     flags: u32,
 ) -> Result<ARef<File>> {
     let private = session.into_foreign();
-    // SAFETY: `name` and `fops` live for ever, and `private` is what the callbacks in `fops`
-    // expect.
+    // SAFETY: `name` and `fops` live for ever, and `private` has the type that the callbacks in
+    // `fops` expect.
     let file = unsafe {
         bindings::anon_inode_getfile(name.as_char_ptr(), fops, private.cast(), flags as c_int)
     };
@@ -665,7 +667,7 @@ fn new_file<S: 'static>(
         // SAFETY: `private` comes from `into_foreign()` above, and no file has taken it.
         drop(unsafe { Arc::<S>::from_foreign(private) });
     })?;
-    // SAFETY: The file is new, and nobody else knows it.
+    // SAFETY: The file is new and not shared.
     unsafe { bindings::stream_open((*file).f_inode, file) };
     // SAFETY: `anon_inode_getfile()` returned the only reference, and no `fdget_pos` call can be
     // under way on a file that has no descriptor.
@@ -679,14 +681,14 @@ fn new_file<S: 'static>(
 /// `file` must be a live file made by [`new_file()`] with an `Arc<S>`, which is not released
 /// before `'a` ends.
 unsafe fn borrow<'a, S: 'static>(file: *mut bindings::file) -> (&'a File, ArcBorrow<'a, S>) {
-    // SAFETY: By the safety requirements `private_data` is what `into_foreign()` returned, and
+    // SAFETY: By the safety requirements `private_data` comes from `into_foreign()`, and
     // `from_foreign()` is only called on release.
     let session = unsafe { Arc::<S>::borrow((*file).private_data.cast()) };
     // SAFETY: The file is live, and the file is a stream, which is never locked by `fdget_pos`.
     (unsafe { File::from_raw_file(file) }, session)
 }
 
-/// Drops what the file owns.
+/// Drops the session of a file.
 ///
 /// # Safety
 ///
@@ -695,12 +697,12 @@ unsafe extern "C" fn release<S: 'static>(
     _inode: *mut bindings::inode,
     file: *mut bindings::file,
 ) -> c_int {
-    // SAFETY: `private_data` comes from `into_foreign()`, and nobody uses the file any more.
+    // SAFETY: `private_data` comes from `into_foreign()`, and the file is not used any more.
     drop(unsafe { Arc::<S>::from_foreign((*file).private_data.cast()) });
     0
 }
 
-/// Tells whether a read() or write() must not wait.
+/// Returns whether a read() or write() must not wait.
 ///
 /// # Safety
 ///
@@ -711,7 +713,7 @@ unsafe fn nonblock(file: &File, iocb: *mut bindings::kiocb) -> bool {
     file.flags() & flags::O_NONBLOCK != 0 || iocb_flags & IOCB_NOWAIT != 0
 }
 
-/// Turns a count of bytes into what read() and write() return.
+/// Converts a result to the return value of read() and write().
 fn count(result: Result<usize>) -> isize {
     from_result(|| result.map(|count| count as isize))
 }

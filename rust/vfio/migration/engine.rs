@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The state of a device's migration, and the only one who changes it.
+//! The migration state of a device, and all code that changes it.
 
 use super::{
     data_file::{
@@ -38,11 +38,11 @@ use kernel::{
     },
 };
 
-/// Where a device is, with the session that this state has.
+/// The state of a device, with the session that belongs to it.
 ///
-/// A saving state without a session cannot be written down, nor a session in another state.
+/// A saving state without a session, or a session in another state, cannot be represented.
 enum Current<M: Migratable> {
-    /// The hardware is gone. Only the state, `ERROR`, can be asked for.
+    /// The hardware is gone. Only the state, `ERROR`, can be queried.
     Gone,
     Error,
     Stop,
@@ -68,7 +68,7 @@ impl<M: Migratable> Current<M> {
         }
     }
 
-    /// Leaves the state for one without a session, and ends the one there was.
+    /// Changes the state, and ends the session of the old one.
     fn leave(&mut self, to: Self) {
         match mem::replace(self, to) {
             Self::PreCopy(session) | Self::PreCopyP2p(session) | Self::StopCopy(session) => {
@@ -98,27 +98,26 @@ impl<M: Migratable> Current<M> {
     }
 }
 
-/// What happened to the device besides what the engine did.
+/// An event of the device that the engine did not cause.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Event {
-    /// It has died.
+    /// The device has died.
     Failed,
-    /// It was reset, and runs.
+    /// The device was reset, and runs.
     Reset,
 }
 
 /// The migration of one device.
 ///
-/// Lives as long as the device. The driver's open data is handed in with each call that needs it,
-/// because it comes and goes with open and close.
+/// Lives as long as the device. The driver's open data is passed to each call that needs it,
+/// because it exists only while the device is open.
 ///
-/// A device of [`emulated`](crate::emulated) has one already. A driver that has its own
-/// `struct vfio_migration_ops` calls it from there, and from its reset and close.
+/// The crate creates it for devices of [`emulated`](crate::emulated). A driver with its own `struct
+/// vfio_migration_ops` calls it from there, and on open, reset and close.
 ///
 /// # Examples
 ///
-/// What a variant driver of a PCI device has for `migration_set_state`, and when the device was
-/// reset.
+/// The part of a variant driver of a PCI device that uses the engine.
 ///
 /// ```
 /// use kernel::{
@@ -169,16 +168,16 @@ pub struct Engine<M: Migratable> {
     /// Held while the driver's methods run, never across a user copy.
     #[pin]
     current: Mutex<Current<M>>,
-    /// What happened while somebody held `current`, if anything; the last of it. Inside of
-    /// `current`, for which nothing waits with this held.
+    /// The last event while `current` was held, if any. Nested inside `current`, which is never
+    /// waited for with this held.
     #[pin]
     event: SpinLock<Option<Event>>,
-    /// A copy of the state in `current` for those who must not wait for it.
+    /// A copy of the state in `current`, for readers that must not wait for it.
     state: Atomic<u32>,
 }
 
 impl<M: Migratable> Engine<M> {
-    /// What the flags need is there.
+    /// Checks that the driver has the methods that its flags need.
     const COMPLETE: () = {
         assert!(
             !M::FLAGS.p2p() || (M::HAS_QUIESCE_P2P && M::HAS_RESUME_P2P),
@@ -190,7 +189,7 @@ impl<M: Migratable> Engine<M> {
         );
     };
 
-    /// Makes the engine of a device that supports `flags`. The device is in `RUNNING`.
+    /// Creates the engine of a device that supports `flags`. The device is in `RUNNING`.
     ///
     /// Fails with `EINVAL` if the flags are not within [`Migratable::FLAGS`].
     pub fn new(flags: Flags) -> impl PinInit<Self, Error> {
@@ -203,29 +202,29 @@ impl<M: Migratable> Engine<M> {
         }? Error)
     }
 
-    /// Returns what the device supports.
+    /// Returns the flags that the device supports.
     pub fn flags(&self) -> Flags {
         self.flags
     }
 
     /// Returns the state, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE` and for debugfs.
     ///
-    /// Does not wait for a state change that is under way; then it returns a state of the path.
-    /// May be called at any time, whether the device is open or not.
+    /// Does not wait for a state change under way, during which it returns a state of the path. May
+    /// be called at any time, whether the device is open or not.
     pub fn state(&self) -> State {
         State::from_raw(self.state.load(Relaxed)).unwrap_or(State::Error)
     }
 
-    /// Does something with `current`, after waiting for others who do.
+    /// Calls `change` with `current` locked.
     fn with_current(&self, change: impl FnOnce(&mut Current<M>)) {
         let mut current = self.current.lock();
         change(&mut current);
         self.release(current);
     }
 
-    /// Does something with `current` on behalf of an ioctl, after waiting for others who do.
+    /// Calls `change` with `current` locked, on behalf of an ioctl.
     ///
-    /// Fails with `EINTR`, and does nothing, if the task is being killed while it waits.
+    /// Fails with `EINTR`, without the call, if the task is killed while it waits for the lock.
     fn try_with_current<R>(&self, change: impl FnOnce(&mut Current<M>) -> Result<R>) -> Result<R> {
         let mut current = lock_killable(&self.current)?;
         let result = change(&mut current);
@@ -233,12 +232,13 @@ impl<M: Migratable> Engine<M> {
         result
     }
 
-    /// Releases `current`, after doing what [`report()`](Self::report) left to its holder.
+    /// Releases `current`, after handling the event that [`report()`](Self::report) left to its
+    /// holder.
     fn release(&self, mut current: MutexGuard<'_, Current<M>>) {
         loop {
             let mut event = self.event.lock();
             let Some(happened) = event.take() else {
-                // With `event` held: who reports is in time for this loop or gets `current`.
+                // With `event` held: a report is either seen by this loop or gets `current`.
                 return drop(current);
             };
             drop(event);
@@ -246,7 +246,7 @@ impl<M: Migratable> Engine<M> {
         }
     }
 
-    /// Takes note of what happened to the device.
+    /// Handles an event of the device.
     fn take_note(&self, current: &mut Current<M>, event: Event) {
         if current.present().is_ok() {
             current.leave(match event {
@@ -257,7 +257,7 @@ impl<M: Migratable> Engine<M> {
         self.publish(current);
     }
 
-    /// Takes note of what happened to the device, now or as soon as nobody holds `current`.
+    /// Handles an event of the device, now or when `current` is released.
     fn report(&self, happened: Event) {
         let mut event = self.event.lock();
         *event = Some(happened);
@@ -268,41 +268,40 @@ impl<M: Migratable> Engine<M> {
         }
     }
 
-    /// Lets everybody know the state.
+    /// Publishes the state for [`state()`](Self::state).
     fn publish(&self, current: &Current<M>) {
         self.state.store(current.state().as_raw(), Relaxed);
     }
 
-    /// Says that the device has died: its state is `ERROR`, its session ends with `ENODEV`, and
-    /// readers and pollers are woken. A reset leads out.
+    /// Reports that the device has died. Its state becomes `ERROR`, its session ends with `ENODEV`,
+    /// and readers, writers and pollers are woken. A reset leaves `ERROR`.
     ///
-    /// Does not wait for a state change that is under way, which ends after the method that it is
-    /// in, and fails with `ENODEV` if that method does not fail. A report while the device is
-    /// closed, or during the last close, has no effect after the next [`open()`](Self::open). May
-    /// sleep. May be called at any time, also by a method of [`Migratable`] and with `memory_lock` held,
-    /// but not by a method of a [`Saver`](super::Saver) or [`Loader`](super::Loader): those run
-    /// under the lock of the session that ends.
+    /// Does not wait for a state change under way. That ends after the current method, and fails
+    /// with `ENODEV` if the method succeeds. A report while the device is closed, or during the
+    /// last close, has no effect after the next [`open()`](Self::open). May sleep. May be called at
+    /// any time, including by a method of [`Migratable`] and with `memory_lock` held, but not by a
+    /// method of a [`Saver`](super::Saver) or [`Loader`](super::Loader): those run under the lock
+    /// of the session that ends.
     pub fn fail(&self) {
         self.report(Event::Failed);
     }
 
-    /// Says that the device was reset by something else than [`reset()`](Self::reset) and is
-    /// running, for `reset_done` of a PCI driver: the session ends and the state is `RUNNING`.
+    /// Reports that the device was reset by other means than [`reset()`](Self::reset) and is
+    /// running, for `reset_done` of a PCI driver. The session ends and the state becomes `RUNNING`.
     /// Calls no method of the [`Migratable`].
     ///
-    /// Does not wait for a state change that is under way: it is as if the reset came right after
-    /// it. May sleep. May be called as [`fail()`](Self::fail) may.
+    /// Does not wait for a state change under way: the reset takes effect right after it. May
+    /// sleep. May be called where [`fail()`](Self::fail) may.
     pub fn reset_done(&self) {
         self.report(Event::Reset);
     }
 
-    /// Ends all use of the device, because its hardware goes away, as when the driver of a PF is
-    /// unbound. The session ends with `ENODEV`, the state is `ERROR` from here on, and every later
-    /// call that would reach the driver fails with `ENODEV`, a reset too.
+    /// Ends all use of the device because its hardware goes away, such as when the driver of a PF
+    /// is unbound. The session ends with `ENODEV`, the state remains `ERROR`, and every later call
+    /// that needs the driver fails with `ENODEV`, including a reset.
     ///
-    /// When this returns no method of the driver is under way. Hence it waits for a state change,
-    /// and must not be called with anything held that methods need, such as `memory_lock`. May
-    /// sleep.
+    /// When this returns, no method of the driver is under way. Hence it waits for a state change,
+    /// and must not be called with locks held that methods need, such as `memory_lock`. May sleep.
     pub fn fence(&self) {
         self.with_current(|current| {
             current.leave(Current::Gone);
@@ -312,16 +311,15 @@ impl<M: Migratable> Engine<M> {
 
     /// Brings the device into the state `target`, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
     ///
-    /// Returns the data_fd's file if the last arc opened a session. `target` is what the user
-    /// wrote. `driver` is the same from open to close. Waits killably for another state change that
-    /// is under way. May sleep.
+    /// Returns the data_fd's file if the last arc opened a session. `target` is the user's value.
+    /// `driver` must be the same from open to close. Waits killably for another state change under
+    /// way. May sleep.
     ///
-    /// Fails with `EINVAL` if there is no way to the target: if there is no such state, if the
-    /// device does not support it, if it is `ERROR`, or if the device is in `ERROR`; nothing has
-    /// changed then. Fails with the error of the [`Migratable`], and with `ENOMEM`, if something
-    /// fails on the way; the device stays in a state of the path then, which
-    /// [`state()`](Self::state) tells. Fails with `ENODEV` if the device has [died](Self::fail)
-    /// meanwhile or is [gone](Self::fence).
+    /// Fails with `EINVAL`, and changes nothing, if there is no path to the target: if the state
+    /// does not exist, the device does not support it, it is `ERROR`, or the device is in `ERROR`.
+    /// Fails with `ENOMEM` or the error of the [`Migratable`] if an arc fails; the device then
+    /// stays in a state of the path, which [`state()`](Self::state) returns. Fails with `ENODEV` if
+    /// the device has [died](Self::fail) meanwhile or is [gone](Self::fence).
     pub fn set_state(
         &self,
         driver: &Arc<M>,
@@ -365,8 +363,8 @@ impl<M: Migratable> Engine<M> {
 
     /// Walks one arc.
     ///
-    /// Fails without a change of state, unless undoing what was done fails too or the device is
-    /// broken; then the device is in `ERROR`.
+    /// If it fails, the state is unchanged, unless undoing fails too or the device is broken. Then
+    /// the state is `ERROR`.
     fn arc(
         driver: &Arc<M>,
         device: &Device<Open>,
@@ -473,10 +471,10 @@ impl<M: Migratable> Engine<M> {
         done
     }
 
-    /// Returns how many bytes `STOP_COPY` would stream from now on, for
-    /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Answered in every state. Waits killably for a state
-    /// change that is under way, and state changes wait for [`Migratable::data_size()`]. May sleep.
-    /// Fails with the error of the driver, and with `ENODEV` if the device is [gone](Self::fence).
+    /// Returns the number of bytes that `STOP_COPY` would stream from now on, for
+    /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Works in every state. Waits killably for a state change
+    /// under way, and state changes wait for [`Migratable::data_size()`]. May sleep. Fails with the
+    /// error of the driver, and with `ENODEV` if the device is [gone](Self::fence).
     pub fn data_size(&self, driver: &Arc<M>) -> Result<u64> {
         loop {
             let size = self.try_with_current(|current| {
@@ -490,19 +488,19 @@ impl<M: Migratable> Engine<M> {
                 Ok(size) => return Ok(size),
                 Err(session) => session,
             };
-            // A saver that asks firmware does not hold up state changes that need no session.
+            // A saver that queries firmware does not delay state changes that need no session.
             if let Some(size) = session.data_size()? {
                 return Ok(size);
             }
         }
     }
 
-    /// Resets the device and returns it to `RUNNING`, from every state, for `VFIO_DEVICE_RESET`.
+    /// Resets the device from any state to `RUNNING`, for `VFIO_DEVICE_RESET`.
     ///
-    /// Waits killably for a state change that is under way, so it must not be called with
-    /// `memory_lock` held, see [`reset_done()`](Self::reset_done). May sleep.
+    /// Waits killably for a state change under way, so it must not be called with `memory_lock`
+    /// held; see [`reset_done()`](Self::reset_done). May sleep.
     ///
-    /// Fails with the error of the driver, and the state is `ERROR`. Fails with `ENODEV` if the
+    /// Fails with the error of the driver; the state is then `ERROR`. Fails with `ENODEV` if the
     /// device is [gone](Self::fence).
     pub fn reset(&self, driver: &Arc<M>) -> Result {
         self.try_with_current(|current| {
@@ -525,13 +523,12 @@ impl<M: Migratable> Engine<M> {
         })
     }
 
-    /// Begins anew in `RUNNING`, when the device is opened for the first time, whatever was
-    /// reported while it was closed: the driver brings the device into the state of power on.
-    /// May sleep.
+    /// Starts in `RUNNING`, on the first open. Events reported while the device was closed are
+    /// discarded: the driver resets the device to its state at power on. May sleep.
     ///
-    /// Must be called then, or a device that [died](Self::fail) while it was closed is in `ERROR`
-    /// for its next user. Fails with `ENODEV` if the device is [gone](Self::fence), and with
-    /// `EINTR` if the task is being killed while it waits.
+    /// Without this call, a device that [died](Self::fail) while it was closed is in `ERROR` for
+    /// its next user. Fails with `ENODEV` if the device is [gone](Self::fence), and with `EINTR` if
+    /// the task is killed while it waits.
     pub fn open(&self) -> Result {
         self.try_with_current(|current| {
             current.present()?;
@@ -542,10 +539,10 @@ impl<M: Migratable> Engine<M> {
         })
     }
 
-    /// Ends what the user began, when the device is closed for the last time. May sleep.
+    /// Ends the session and returns to `RUNNING`, on the last close. May sleep.
     ///
-    /// Must be called then: a session that is left holds a reference to the `struct vfio_device`,
-    /// for which the removal of the device waits.
+    /// Without this call, a remaining session holds a reference to the `struct vfio_device`, and
+    /// the removal of the device waits for it.
     pub fn close(&self) {
         self.with_current(|current| {
             *self.event.lock() = None;

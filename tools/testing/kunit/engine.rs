@@ -680,7 +680,7 @@ mod tests {
         rig.fake.set_ready(false);
         let other = rig.clone();
         let reader = Job::begin(move || {
-            // There is no user memory where this runs: what is read cannot be copied.
+            // The worker has no user memory: the read bytes cannot be copied.
             let result = fd.read(0, 16);
             other.fake.set_ready(true);
             (fd, result)
@@ -706,7 +706,7 @@ mod tests {
         rig.fake.provide(b"0123456789", true)?;
         rig.fake.be_late();
         let reader = Job::begin(move || fd.read(0, 16))?;
-        // There is no user memory where it runs: what is read cannot be copied.
+        // The worker has no user memory: the read bytes cannot be copied.
         let result = reader.wait();
         rig.fake.set_ready(true);
 

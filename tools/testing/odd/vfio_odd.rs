@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Devices for tests of the crate `vfio`: one whose reads wait, and several that the crate refuses.
+//! Devices for tests of the crate `vfio`: one whose reads wait, and several that are refused.
 //!
-//! Used by `vfio_odd_test.c`, which explains what is expected of each type.
+//! Used by `vfio_odd_test.c`, which has the expected behaviour of each type.
 
 use kernel::{
     page::PAGE_SIZE,
@@ -26,20 +26,20 @@ vfio::module_mdev_driver! {
     license: "GPL",
 }
 
-/// What is odd about a device, in the order of [`Odd::TYPES`].
+/// Types of devices, in the order of [`Odd::TYPES`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// Reads of BAR0 wait.
     SlowRead,
     /// BAR0 is as large as a region can be.
     LargestBar,
-    /// BAR0 is larger than that.
+    /// BAR0 is larger than a region can be.
     TooLargeBar,
     /// The memory to be mapped is smaller than its BAR.
     MmapSmall,
     /// The memory to be mapped has the MSI-X table.
     MmapMsix,
-    /// The memory to be mapped is said to be the configuration space.
+    /// The memory to be mapped claims to be the configuration space.
     MmapConfig,
 }
 
@@ -55,18 +55,18 @@ const KINDS: [Kind; 6] = [
 /// The size of the BARs of most types: larger than the memory of [`Kind::MmapSmall`].
 const BAR_SIZE: usize = 2 * PAGE_SIZE;
 
-/// What the reads of a [`Kind::SlowRead`] wait for.
+/// Blocks the reads of a [`Kind::SlowRead`] until it is opened.
 #[pin_data]
 struct Valve {
-    /// How many reads began.
+    /// Number of reads that have begun.
     begun: Atomic<u64>,
-    /// How many reads ended.
+    /// Number of reads that have ended.
     ended: Atomic<u64>,
     #[pin]
     open: Completion,
 }
 
-/// A device, from its creation to its removal.
+/// Data of a device, from its creation to its removal.
 struct Odd {
     kind: Kind,
     valve: Arc<Valve>,
@@ -102,7 +102,7 @@ impl mdev::Driver for Odd {
         mdev::Type {
             name: c"mmap_config",
             pretty_name: c"Memory as configuration space",
-            description: c"The memory to be mapped is said to be the configuration space",
+            description: c"The memory to be mapped claims to be the configuration space",
         },
     ];
     const ATTRIBUTES: &'static [mdev::Attribute<Self>] = &[
@@ -201,14 +201,14 @@ impl emulated::Operations for Odd {
     }
 }
 
-/// A device, from the first open to the last close.
+/// Data of a device, from the first open to the last close.
 struct Chip {
     kind: Kind,
     valve: Arc<Valve>,
     memory: StateMemory,
 }
 
-/// There is no state.
+/// The device has no state.
 #[vtable]
 impl Migratable for Chip {
     type Saver = ImageSaver;
