@@ -244,7 +244,7 @@ pub enum Work {
 
 /// Data that exists from the first open to the last close.
 #[pin_data]
-struct Opened<T: Operations> {
+struct OpenDevice<T: Operations> {
     data: Arc<T::OpenData>,
     endpoint: Arc<Endpoint>,
     /// For each region, the memory that the user may map.
@@ -256,7 +256,7 @@ struct Opened<T: Operations> {
 /// The device as the engine sees it: calls the driver, and does the front end's part. While the
 /// device is stopped, interrupts are pending and stores to mappings are dropped.
 #[vtable]
-impl<T: Operations> Migratable for Opened<T> {
+impl<T: Operations> Migratable for OpenDevice<T> {
     type OwnerModule = <T::OpenData as Migratable>::OwnerModule;
     type Saver = <T::OpenData as Migratable>::Saver;
     type Loader = <T::OpenData as Migratable>::Loader;
@@ -348,7 +348,7 @@ impl<T: Operations> Migratable for Opened<T> {
     }
 }
 
-impl<T: Operations> Opened<T> {
+impl<T: Operations> OpenDevice<T> {
     /// Returns the memory that the user may map.
     fn mapped(&self) -> impl Iterator<Item = &StateMemory> {
         self.mappable.iter().flatten()
@@ -370,22 +370,22 @@ impl<T: Operations> Opened<T> {
 /// # Invariants
 ///
 /// `device` is open during the lifetime of this value.
-struct ByItself<T: Operations> {
+struct DeviceWork<T: Operations> {
     device: NonNull<bindings::vfio_device>,
-    opened: Arc<Opened<T>>,
+    opened: Arc<OpenDevice<T>>,
 }
 
 // SAFETY: The device may be used on any thread, see `Device`.
-unsafe impl<T: Operations> Send for ByItself<T> where Arc<Opened<T>>: Send {}
+unsafe impl<T: Operations> Send for DeviceWork<T> where Arc<OpenDevice<T>>: Send {}
 
 // SAFETY: As above.
-unsafe impl<T: Operations> Sync for ByItself<T> where Arc<Opened<T>>: Sync {}
+unsafe impl<T: Operations> Sync for DeviceWork<T> where Arc<OpenDevice<T>>: Sync {}
 
-impl<T: Operations> worker::Job for ByItself<T> {
+impl<T: Operations> worker::Job for DeviceWork<T> {
     fn work(&self) -> Work {
         // SAFETY: By the type invariants.
         let device = unsafe { Device::<Open>::from_raw(self.device.as_ptr()) };
-        let Opened {
+        let OpenDevice {
             data,
             endpoint,
             log,
@@ -403,14 +403,14 @@ struct Private<T: Operations> {
     /// The configuration space at power on.
     config: ConfigSpace,
     #[pin]
-    engine: Engine<Opened<T>>,
+    engine: Engine<OpenDevice<T>>,
     /// Present while the device is open. Callbacks take a reference, because `request` may be
     /// called at any time.
     #[pin]
-    opened: SpinLock<Option<Arc<Opened<T>>>>,
+    opened: SpinLock<Option<Arc<OpenDevice<T>>>>,
     /// Present while the device is open, if the driver has [`Operations::work`].
     #[pin]
-    worker: Mutex<Option<Worker<ByItself<T>>>>,
+    worker: Mutex<Option<Worker<DeviceWork<T>>>>,
     /// Completed when the core has released the device.
     released: Arc<Completion>,
 }
@@ -495,7 +495,7 @@ impl<T: Operations> Emulated<T> {
     }
 
     /// Returns the data of the open device. Fails with `ENODEV` if it is not open.
-    fn opened(&self) -> Result<Arc<Opened<T>>> {
+    fn opened(&self) -> Result<Arc<OpenDevice<T>>> {
         self.private.opened.lock().clone().ok_or(ENODEV)
     }
 
@@ -506,7 +506,7 @@ impl<T: Operations> Emulated<T> {
         let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
         let mappable = self.mappable(&data)?;
         let opened = Arc::pin_init(
-            try_pin_init!(Opened {
+            try_pin_init!(OpenDevice {
                 data,
                 endpoint,
                 mappable,
@@ -517,7 +517,7 @@ impl<T: Operations> Emulated<T> {
         if T::HAS_WORK {
             // INVARIANT: `close()` drops the worker, and the core calls it before the device is
             // closed.
-            let job = ByItself {
+            let job = DeviceWork {
                 device: NonNull::from(&self.dev).cast(),
                 opened: opened.clone(),
             };

@@ -172,7 +172,7 @@ impl Endpoint {
         self.follow(&config);
         enable(config.is_decoding());
         drop(config);
-        self.gate.settle();
+        self.gate.drain();
     }
 
     /// Puts the configuration space into effect. Called with `config` locked.
@@ -184,7 +184,7 @@ impl Endpoint {
 
     /// Returns the part of an access of `len` bytes that overlaps the `size` bytes at `base` in the
     /// BAR of MSI-X, and the offset in these bytes at which it starts.
-    fn meet(&self, pos: Position, len: usize, base: u32, size: usize) -> (Range<usize>, usize) {
+    fn overlap(&self, pos: Position, len: usize, base: u32, size: usize) -> (Range<usize>, usize) {
         let (base, at) = (u64::from(base), pos.region_offset);
         let start = at.max(base);
         let end = (at + len as u64).min(base + size as u64);
@@ -199,12 +199,13 @@ impl Endpoint {
     /// is unchanged.
     pub(crate) fn read_msix(&self, pos: Position, to: &mut [u8]) {
         let vectors = self.place.vectors as usize;
-        let (bytes, offset) = self.meet(pos, to.len(), self.place.table, msix::table_size(vectors));
+        let (bytes, offset) =
+            self.overlap(pos, to.len(), self.place.table, msix::table_size(vectors));
         let blocks = to.get_mut(bytes).unwrap_or(&mut []).chunks_mut(BLOCK);
         for (offset, to) in (offset..).step_by(BLOCK).zip(blocks) {
             self.irqs.msix(|msix| msix.read_table(offset, to));
         }
-        let (bytes, offset) = self.meet(
+        let (bytes, offset) = self.overlap(
             pos,
             to.len(),
             self.place.pending,
@@ -219,7 +220,7 @@ impl Endpoint {
     /// The pending bits cannot be written.
     pub(crate) fn write_msix(&self, pos: Position, from: &[u8]) {
         let size = msix::table_size(self.place.vectors as usize);
-        let (bytes, offset) = self.meet(pos, from.len(), self.place.table, size);
+        let (bytes, offset) = self.overlap(pos, from.len(), self.place.table, size);
         let blocks = from.get(bytes).unwrap_or(&[]).chunks(BLOCK);
         for (offset, from) in (offset..).step_by(BLOCK).zip(blocks) {
             self.irqs.msix(|msix| msix.write_table(offset, from));

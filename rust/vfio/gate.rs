@@ -241,7 +241,7 @@ impl Gate {
     /// Applies the command register: accesses fail unless memory space is enabled, and the gate is
     /// closed for work unless bus mastering is enabled. Does not sleep.
     ///
-    /// Calls under way continue; [`settle()`](Self::settle) waits for them.
+    /// Calls under way continue; [`drain()`](Self::drain) waits for them.
     pub(crate) fn command(&self, memory: bool, master: bool) {
         self.change(|inner| {
             inner.decodes = memory;
@@ -258,7 +258,7 @@ impl Gate {
     ///
     /// Work that does not return within [`COMMAND_WAIT`] is interrupted, so that the wait does not
     /// depend on page faults of user memory being served. Returns early if the task is killed.
-    pub(crate) fn settle(&self) {
+    pub(crate) fn drain(&self) {
         let timeout = msecs_to_jiffies(COMMAND_WAIT) as c_long;
         let _ = self.wait(KILLABLE, timeout, |inner, due| {
             let works = inner.working && inner.holds(Reason::NotMaster);

@@ -54,7 +54,7 @@ impl Rest {
     }
 
     /// Returns the indexes of the ranges that overlap `first..=last`.
-    fn meet(&self, first: u64, last: u64) -> Range<usize> {
+    fn overlapping(&self, first: u64, last: u64) -> Range<usize> {
         let ranges = &self.ranges[..self.count];
         let start = ranges.partition_point(|range| range.1 < first);
         let end = ranges.partition_point(|range| range.0 <= last);
@@ -77,7 +77,7 @@ impl Rest {
     /// Adds `first..=last`.
     fn add(&mut self, first: u64, last: u64) {
         // Include adjacent ranges.
-        let old = self.meet(first.saturating_sub(1), last.saturating_add(1));
+        let old = self.overlapping(first.saturating_sub(1), last.saturating_add(1));
         let mut new = (first, last);
         for range in &self.ranges[old.clone()] {
             new = (new.0.min(range.0), new.1.max(range.1));
@@ -91,7 +91,7 @@ impl Rest {
         if first > last {
             return None;
         }
-        let index = self.meet(first, last).next()?;
+        let index = self.overlapping(first, last).next()?;
         let (start, end) = self.ranges[index];
         let part = (start.max(first), end.min(last));
         let before = (start, part.0.wrapping_sub(1));

@@ -93,14 +93,14 @@ where
     }
 
     /// Delivers the pending interrupts of these vectors that can be delivered.
-    fn settle(&mut self, vectors: Range<usize>) {
+    fn deliver(&mut self, vectors: Range<usize>) {
         if self.master {
-            self.deliver(vectors);
+            self.deliver_without_master(vectors);
         }
     }
 
-    /// Does the same as [`settle()`](Self::settle), but ignores bus mastering.
-    fn deliver(&mut self, vectors: Range<usize>) {
+    /// Does the same as [`deliver()`](Self::deliver), but ignores bus mastering.
+    fn deliver_without_master(&mut self, vectors: Range<usize>) {
         if !self.running || self.function_masked {
             return;
         }
@@ -120,7 +120,7 @@ where
         if let Some(vector) = self.vectors.get_mut(vector) {
             vector.pending = true;
         }
-        self.settle(vector..vector.saturating_add(1));
+        self.deliver(vector..vector.saturating_add(1));
     }
 
     /// Raises an interrupt on behalf of the user, for `VFIO_DEVICE_SET_IRQS`. The device sends no
@@ -129,7 +129,7 @@ where
         if let Some(vector) = self.vectors.get_mut(vector) {
             vector.pending = true;
         }
-        self.deliver(vector..vector.saturating_add(1));
+        self.deliver_without_master(vector..vector.saturating_add(1));
     }
 
     /// Sets the listener of a vector, and returns the previous one.
@@ -138,7 +138,7 @@ where
             Some(vector) => core::mem::replace(&mut vector.listener, listener),
             None => None,
         };
-        self.settle(vector..vector.saturating_add(1));
+        self.deliver(vector..vector.saturating_add(1));
         old
     }
 
@@ -147,7 +147,7 @@ where
         if let Some(vector) = self.vectors.get_mut(vector) {
             vector.masked = masked;
         }
-        self.settle(vector..vector.saturating_add(1));
+        self.deliver(vector..vector.saturating_add(1));
     }
 
     /// Applies a change of the configuration space: masks or unmasks all vectors, and enables or
@@ -155,13 +155,13 @@ where
     pub fn configure(&mut self, masked: bool, master: bool) {
         self.function_masked = masked;
         self.master = master;
-        self.settle(0..self.vectors.len());
+        self.deliver(0..self.vectors.len());
     }
 
     /// Sets whether the device runs. While it does not, all interrupts are pending.
     pub fn run(&mut self, running: bool) {
         self.running = running;
-        self.settle(0..self.vectors.len());
+        self.deliver(0..self.vectors.len());
     }
 
     /// Resets the device to the state at power on. Listeners and the masks of
@@ -197,7 +197,7 @@ where
             *to = *from;
         }
         let end = (offset + from.len()).div_ceil(ENTRY_SIZE);
-        self.settle(first..end.min(self.vectors.len()));
+        self.deliver(first..end.min(self.vectors.len()));
     }
 
     /// Copies from the pending bit array at `offset`. Bytes of `to` after its end are unchanged.
@@ -231,6 +231,6 @@ where
             let bits = pending.get(index / 8).copied().unwrap_or(0);
             vector.pending = bits >> (index % 8) & 1 != 0;
         }
-        self.settle(0..self.vectors.len());
+        self.deliver(0..self.vectors.len());
     }
 }

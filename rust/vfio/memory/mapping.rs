@@ -51,7 +51,7 @@ use kernel::{
 };
 
 /// The file and offset at which a memory is mapped.
-struct Place {
+struct FileRange {
     /// The device of the file. Held only while there are mappings, which keep the file open.
     device: ARef<Device>,
     /// Offset of the memory in the file, in pages.
@@ -60,7 +60,7 @@ struct Place {
     areas: usize,
 }
 
-impl Place {
+impl FileRange {
     /// Unmaps pages from all address spaces. May sleep.
     fn unmap(&self, pages: Range<usize>) {
         let start = (self.base + pages.start) << PAGE_SHIFT;
@@ -86,7 +86,7 @@ impl Place {
 /// A page is mapped writable or pinned for writing only if its bit of `writable` is set. No bit is
 /// set while `frozen` is.
 pub(super) struct Mappings {
-    place: Option<Place>,
+    file_range: Option<FileRange>,
     /// One bit for each page.
     writable: KVVec<u64>,
     /// Accesses raise `SIGBUS`.
@@ -94,9 +94,9 @@ pub(super) struct Mappings {
     /// Stores are dropped.
     frozen: bool,
     /// Page that is mapped instead of pages with dropped stores.
-    aside: Option<Page>,
-    /// `aside` may be mapped.
-    aside_used: bool,
+    sink: Option<Page>,
+    /// `sink` may be mapped.
+    sink_used: bool,
     /// Number of pages with dropped stores.
     dropped: u64,
 }
@@ -125,12 +125,12 @@ impl Mappings {
     pub(super) fn new(pages: usize) -> Result<Self> {
         // INVARIANT: Nothing is mapped.
         Ok(Self {
-            place: None,
+            file_range: None,
             writable: KVVec::zeroed(leaf_words(pages), GFP_MAYFAIL)?,
             disabled: false,
             frozen: false,
-            aside: None,
-            aside_used: false,
+            sink: None,
+            sink_used: false,
             dropped: 0,
         })
     }
@@ -143,8 +143,12 @@ impl Mappings {
     /// Enables accesses by mappings, or makes them raise `SIGBUS`. May sleep.
     pub(super) fn enable(&mut self, enabled: bool, pages: usize) {
         let was_disabled = core::mem::replace(&mut self.disabled, !enabled);
-        if let Some(place) = self.place.as_ref().filter(|_| !enabled && !was_disabled) {
-            place.unmap(0..pages);
+        if let Some(file_range) = self
+            .file_range
+            .as_ref()
+            .filter(|_| !enabled && !was_disabled)
+        {
+            file_range.unmap(0..pages);
         }
     }
 
@@ -167,8 +171,8 @@ impl Mappings {
         if *word & mask == 0 {
             return 0;
         }
-        if let Some(place) = &self.place {
-            place.unmap(pages.clone());
+        if let Some(file_range) = &self.file_range {
+            file_range.unmap(pages.clone());
         }
         let pinned = pinned(memory, pages.start - shift, *word & mask);
         // INVARIANT: Pages that are not pinned are not mapped.
@@ -182,8 +186,8 @@ impl Mappings {
     /// Fails with `EINTR` if the task was killed.
     pub(super) fn freeze(&mut self, memory: &Memory) -> Result<bool> {
         if self.writable.iter().any(|word| *word != 0) {
-            if let Some(place) = &self.place {
-                place.unmap(0..memory.size() / PAGE_SIZE);
+            if let Some(file_range) = &self.file_range {
+                file_range.unmap(0..memory.size() / PAGE_SIZE);
             }
         }
         let mut any = 0;
@@ -201,23 +205,23 @@ impl Mappings {
     /// Enables stores by mappings. May sleep.
     pub(super) fn thaw(&mut self, pages: usize) {
         self.frozen = false;
-        if core::mem::take(&mut self.aside_used) {
-            if let Some(place) = &self.place {
-                place.unmap(0..pages);
+        if core::mem::take(&mut self.sink_used) {
+            if let Some(file_range) = &self.file_range {
+                file_range.unmap(0..pages);
             }
         }
     }
 
     /// Unmaps a page to which a store is dropped, and returns the page to map instead.
-    fn set_aside(&mut self, page: usize) -> Option<*mut bindings::page> {
-        if self.aside.is_none() {
-            self.aside = Some(Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO).ok()?);
+    fn sink_page(&mut self, page: usize) -> Option<*mut bindings::page> {
+        if self.sink.is_none() {
+            self.sink = Some(Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO).ok()?);
         }
-        if let Some(place) = &self.place {
-            place.unmap(page..page + 1);
+        if let Some(file_range) = &self.file_range {
+            file_range.unmap(page..page + 1);
         }
-        self.aside_used = true;
-        self.aside.as_ref().map(Page::as_ptr)
+        self.sink_used = true;
+        self.sink.as_ref().map(Page::as_ptr)
     }
 }
 
@@ -234,9 +238,9 @@ impl Inner {
         // Held until the page is mapped, so that it is either both marked and writable, or neither.
         let mappings = &mut *self.mappings.lock();
         let page = mappings
-            .place
+            .file_range
             .as_ref()
-            .and_then(|place| pgoff.checked_sub(place.base))
+            .and_then(|file_range| pgoff.checked_sub(file_range.base))
             .filter(|page| *page < self.memory.size() / PAGE_SIZE);
         let Some(page) = page.filter(|_| !mappings.disabled) else {
             return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
@@ -246,10 +250,10 @@ impl Inner {
         let mut writable = write;
         if mappings.frozen {
             if write {
-                let Some(aside) = mappings.set_aside(page) else {
+                let Some(sink) = mappings.sink_page(page) else {
                     return bindings::vm_fault_reason_VM_FAULT_OOM;
                 };
-                to_map = aside;
+                to_map = sink;
             }
         } else if !self.is_tracked() {
             writable = true;
@@ -302,17 +306,19 @@ pub(crate) unsafe fn map(
     }
 
     let mut mappings = inner.mappings.lock();
-    match &mut mappings.place {
+    match &mut mappings.file_range {
         None => {
             let device: &Device = device;
-            mappings.place = Some(Place {
+            mappings.file_range = Some(FileRange {
                 device: device.into(),
                 base,
                 areas: 1,
             });
         }
-        Some(place) if place.base == base && place.device.as_raw() == device.as_raw() => {
-            place.areas += 1;
+        Some(file_range)
+            if file_range.base == base && file_range.device.as_raw() == device.as_raw() =>
+        {
+            file_range.areas += 1;
         }
         Some(_) => return Err(EINVAL),
     }
@@ -348,8 +354,8 @@ const VM_OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
 unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
     // SAFETY: The original area owns the reference until it is closed.
     let inner = unsafe { Arc::<Inner>::borrow((*vma).vm_private_data) };
-    if let Some(place) = &mut inner.mappings.lock().place {
-        place.areas += 1;
+    if let Some(file_range) = &mut inner.mappings.lock().file_range {
+        file_range.areas += 1;
     }
     // SAFETY: The new area owns a reference of its own.
     unsafe { (*vma).vm_private_data = Arc::<Inner>::from(inner).into_foreign() };
@@ -362,9 +368,9 @@ unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
     // SAFETY: The area owns the reference, and does not use it after this.
     let inner = unsafe { Arc::<Inner>::from_foreign((*vma).vm_private_data) };
     let mut mappings = inner.mappings.lock();
-    let last = mappings.place.take_if(|place| {
-        place.areas -= 1;
-        place.areas == 0
+    let last = mappings.file_range.take_if(|file_range| {
+        file_range.areas -= 1;
+        file_range.areas == 0
     });
     drop(mappings);
     // Dropped outside of the lock, because it releases the device.

@@ -72,7 +72,7 @@ const DEVICE_MIG_PRECOPY: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_B
 
 /// Last answer of a saver that was not returned to a reader yet, with the number of notifications
 /// before it. Another notification may change the answer.
-enum Said {
+enum Answer {
     /// The saver was not called, or a reader has got the answer.
     Nothing,
     NotReady(u32),
@@ -87,7 +87,7 @@ struct Saving<M: Migratable> {
     saver: M::Saver,
     /// The chunk to read next, perhaps read in part. [`None`] while a reader copies it.
     chunk: Option<Chunk>,
-    said: Said,
+    answer: Answer,
     /// Number of notifications when the saver last reported that nothing is left, if it did so
     /// since its last chunk was requested.
     none_left: Option<u32>,
@@ -136,9 +136,9 @@ impl<M: Migratable> Saving<M> {
         let seen = notifier.events();
         let phase = notifier.phase();
         let none_left = self.none_left.take() == Some(seen);
-        self.said = match self.saver.next(phase) {
+        self.answer = match self.saver.next(phase) {
             // A chunk without bytes would never be read entirely.
-            Ok(Next::Chunk(chunk)) if chunk.len() == 0 => Said::Failed(EIO),
+            Ok(Next::Chunk(chunk)) if chunk.len() == 0 => Answer::Failed(EIO),
             Ok(Next::Chunk(mut chunk)) => {
                 if none_left && seen == notifier.events() {
                     pr_warn_once!("a saver has a chunk after it said that nothing is left\n");
@@ -148,14 +148,14 @@ impl<M: Migratable> Saving<M> {
                 self.initial = chunk.initial;
                 chunk.hand_out();
                 self.chunk = Some(chunk);
-                Said::Nothing
+                Answer::Nothing
             }
-            Ok(Next::NotReady) => Said::NotReady(seen),
+            Ok(Next::NotReady) => Answer::NotReady(seen),
             Ok(Next::End) => {
                 self.check_end(notifier, seen);
-                Said::End(seen)
+                Answer::End(seen)
             }
-            Err(e) => Said::Failed(e),
+            Err(e) => Answer::Failed(e),
         };
     }
 
@@ -176,10 +176,10 @@ impl<M: Migratable> Saving<M> {
         if self.reading {
             return false;
         }
-        match self.said {
-            Said::NotReady(seen) => seen != notifier.events(),
-            Said::End(seen) => notifier.phase() == Phase::StopCopy || seen != notifier.events(),
-            Said::Nothing | Said::Failed(_) => true,
+        match self.answer {
+            Answer::NotReady(seen) => seen != notifier.events(),
+            Answer::End(seen) => notifier.phase() == Phase::StopCopy || seen != notifier.events(),
+            Answer::Nothing | Answer::Failed(_) => true,
         }
     }
 }
@@ -213,7 +213,7 @@ impl<M: Migratable> SaveSession<M> {
             device: device.into(),
             saver,
             chunk: None,
-            said: Said::Nothing,
+            answer: Answer::Nothing,
             none_left: None,
             pos: 0,
             len: 0,
@@ -300,7 +300,7 @@ impl<M: Migratable> SaveSession<M> {
     fn unclaim(&self) {
         if let Some(saving) = &mut *self.saving.lock() {
             saving.reading = false;
-            if saving.pos == saving.len && matches!(saving.said, Said::Nothing) {
+            if saving.pos == saving.len && matches!(saving.answer, Answer::Nothing) {
                 saving.ask(&self.notifier);
             }
         }
@@ -313,22 +313,22 @@ impl<M: Migratable> SaveSession<M> {
         loop {
             let mut guard = self.saving.lock();
             let saving = (*guard).as_mut().ok_or(ENODEV)?;
-            if saving.chunk.is_none() && !matches!(saving.said, Said::Failed(_)) {
+            if saving.chunk.is_none() && !matches!(saving.answer, Answer::Failed(_)) {
                 saving.ask(&self.notifier);
             }
             if let Some(chunk) = saving.chunk.take() {
                 return Ok(Some((chunk, saving.pos)));
             }
-            let seen = match saving.said {
+            let seen = match saving.answer {
                 _ if !first => return Ok(None),
-                Said::Failed(e) => {
-                    saving.said = Said::Nothing;
+                Answer::Failed(e) => {
+                    saving.answer = Answer::Nothing;
                     return Err(e);
                 }
-                Said::End(_) if self.notifier.phase() == Phase::PreCopy => return Err(ENOMSG),
-                Said::NotReady(_) if nonblock => return Err(EAGAIN),
-                Said::NotReady(seen) => seen,
-                Said::End(_) | Said::Nothing => return Ok(None),
+                Answer::End(_) if self.notifier.phase() == Phase::PreCopy => return Err(ENOMSG),
+                Answer::NotReady(_) if nonblock => return Err(EAGAIN),
+                Answer::NotReady(seen) => seen,
+                Answer::End(_) | Answer::Nothing => return Ok(None),
             };
             drop(guard);
             self.notifier.wait_after(seen)?;

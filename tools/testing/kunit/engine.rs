@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn each_path_is_made_of_arcs() -> Result {
+    fn each_path_consists_of_arcs() -> Result {
         for flags in Flags::ALL {
             let rig = Rig::new(flags)?;
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_leaves_a_state_of_the_path() -> Result {
+    fn failed_arc_leaves_a_state_of_the_path() -> Result {
         let mut failures = 0;
 
         for flags in Flags::ALL {
@@ -247,7 +247,7 @@ mod tests {
                                 before.iter().filter(|call| **call == failing).count() - 1;
                             rig.fake.fail(failing, earlier)?;
                             let done = rig.set(to).err();
-                            rig.fake.mend();
+                            rig.fake.clear_failures();
 
                             let what = fmt!("{from:?} to {to:?} without {failing:?}");
                             ensure_eq!(done, Some(FAILURE), "{what}");
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_to_undo_is_an_error() -> Result {
+    fn failed_undo_leads_to_error() -> Result {
         let mut errors = 0;
 
         for flags in Flags::ALL {
@@ -305,7 +305,7 @@ mod tests {
                         rig.fake.fail(failing, 0)?;
                         rig.fake.fail(undoing, earlier)?;
                         let result = rig.set(to).err();
-                        rig.fake.mend();
+                        rig.fake.clear_failures();
 
                         let what = fmt!("{from:?} to {to:?} without {failing:?}, {undoing:?}");
                         ensure_eq!(result, Some(FAILURE), "{what}");
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_reset_leads_out_of_error() -> Result {
+    fn only_reset_leaves_error() -> Result {
         let mut shapes = 0;
 
         for flags in Flags::ALL {
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_goes_on_inside_the_saving_group() -> Result {
+    fn session_continues_within_the_saving_group() -> Result {
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
 
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn sessions_end_on_every_way_out() -> Result {
+    fn sessions_end_on_every_exit() -> Result {
         let user = UserMemory::new(32)?;
         let mut ways = 0;
 
@@ -505,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn a_data_fd_may_outlive_everything() -> Result {
+    fn data_fd_outlives_the_device() -> Result {
         let user = UserMemory::new(16)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let saving = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn state_waits_for_no_method() -> Result {
+    fn state_does_not_wait_for_methods() -> Result {
         use State::*;
         let methods = [
             (Running, RunningP2p, Call::QuiesceP2p),
@@ -560,7 +560,7 @@ mod tests {
     }
 
     #[test]
-    fn state_waits_for_no_size() -> Result {
+    fn state_does_not_wait_for_sizes() -> Result {
         let rig = Rig::new(Flags::STOP_COPY)?;
 
         for (from, call) in [
@@ -589,7 +589,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_seen_state_by_state() -> Result {
+    fn path_is_visible_state_by_state() -> Result {
         let rig = Rig::new(Flags::STOP_COPY.with_p2p())?;
 
         rig.restart();
@@ -639,7 +639,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_waits_holds_up_nobody() -> Result {
+    fn waiting_reader_delays_no_state_change() -> Result {
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
 
@@ -671,7 +671,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_waits_is_woken() -> Result {
+    fn waiting_reader_is_woken() -> Result {
         let user = UserMemory::new(16)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
@@ -699,7 +699,7 @@ mod tests {
     }
 
     #[test]
-    fn a_notification_is_not_lost() -> Result {
+    fn notification_is_not_lost() -> Result {
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
 
@@ -715,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_waits_holds_up_nobody() -> Result {
+    fn waiting_writer_delays_no_state_change() -> Result {
         for to in [None, Some(State::Stop)] {
             let rig = Rig::new(Flags::STOP_COPY)?;
             let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
@@ -744,7 +744,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_that_waits_is_woken() -> Result {
+    fn waiting_writer_is_woken() -> Result {
         let user = UserMemory::new(16)?;
         let rig = Rig::new(Flags::STOP_COPY)?;
         let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
@@ -772,7 +772,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_read_in_order() -> Result {
+    fn stream_is_read_in_order() -> Result {
         let user = UserMemory::new(64)?;
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
@@ -808,7 +808,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_reach_no_reader_are_marked_again() -> Result {
+    fn unread_pages_are_marked_again() -> Result {
         const RECORD: usize = 4 + PAGE_SIZE;
 
         let user = UserMemory::new(64 * RECORD)?;
@@ -859,7 +859,7 @@ mod tests {
     }
 
     #[test]
-    fn precopy_info_is_what_stop_copy_streams() -> Result {
+    fn precopy_info_matches_stop_copy() -> Result {
         let user = UserMemory::new(32)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
@@ -885,7 +885,7 @@ mod tests {
     }
 
     #[test]
-    fn poll_tells_what_read_finds_and_asks_no_driver() -> Result {
+    fn poll_agrees_with_read_and_calls_no_saver() -> Result {
         let user = UserMemory::new(16)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let polled = |fd: &DataFd| {
@@ -927,7 +927,7 @@ mod tests {
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
         rig.fake.fail(Call::Next(Phase::StopCopy), 0)?;
         drop(rig.set(State::StopCopy)?);
-        rig.fake.mend();
+        rig.fake.clear_failures();
         ensure_eq!(polled(&fd), (POLLIN, 0), "a failure");
         ensure_eq!(fd.read(user.addr, 16), Err(FAILURE), "a failure");
         ensure_eq!(fd.read(user.addr, 16), Ok(0), "after the failure");
@@ -935,7 +935,7 @@ mod tests {
     }
 
     #[test]
-    fn poll_tells_what_read_finds_after_a_failed_read() -> Result {
+    fn poll_agrees_with_read_after_a_failed_read() -> Result {
         let user = UserMemory::new(16)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
 
@@ -949,7 +949,7 @@ mod tests {
                 rig.restart();
                 rig.fake.fail(Call::Next(phase), 0)?;
                 let fd = rig.set(state)?.ok_or(EINVAL)?;
-                rig.fake.mend();
+                rig.fake.clear_failures();
                 ensure_eq!(fd.poll(), POLLIN, "a failure in {state:?}");
                 Ok(fd)
             };
@@ -984,7 +984,7 @@ mod tests {
             rig.fake.provide(b"0123456789", true)?;
             rig.fake.fail(Call::Next(phase), 1)?;
             ensure_eq!(fd.read(user.addr, 16), Ok(10), "{state:?}");
-            rig.fake.mend();
+            rig.fake.clear_failures();
             rig.fake.set_ready(false);
             ensure_eq!(fd.poll(), POLLIN, "a failure behind a chunk");
             ensure_eq!(fd.read_nonblock(user.addr, 16), Err(FAILURE), "{state:?}");
@@ -995,7 +995,7 @@ mod tests {
     }
 
     #[test]
-    fn a_saver_that_miscounts_is_reported_once() -> Result {
+    fn miscounting_saver_is_reported_once() -> Result {
         let user = UserMemory::new(16)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
         let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
@@ -1060,7 +1060,7 @@ mod tests {
                     let info = fd.ioctl(MIG_GET_PRECOPY_INFO, user.addr);
                     ensure_eq!(info, Err(FAILURE), "the info in {from:?}");
                 }
-                rig.fake.mend();
+                rig.fake.clear_failures();
                 ensure_eq!(rig.engine.state(), from, "{from:?}");
                 ensure_eq!(rig.engine.data_size(&rig.fake).is_ok(), true, "{from:?}");
                 drop(session);
@@ -1070,7 +1070,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_that_breaks_the_device_is_an_error() -> Result {
+    fn failure_that_breaks_the_device_leads_to_error() -> Result {
         let mut errors = 0;
 
         for flags in Flags::ALL {
@@ -1089,7 +1089,7 @@ mod tests {
                     rig.fake.set_breaks(true);
                     rig.fake.fail(failing, 0)?;
                     let done = rig.set(to).err();
-                    rig.fake.mend();
+                    rig.fake.clear_failures();
                     rig.fake.set_breaks(false);
 
                     ensure_eq!(done, Some(FAILURE), "{what}");
@@ -1115,7 +1115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_device_is_in_error_until_it_is_reset() -> Result {
+    fn dead_device_is_in_error_until_reset() -> Result {
         for flags in Flags::ALL {
             let rig = Rig::new(flags)?;
 
@@ -1145,7 +1145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_around_close_is_not_for_the_next_user() -> Result {
+    fn report_around_close_does_not_affect_the_next_user() -> Result {
         for flags in Flags::ALL {
             let rig = Rig::new(flags)?;
 
@@ -1176,7 +1176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_during_close_is_not_for_the_next_user() -> Result {
+    fn report_during_close_does_not_affect_the_next_user() -> Result {
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
 
         for (state, ended) in [
@@ -1220,7 +1220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_that_fails_is_an_error() -> Result {
+    fn failed_reset_leads_to_error() -> Result {
         let rig = Rig::new(Flags::STOP_COPY)?;
         let session = rig.enter(State::StopCopy)?;
 
@@ -1230,7 +1230,7 @@ mod tests {
         let calls = rig.fake.calls();
         let expected = [Call::SaverDropped, Call::Reset, Call::Halt];
         ensure_eq!(calls[..], expected, "calls");
-        rig.fake.mend();
+        rig.fake.clear_failures();
         ensure_eq!(rig.engine.reset(&rig.fake), Ok(()), "another reset");
         ensure_eq!(rig.engine.state(), State::Running, "state after another");
         drop(session);
@@ -1238,7 +1238,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_with_memory_lock_held_wait_for_no_state_change() -> Result {
+    fn reports_under_memory_lock_do_not_wait_for_state_changes() -> Result {
         let methods = [
             (State::Running, State::Stop, Call::Stop),
             (State::Running, State::PreCopy, Call::PreCopy),
@@ -1290,7 +1290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fenced_device_is_reached_by_nothing() -> Result {
+    fn fenced_device_gets_no_calls() -> Result {
         for flags in Flags::ALL {
             for from in State::ALL.into_iter().filter(|&from| flags.has(from)) {
                 let rig = Rig::new(flags)?;
@@ -1330,7 +1330,7 @@ mod tests {
         ensure_eq!(fd.write(user.addr, 8), Ok(8), "the rest");
         rig.fake.set_invalid(false);
         ensure_eq!(rig.set(State::Stop).err(), Some(FAILURE), "a failure");
-        rig.fake.mend();
+        rig.fake.clear_failures();
         ensure_eq!(fd.write(user.addr, 8), Err(FAILURE), "after the failure");
         ensure_eq!(
             rig.set(State::Stop).err(),
@@ -1341,7 +1341,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_stream_stays_refused() -> Result {
+    fn refused_stream_stays_refused() -> Result {
         let user = UserMemory::new(64)?;
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
         let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
@@ -1352,7 +1352,7 @@ mod tests {
         ensure_eq!(rig.fake.loaded_bytes()[..], *b"good ", "what was loaded");
         rig.fake.fail(Call::Write, 0)?;
         ensure_eq!(fd.write(user.addr + 5, 3), Err(FAILURE), "what is bad");
-        rig.fake.mend();
+        rig.fake.clear_failures();
         drop(rig.fake.calls());
 
         ensure_eq!(fd.write(user.addr, 5), Err(FAILURE), "what comes after it");

@@ -228,7 +228,7 @@ impl Fake {
     }
 
     /// Makes all calls succeed again.
-    pub(crate) fn mend(&self) {
+    pub(crate) fn clear_failures(&self) {
         self.script.lock().failures.clear();
     }
 
@@ -574,7 +574,7 @@ impl Rig {
         self.fake.fail(failing, 0)?;
         self.fake.fail(undo, 0)?;
         let done = self.set(to);
-        self.fake.mend();
+        self.fake.clear_failures();
         match done {
             Err(_) => Ok(()),
             Ok(_) => Err(EINVAL),
@@ -583,7 +583,7 @@ impl Rig {
 
     /// Starts again, like after a close and an open.
     pub(crate) fn restart(&self) {
-        self.fake.mend();
+        self.fake.clear_failures();
         self.fake.provide_nothing();
         self.engine.close();
         let _ = self.engine.open();

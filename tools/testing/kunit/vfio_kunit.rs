@@ -63,7 +63,7 @@ mod fsm_tests {
     }
 
     #[test]
-    fn next_state_is_that_of_vfio_core() {
+    fn next_state_matches_vfio_core() {
         let mut compared = 0;
 
         for flags in Flags::ALL {
@@ -159,7 +159,7 @@ mod dirty_map_tests {
     }
 
     #[test]
-    fn lengths_have_to_match() {
+    fn lengths_must_match() {
         assert!(DirtyMap::new(65, [0; 2].as_mut_slice(), [0; 1].as_mut_slice()).is_some());
         assert!(DirtyMap::new(65, [0; 1].as_mut_slice(), [0; 1].as_mut_slice()).is_none());
         assert!(DirtyMap::new(65, [0; 3].as_mut_slice(), [0; 1].as_mut_slice()).is_none());
@@ -217,7 +217,7 @@ mod dirty_map_tests {
     }
 
     #[test]
-    fn a_large_map_is_searched_by_its_summary() -> Result {
+    fn large_map_is_searched_by_its_summary() -> Result {
         // The number of pages of a device of 1 GiB.
         let mut map = new_map(1 << 18)?;
 
@@ -313,7 +313,7 @@ mod msix_tests {
     }
 
     #[test]
-    fn interrupts_are_delivered_or_wait() -> Result {
+    fn interrupts_are_delivered_or_pending() -> Result {
         let counter = Cell::new(0);
         let mut device = device(&counter)?;
         let mut pending = [0; 16];
@@ -331,7 +331,7 @@ mod msix_tests {
     }
 
     #[test]
-    fn each_reason_to_wait_is_enough() -> Result {
+    fn each_reason_keeps_interrupts_pending() -> Result {
         type Hold = fn(&mut Device<'_>, bool);
 
         let counter = Cell::new(0);
@@ -361,7 +361,7 @@ mod msix_tests {
     }
 
     #[test]
-    fn what_waits_is_taken_over() -> Result {
+    fn pending_interrupts_are_loaded() -> Result {
         let counter = Cell::new(0);
         let mut device = device(&counter)?;
         let table = KVec::zeroed(70 * 16, GFP_KERNEL)?;
@@ -544,7 +544,7 @@ mod stream_tests {
     }
 
     #[test]
-    fn any_pieces_arrive() -> Result {
+    fn any_chunking_works() -> Result {
         let memory = memory::<PAGE_SIZE>()?;
         let image = save::<PAGE_SIZE>()?;
 
@@ -643,7 +643,7 @@ mod config_space_tests {
     }
 
     #[test]
-    fn bar_is_refused_where_it_cannot_be() -> Result {
+    fn invalid_bar_is_refused() -> Result {
         for index in [1, 3, 5, 6, usize::MAX] {
             assert!(space().memory_bar(index, 0x1000, false).is_err());
         }
@@ -656,7 +656,7 @@ mod config_space_tests {
     }
 
     #[test]
-    fn msix_is_refused_where_it_cannot_be() -> Result {
+    fn invalid_msix_is_refused() -> Result {
         let msix = |vectors, bar, table, pba| with_bars()?.msix(vectors, bar, table, pba);
 
         // Table and pending bits are adjacent and end at the end of the BAR.
