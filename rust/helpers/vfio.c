@@ -4,6 +4,7 @@
  */
 
 #include <linux/cgroup.h>
+#include <linux/cred.h>
 #include <linux/freezer.h>
 #include <linux/iova_bitmap.h>
 #include <linux/memcontrol.h>
@@ -71,7 +72,12 @@ __rust_helper int rust_helper_cgroup_attach_task_all(struct task_struct *from,
 
 __rust_helper int rust_helper_cgroup_detach_task_all(struct task_struct *task)
 {
-	return cgroup_attach_task_all(&init_task, task);
+	int ret;
+
+	/* Some controllers check whether the current task may move @task. */
+	scoped_with_kernel_creds()
+		ret = cgroup_attach_task_all(&init_task, task);
+	return ret;
 }
 
 __rust_helper struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm)
