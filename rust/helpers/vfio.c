@@ -15,6 +15,7 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/signal.h>
+#include <linux/uio.h>
 
 #include "vfio.h"
 
@@ -78,6 +79,11 @@ __rust_helper int rust_helper_cgroup_detach_task_all(struct task_struct *task)
 	scoped_with_kernel_creds()
 		ret = cgroup_attach_task_all(&init_task, task);
 	return ret;
+}
+
+__rust_helper bool rust_helper_user_backed_iter(const struct iov_iter *iter)
+{
+	return user_backed_iter(iter);
 }
 
 __rust_helper struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm)

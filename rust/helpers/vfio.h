@@ -26,6 +26,7 @@ bool rust_helper_set_freezable(void);
 bool rust_helper_try_to_freeze(void);
 int rust_helper_cgroup_attach_task_all(struct task_struct *from, struct task_struct *task);
 int rust_helper_cgroup_detach_task_all(struct task_struct *task);
+bool rust_helper_user_backed_iter(const struct iov_iter *iter);
 struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm);
 void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg);
 struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg);

@@ -706,11 +706,19 @@ unsafe extern "C" fn release<S: 'static>(
 ///
 /// # Safety
 ///
-/// The core must have passed `iocb` to a call on `file`, which has not returned.
-unsafe fn nonblock(file: &File, iocb: *mut bindings::kiocb) -> bool {
+/// The core must have passed `iocb` and `iter` to a call on `file`, which has not returned.
+unsafe fn nonblock(
+    file: &File,
+    iocb: *mut bindings::kiocb,
+    iter: *const bindings::iov_iter,
+) -> bool {
     // SAFETY: By the safety requirements.
     let iocb_flags = unsafe { (*iocb).ki_flags };
-    file.flags() & flags::O_NONBLOCK != 0 || iocb_flags & IOCB_NOWAIT != 0
+    // A splice() holds the lock of the pipe, for which other tasks wait uninterruptibly.
+    //
+    // SAFETY: By the safety requirements.
+    let is_splice = unsafe { !bindings::user_backed_iter(iter) };
+    file.flags() & flags::O_NONBLOCK != 0 || iocb_flags & IOCB_NOWAIT != 0 || is_splice
 }
 
 /// Converts a result to the return value of read() and write().
@@ -742,10 +750,11 @@ impl<M: Migratable> SaveFile<M> {
     ) -> isize {
         // SAFETY: The core keeps the file alive for the call.
         let (file, session) = unsafe { borrow::<SaveSession<M>>((*iocb).ki_filp) };
+        // SAFETY: The core passed `iocb` and `to` to this call.
+        let nonblock = unsafe { nonblock(file, iocb, to) };
         // SAFETY: The core passes a valid destination, which this call alone uses meanwhile.
         let user = unsafe { IovIterDest::from_raw(to) };
-        // SAFETY: The core passed `iocb` to this call.
-        count(session.read(user, unsafe { nonblock(file, iocb) }))
+        count(session.read(user, nonblock))
     }
 
     /// # Safety
@@ -797,10 +806,11 @@ impl<M: Migratable> LoadFile<M> {
     ) -> isize {
         // SAFETY: The core keeps the file alive for the call.
         let (file, session) = unsafe { borrow::<LoadSession<M>>((*iocb).ki_filp) };
+        // SAFETY: The core passed `iocb` and `from` to this call.
+        let nonblock = unsafe { nonblock(file, iocb, from) };
         // SAFETY: The core passes a valid source, which this call alone uses meanwhile.
         let user = unsafe { IovIterSource::from_raw(from) };
-        // SAFETY: The core passed `iocb` to this call.
-        count(session.write(user, unsafe { nonblock(file, iocb) }))
+        count(session.write(user, nonblock))
     }
 
     /// # Safety
