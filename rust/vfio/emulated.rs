@@ -330,11 +330,13 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn halt(&self) {
-        // Errors do not matter: nothing starts from now on.
-        let _ = self.endpoint.gate.shut(Reason::Stopped);
+        self.endpoint.gate.shut();
         self.endpoint.run(false);
         for memory in self.mapped() {
-            let _ = memory.freeze();
+            // A page is pinned, or the task was killed: no store by a mapping may pass.
+            if memory.freeze().is_err() {
+                memory.enable(false);
+            }
         }
         self.data.halt();
     }

@@ -218,16 +218,24 @@ impl Gate {
     /// Fails with `ERESTARTSYS` if the task is killed while it waits. Then the gate is not closed,
     /// and the work goes on.
     pub(crate) fn close(&self, reason: Reason) -> Result {
-        self.shut(reason).inspect_err(|_| self.open(reason))
-    }
-
-    /// Closes the gate like [`close()`](Self::close), but if the task is killed, the gate stays
-    /// closed. Calls under way then continue.
-    pub(crate) fn shut(&self, reason: Reason) -> Result {
         self.inner.lock().reasons |= reason as u32;
         self.wait(KILLABLE, FOREVER, |inner, _| {
             !inner.working && (reason != Reason::Stopped || inner.writes == 0)
         })
+        .inspect_err(|_| self.open(reason))
+    }
+
+    /// Stops a device that failed: closes the gate for [`Reason::Stopped`] and interrupts the call
+    /// of `work()` in progress. May sleep.
+    ///
+    /// The gate stays closed if the task is killed while it waits for the calls in progress.
+    pub(crate) fn shut(&self) {
+        let mut inner = self.inner.lock();
+        inner.reasons |= Reason::Stopped as u32;
+        inner.interrupt();
+        drop(inner);
+        // Only a fatal signal ends the wait early.
+        let _ = self.wait(KILLABLE, FOREVER, |inner, _| !inner.working && inner.writes == 0);
     }
 
     /// Removes a reason for which the gate is closed, and kicks the worker. Does not sleep.
