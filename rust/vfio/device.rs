@@ -33,9 +33,8 @@ pub struct Normal;
 /// called.
 ///
 /// All callbacks on behalf of a device file have this context, and so do the functions of a `struct
-/// vfio_migration_ops` that are called by ioctls of that file. The context of a single callback,
-/// such as `Ioctl`, `ReadWrite` or `Mmap`, implies it. It also holds between callbacks, for the
-/// worker of a device and for a mapping.
+/// vfio_migration_ops` that are called by ioctls of that file. It also holds between callbacks, for
+/// the worker of a device and for a mapping.
 pub struct Open;
 
 impl private::Sealed for Normal {}

@@ -64,7 +64,8 @@ pub enum Cause {
     Fault,
     /// Out of memory.
     NoMemory,
-    /// The device is being reset.
+    /// The transfer was interrupted: by a reset, the last close, a request to release the device,
+    /// or a write to the command register that disables bus mastering.
     Interrupted,
     /// Another failure of the core.
     Other(Error),

@@ -172,7 +172,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     ///
     /// Called in any migration state, so a read must not change migrated state. No call is under
     /// way during a reset, or after a write to the command register that disables memory space:
-    /// both wait for the calls under way, like in `vfio-pci`.
+    /// both wait for the calls under way, like in `vfio-pci`. So neither this nor
+    /// [`write`](Self::write) may wait for [`work`](Self::work).
     ///
     /// May sleep. Called without access to user memory: the bytes are copied afterwards. A failure
     /// is returned from the read(), unless a part of it was served before.

@@ -235,7 +235,9 @@ impl Gate {
         inner.interrupt();
         drop(inner);
         // Only a fatal signal ends the wait early.
-        let _ = self.wait(KILLABLE, FOREVER, |inner, _| !inner.working && inner.writes == 0);
+        let _ = self.wait(KILLABLE, FOREVER, |inner, _| {
+            !inner.working && inner.writes == 0
+        });
     }
 
     /// Removes a reason for which the gate is closed, and kicks the worker. Does not sleep.

@@ -30,7 +30,8 @@
 //!    `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
 //!
 //! A driver of a real PCI device uses `vfio_pci_core` for everything else. It only needs the
-//! [`Engine`](migration::Engine), and calls it from its `struct vfio_migration_ops`.
+//! [`Engine`](migration::Engine), and calls it from its `struct vfio_migration_ops` and when the
+//! device is opened, reset and closed.
 //!
 //! [`Migratable`]: migration::Migratable
 //! [`Saver`]: migration::Saver

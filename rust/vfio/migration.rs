@@ -61,7 +61,8 @@
 //! session has a lock of its own, under which the saver or loader runs. Neither is ever held while
 //! user memory is accessed, so that an unserved page fault delays only the faulting task. Ioctls
 //! wait killably for either lock: a killed task does not stay blocked by a task that waits for the
-//! device.
+//! device. The end of a session is an exception: it waits uninterruptibly for the method of the
+//! saver or loader under way. A driver must limit the time of these methods.
 //!
 //! vfio-pci calls `reset_done` of the PCI driver with its `memory_lock` held, and the methods of a
 //! variant driver may take that lock in a state change. With it held, only these may be called:
@@ -401,7 +402,8 @@ pub trait Saver: Send + Unpin + 'static {
     /// For `VFIO_MIG_GET_PRECOPY_INFO` and `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fail with the
     /// same error. It should be exact: users decide from it when to stop the device. The engine
     /// warns once about a saver that has bytes left at its end, and about one that returns a chunk
-    /// although nothing was left and it has not notified since. May query firmware: poll() does not
+    /// although nothing was left and it has not notified since. Also called after [`Next::End`], to
+    /// check that nothing is left; an error is ignored then. May query firmware: poll() does not
     /// call it.
     fn remaining(&self) -> Result<Remaining>;
 

@@ -219,10 +219,11 @@ impl<J: Job> Drop for Worker<J> {
     fn drop(&mut self) {
         self.shared.gate.end();
         if !self.shared.gate.wait_for_exit() {
-            // The opener's cgroup may be frozen, and the thread with it; the thread would exit when
-            // the cgroup thaws. Nothing freezes the root cgroups.
+            // The opener's cgroup may be frozen, and the thread with it. Nothing freezes the root
+            // cgroups. If the move fails, the thread exits when the cgroup thaws.
             //
-            // SAFETY: By the type invariants it is a thread, and this owns a reference.
+            // SAFETY: By the type invariants it is a thread, and this owns a reference. The caller
+            // may sleep, and holds no lock that is taken inside of `cgroup_mutex`.
             unsafe { bindings::cgroup_detach_task_all(self.task.as_ptr()) };
         }
         // SAFETY: By the type invariants it is a thread, and `new()` took a reference.

@@ -113,7 +113,7 @@ enum Event {
 /// because it exists only while the device is open.
 ///
 /// The crate creates it for devices of [`emulated`](crate::emulated). A driver with its own `struct
-/// vfio_migration_ops` calls it from there, and on open, reset and close.
+/// vfio_migration_ops` calls it from there, and when the device is opened, reset and closed.
 ///
 /// # Examples
 ///
@@ -319,7 +319,8 @@ impl<M: Migratable> Engine<M> {
     /// does not exist, the device does not support it, it is `ERROR`, or the device is in `ERROR`.
     /// Fails with `ENOMEM` or the error of the [`Migratable`] if an arc fails; the device then
     /// stays in a state of the path, which [`state()`](Self::state) returns. Fails with `ENODEV` if
-    /// the device has [died](Self::fail) meanwhile or is [gone](Self::fence).
+    /// the device has [died](Self::fail) meanwhile or is [gone](Self::fence). Fails with `EINTR`,
+    /// and changes nothing, if the task is killed while it waits.
     pub fn set_state(
         &self,
         driver: &Arc<M>,
@@ -474,7 +475,8 @@ impl<M: Migratable> Engine<M> {
     /// Returns the number of bytes that `STOP_COPY` would stream from now on, for
     /// `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`. Works in every state. Waits killably for a state change
     /// under way, and state changes wait for [`Migratable::data_size()`]. May sleep. Fails with the
-    /// error of the driver, and with `ENODEV` if the device is [gone](Self::fence).
+    /// error of the driver, with `ENODEV` if the device is [gone](Self::fence), and with `EINTR` if
+    /// the task is killed while it waits.
     pub fn data_size(&self, driver: &Arc<M>) -> Result<u64> {
         loop {
             let size = self.try_with_current(|current| {
@@ -501,7 +503,8 @@ impl<M: Migratable> Engine<M> {
     /// held; see [`reset_done()`](Self::reset_done). May sleep.
     ///
     /// Fails with the error of the driver; the state is then `ERROR`. Fails with `ENODEV` if the
-    /// device is [gone](Self::fence).
+    /// device is [gone](Self::fence), and with `EINTR`, without a reset, if the task is killed while
+    /// it waits.
     pub fn reset(&self, driver: &Arc<M>) -> Result {
         self.try_with_current(|current| {
             current.present()?;

@@ -615,7 +615,8 @@ impl DataFd {
 
     /// Reads to a user address.
     pub(crate) fn read(&self, to: usize, size: usize) -> Result<usize> {
-        // SAFETY: The file is live and has the operations of a saving session. Any address is valid.
+        // SAFETY: The file is live and has the operations of a saving session. Any address is
+        // valid.
         Self::result(unsafe { core_side::vfio_kunit_read(self.as_ptr(), to, size, false) })
     }
 
@@ -646,7 +647,8 @@ impl DataFd {
 
     /// Calls an ioctl with an argument at a user address.
     pub(crate) fn ioctl(&self, cmd: u32, arg: usize) -> Result<usize> {
-        // SAFETY: The file is live and has the operations of a saving session. Any address is valid.
+        // SAFETY: The file is live and has the operations of a saving session. Any address is
+        // valid.
         Self::result(unsafe { core_side::vfio_kunit_ioctl(self.as_ptr(), cmd, arg) } as isize)
     }
 }
