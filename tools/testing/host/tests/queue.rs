@@ -81,7 +81,7 @@ fn save(queue: &Queue) -> [u8; SNAPSHOT_SIZE] {
     snapshot
 }
 
-/// Loads into a queue that has done something, of which nothing may be left.
+/// Loads into a queue that was used before. Its old state must not affect the result.
 fn load(snapshot: &[u8; SNAPSHOT_SIZE]) -> Option<Queue> {
     let mut queue = Queue::POWER_ON;
     let long = Descriptor {
