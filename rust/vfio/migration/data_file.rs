@@ -351,7 +351,7 @@ impl<M: Migratable> SaveSession<M> {
         self.claim(nonblock)?;
         let mut done = 0;
         let result = loop {
-            if user.len() == 0 {
+            if user.is_empty() {
                 break Ok(());
             }
             let (chunk, pos) = match self.next(nonblock, done == 0) {
@@ -610,7 +610,7 @@ impl<M: Migratable> LoadSession<M> {
         let mut block = self.claim(nonblock)?;
         let mut done = 0;
         let result = loop {
-            if user.len() == 0 {
+            if user.is_empty() {
                 break Ok(());
             }
             match self.ready(nonblock, done == 0) {

@@ -503,8 +503,8 @@ impl<M: Migratable> Engine<M> {
     /// held; see [`reset_done()`](Self::reset_done). May sleep.
     ///
     /// Fails with the error of the driver; the state is then `ERROR`. Fails with `ENODEV` if the
-    /// device is [gone](Self::fence), and with `EINTR`, without a reset, if the task is killed while
-    /// it waits.
+    /// device is [gone](Self::fence), and with `EINTR`, without a reset, if the task is killed
+    /// while it waits.
     pub fn reset(&self, driver: &Arc<M>) -> Result {
         self.try_with_current(|current| {
             current.present()?;
