@@ -2,8 +2,8 @@
 """Stops all CPUs of a machine that QEMU emulates, many times per second.
 
 QEMU stops all other CPUs for a locked operation on an unaligned address. When they
-continue, guests of KVM in such a machine may fail, see
-tools/testing/vm/leave-kvm-guest.
+continue, guests of KVM in such a machine may fail: VMRUN may deliver an injected
+interrupt twice.
 """
 
 import ctypes
