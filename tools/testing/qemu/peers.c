@@ -22,7 +22,7 @@
 
 /* Destination of one transfer of a chain, or of an endless transfer. */
 #define SLOT		(32 * 1024ULL)
-/* Bytes by which a place is off the start of its slot, at most. */
+/* Largest offset of a destination in its slot. */
 #define SHIFT_MAX	(SLOT / 8)
 
 /* Size in bytes of a transfer that others have to wait for. */

@@ -510,33 +510,43 @@ static void join(struct __test_metadata *_metadata, const char *group)
 		STEP("move the process to a cgroup");
 }
 
-/* The worker uses CPU time of the opener's cgroup, which has no other running task. */
-TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
+/* A process in the cgroup that has a device whose worker is busy, and is idle itself. */
+static pid_t idle_opener(struct __test_metadata *_metadata, const char *group)
 {
 	struct mock m;
-	int pipes[2], status;
-	__u64 used;
+	int pipes[2];
 	pid_t pid;
 	char c;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
 	ASSERT_EQ(0, pipe(pipes));
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
-		join(_metadata, self->group);
+		join(_metadata, group);
 		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
 			_exit(1);
 		start(_metadata, &m, 0, &busy);
 		write(pipes[1], "", 1);
-		/* Idle from now on. */
 		for (;;)
 			pause();
 	}
 	close(pipes[1]);
 	ASSERT_EQ(1, read(pipes[0], &c, 1))
 		STEP("open a device in a cgroup");
+	close(pipes[0]);
+	return pid;
+}
+
+/* The worker uses CPU time of the opener's cgroup, which has no other running task. */
+TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
+{
+	int status;
+	__u64 used;
+	pid_t pid;
+
+	if (!getenv("VFIO_MOCK_MEDIUM"))
+		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	pid = idle_opener(_metadata, self->group);
 	used = value(_metadata, self->group, "cpu.stat", "usage_usec ");
 	WAIT_FOR(value(_metadata, self->group, "cpu.stat", "usage_usec ") > used + 100000,
 		 "CPU time of the worker is used by the cgroup of the opener");
@@ -721,27 +731,11 @@ TEST_F_TIMEOUT(payer, device_closes_while_its_cgroup_is_frozen, 60)
 TEST_F_TIMEOUT(payer, frozen_opener_can_be_killed, 60)
 {
 	struct mock m;
-	int pipes[2];
 	pid_t pid;
-	char c;
 
 	if (!getenv("VFIO_MOCK_MEDIUM"))
 		SKIP(return, "no VFIO_MOCK_MEDIUM");
-	ASSERT_EQ(0, pipe(pipes));
-	pid = fork();
-	ASSERT_LE(0, pid);
-	if (!pid) {
-		join(_metadata, self->group);
-		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
-			_exit(1);
-		start(_metadata, &m, 0, &busy);
-		write(pipes[1], "", 1);
-		for (;;)
-			pause();
-	}
-	close(pipes[1]);
-	ASSERT_EQ(1, read(pipes[0], &c, 1))
-		STEP("open a device in a cgroup");
+	pid = idle_opener(_metadata, self->group);
 	set(_metadata, self->group, "cgroup.freeze", "1");
 	kill(pid, SIGKILL);
 	WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
