@@ -9,6 +9,7 @@ writing to its devices, migrates to the second one, and continues there.
 
 import argparse
 import hashlib
+import random
 import shutil
 import struct
 import subprocess
@@ -229,8 +230,12 @@ class Scenario:
         """
         deadline = time.monotonic() + WORK_TIMEOUT
         pauses = 0
-        while time.monotonic() < deadline:
+        cycle = 0.0
+        while (begin := time.monotonic()) < deadline:
             pauses += 1
+            # The guest reports when its transfers have ended: pause it at any
+            # time until its next report.
+            time.sleep(random.uniform(0.0, cycle))
             machine.qmp.command("stop")
             try:
                 waiting = sum(
@@ -251,6 +256,7 @@ class Scenario:
                 return
             machine.qmp.command("cont")
             self._work(machine, generations=1, irqs=0, transfers=1)
+            cycle = time.monotonic() - begin
         raise Failure(f"no transfer waits at the end of {pauses} pauses")
 
     def compare(self, source, target):
