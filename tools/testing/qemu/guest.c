@@ -34,6 +34,7 @@
 
 #define REPORT_PORT	"/dev/ttyS1"
 #define REPORT_MS	250
+#define RESCAN_US	100000
 #define MAX_DEVICES	2
 
 #define HOT_PAGES	4
@@ -537,7 +538,7 @@ static const struct kind *find_kind(const char *dir)
 	return NULL;
 }
 
-static void find_devices(void)
+static bool find_devices(void)
 {
 	char dir[sizeof(PCI_DEVICES) + sizeof(devices->pci)];
 	const struct kind *kind;
@@ -559,9 +560,16 @@ static void find_devices(void)
 		d->kind = kind;
 		snprintf(d->pci, sizeof(d->pci), "%s", list[i]->d_name);
 	}
-	errno = ENODEV;
-	if (!device_count)
-		die("no PCI device that is known here");
+	return device_count;
+}
+
+/* The kernel has no driver for hot-plug. */
+static void await_devices(void)
+{
+	while (!find_devices()) {
+		usleep(RESCAN_US);
+		write_file("/sys/bus/pci/rescan", "1");
+	}
 }
 
 static void *map_bar(struct device *d, unsigned int bar, __u64 *size)
@@ -771,9 +779,10 @@ int main(void)
 	open_report();
 	if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		die("mlockall");
-	say("@boot");
 	load_modules();
-	find_devices();
+	/* The devices may be plugged in from here on. */
+	say("@boot");
+	await_devices();
 	for_each_device(d)
 		open_device(d);
 	if (device_count == 2 && devices[0].kind->engine &&

@@ -2,7 +2,7 @@
 """A QEMU process with its VFIO devices, and the guest that it runs."""
 
 import contextlib
-import os
+import json
 import re
 import signal
 import socket
@@ -15,8 +15,13 @@ from view import size
 # The built-in tests of the kernel need not run in every guest.
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 kunit.enable=0"
 
-# Time limit in seconds for the exit of a QEMU that has closed its monitor.
+# Root ports of each machine, one for each device.
+PORTS = 2
+
+# Time limits in seconds, for the exit of a QEMU that has closed its monitor, and for
+# a guest without devices in a file.
 END_TIMEOUT = 5
+FILE_TIMEOUT = 60
 
 PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
 
@@ -97,10 +102,14 @@ class Guest:
 class Machine:
     """A QEMU process, from start to close()."""
 
-    def __init__(self, name, options, plan, backend, mdevs, guest=None):
+    def __init__(self, name, options, devices=(), backend=None, guest=None):
+        """`devices` has the mediated device and the properties of each device.
+
+        The guest boots, or is restored from a file, or migrates to this machine.
+        """
         self.name = name
         self.guest = guest
-        self.mdevs = mdevs
+        self.mdevs = [mdev for mdev, _ in devices]
         self.folder = options.folder / name
         self.folder.mkdir()
         # The states that the devices reach: (number, state).
@@ -112,7 +121,19 @@ class Machine:
         self.report = report
         self.report.setblocking(False)
         self.qmp = Qmp(monitor)
-        argv = self._argv(options, plan, backend, far_report, far_monitor)
+        devices = [
+            vfio_device(number, *each, backend)
+            for number, each in enumerate(devices)
+        ]
+        # A restored guest gets its devices later.
+        self.restore = options.restore if guest else None
+        self.pending = devices if self.restore else []
+        argv = self._argv(options, backend, far_report, far_monitor)
+        if self.restore or not guest:
+            argv += ["-incoming", "defer"]
+        if not self.restore:
+            for each in devices:
+                argv += ["-device", json.dumps(each)]
         with open(self.folder / "stderr", "wb") as stderr:
             self.process = subprocess.Popen(
                 argv,
@@ -124,13 +145,12 @@ class Machine:
         far_report.close()
         far_monitor.close()
 
-    def _argv(self, options, plan, backend, report, monitor):
+    def _argv(self, options, backend, report, monitor):
         argv = [options.qemu, "-nodefaults", "-display", "none"]
         # Keep QEMU running after a shutdown or reset of the guest, for queries.
         argv += ["-action", "reboot=shutdown,shutdown=pause"]
         argv += ["-machine", "q35", "-m", options.memory, "-S"]
-        if os.access("/dev/kvm", os.R_OK | os.W_OK):
-            argv += ["-accel", "kvm"]
+        argv += ["-accel", options.accel]
         # The basic CPU model works where the host model, nested, does not.
         argv += ["-cpu", "qemu64"]
         argv += ["-kernel", options.kernel, "-initrd", options.initramfs]
@@ -142,17 +162,13 @@ class Machine:
         argv += ["-mon", "chardev=monitor,mode=control"]
         if backend == "iommufd":
             argv += ["-object", "iommufd,id=iommufd0"]
-        for number, mdev in enumerate(self.mdevs):
-            vfio = ["vfio-pci", f"id=device{number}", f"sysfsdev={mdev.path}"]
-            vfio += ["migration-events=on", *plan.properties]
-            if backend == "iommufd":
-                vfio += ["iommufd=iommufd0"]
-            argv += ["-device", ",".join(vfio)]
+        # The firmware reserves room for devices that are plugged in later.
+        for number in range(PORTS):
+            port = f"pcie-root-port,id=port{number},slot={number}"
+            argv += ["-device", f"{port},mem-reserve=64M,pref64-reserve=64M"]
         for trace in TRACES:
             argv += ["-trace", trace]
         argv += ["-D", str(self.folder / "trace")]
-        if self.guest is None:
-            argv += ["-incoming", "defer"]
         return argv
 
     @property
@@ -161,11 +177,34 @@ class Machine:
         return self.process.pid
 
     def start(self, timeout):
-        """Waits until QEMU has created the machine."""
+        """Waits until QEMU has created the machine, and restores the guest."""
         try:
             self.qmp.handshake(timeout)
         except QmpError as error:
             raise Failure(f"{self.name} QEMU does not start: {error}") from None
+        if self.restore:
+            uri = {"uri": f"file:{self.restore}"}
+            self.qmp.command("migrate-incoming", uri)
+            wait([self], self.migrated, FILE_TIMEOUT, "the guest is restored")
+
+    def run(self):
+        """Plugs in devices that the machine does not have yet, and starts the guest."""
+        for each in self.pending:
+            self.qmp.command("device_add", each)
+        self.qmp.command("cont")
+
+    def save(self, path):
+        """Stops the guest and saves it in a file."""
+        self.qmp.command("stop")
+        self.qmp.command("migrate", {"uri": f"file:{path}"})
+        wait([self], self.migrated, FILE_TIMEOUT, "the guest is saved")
+
+    def migrated(self):
+        """Returns whether a migration has completed."""
+        info = self.qmp.command("query-migrate")
+        if info.get("status") == "failed":
+            raise Failure(f"{self.name} QEMU fails: {info.get('error-desc')}")
+        return info.get("status") == "completed"
 
     def allow(self, capability):
         """Turns a capability of migration on."""
@@ -279,6 +318,20 @@ class Machine:
                 yield f"{self.name} {title}: {line}"
         for line in self.guest.lines[-20:] if self.guest else ():
             yield f"{self.name} guest: {line}"
+
+
+def vfio_device(number, mdev, properties, backend):
+    """Returns the properties of a device for QEMU, below a port of its own."""
+    vfio = {
+        "driver": "vfio-pci",
+        "id": f"device{number}",
+        "bus": f"port{number}",
+        "sysfsdev": str(mdev.path),
+        "migration-events": True,
+    }
+    if backend == "iommufd":
+        vfio["iommufd"] = "iommufd0"
+    return vfio | properties
 
 
 def ends(lines, head=8, tail=20):

@@ -26,7 +26,6 @@ sys.dont_write_bytecode = True
 import device
 from machine import Failure, Guest, Machine, wait
 from qmp import QmpError
-from standstill import standstills
 from view import View, size
 
 BOOT_TIMEOUT = 240
@@ -85,9 +84,8 @@ class Scenario:
         backends = self.plan.backends
         backend = backends[self.started % len(backends)]
         self.started += 1
-        machine = Machine(
-            name, self.options, self.plan, backend, mdevs, guest
-        )
+        devices = [(mdev, self.plan.properties) for mdev in mdevs]
+        machine = Machine(name, self.options, devices, backend, guest)
         self.stack.callback(machine.close)
         self.machines.append(machine)
         machine.start(BOOT_TIMEOUT)
@@ -108,7 +106,7 @@ class Scenario:
         self.source_mdevs = self._mdevs()
         self.target_mdevs = self._mdevs()
         source = self._machine("source", self.source_mdevs, self.guest)
-        source.qmp.command("cont")
+        source.run()
         wait(
             [source],
             lambda: self.guest.ready,
@@ -184,7 +182,7 @@ class Scenario:
             raise Failure(f"the migration fails: {why}")
         wait(
             [source, target],
-            lambda: incoming_done(target),
+            target.migrated,
             MIGRATE_TIMEOUT,
             "the target takes everything in",
         )
@@ -441,15 +439,6 @@ def expect_dma(registers, before):
     return before[0] + queued, before[1] + endless
 
 
-def incoming_done(target):
-    """True once the target holds the whole guest."""
-    info = target.qmp.command("query-migrate")
-    status = info.get("status")
-    if status == "failed":
-        raise Failure(f"the target fails: {info.get('error-desc')}")
-    return status == "completed"
-
-
 def expect(what, got, want):
     """Fails unless a value is the wanted one."""
     if got != want:
@@ -539,7 +528,7 @@ def peers(scenario):
 
 
 # Without a feature that migration needs, QEMU must not even start.
-REQUIRED = ("enable-migration=on",)
+REQUIRED = {"enable-migration": "on"}
 
 # Steps of a scenario and options of QEMU for it. The backends alternate.
 Plan = namedtuple(
@@ -557,7 +546,7 @@ SCENARIOS = {
         "device state over a channel of its own, switchover acknowledged",
         ["iommufd"],
         capabilities=("multifd", "return-path", "switchover-ack"),
-        properties=(*REQUIRED, "x-migration-multifd-transfer=on"),
+        properties=REQUIRED | {"x-migration-multifd-transfer": "on"},
     ),
     "peers": Plan(
         peers,
@@ -565,7 +554,7 @@ SCENARIOS = {
         ["group", "iommufd"],
         device.PEER,
         # Like for users: QEMU relies on the DMA logs, or does not migrate.
-        properties=(),
+        properties={},
         devices=2,
     ),
     "minimal": Plan(
@@ -575,6 +564,27 @@ SCENARIOS = {
         device.MINIMAL,
     ),
 }
+
+
+def save(options):
+    """Boots a guest without devices and saves it; returns the exit status."""
+    guest = Guest()
+    with tempfile.TemporaryDirectory(prefix="vfio-demo-") as folder:
+        options.folder = Path(folder)
+        machine = Machine("boot", options, guest=guest)
+        try:
+            machine.start(BOOT_TIMEOUT)
+            machine.run()
+            wait([machine], lambda: guest.lines, BOOT_TIMEOUT, "the guest boots")
+            machine.save(options.save)
+        except (Failure, QmpError) as error:
+            for line in machine.diagnostics():
+                print(line, file=sys.stderr)
+            print(error, file=sys.stderr)
+            return 1
+        finally:
+            machine.close()
+    return 0
 
 
 def run(name, options, view):
@@ -645,12 +655,17 @@ def parse(argv):
         default=8,
         help="limit in MiB/s of a migration to be cancelled",
     )
-    add(
-        "--standstills",
-        type=int,
-        default=0,
-        metavar="N",
-        help="stop the CPUs of an emulated machine N times per second",
+    add("--accel", default="kvm", help="accelerator that runs the guests")
+    file = parser.add_mutually_exclusive_group()
+    file.add_argument(
+        "--save",
+        metavar="FILE",
+        help="boot a guest without devices, and save it in a file",
+    )
+    file.add_argument(
+        "--restore",
+        metavar="FILE",
+        help="plug the devices into the guest in a file, instead of booting one",
     )
     add("--tap", action="store_true", help="print TAP")
     add("--columns", type=int, default=0, help="width of the terminal, if any")
@@ -666,8 +681,8 @@ def parse(argv):
 def main(argv):
     """Runs the scenarios; status 0 only if all of them pass."""
     options = parse(argv)
-    if options.standstills:
-        standstills(options.standstills)
+    if options.save:
+        return save(options)
     names = options.scenario
     if options.tap:
         view = View(prefix="# ")

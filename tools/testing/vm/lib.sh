@@ -132,6 +132,13 @@ at_least()
 	printf '%s\n%s\n' "$2" "$1" | sort -VC
 }
 
+# True if KVM can run machines. Without these flags /dev/kvm can be opened, but every
+# guest hangs.
+have_kvm()
+{
+	grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ]
+}
+
 # The first version number in the output of a tool.
 tool_version()
 {
