@@ -346,18 +346,16 @@ def selftests(step):
     here = "tools/testing/selftests/vfio_migration"
     # What breaks the device on purpose needs this repository's own build.
     own = ("mutations.txt", "run_mutants.sh")
-    for file in sorted((TOP / here).iterdir()):
+    for name in git(TOP, "ls-files", here).split():
+        file = TOP / name
         if file.name in own:
             continue
-        if file.name in git(TOP, "ls-files", here).replace(f"{here}/", "").split():
-            text = file.read_text()
-            if file.name == "Makefile":
-                text = selftest_makefile(text)
-            elif file.name == "run_mock.sh":
-                text = text.replace(
-                    "; by default vfio_mock.ko at the top of the repository", ""
-                )
-            step.write(f"{here}/{file.name}", text, file.stat().st_mode & 0o777)
+        text = file.read_text()
+        if file.name == "Makefile":
+            text = selftest_makefile(text)
+        elif file.name == "run_mock.sh":
+            text = text.replace("; by default vfio_mock.ko at the top of the repository", "")
+        step.write(name, text, file.stat().st_mode & 0o777)
     header = (TOP / "tools/testing/include/vfio_mock.h").read_text()
     step.write(f"{here}/vfio_mock.h", header)
     step.sort_in(

@@ -39,7 +39,7 @@ def judge(row, evidence, tests, fails):
 
 def main():
     """Compare."""
-    tests = {".".join(found) for file in suite.glob("*_test.c")
+    tests = {".".join(found) for file in suite.rglob("*.c")
              for found in TEST.findall(file.read_text(encoding="utf-8"))}
     fails = set(re.findall(r"^  (\w+)$", (suite / "mtty_expected.txt")
                            .read_text(encoding="utf-8"), re.MULTILINE))

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: GPL-2.0
+/* VFIO_DEVICE_FEATURE: the features of migration and their arguments. */
+
+TEST_F(device, migration_flags)
+{
+	const __u64 known = VFIO_MIGRATION_STOP_COPY | VFIO_MIGRATION_P2P |
+			    VFIO_MIGRATION_PRE_COPY;
+
+	EXPECT_EQ(0U, self->dev.flags & ~known)
+		PROMISE("other combinations of flags have behavior to be defined in the future");
+	EXPECT_EQ(0, mig_feature(&self->dev, MIG_PROBE | MIG_GET | FEATURE_MIGRATION, NULL, 0))
+		PROMISE("PROBE returns that GET of VFIO_DEVICE_FEATURE_MIGRATION is supported");
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_PROBE | MIG_SET | FEATURE_MIGRATION,
+				       NULL, 0))
+		PROMISE("VFIO_DEVICE_FEATURE_MIGRATION supports only GET");
+	EXPECT_EQ(0, mig_feature(&self->dev, MIG_PROBE | MIG_GET | MIG_SET | FEATURE_STATE,
+				 NULL, 0))
+		PROMISE("PROBE returns that GET and SET of MIG_DEVICE_STATE are supported");
+}
+
+/* Checks common to all features with GET: valid and invalid arguments. */
+static void check_get_arguments(struct __test_metadata *_metadata,
+				const struct mig_device *dev, __u32 feature,
+				size_t size)
+{
+	const __u32 head = sizeof(struct vfio_device_feature);
+	struct vfio_device_feature *hole;
+	__u8 data[256] = {};
+
+	EXPECT_EQ(0, mig_feature(dev, MIG_GET | feature, data, size))
+		PROMISE("GET of feature %u works", feature);
+	EXPECT_EQ(0, mig_feature_argsz(dev, MIG_GET | feature, data, sizeof(data),
+				       head + sizeof(data)))
+		PROMISE("feature %u: a larger argsz is accepted", feature);
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, MIG_GET | feature, data, size,
+					     head + size - 1))
+		PROMISE("feature %u: argsz must cover the structure", feature);
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, MIG_GET | feature, data, size, head))
+		PROMISE("feature %u: argsz must cover the structure", feature);
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(dev, MIG_GET | feature, data, size, head - 1))
+		PROMISE("argsz must cover struct vfio_device_feature");
+	EXPECT_EQ(-EINVAL, mig_feature(dev, MIG_GET | MIG_SET | feature, data, size))
+		PROMISE("GET and SET are mutually exclusive, except when using PROBE");
+	EXPECT_EQ(-EINVAL, mig_feature(dev, feature, data, size))
+		PROMISE("without PROBE one of GET or SET must be requested");
+	EXPECT_EQ(-EINVAL, mig_feature(dev, MIG_GET | feature | 1 << 19, data, size))
+		PROMISE("unknown flags are refused");
+	EXPECT_EQ(0, mig_feature_argsz(dev, MIG_PROBE | MIG_GET | feature, NULL, 0, head))
+		PROMISE("PROBE needs no data");
+
+	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, NULL));
+	EXPECT_EQ(EFAULT, errno)
+		PROMISE("an invalid pointer is EFAULT");
+	hole = page_before_a_hole();
+	ASSERT_NE(NULL, hole);
+	hole = (void *)((char *)hole + mig_page_size() - head);
+	hole->argsz = head + size;
+	hole->flags = MIG_GET | feature;
+	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, hole));
+	EXPECT_EQ(EFAULT, errno)
+		PROMISE("feature %u: a buffer that cannot be written is EFAULT", feature);
+}
+
+TEST_F(device, feature_arguments)
+{
+	check_get_arguments(_metadata, &self->dev, FEATURE_MIGRATION,
+			    sizeof(struct vfio_device_feature_migration));
+	check_get_arguments(_metadata, &self->dev, FEATURE_STATE,
+			    sizeof(struct vfio_device_feature_mig_state));
+	check_get_arguments(_metadata, &self->dev, FEATURE_SIZE,
+			    sizeof(struct vfio_device_feature_mig_data_size));
+	expect_state(_metadata, &self->dev, MIG_RUNNING, "after refused and probing calls");
+}
+
+TEST_F(device, set_state_arguments)
+{
+	struct vfio_device_feature_mig_state mig = { .device_state = MIG_STOP };
+	const __u32 head = sizeof(struct vfio_device_feature);
+	struct vfio_device_feature *hole;
+
+	EXPECT_EQ(-EINVAL, mig_feature_argsz(&self->dev, MIG_SET | FEATURE_STATE, &mig,
+					     sizeof(mig), head + sizeof(mig) - 1))
+		PROMISE("argsz must cover struct vfio_device_feature_mig_state");
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_SET | MIG_GET | FEATURE_STATE, &mig,
+				       sizeof(mig)))
+		PROMISE("GET and SET are mutually exclusive, except when using PROBE");
+	EXPECT_EQ(0, mig_feature(&self->dev, MIG_PROBE | MIG_SET | FEATURE_STATE, &mig,
+				 sizeof(mig)));
+	expect_state(_metadata, &self->dev, MIG_RUNNING,
+		     "after PROBE, which only returns whether SET is supported");
+
+	hole = page_before_a_hole();
+	ASSERT_NE(NULL, hole);
+	hole = (void *)((char *)hole + mig_page_size() - head);
+	hole->argsz = head + sizeof(mig);
+	hole->flags = MIG_SET | FEATURE_STATE;
+	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, hole));
+	EXPECT_EQ(EFAULT, errno)
+		PROMISE("a buffer that cannot be read is EFAULT");
+	expect_state(_metadata, &self->dev, MIG_RUNNING, "after EFAULT");
+}
+
+/* The state has changed by the time the descriptor cannot be returned. */
+TEST_F(device, set_state_fails_if_fd_cannot_be_returned)
+{
+	size_t len = sizeof(struct vfio_device_feature) +
+		     sizeof(struct vfio_device_feature_mig_state);
+	struct vfio_device_feature_mig_state *mig;
+	struct vfio_device_feature *feature;
+	struct mig_stream image = {};
+
+	NEED_RESET(&self->dev);
+	feature = mmap(NULL, len, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, feature);
+	feature->argsz = len;
+	feature->flags = MIG_SET | FEATURE_STATE;
+	mig = (void *)feature->data;
+	mig->device_state = MIG_STOP_COPY;
+	ASSERT_EQ(0, mprotect(feature, len, PROT_READ));
+	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, feature));
+	EXPECT_EQ(EFAULT, errno);
+	expect_state(_metadata, &self->dev, MIG_STOP_COPY, "after SET_STATE could not return its fd");
+	EXPECT_EQ(0, mig_set_state(&self->dev, MIG_RUNNING, NULL))
+		PROMISE("the user can attempt to return to some other state");
+	take_image(_metadata, &self->dev, &image);
+}
+
+TEST_F(device, unknown_feature)
+{
+	static const __u32 ops[] = { MIG_GET, MIG_SET, MIG_PROBE | MIG_GET, MIG_PROBE | MIG_SET };
+	__u64 data = 0;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(ops); i++) {
+		EXPECT_EQ(-ENOTTY, mig_feature(&self->dev, ops[i] | 0xffff, &data,
+					       sizeof(data)))
+			PROMISE("ENOTTY means that the device does not have the feature (flags %#x)",
+				ops[i]);
+	}
+}
+
+TEST_F(device, precopy_info_v2_arguments)
+{
+	int want = self->dev.flags & VFIO_MIGRATION_PRE_COPY ? 0 : -EINVAL;
+
+	EXPECT_EQ(want, mig_feature(&self->dev, MIG_PROBE | MIG_SET | FEATURE_V2, NULL, 0))
+		PROMISE("PRECOPY_INFOv2 is available exactly if PRE_COPY is");
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_PROBE | MIG_GET | FEATURE_V2, NULL, 0))
+		PROMISE("PRECOPY_INFOv2 supports only SET");
+	EXPECT_EQ(-EINVAL, mig_feature(&self->dev, MIG_GET | FEATURE_V2, NULL, 0))
+		PROMISE("PRECOPY_INFOv2 supports only SET");
+	EXPECT_EQ(want, mig_opt_in_v2(&self->dev));
+	EXPECT_EQ(want, mig_opt_in_v2(&self->dev))
+		PROMISE("a second opt-in changes nothing");
+}
+
+TEST_F(device, get_state_returns_no_fd)
+{
+	struct vfio_device_feature_mig_state mig;
+	__u32 state;
+
+	for (state = 0; state < MIG_STATE_NR; state++) {
+		if (!mig_fsm_exists(self->dev.flags, state))
+			continue;
+		go(_metadata, &self->dev, state);
+		mig = (struct vfio_device_feature_mig_state){
+			.device_state = 0x55, .data_fd = 0x55,
+		};
+		ASSERT_EQ(0, mig_feature(&self->dev, MIG_GET | FEATURE_STATE, &mig,
+					 sizeof(mig)));
+		EXPECT_EQ(state, mig.device_state);
+		EXPECT_EQ(-1, mig.data_fd)
+			PROMISE("upon GET data_fd will be -1 (in %s)",
+				mig_state_name(state));
+	}
+}
