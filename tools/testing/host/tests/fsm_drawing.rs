@@ -2,8 +2,7 @@
 
 //! Drawing of the state machine, made from the table of the engine.
 //!
-//! `Documentation/vfio_fsm.svg` must be that drawing. The test writes it if `VFIO_FSM_DRAW=1` is
-//! set in the environment.
+//! `Documentation/vfio_fsm.svg` must be that drawing. If it differs, the test writes a new one.
 
 use std::fmt::Write;
 
@@ -150,11 +149,12 @@ fn draw(flags: Flags) -> String {
 #[test]
 fn drawing_matches_the_table() {
     let drawn = draw(Flags::STOP_COPY.with_p2p().with_pre_copy());
-    if std::env::var_os("VFIO_FSM_DRAW").is_some() {
-        std::fs::write(FILE, &drawn).expect("the drawing can be written");
-    }
     let there = std::fs::read_to_string(FILE).expect("the drawing is there");
-    assert!(there == drawn, "write it anew: VFIO_FSM_DRAW=1 cargo test");
+    if there != drawn {
+        let new = concat!(env!("CARGO_TARGET_TMPDIR"), "/vfio_fsm.svg");
+        std::fs::write(new, &drawn).expect("the drawing can be written");
+        panic!("the drawing differs from the table: cp {new} {FILE}");
+    }
 }
 
 #[test]

@@ -36,6 +36,31 @@ type_of_pages()
 	return 1
 }
 
+# Create devices of vfio_mock, NAME:COUNT...: small, medium or a type. $mock has the
+# options for the programs for vfio_mock, $generic those for vfio_migration_test.
+create_mock()
+{
+	local name count type bytes small='' medium=''
+
+	mock=()
+	while IFS=: read -r name count; do
+		case $name in
+		small) type=$(type_of_pages 16) && bytes=$(numfmt --from=iec "$type") ;;
+		medium) type=$(type_of_pages 256) ;;
+		*) type=$name ;;
+		esac && create_devices vfio_mock "$type" "$count" || return
+		case $name in
+		small) small=$paths ;;
+		medium) medium=$paths ;;
+		esac
+		mock+=("--$name" "$paths")
+	done < <(printf '%s\n' "$@")
+	# All of BAR2, which is the state memory; reads have no side effects.
+	# shellcheck disable=SC2034 # for the scripts that source this
+	[ -z "$small" ] || generic=("${small% *}" "${small#* }" --other "${medium%% *}"
+		--scratch "2:0:$bytes" --read-regions)
+}
+
 remove_devices()
 {
 	local uuid

@@ -33,14 +33,32 @@
 /* The page size of the kernel in bytes. */
 __u64 mig_page_size(void);
 
-/* The factor for all timeouts: VFIO_PATIENCE, or 1. */
+/* The factor for all timeouts: option patience, or 1. */
 int mig_patience(void);
 
 /*
  * Upper bound in seconds for operations that do not wait: a guard against hangs.
- * The environment variable VFIO_HANG_SECONDS overrides it.
+ * The option hang overrides it.
  */
 int mig_hang_seconds(void);
+
+/* An option "--name value" of a test program, or "--name" without an argument. */
+struct mig_option {
+	const char *name;	/* NULL ends an array */
+	const char *argument;
+	const char *help;
+	const char *value;	/* NULL if it is not given */
+};
+
+/*
+ * Takes @options and those of all programs from the arguments, and returns the number
+ * of the remaining ones. Exits with the usage on unknown options.
+ */
+int mig_take_options(int argc, char **argv, struct mig_option *options);
+/* The value of an option, or NULL. */
+const char *mig_option(const char *name);
+/* The same as a number; @otherwise without the option, or for zero. */
+unsigned long mig_number(const char *name, unsigned long otherwise);
 
 enum mig_backend {
 	MIG_GROUP,	/* /dev/vfio/N in a type1 container */

@@ -28,18 +28,12 @@ __u64 mig_page_size(void)
 
 int mig_patience(void)
 {
-	const char *value = getenv("VFIO_PATIENCE");
-	int times = value ? atoi(value) : 0;
-
-	return times > 0 ? times : 1;
+	return mig_number("patience", 1);
 }
 
 int mig_hang_seconds(void)
 {
-	const char *value = getenv("VFIO_HANG_SECONDS");
-	int seconds = value ? atoi(value) : 0;
-
-	return seconds > 0 ? seconds : 20 * mig_patience();
+	return mig_number("hang", 20 * mig_patience());
 }
 
 static int do_ioctl(int fd, unsigned long cmd, void *arg)

@@ -38,16 +38,13 @@ static inline int write_word(const char *path, const char *word)
 	return ret;
 }
 
-/* The number of repetitions: @usual, multiplied by VFIO_MIGRATION_ROUNDS. */
+/* The number of repetitions: @usual, multiplied by the option rounds. */
 static inline unsigned int mig_times(unsigned int usual)
 {
-	const char *value = getenv("VFIO_MIGRATION_ROUNDS");
-	unsigned int rounds = value ? strtoul(value, NULL, 0) : 0;
-
-	return rounds ? rounds * usual : usual;
+	return mig_number("rounds", 1) * usual;
 }
 
-/* For slow machines: VFIO_PATIENCE=N multiplies the timeout of each test by N. */
+/* For slow machines: the option patience multiplies the timeout of each test. */
 #define MIG_BE_PATIENT() do {							\
 	struct __fixture_metadata *__f;						\
 	struct __test_metadata *__t;						\
@@ -57,10 +54,11 @@ static inline unsigned int mig_times(unsigned int usual)
 			__t->timeout *= mig_patience();				\
 } while (0)
 
-/* main() of a test program. */
-#define MIG_HARNESS_MAIN							\
+/* main() of a test program with these options. */
+#define MIG_HARNESS_MAIN(options)						\
 	int main(int argc, char **argv)						\
 	{									\
+		argc = mig_take_options(argc, argv, options);			\
 		MIG_BE_PATIENT();						\
 		return test_harness_run(argc, argv);				\
 	}
@@ -70,7 +68,7 @@ static inline unsigned int mig_times(unsigned int usual)
 	int __ret;								\
 										\
 	if (!(path))								\
-		SKIP(return, "no device given (see the head of this file)");	\
+		SKIP(return, "no device given");	\
 	__ret = mig_open(dev, path, backend);					\
 	if (__ret == -EOPNOTSUPP)						\
 		SKIP(return, "backend not available: %s", (dev)->why);		\

@@ -17,12 +17,21 @@
 
 #define PAGE	mig_page_size()
 
-/*
- * Sizes of devices named in the environment, besides 16M and 1G: VFIO_MOCK_SMALL and
- * VFIO_MOCK_MEDIUM have the smallest types with this number of kernel pages.
- */
+/* small and medium are the smallest types with this number of kernel pages. */
 #define SMALL_PAGES	16
 #define MEDIUM_PAGES	256
+
+/* Options of the programs for vfio_mock, which all accept all of them. */
+static struct mig_option mock_options[] = {
+	{ .name = "small", .argument = "'PATH...'", .help = "devices in sysfs with 16 pages" },
+	{ .name = "medium", .argument = "'PATH...'", .help = "devices with 256 pages" },
+	{ .name = "16M", .argument = "'PATH...'", .help = "devices with 16 MiB" },
+	{ .name = "1G", .argument = "PATH", .help = "a device with 1 GiB" },
+	{ .name = "module", .argument = "FILE", .help = "vfio_mock.ko, to load it again" },
+	{ .name = "calls", .argument = "N", .help = "number of calls to fuzz (20000)" },
+	{ .name = "seed", .argument = "N", .help = "seed of the calls (1)" },
+	{}
+};
 
 /* All state visible to software, except for the state memory. */
 struct mock_front {
@@ -107,13 +116,13 @@ static inline int mock_open_path(struct mock *m, const char *path, enum mig_back
 }
 
 /*
- * Opens a path in the environment variable @name: the first one if @which is 0, and
- * so on. -ENODEV: the variable has no such path.
+ * Opens a path in the option @name: the first one if @which is 0, and so on. -ENODEV:
+ * the option has no such path.
  */
 static inline int mock_open(struct mock *m, const char *name, int which,
 			    enum mig_backend backend)
 {
-	const char *value = getenv(name);
+	const char *value = mig_option(name);
 	char path[PATH_MAX];
 	int n = 0;
 
@@ -188,7 +197,7 @@ static inline bool mock_has_log(void)
 	int __ret = mock_open(m, name, which, backend);				\
 										\
 	if (__ret == -ENODEV)							\
-		SKIP(return, "%s does not name the devices", name);		\
+		SKIP(return, "no --%s", name);		\
 	if (__ret == -EOPNOTSUPP)						\
 		SKIP(return, "backend not available: %s", (m)->dev.why);	\
 	ASSERT_EQ(0, __ret)							\

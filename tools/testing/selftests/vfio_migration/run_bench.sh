@@ -24,13 +24,10 @@ done
 trap remove_devices EXIT
 
 [ -d /sys/module/vfio_mock ] || insmod "$module" || exit 1
-for size in 64K 16M 256M 1G; do
-	create_devices vfio_mock $size 1 || exit 1
-	export "VFIO_MOCK_$size=$paths"
-done
+create_mock 64K:1 16M:1 256M:1 1G:1 || exit 1
 # The kernel's own sample is the reference for the arcs.
 if modprobe -q mtty; then
 	create_devices mtty 1 1 || exit 1
-	export VFIO_MTTY=$paths
+	mock+=(--mtty "$paths")
 fi
-"$programs/vfio_mock_bench" "$@"
+"$programs/vfio_mock_bench" "${mock[@]}" "$@"

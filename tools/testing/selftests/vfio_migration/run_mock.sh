@@ -18,10 +18,9 @@
 #            for each of them, instead of only for the last one
 # --only     only this program, without loading the module again
 #
-# VFIO_MIGRATION_ROUNDS=N multiplies the repetitions of the tests by N, VFIO_PATIENCE=N
-# their timeouts; VFIO_FUZZ_CALLS=N is the number of calls of the fuzzer, and
-# VFIO_FUZZ_SEED=N its seed. The options of the tests are those of
-# kselftest_harness.h: "-t NAME".
+# The options of the tests are those of kselftest_harness.h, such as "-t NAME", and
+# those that "PROGRAM --help" prints: --rounds N multiplies the repetitions, --patience N
+# the timeouts.
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 # shellcheck source=mdevs.sh
@@ -63,6 +62,7 @@ say()
 }
 
 trap remove_devices EXIT
+sizes=(small:2 medium:4 16M:2 1G:1)
 
 # Load the module with the migration flags $1, or keep it if $1 is empty.
 load()
@@ -73,32 +73,15 @@ load()
 	[ -d /sys/module/vfio_mock ] || insmod "$module" ${1:+migration_flags="$1"}
 }
 
-# Devices of each size, passed to the tests in the environment.
-create()
-{
-	local small bytes medium device name type count paths
-
-	small=$(type_of_pages 16) && bytes=$(numfmt --from=iec "$small") &&
-		medium=$(type_of_pages 256) || return
-	for device in SMALL:$small:2 MEDIUM:$medium:4 16M:16M:2 1G:1G:1; do
-		IFS=: read -r name type count <<<"$device"
-		create_devices vfio_mock "$type" "$count" || return
-		export "VFIO_MOCK_$name=$paths"
-	done
-	export VFIO_DEVICE="${VFIO_MOCK_SMALL% *}" VFIO_DEVICE2="${VFIO_MOCK_SMALL#* }"
-	export VFIO_DEVICE_OTHER="${VFIO_MOCK_MEDIUM%% *}"
-	# All of BAR2, which is the state memory; reads have no side effects.
-	export VFIO_SCRATCH=2:0:$bytes VFIO_READ_REGIONS=1
-}
-
 # One test program as a subtest, with its arguments.
 run()
 {
-	local name=$1 start=$SECONDS status
+	local name=$1 start=$SECONDS options=("${mock[@]}" --module "$module") status
 
 	shift
 	number=$((number + 1))
-	"$programs/$name" "$@" 2>&1 | sed -u 's/^/  /'
+	[ "$name" != vfio_migration_test ] || options=("${generic[@]}")
+	"$programs/$name" "${options[@]}" "$@" 2>&1 | sed -u 's/^/  /'
 	status=${PIPESTATUS[0]}
 	echo "# $name: $((SECONDS - start)) s"
 	if [ "$status" = 0 ]; then
@@ -137,7 +120,7 @@ run_once()
 	local program
 
 	for program in "${once[@]}"; do
-		VFIO_MOCK_MODULE=$module run "$program" "$@"
+		run "$program" "$@"
 	done
 }
 
@@ -148,7 +131,7 @@ run_last()
 
 	remove_devices
 	for program in "${last[@]}"; do
-		VFIO_MOCK_MODULE=$module run "$program" "$@"
+		run "$program" "$@"
 	done
 }
 
@@ -162,9 +145,9 @@ run_other()
 	if { [ -d "/sys/module/$name" ] || insmod "${module%/*}/$name.ko"; } &&
 		create_devices vfio_mock 64K 1 && other=$paths &&
 		create_devices "$driver" "$type" 2; then
-		VFIO_DEVICE="${paths% *}" VFIO_DEVICE2="${paths#* }" \
-			VFIO_DEVICE_OTHER=$other VFIO_SCRATCH=$scratch \
-			VFIO_READ_REGIONS=1 run vfio_migration_test "$@"
+		generic=("${paths% *}" "${paths#* }" --other "$other" --scratch "$scratch"
+			--read-regions)
+		run vfio_migration_test "$@"
 	else
 		number=$((number + 1))
 		echo "not ok $number - vfio_migration_test$label"
@@ -208,7 +191,7 @@ echo 'TAP version 13'
 if [ -z "$shapes" ]; then
 	echo "1..$((${#each[@]} + ${#once[@]} + ${#last[@]} + others))"
 	label=
-	if load '' && create; then
+	if load '' && create_mock "${sizes[@]}"; then
 		run_all whole "$@"
 		run_once "$@"
 		run_last "$@"
@@ -224,7 +207,7 @@ read -ra count <<<"$shapes"
 echo "1..$((${#count[@]} * ${#each[@]} + ${#once[@]} + ${#last[@]} + others))"
 for shape in $shapes; do
 	label=" migration_flags=$shape"
-	if ! { load "$shape" && create; }; then
+	if ! { load "$shape" && create_mock "${sizes[@]}"; }; then
 		echo "Bail out! no devices with migration_flags=$shape"
 		exit 1
 	fi

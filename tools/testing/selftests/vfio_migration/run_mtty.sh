@@ -22,11 +22,8 @@ trap remove_devices EXIT
 
 modprobe mtty || exit 1
 create_devices mtty 2 2 || exit 1
-export VFIO_DEVICE=${paths% *} VFIO_DEVICE2=${paths#* }
+read -ra pair <<<"$paths"
 create_devices mtty 1 1 || exit 1
-export VFIO_DEVICE_OTHER=$paths
-# The scratch register of the first port.
-export VFIO_SCRATCH=0:7:1 VFIO_READ_REGIONS=1
-# Calls that wait for a stalled reader never end.
-export VFIO_HANG_SECONDS=${VFIO_HANG_SECONDS:-5}
-"$programs/vfio_migration_test" "$@"
+# The scratch register of the first port. Calls that wait for a stalled reader never end.
+"$programs/vfio_migration_test" "${pair[@]}" --other "$paths" --scratch 0:7:1 \
+	--read-regions --hang 5 "$@"

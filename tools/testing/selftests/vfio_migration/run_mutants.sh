@@ -15,15 +15,8 @@ plan=$3
 
 create()
 {
-	local small bytes
-
 	devices=()
-	create_devices vfio_mock "$(type_of_pages 256)" 2 || return
-	export VFIO_MOCK_MEDIUM=$paths VFIO_DEVICE_OTHER=${paths% *}
-	small=$(type_of_pages 16) && bytes=$(numfmt --from=iec "$small") &&
-		create_devices vfio_mock "$small" 2 || return
-	export VFIO_MOCK_SMALL=$paths VFIO_DEVICE=${paths% *} VFIO_DEVICE2=${paths#* }
-	export VFIO_SCRATCH=2:0:$bytes VFIO_READ_REGIONS=1 VFIO_HANG_SECONDS=4
+	create_mock medium:2 small:2
 }
 
 # The tests $2... of program $1, on one backend and one size.
@@ -32,13 +25,17 @@ run()
 	local program=$1 test options=(-V group -V group_small -V group_medium
 		-V iommufd_medium -V iommufd_16M)
 
+	case $program in
+	vfio_migration_test) options+=("${generic[@]}") ;;
 	# Its variants are separate tests.
-	[ "$program" != vfio_mock_life_test ] || options=()
+	vfio_mock_life_test) options=(--module "$module") ;;
+	*) options+=("${mock[@]}" --module "$module") ;;
+	esac
 	shift
 	for test; do
 		options+=(-t "$test")
 	done
-	timeout -k 2 200 "$programs/$program" "${options[@]}"
+	timeout -k 2 200 "$programs/$program" --hang 4 "${options[@]}"
 }
 
 # A shutdown would wait for the removal; a machine without memory ends.
@@ -53,7 +50,6 @@ first=1
 while IFS=$'\t' read -r name module rest; do
 	log=$logs/$name.log
 	echo "# $name" >"$log"
-	export VFIO_MOCK_MODULE=$module
 	if ! said=$(insmod "$module" 2>&1); then
 		if [ -z "$first" ]; then
 			# Something of the last one is left: run this one in a new machine.
@@ -72,7 +68,7 @@ while IFS=$'\t' read -r name module rest; do
 	for command in "${commands[@]}"; do
 		read -ra words <<<"$command"
 		# Unloading the module removes the devices.
-		[ -e "$VFIO_DEVICE" ] || create >>"$log" 2>&1
+		[ -e "${generic[0]}" ] || create >>"$log" 2>&1
 		run "${words[@]}" >>"$log" 2>&1
 		status=$?
 		# 1 means that tests failed.

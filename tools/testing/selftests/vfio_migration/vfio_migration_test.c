@@ -3,23 +3,14 @@
  * Conformance of any migratable VFIO device to the migration uAPI in
  * include/uapi/linux/vfio.h.
  *
- *	VFIO_DEVICE=/sys/bus/mdev/devices/UUID ./vfio_migration_test
- *	./vfio_migration_test /sys/bus/pci/devices/0000:01:00.1 [TARGET]
+ *	./vfio_migration_test [option...] /sys/bus/pci/devices/0000:01:00.1 [TARGET]
  *
  * The device must be bound to a VFIO driver and not be in use: the tests reset it
  * and load images into it, valid and invalid ones. For real hardware see
- * Documentation/vfio_migration_test.rst. A test for a feature that the device does
- * not claim, or that needs a variable that is not set, skips with this reason:
- *
- *	VFIO_DEVICE2		a compatible device as the target of migrations, also
- *				given by a second path; without it the same device is
- *				the target, after a reset
- *	VFIO_DEVICE_OTHER	a device with incompatible images
- *	VFIO_SCRATCH		REGION:OFFSET:LENGTH, memory of the device that the
- *				tests may write to and that is part of its state
- *	VFIO_READ_REGIONS	set: reading all regions has no side effects
- *	VFIO_MIGRATION_ROUNDS	factor for the number of repetitions
- *	VFIO_HANG_SECONDS	time limit for operations that do not wait
+ * Documentation/vfio_migration_test.rst, which also has the options. A test for a
+ * feature that the device does not claim, or that needs an option that is not given,
+ * skips with this reason. TARGET is a compatible device as the target of migrations;
+ * without it the same device is the target, after a reset.
  *
  * "-V iommufd" excludes a backend, "-t NAME" selects a test, "-l" lists them.
  *
@@ -48,6 +39,9 @@ static const __u32 set_state_values[] = {
 	0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0xffffffff,
 };
 
+/* The device, and the target if there is one. */
+static const char *paths[2];
+
 FIXTURE(device)
 {
 	struct mig_device dev;
@@ -64,9 +58,9 @@ FIXTURE_VARIANT_ADD(device, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(device)
 {
-	ASSERT_EQ(0, mig_scratch_parse(getenv("VFIO_SCRATCH"), &self->scratch))
-		STEP("read VFIO_SCRATCH, which is REGION:OFFSET:LENGTH");
-	OPEN_OR_SKIP(&self->dev, getenv("VFIO_DEVICE"), variant->backend);
+	ASSERT_EQ(0, mig_scratch_parse(mig_option("scratch"), &self->scratch))
+		STEP("read --scratch, which is REGION:OFFSET:LENGTH");
+	OPEN_OR_SKIP(&self->dev, paths[0], variant->backend);
 	go_home(_metadata, &self->dev);
 }
 
@@ -84,17 +78,8 @@ FIXTURE_TEARDOWN(device)
 /* Skips the test unless the device has memory that the tests may write to. */
 #define NEED_SCRATCH(self) do {							\
 	if (!(self)->scratch.len)						\
-		SKIP(return, "VFIO_SCRATCH names no memory of the device");	\
+		SKIP(return, "no --scratch");	\
 } while (0)
-
-/* Factor for the number of rounds of the slow tests. */
-static unsigned int rounds(void)
-{
-	const char *value = getenv("VFIO_MIGRATION_ROUNDS");
-	int n = value ? atoi(value) : 1;
-
-	return n > 0 ? n : 1;
-}
 
 /*
  * Returns the target of a migration: the second device, or the same one after a
@@ -104,13 +89,11 @@ static struct mig_device *open_target(struct __test_metadata *_metadata,
 				      struct mig_device *dev,
 				      struct mig_device *second)
 {
-	const char *path = getenv("VFIO_DEVICE2");
-
-	if (!path) {
+	if (!paths[1]) {
 		mig_reset(dev);
 		return dev;
 	}
-	ASSERT_EQ(0, mig_open(second, path, dev->backend))
+	ASSERT_EQ(0, mig_open(second, paths[1], dev->backend))
 		STEP("open the target: %s", second->why);
 	go_home(_metadata, second);
 	return second;
@@ -183,14 +166,22 @@ static void *page_before_a_hole(void)
 #include "device/content.c"
 #include "device/dma_log.c"
 
+static struct mig_option options[] = {
+	{ .name = "other", .argument = "PATH", .help = "device with incompatible images" },
+	{ .name = "scratch", .argument = "REGION:OFFSET:LENGTH",
+	  .help = "memory of the device that the tests may write to" },
+	{ .name = "read-regions", .help = "reading all regions has no side effects" },
+	{}
+};
+
 int main(int argc, char **argv)
 {
-	int i, n = 1, paths = 0;
+	int i, n = 1, nr = 0;
 
-	/* Paths replace VFIO_DEVICE and VFIO_DEVICE2. */
+	argc = mig_take_options(argc, argv, options);
 	for (i = 1; i < argc; i++) {
 		if (argv[i][0] == '/')
-			setenv(paths++ ? "VFIO_DEVICE2" : "VFIO_DEVICE", argv[i], 1);
+			paths[nr++ ? 1 : 0] = argv[i];
 		else
 			argv[n++] = argv[i];
 	}

@@ -4,8 +4,8 @@
  * machine: each figure is the median of the ratios of alternating runs, so that it
  * does not depend on the speed and the load of the machine.
  *
- *	VFIO_MOCK_64K=PATH VFIO_MOCK_16M=PATH VFIO_MOCK_256M=PATH VFIO_MOCK_1G=PATH \
- *		VFIO_MTTY=PATH ./vfio_mock_bench [-r RUNS] [word...]
+ *	./vfio_mock_bench --64K PATH --16M PATH --256M PATH --1G PATH --mtty PATH \
+ *		[-r RUNS] [word...]
  *
  * with the sysfs paths of mediated devices; figures without a device are omitted.
  * run_bench.sh creates them. Words select the figures whose names contain one.
@@ -216,14 +216,14 @@ static void open_device(struct mig_device *dev, const char *path)
 		give_up("could not open %s: %s", path, dev->why);
 }
 
-/* Opens the device in an environment variable. */
+/* Opens the device in an option. */
 static bool open_mock(struct mock *m, const char *name)
 {
-	const char *path = getenv(name);
+	const char *path = mig_option(name);
 	struct vfio_region_info info;
 
 	if (!path) {
-		fprintf(stderr, "vfio_mock_bench: no %s\n", name);
+		fprintf(stderr, "vfio_mock_bench: no --%s\n", name);
 		return false;
 	}
 	open_device(&m->dev, path);
@@ -357,7 +357,7 @@ static void bench_image(void)
 	if (!wanted("read(data_fd), 256 MiB image") &&
 	    !wanted("write(data_fd), 256 MiB image"))
 		return;
-	if (!open_mock(&m, "VFIO_MOCK_256M"))
+	if (!open_mock(&m, "256M"))
 		return;
 	fill_all(&m);
 	memfd = new_memfd(m.size);
@@ -418,9 +418,9 @@ static void bench_round(void)
 	int large_fd, small_fd;
 	unsigned int i;
 
-	if (!wanted(name) || !open_mock(&large, "VFIO_MOCK_1G"))
+	if (!wanted(name) || !open_mock(&large, "1G"))
 		return;
-	if (!open_mock(&small, "VFIO_MOCK_16M"))
+	if (!open_mock(&small, "16M"))
 		return;
 	large_fd = to_state(&large.dev, MIG_PRE_COPY);
 	small_fd = to_state(&small.dev, MIG_PRE_COPY);
@@ -460,7 +460,7 @@ static void bench_write(void)
 	unsigned int i;
 	int fd;
 
-	if (!wanted(name) || !open_mock(&m, "VFIO_MOCK_16M"))
+	if (!wanted(name) || !open_mock(&m, "16M"))
 		return;
 	write_pages(&m);
 	for (i = 0; i < runs * 2; i++) {
@@ -495,7 +495,7 @@ static void bench_store(void)
 	unsigned int i;
 	struct mock m;
 
-	if (!wanted(name) || !open_mock(&m, "VFIO_MOCK_16M"))
+	if (!wanted(name) || !open_mock(&m, "16M"))
 		return;
 	mapped = mmap(NULL, m.size, PROT_READ | PROT_WRITE, MAP_SHARED, m.dev.fd,
 		      m.bar2);
@@ -566,7 +566,7 @@ static void bench_arcs(void)
 {
 	static double ours[STEPS][MAX_RUNS], theirs[STEPS][MAX_RUNS];
 	struct mig_stream our_image = {}, their_image = {};
-	const char *path = getenv("VFIO_MTTY");
+	const char *path = mig_option("mtty");
 	unsigned int i, step, before;
 	struct mig_device mtty;
 	double seconds[STEPS];
@@ -576,10 +576,10 @@ static void bench_arcs(void)
 	if (!wanted("arc"))
 		return;
 	if (!path) {
-		fprintf(stderr, "vfio_mock_bench: no VFIO_MTTY\n");
+		fprintf(stderr, "vfio_mock_bench: no --mtty\n");
 		return;
 	}
-	if (!open_mock(&m, "VFIO_MOCK_64K"))
+	if (!open_mock(&m, "64K"))
 		return;
 	open_device(&mtty, path);
 	if (mtty.flags != m.dev.flags)
@@ -612,10 +612,20 @@ static void bench_arcs(void)
 	mig_close(&m.dev);
 }
 
+static struct mig_option options[] = {
+	{ .name = "64K", .argument = "PATH", .help = "a device of this size" },
+	{ .name = "16M", .argument = "PATH", .help = "the same" },
+	{ .name = "256M", .argument = "PATH", .help = "the same" },
+	{ .name = "1G", .argument = "PATH", .help = "the same" },
+	{ .name = "mtty", .argument = "PATH", .help = "a device of the sample mtty" },
+	{}
+};
+
 int main(int argc, char **argv)
 {
 	int opt;
 
+	argc = mig_take_options(argc, argv, options);
 	while ((opt = getopt(argc, argv, "r:")) != -1) {
 		if (opt == 'r')
 			runs = strtoul(optarg, NULL, 10);

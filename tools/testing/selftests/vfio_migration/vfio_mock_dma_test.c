@@ -3,10 +3,10 @@
  * DMA of the mock migratable device vfio_mock: transfers and their errors, states
  * without DMA, and migration of the engine.
  *
- *	VFIO_MOCK_MEDIUM="SOURCE TARGET" ./vfio_mock_dma_test
+ *	./vfio_mock_dma_test --medium "SOURCE TARGET"
  *
  * with the sysfs paths of two mediated devices. run_mock.sh creates them and runs
- * this. VFIO_MIGRATION_ROUNDS=N multiplies the number of random transfers by N.
+ * this. --rounds N multiplies the number of random transfers by N.
  */
 #include <signal.h>
 #include <sys/wait.h>
@@ -39,8 +39,8 @@ FIXTURE_VARIANT_ADD(dma, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(dma)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
-	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_MEDIUM", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "medium", 1, variant->backend);
 	ram_make(_metadata, &self->ram, IOVA, 2 * self->m.size);
 	ram_map(_metadata, &self->ram, &self->m);
 }
@@ -1639,7 +1639,7 @@ TEST_F_TIMEOUT(dma, process_with_stalled_dma_can_exit, 60)
 			/* With the file that would end the stall before or after the device. */
 			if (i && mig_stall_start(&stall))
 				_exit(0);
-			if (mock_open(&guest, "VFIO_MOCK_MEDIUM", 0, variant->backend))
+			if (mock_open(&guest, "medium", 0, variant->backend))
 				_exit(1);
 			if (!i && mig_stall_start(&stall))
 				_exit(0);
@@ -1833,7 +1833,7 @@ FIXTURE_SETUP(peers)
 	int i, ret;
 
 	for (i = 0; i < 2; i++)
-		MOCK_OPEN_OR_SKIP(both[i], "VFIO_MOCK_MEDIUM", i, variant->backend);
+		MOCK_OPEN_OR_SKIP(both[i], "medium", i, variant->backend);
 	self->a_map = bar2_map(_metadata, &self->a, 0, self->a.size);
 	self->b_map = bar2_map(_metadata, &self->b, 0, self->b.size);
 	for (i = 0; i < 2; i++) {
@@ -2004,4 +2004,4 @@ TEST_F_TIMEOUT(peers, dma_into_a_stopped_peer_is_dropped, 120)
 	}
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

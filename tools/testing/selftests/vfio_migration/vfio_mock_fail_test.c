@@ -5,7 +5,7 @@
  * the same again with all following allocations. After each failure the errno is
  * correct, the device is usable or can be reset, and no data is lost.
  *
- *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_fail_test
+ *	./vfio_mock_fail_test --small "SOURCE TARGET"
  *
  * as root, with CONFIG_FAULT_INJECTION, CONFIG_FAILSLAB,
  * CONFIG_FAULT_INJECTION_USERCOPY and CONFIG_FAIL_PAGE_ALLOC.
@@ -39,8 +39,8 @@ FIXTURE_SETUP(fail)
 	self->dst.dev.fd = -1;
 	if (fail_open(&self->in, &why))
 		SKIP(return, "%s", why);
-	MOCK_OPEN_OR_SKIP(&self->src, "VFIO_MOCK_SMALL", 0, variant->backend);
-	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_SMALL", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->src, "small", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "small", 1, variant->backend);
 }
 
 FIXTURE_TEARDOWN(fail)
@@ -747,4 +747,4 @@ TEST_F_TIMEOUT(fail, removal, 300)
 	}
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

@@ -6,10 +6,10 @@
  * kernel has to survive, and the device has to be in its power-on state when it is
  * opened again.
  *
- *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_fuzz_test
+ *	./vfio_mock_fuzz_test --small "SOURCE TARGET"
  *
- * VFIO_FUZZ_CALLS is the total number of calls (20000), VFIO_FUZZ_SEED the seed: it
- * determines the calls of each thread, but not their interleaving.
+ * "--calls N" is the total number of calls, "--seed N" determines the calls of each
+ * thread, but not their interleaving.
  */
 #include <sys/eventfd.h>
 
@@ -323,13 +323,6 @@ static void *hand_main(void *arg)
 	return NULL;
 }
 
-static unsigned long from_environment(const char *name, unsigned long otherwise)
-{
-	const char *value = getenv(name);
-
-	return value ? strtoul(value, NULL, 0) : otherwise;
-}
-
 FIXTURE(fuzz)
 {
 	struct mock m;
@@ -348,7 +341,7 @@ FIXTURE_SETUP(fuzz)
 {
 	int fd = -1;
 
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_SMALL", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "small", 0, variant->backend);
 	populate(_metadata, &self->m, 1);
 	stop_and_save(_metadata, &self->m, &fd, &self->image);
 	close(fd);
@@ -363,8 +356,8 @@ FIXTURE_TEARDOWN(fuzz)
 
 TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 {
-	unsigned long seed = from_environment("VFIO_FUZZ_SEED", 1);
-	unsigned long calls = from_environment("VFIO_FUZZ_CALLS", 20000);
+	unsigned long seed = mig_number("seed", 1);
+	unsigned long calls = mig_number("calls", 20000);
 	struct fuzz f = {
 		.m = &self->m, .image = &self->image, .calls = calls / THREADS,
 		.data_fd = -1,
@@ -415,4 +408,4 @@ TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 	expect_memory(_metadata, m, m->want, "after a good image");
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

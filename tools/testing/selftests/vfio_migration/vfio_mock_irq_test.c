@@ -4,7 +4,7 @@
  * of a stopped device and their migration, every argument of SET_IRQS that vfio-pci
  * refuses, and the request to release the device.
  *
- *	VFIO_MOCK_SMALL="SOURCE TARGET" ./vfio_mock_irq_test
+ *	./vfio_mock_irq_test --small "SOURCE TARGET"
  *
  * with the sysfs paths of two mediated devices. run_mock.sh creates them.
  */
@@ -47,7 +47,7 @@ FIXTURE_SETUP(irq)
 {
 	int i;
 
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_SMALL", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "small", 0, variant->backend);
 	for (i = 0; i < VECTORS; i++) {
 		self->fds[i] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 		ASSERT_LE(0, self->fds[i]);
@@ -535,7 +535,7 @@ TEST_F(irq, pending_interrupts_follow_the_device)
 	struct mock_front front, now;
 	int fd;
 
-	MOCK_OPEN_OR_SKIP(&dst, "VFIO_MOCK_SMALL", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&dst, "small", 1, variant->backend);
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
 	/* Vector 0 was delivered, 1 is masked by the user, 2 by the device. */
 	ASSERT_EQ(0, set_none(m, MASK, 1, 1));
@@ -653,7 +653,7 @@ TEST_F(irq, next_user_gets_no_old_interrupt)
 	mock_close(m);
 	EXPECT_EQ(0U, all_signals(self->fds))
 		PROMISE("closing the device delivers nothing");
-	MOCK_OPEN_OR_SKIP(m, "VFIO_MOCK_SMALL", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(m, "small", 0, variant->backend);
 	EXPECT_EQ(0U, pending(_metadata, m));
 	EXPECT_EQ(-EINVAL, set_none(m, TRIGGER, 0, 1))
 		PROMISE("MSI-X is off when the device is opened");
@@ -1018,4 +1018,4 @@ TEST_F_TIMEOUT(irq, removal_repeats_request, 90)
 	close(kmsg);
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

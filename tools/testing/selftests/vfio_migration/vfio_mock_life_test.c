@@ -5,11 +5,11 @@
  * devices; and calls that are stalled by a page fault while everything else is torn
  * down.
  *
- *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_life_test
+ *	./vfio_mock_life_test --module /path/to/vfio_mock.ko
  *
  * with the module loaded and no devices: the tests create their own devices, unload
  * the module, which removes all of its devices, and load that file. Without
- * VFIO_MOCK_MODULE tests that unload the module skip. run_mock.sh sets it.
+ * --module, tests that unload the module skip. run_mock.sh sets it.
  */
 #include <dirent.h>
 #include <signal.h>
@@ -65,7 +65,7 @@ static int unload(void)
 
 static int load_module(void)
 {
-	int fd = open(getenv("VFIO_MOCK_MODULE"), O_RDONLY | O_CLOEXEC), ret;
+	int fd = open(mig_option("module"), O_RDONLY | O_CLOEXEC), ret;
 
 	if (fd < 0)
 		return -errno;
@@ -75,8 +75,8 @@ static int load_module(void)
 }
 
 #define NEED_MODULE() do {							\
-	if (!getenv("VFIO_MOCK_MODULE"))					\
-		SKIP(return, "VFIO_MOCK_MODULE does not name the module");	\
+	if (!mig_option("module"))					\
+		SKIP(return, "no --module");	\
 } while (0)
 
 /* Checks that the module has no references, and unloads and loads it. */
@@ -84,7 +84,7 @@ static void expect_module_is_free(struct __test_metadata *_metadata, const char 
 {
 	ASSERT_EQ(0, references())
 		PROMISE("%s: the module has no references", when);
-	if (!getenv("VFIO_MOCK_MODULE"))
+	if (!mig_option("module"))
 		return;
 	ASSERT_EQ(0, unload())
 		PROMISE("%s: the module can be unloaded", when);
@@ -97,7 +97,7 @@ static void expect_module_is_kept(struct __test_metadata *_metadata, const char 
 {
 	ASSERT_LT(0, references())
 		PROMISE("%s keeps the module", by);
-	if (getenv("VFIO_MOCK_MODULE")) {
+	if (mig_option("module")) {
 		ASSERT_EQ(-EWOULDBLOCK, unload())
 			PROMISE("%s: the module cannot be unloaded", by);
 	}
@@ -285,7 +285,7 @@ static long available(void)
 
 /* Creates a device for a fixture, after loading the module if necessary. */
 #define CREATE_OR_SKIP(g) do {							\
-	if (!is_loaded() && getenv("VFIO_MOCK_MODULE"))				\
+	if (!is_loaded() && mig_option("module"))				\
 		ASSERT_EQ(0, load_module());					\
 	if (!can_create())							\
 		SKIP(return, "no device can be created: is " MODULE " loaded?"); \
@@ -1240,4 +1240,4 @@ TEST_F_TIMEOUT(stalled, call_blocks_no_other_call, 60)
 	expect_module_is_free(_metadata, "after everything is closed");
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

@@ -2,10 +2,10 @@
 /*
  * The DMA log of the mock migratable device vfio_mock: exactly the written pages.
  *
- *	VFIO_MOCK_MEDIUM="DEVICE" ./vfio_mock_log_test
+ *	./vfio_mock_log_test --medium "DEVICE"
  *
  * with the sysfs path of a mediated device. run_mock.sh creates it and runs this.
- * VFIO_MIGRATION_ROUNDS=N multiplies the number of random transfers by N.
+ * --rounds N multiplies the number of random transfers by N.
  */
 #include "mock_dma.h"
 
@@ -61,7 +61,7 @@ FIXTURE_SETUP(log)
 		self->each_window[i].iova = windows[in_no_order[i]];
 		self->each_window[i].length = WINDOW;
 	}
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
 	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			 -1, 0);
 	ASSERT_NE(MAP_FAILED, self->mem);
@@ -592,4 +592,4 @@ TEST_F_TIMEOUT(log, copy_by_log_is_complete, 120)
 	free(copy);
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

@@ -4,10 +4,10 @@
  * are tracked page by page, and dropped while it is stopped. A fault does not wait
  * for a migration, even if the stream is read into the mapping itself.
  *
- *	VFIO_MOCK_MEDIUM="SOURCE TARGET" ./vfio_mock_mmap_test
+ *	./vfio_mock_mmap_test --medium "SOURCE TARGET"
  *
  * with the sysfs paths of two mediated devices. run_mock.sh creates them and runs
- * this. VFIO_MIGRATION_ROUNDS=N multiplies the number of random stores by N.
+ * this. --rounds N multiplies the number of random stores by N.
  */
 #include <signal.h>
 #include <sys/syscall.h>
@@ -39,8 +39,8 @@ FIXTURE_VARIANT_ADD(map, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(map)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
-	MOCK_OPEN_OR_SKIP(&self->dst, "VFIO_MOCK_MEDIUM", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->dst, "medium", 1, variant->backend);
 	self->map = bar2_map(_metadata, &self->m, 0, self->m.size);
 	self->dirty = calloc(1, self->m.size / PAGE);
 	ASSERT_NE(NULL, self->dirty);
@@ -1329,4 +1329,4 @@ TEST_F_TIMEOUT(map, migration_during_stores, 300)
 	expect_both(_metadata, self, "at the end");
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

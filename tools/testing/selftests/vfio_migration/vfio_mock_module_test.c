@@ -4,11 +4,12 @@
  * into creating a device, like vfio_mock_fail_test; but the module must not be in
  * use:
  *
- *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_module_test
+ *	./vfio_mock_module_test --module /path/to/vfio_mock.ko
  */
 #include <dirent.h>
 #include <sys/syscall.h>
 
+#include "mock.h"
 #include "mock_fail.h"
 
 /* The core accepts a failure to create the link in /sys/class/mdev_bus. */
@@ -36,12 +37,12 @@ static int unload(void)
 
 FIXTURE_SETUP(module)
 {
-	const char *path = getenv("VFIO_MOCK_MODULE");
+	const char *path = mig_option("module");
 	const char *why = NULL;
 
 	self->file = -1;
 	if (!path)
-		SKIP(return, "VFIO_MOCK_MODULE does not name the module");
+		SKIP(return, "no --module");
 	if (fail_open(&self->in, &why))
 		SKIP(return, "%s", why);
 	self->was_loaded = !access("/sys/module/vfio_mock", F_OK);
@@ -173,4 +174,4 @@ TEST_F_TIMEOUT(module, create, 1200)
 		PROMISE("the core has no reference to devices that were not created");
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

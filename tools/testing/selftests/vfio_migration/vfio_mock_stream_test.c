@@ -3,7 +3,7 @@
  * Migration streams that vfio_mock must refuse, and that must not affect the device
  * afterwards.
  *
- *	VFIO_MOCK_SMALL="SOURCE TARGET" VFIO_MOCK_MEDIUM=... ./vfio_mock_stream_test
+ *	./vfio_mock_stream_test --small "SOURCE TARGET" --medium ...
  *
  * with the sysfs paths of mediated devices of each size. run_mock.sh creates them
  * and runs this. The exhaustive tests run every case on the iommufd backend and a
@@ -44,7 +44,7 @@ FIXTURE_SETUP(refuse)
 	struct subject *s = &self->s;
 	int fd = -1;
 
-	MOCK_OPEN_OR_SKIP(&s->m, "VFIO_MOCK_SMALL", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&s->m, "small", 0, variant->backend);
 	populate(_metadata, &s->m, 0x5eed);
 	read_front(_metadata, &s->m, &s->front);
 	stop_and_save(_metadata, &s->m, &fd, &s->stream);
@@ -681,7 +681,7 @@ TEST_F(refuse, page_run_across_a_group)
 	__u64 at;
 
 	/* Only a device with more than one group of pages detects this. */
-	MOCK_OPEN_OR_SKIP(&m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&m, "medium", 0, variant->backend);
 	take_image(_metadata, &m.dev, &stream);
 	ASSERT_EQ(0, mock_image_parse(&image, &stream));
 	ASSERT_EQ(0, mock_writer_init(&w, &image));
@@ -702,7 +702,7 @@ TEST_F(refuse, image_of_another_size)
 	struct mig_stream stream = {};
 	struct mock m;
 
-	MOCK_OPEN_OR_SKIP(&m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&m, "medium", 0, variant->backend);
 	take_image(_metadata, &m.dev, &stream);
 	expect_refused(_metadata, &self->s.m, stream.data, stream.len, 0, true,
 		       "an image of a larger device", 0);
@@ -870,7 +870,7 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 	struct mock dst;
 	ssize_t in, out;
 
-	MOCK_OPEN_OR_SKIP(&dst, "VFIO_MOCK_SMALL", 1, variant->backend);
+	MOCK_OPEN_OR_SKIP(&dst, "small", 1, variant->backend);
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
 	populate(_metadata, &s->m, 0x5eed);
 	fd = go(_metadata, &s->m.dev, MIG_STOP_COPY);
@@ -935,4 +935,4 @@ TEST_F(refuse, splice_returns_enomsg_at_temporary_end)
 	close(pipes[1]);
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

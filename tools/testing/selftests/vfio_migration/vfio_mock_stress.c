@@ -5,10 +5,10 @@
  * forth. After each migration every byte is compared with the source, with the
  * stream, and with the positions of the writers.
  *
- *	VFIO_MOCK_MEDIUM="A A2 B B2" ./vfio_mock_stress
+ *	./vfio_mock_stress --medium "A A2 B B2"
  *
  * with the sysfs paths of four mediated devices. run_mock.sh creates them and runs
- * this: 10 rounds, and with VFIO_MIGRATION_ROUNDS=N 20 * N rounds.
+ * this: 10 rounds, and with --rounds N 20 * N rounds.
  */
 #include "mock_dma.h"
 
@@ -77,7 +77,7 @@ FIXTURE_SETUP(stress)
 	for (h = 0; h < 2; h++) {
 		host = &self->hosts[h];
 		for (n = 0; n < NR_DEVICES; n++) {
-			MOCK_OPEN_OR_SKIP(&host->dev[n], "VFIO_MOCK_MEDIUM", 2 * n + h,
+			MOCK_OPEN_OR_SKIP(&host->dev[n], "medium", 2 * n + h,
 					  variant->backend);
 			for (i = 0; i < NR_MAPPINGS; i++)
 				host->map[n][i] = bar2_map(_metadata, &host->dev[n], 0,
@@ -483,4 +483,4 @@ TEST_F_TIMEOUT(stress, everything_at_once, 7200)
 	TH_LOG("%u rounds, %llu MiB moved by DMA", rounds, bytes >> 20);
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

@@ -4,8 +4,7 @@
  * stream, and that the target receives the state of the source. Its interrupts are
  * tested in vfio_mock_irq_test.c.
  *
- *	VFIO_MOCK_SMALL="SOURCE TARGET" VFIO_MOCK_MEDIUM=... VFIO_MOCK_16M=... \
- *		./vfio_mock_test
+ *	./vfio_mock_test --small "SOURCE TARGET" --medium ... --16M ...
  *
  * with the sysfs paths of two mediated devices of each size. run_mock.sh creates
  * them and runs this.
@@ -32,23 +31,23 @@ FIXTURE_VARIANT(mock)
 };
 
 FIXTURE_VARIANT_ADD(mock, group_small) {
-	.backend = MIG_GROUP, .devices = "VFIO_MOCK_SMALL",
+	.backend = MIG_GROUP, .devices = "small",
 };
 
 FIXTURE_VARIANT_ADD(mock, group_medium) {
-	.backend = MIG_GROUP, .devices = "VFIO_MOCK_MEDIUM",
+	.backend = MIG_GROUP, .devices = "medium",
 };
 
 FIXTURE_VARIANT_ADD(mock, iommufd_small) {
-	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_SMALL",
+	.backend = MIG_IOMMUFD, .devices = "small",
 };
 
 FIXTURE_VARIANT_ADD(mock, iommufd_medium) {
-	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_MEDIUM",
+	.backend = MIG_IOMMUFD, .devices = "medium",
 };
 
 FIXTURE_VARIANT_ADD(mock, iommufd_16M) {
-	.backend = MIG_IOMMUFD, .devices = "VFIO_MOCK_16M",
+	.backend = MIG_IOMMUFD, .devices = "16M",
 };
 
 FIXTURE_SETUP(mock)
@@ -1195,7 +1194,7 @@ FIXTURE_SETUP(killed)
 {
 	void *map = NULL;
 
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_16M", 0, MIG_GROUP);
+	MOCK_OPEN_OR_SKIP(&self->m, "16M", 0, MIG_GROUP);
 	ASSERT_EQ(0, mig_region_map(&self->m.dev, BAR2, 0, self->m.size, &map));
 	self->bar = map;
 	self->mem = mmap(NULL, self->m.size + PAGE, PROT_READ | PROT_WRITE,
@@ -1298,7 +1297,7 @@ FIXTURE_VARIANT_ADD(pci, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(pci)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_SMALL", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "small", 0, variant->backend);
 }
 
 FIXTURE_TEARDOWN(pci)
@@ -1870,4 +1869,4 @@ TEST_F(pci, dma_logging_refuses_bad_page_sizes)
 	EXPECT_EQ(0, mig_log_stop(&m->dev));
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

@@ -3,11 +3,11 @@
  * The worker of the mock migratable device vfio_mock: states in which it stops, its
  * interrupts, accounting of its resources, and effects on the rest of the kernel.
  *
- *	VFIO_MOCK_MEDIUM="DEVICE" VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_mock_work_test
+ *	./vfio_mock_work_test --medium "DEVICE" --module /path/to/vfio_mock.ko
  *
  * with the sysfs path of a mediated device; vfio_minimal.ko is in the directory of the
- * module. run_mock.sh creates it and runs this. VFIO_MIGRATION_ROUNDS=N multiplies the
- * rounds of races by N.
+ * module. run_mock.sh creates it and runs this. --rounds N multiplies the rounds of
+ * races by N.
  */
 #include <dirent.h>
 #include <sys/mount.h>
@@ -47,7 +47,7 @@ FIXTURE_VARIANT_ADD(work, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(work)
 {
-	MOCK_OPEN_OR_SKIP(&self->m, "VFIO_MOCK_MEDIUM", 0, variant->backend);
+	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
 	ram_make(_metadata, &self->ram, IOVA, self->m.size);
 	ram_map(_metadata, &self->ram, &self->m);
 }
@@ -295,7 +295,7 @@ TEST_F_TIMEOUT(work, reset_during_state_change_ends, 240)
 TEST_F_TIMEOUT(work, busy_worker_does_not_delay_grace_periods, 120)
 {
 	static const char *const dirs[] = { "/sys/kernel/tracing", "/sys/kernel/debug/tracing" };
-	const char *module = getenv("VFIO_MOCK_MODULE");
+	const char *module = mig_option("module");
 	char path[PATH_MAX], events[100], enable[100];
 	unsigned int i;
 	int fd;
@@ -304,7 +304,7 @@ TEST_F_TIMEOUT(work, busy_worker_does_not_delay_grace_periods, 120)
 		SKIP(return, "no tracefs: %s", strerror(errno));
 	snprintf(events, sizeof(events), "%s/kprobe_events", dirs[0]);
 	if (!module || access(events, W_OK))
-		SKIP(return, "no kprobes, or no VFIO_MOCK_MODULE");
+		SKIP(return, "no kprobes, or no --module");
 	snprintf(path, sizeof(path), "%.*s/vfio_minimal.ko",
 		 (int)(strrchr(module, '/') - module), module);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -523,7 +523,7 @@ static pid_t idle_opener(struct __test_metadata *_metadata, const char *group)
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		join(_metadata, group);
-		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+		if (mock_open(&m, "medium", 0, MIG_GROUP))
 			_exit(1);
 		start(_metadata, &m, 0, &busy);
 		write(pipes[1], "", 1);
@@ -544,8 +544,8 @@ TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 	__u64 used;
 	pid_t pid;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	pid = idle_opener(_metadata, self->group);
 	used = value(_metadata, self->group, "cpu.stat", "usage_usec ");
 	WAIT_FOR(value(_metadata, self->group, "cpu.stat", "usage_usec ") > used + 100000,
@@ -592,7 +592,7 @@ static void open_in(struct __test_metadata *_metadata, const char *top, const ch
 		    struct mock *m)
 {
 	join(_metadata, group);
-	ASSERT_EQ(0, mock_open(m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+	ASSERT_EQ(0, mock_open(m, "medium", 0, MIG_GROUP))
 		STEP("open a device in a cgroup: %s", m->dev.why);
 	join(_metadata, top);
 }
@@ -605,8 +605,8 @@ TEST_F_TIMEOUT(payer, worker_uses_the_quota_of_the_opener, 120)
 {
 	struct mock m;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	open_in(_metadata, self->top, self->group, &m);
 	set(_metadata, self->group, "cpu.max", "2000 100000");
 	start(_metadata, &m, 0, &busy);
@@ -632,8 +632,8 @@ TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 	pid_t pid;
 	void *mem;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	NEED_IOMMUFD_FOR_LOG();
 	pid = bystander(_metadata, self->group);
 	open_in(_metadata, self->top, self->group, &m);
@@ -704,8 +704,8 @@ TEST_F_TIMEOUT(payer, device_closes_while_its_cgroup_is_frozen, 60)
 	struct mock m;
 	pid_t pid;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	pid = bystander(_metadata, self->group);
 	open_in(_metadata, self->top, self->group, &m);
 	start(_metadata, &m, 0, &busy);
@@ -733,15 +733,15 @@ TEST_F_TIMEOUT(payer, frozen_opener_can_be_killed, 60)
 	struct mock m;
 	pid_t pid;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	pid = idle_opener(_metadata, self->group);
 	set(_metadata, self->group, "cgroup.freeze", "1");
 	kill(pid, SIGKILL);
 	WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
 		 "a frozen process with an open device can be killed");
 	set(_metadata, self->group, "cgroup.freeze", "0");
-	ASSERT_EQ(0, mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+	ASSERT_EQ(0, mock_open(&m, "medium", 0, MIG_GROUP))
 		PROMISE("the device is closed: %s", m.dev.why);
 	mock_close(&m);
 }
@@ -782,8 +782,8 @@ TEST_F_TIMEOUT(freezer, frozen_worker_does_not_delay_close, 60)
 	pthread_t closer;
 	struct mock m;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	for (i = 0; i < 2; i++) {
 		open_in(_metadata, self->top, self->group, &m);
 		/* First busy, then idle. */
@@ -822,13 +822,13 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 	int status;
 	pid_t pid;
 
-	if (!getenv("VFIO_MOCK_MEDIUM"))
-		SKIP(return, "no VFIO_MOCK_MEDIUM");
+	if (!mig_option("medium"))
+		SKIP(return, "no --medium");
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		join(_metadata, self->group);
-		if (mock_open(&m, "VFIO_MOCK_MEDIUM", 0, MIG_GROUP))
+		if (mock_open(&m, "medium", 0, MIG_GROUP))
 			_exit(1);
 		mem = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			   -1, 0);
@@ -872,7 +872,7 @@ static int open_elsewhere(struct __test_metadata *_metadata, const char *size,
 
 		if (group)
 			join(_metadata, group);
-		if (sscanf(getenv(size), "%4095s", path) != 1)
+		if (sscanf(mig_option(size), "%4095s", path) != 1)
 			_exit(255);
 		_exit(-mig_open(&dev, path, MIG_GROUP));
 	}
@@ -886,12 +886,12 @@ TEST_F_TIMEOUT(payer, device_exceeding_limit_does_not_open, 60)
 {
 	char path[128];
 
-	if (!getenv("VFIO_MOCK_16M"))
-		SKIP(return, "no VFIO_MOCK_16M");
-	EXPECT_EQ(0, open_elsewhere(_metadata, "VFIO_MOCK_16M", self->group));
+	if (!mig_option("16M"))
+		SKIP(return, "no --16M");
+	EXPECT_EQ(0, open_elsewhere(_metadata, "16M", self->group));
 	snprintf(path, sizeof(path), "%s/memory.max", self->group);
 	ASSERT_EQ(0, write_word(path, "8M"));
-	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "VFIO_MOCK_16M", self->group))
+	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "16M", self->group))
 		PROMISE("a device that exceeds the limit of its opener does not open");
 	EXPECT_EQ(0U, value(_metadata, self->group, "memory.events", "oom_kill "))
 		PROMISE("it kills no process of the cgroup");
@@ -911,8 +911,8 @@ TEST_F_TIMEOUT(payer, device_exceeding_memory_kills_no_process, 120)
 	void *mem;
 	char c;
 
-	if (!getenv("VFIO_MOCK_1G"))
-		SKIP(return, "no VFIO_MOCK_1G");
+	if (!mig_option("1G"))
+		SKIP(return, "no --1G");
 	if (available < want + (64 << 10) || available > 8 << 20)
 		SKIP(return, "this test cannot fill %llu KiB of memory", available);
 	ASSERT_EQ(0, pipe(pipes));
@@ -931,7 +931,7 @@ TEST_F_TIMEOUT(payer, device_exceeding_memory_kills_no_process, 120)
 	close(pipes[1]);
 	ASSERT_EQ(1, read(pipes[0], &c, 1))
 		STEP("start a process that uses memory");
-	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "VFIO_MOCK_1G", NULL))
+	EXPECT_EQ(-ENOMEM, open_elsewhere(_metadata, "1G", NULL))
 		PROMISE("a device that does not fit into memory does not open");
 	EXPECT_EQ(0, waitpid(pid, &status, WNOHANG))
 		PROMISE("no process is killed for a device");
@@ -939,4 +939,4 @@ TEST_F_TIMEOUT(payer, device_exceeding_memory_kills_no_process, 120)
 	waitpid(pid, &status, 0);
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

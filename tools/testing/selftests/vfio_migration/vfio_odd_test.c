@@ -3,7 +3,7 @@
  * Devices of the driver vfio_odd, for properties of the crate vfio that no device of
  * vfio_mock can show.
  *
- *	VFIO_MOCK_MODULE=/path/to/vfio_mock.ko ./vfio_odd_test
+ *	./vfio_odd_test --module /path/to/vfio_mock.ko
  *
  * vfio_odd.ko is in the directory of that module. run_mock.sh runs this.
  */
@@ -34,7 +34,7 @@ FIXTURE_VARIANT_ADD(odd, iommufd) { .backend = MIG_IOMMUFD };
 
 FIXTURE_SETUP(odd)
 {
-	const char *module = getenv("VFIO_MOCK_MODULE");
+	const char *module = mig_option("module");
 	char path[PATH_MAX];
 	int fd;
 
@@ -42,7 +42,7 @@ FIXTURE_SETUP(odd)
 	if (variant->backend == MIG_IOMMUFD && access("/dev/iommu", F_OK))
 		SKIP(return, "no iommufd");
 	if (!module)
-		SKIP(return, "no VFIO_MOCK_MODULE");
+		SKIP(return, "no --module");
 	snprintf(path, sizeof(path), "%.*s/vfio_odd.ko", (int)(strrchr(module, '/') - module),
 		 module);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -273,4 +273,4 @@ TEST_F(odd, mappable_memory_is_the_content_of_a_bar)
 	}
 }
 
-MIG_HARNESS_MAIN
+MIG_HARNESS_MAIN(mock_options)

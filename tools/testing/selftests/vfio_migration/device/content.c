@@ -202,8 +202,8 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	size_t at;
 	int fd;
 
-	if (!getenv("VFIO_READ_REGIONS"))
-		SKIP(return, "VFIO_READ_REGIONS, which allows reads of all regions, is not set");
+	if (!mig_option("read-regions"))
+		SKIP(return, "no --read-regions");
 	to = open_target(_metadata, &self->dev, &second);
 	if (self->scratch.len)
 		scribble(_metadata, &self->dev, &self->scratch, 30);
@@ -241,7 +241,7 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	int __ret = mig_region_map(dev, (s)->region, (s)->offset, (s)->len, map); \
 										\
 	if (__ret == -EOPNOTSUPP)						\
-		SKIP(return, "the memory of VFIO_SCRATCH cannot be mapped");	\
+		SKIP(return, "the memory of --scratch cannot be mapped");	\
 	ASSERT_EQ(0, __ret)							\
 		PROMISE("a region with VFIO_REGION_INFO_FLAG_MMAP supports mmap: %s", \
 			strerror(-__ret));					\

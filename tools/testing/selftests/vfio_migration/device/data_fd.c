@@ -411,7 +411,7 @@ TEST_F_TIMEOUT(device, parallel_readers_get_disjoint_ordered_bytes, 120)
 
 	if (!save_steady(_metadata, &self->dev, &image))
 		SKIP(return, "two images of the stopped device differ");
-	for (r = 0; r < 2 * rounds(); r++) {
+	for (r = 0; r < mig_times(2); r++) {
 		fd = go(_metadata, &self->dev, MIG_STOP_COPY);
 		memset(sharers, 0, sizeof(sharers));
 		for (i = 0; i < ARRAY_SIZE(sharers); i++) {
@@ -448,7 +448,7 @@ TEST_F_TIMEOUT(device, parallel_writers_load_valid_image_or_fail, 120)
 	load_and_run(_metadata, &self->dev, &image, 0);
 	steady = save_steady(_metadata, &self->dev, &whole);
 
-	for (r = 0; r < 4 * rounds(); r++) {
+	for (r = 0; r < mig_times(4); r++) {
 		ASSERT_EQ(0, mig_reset(&self->dev));
 		fd = go(_metadata, &self->dev, MIG_RESUMING);
 		memset(sharers, 0, sizeof(sharers));

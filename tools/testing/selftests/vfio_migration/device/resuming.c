@@ -73,14 +73,14 @@ TEST_F_TIMEOUT(device, incomplete_image_is_refused, 120)
 	to = open_target(_metadata, &self->dev, &second);
 
 	/* Each length of a small image; for a large one the shortest and a sample. */
-	all = image.len <= SMALL_IMAGE ? image.len : 64 * rounds();
+	all = image.len <= SMALL_IMAGE ? image.len : mig_times(64);
 	if (all > image.len)
 		all = image.len;
-	for (i = 0; i < all + 16 * rounds() + 1; i++) {
+	for (i = 0; i < all + mig_times(16) + 1; i++) {
 		at = i;
 		if (i >= all)
-			at = (image.len - 1) / (16 * rounds()) * (i - all);
-		if (i == all + 16 * rounds())
+			at = (image.len - 1) / (mig_times(16)) * (i - all);
+		if (i == all + mig_times(16))
 			at = image.len - 1;
 		EXPECT_TRUE(offer(_metadata, to, image.data, at))
 			PROMISE("incomplete user data must fail SET_STATE (%zu of %zu bytes)",
@@ -103,7 +103,7 @@ TEST_F_TIMEOUT(device, survives_damaged_image, 120)
 	take_image(_metadata, &self->dev, &image);
 	ASSERT_EQ(0, mig_stream_copy(&bad, &image));
 	to = open_target(_metadata, &self->dev, &second);
-	for (i = 0; i < 64 * rounds() && i < image.len; i++) {
+	for (i = 0; i < mig_times(64) && i < image.len; i++) {
 		bad.data[i] ^= 0xff;
 		refused += offer(_metadata, to, bad.data, bad.len);
 		bad.data[i] = image.data[i];
@@ -186,13 +186,13 @@ TEST_F(device, good_image_after_an_error_is_refused)
 
 TEST_F(device, image_of_incompatible_device_is_refused)
 {
-	const char *path = getenv("VFIO_DEVICE_OTHER");
+	const char *path = mig_option("other");
 	struct mig_device other = { .fd = -1 };
 	struct mig_stream image = {}, foreign = {};
 
 	NEED_RESET(&self->dev);
 	if (!path)
-		SKIP(return, "VFIO_DEVICE_OTHER names no device with incompatible images");
+		SKIP(return, "no --other");
 	ASSERT_EQ(0, mig_open(&other, path, self->dev.backend))
 		STEP("open the other device: %s", other.why);
 	take_image(_metadata, &self->dev, &image);
