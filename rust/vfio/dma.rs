@@ -26,7 +26,6 @@ use crate::{
         Device,
         Open, //
     },
-    gate::Gate,
     memory::{
         StateMemory,
         GFP_MAYFAIL, //
@@ -99,6 +98,13 @@ impl From<Error> for Cause {
     }
 }
 
+/// The part of a device that can interrupt its transfers.
+pub(crate) trait Interrupter {
+    /// Returns whether the work under way must return as soon as possible: during a reset, and when
+    /// it was interrupted. Called by the worker. Does not sleep.
+    fn is_halted(&self) -> bool;
+}
+
 /// Access of an open device to the user's memory.
 ///
 /// It exists only while the device is open, and only on the device's own thread, so that an
@@ -146,13 +152,22 @@ impl From<Error> for Cause {
 pub struct Bus<'a> {
     device: &'a Device<Open>,
     log: &'a Log,
-    gate: &'a Gate,
+    interrupter: &'a dyn Interrupter,
 }
 
 impl<'a> Bus<'a> {
-    /// Creates the access of `device`. Writes are logged in `log`.
-    pub(crate) fn new(device: &'a Device<Open>, log: &'a Log, gate: &'a Gate) -> Self {
-        Self { device, log, gate }
+    /// Creates the access of `device`. Writes are logged in `log`, and `interrupter` interrupts
+    /// transfers.
+    pub(crate) fn new(
+        device: &'a Device<Open>,
+        log: &'a Log,
+        interrupter: &'a dyn Interrupter,
+    ) -> Self {
+        Self {
+            device,
+            log,
+            interrupter,
+        }
     }
 
     /// Reads user memory at `iova` into a range of the device's memory, in bytes, and marks its
@@ -272,7 +287,7 @@ impl<'a> Bus<'a> {
     /// user.
     unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result<(), Cause> {
         // A reset waits for this transfer.
-        if self.gate.is_halted() {
+        if self.interrupter.is_halted() {
             return Err(Cause::Interrupted);
         }
         // SAFETY: The device is open, and `bytes` is valid by the safety requirements.

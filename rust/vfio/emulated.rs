@@ -394,7 +394,7 @@ impl<T: Operations> worker::Job for DeviceWork<T> {
             log,
             ..
         } = &*self.opened;
-        T::work(data, &Bus::new(device, log, &endpoint.gate))
+        T::work(data, &Bus::new(device, log, &*endpoint.gate))
     }
 }
 

@@ -6,6 +6,7 @@
 
 use crate::{
     bindings,
+    dma,
     emulated::Work, //
 };
 use core::ptr::NonNull;
@@ -305,12 +306,6 @@ impl Gate {
         });
     }
 
-    /// Returns whether the work under way must return as soon as possible: during a reset, and when
-    /// it was interrupted. Called by the worker. Does not sleep.
-    pub(crate) fn is_halted(&self) -> bool {
-        self.inner.lock().halts != 0 || kernel::current!().signal_pending()
-    }
-
     /// Returns whether work may begin. Does not sleep.
     pub(crate) fn admits_work(&self) -> bool {
         self.inner.lock().admits_work()
@@ -468,6 +463,12 @@ impl Gate {
         if closed {
             self.wake();
         }
+    }
+}
+
+impl dma::Interrupter for Gate {
+    fn is_halted(&self) -> bool {
+        self.inner.lock().halts != 0 || kernel::current!().signal_pending()
     }
 }
 
