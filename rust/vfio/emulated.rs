@@ -9,6 +9,8 @@
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
+pub use crate::gate::Work;
+
 use crate::{
     bindings,
     compat::AsRaw,
@@ -79,7 +81,6 @@ use kernel::{
         Mutex,
         SpinLock, //
     },
-    time::Delta,
     uaccess::{
         UserPtr,
         UserSlice, //
@@ -230,17 +231,6 @@ pub trait Operations: Sized + Send + Sync + 'static {
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
     }
-}
-
-/// The next work of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// There is more work now.
-    Again,
-    /// There is work when this time has passed, or when the device is woken.
-    After(Delta),
-    /// There is no work until the device is woken.
-    Wait,
 }
 
 /// Data that exists from the first open to the last close.

@@ -6,8 +6,7 @@
 
 use crate::{
     bindings,
-    dma,
-    emulated::Work, //
+    dma, //
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -18,7 +17,10 @@ use kernel::{
         LockClassKey,
         SpinLock, //
     },
-    time::msecs_to_jiffies,
+    time::{
+        msecs_to_jiffies,
+        Delta, //
+    },
     types::Opaque, //
 };
 
@@ -37,6 +39,17 @@ const COMMAND_WAIT: u32 = 100;
 /// Time in milliseconds that the last close waits for the worker before it moves the worker out of
 /// the cgroups of the opener.
 const EXIT_WAIT: u32 = 100;
+
+/// The next work of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// There is more work now.
+    Again,
+    /// There is work when this time has passed, or when the device is woken.
+    After(Delta),
+    /// There is no work until the device is woken.
+    Wait,
+}
 
 /// A reason for which a gate is closed for work. Several reasons may hold at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

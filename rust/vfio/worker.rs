@@ -6,8 +6,10 @@
 
 use crate::{
     bindings,
-    emulated::Work,
-    gate::Gate, //
+    gate::{
+        Gate,
+        Work, //
+    },
 };
 use core::{
     ffi::c_void,
