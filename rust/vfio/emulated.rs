@@ -9,12 +9,28 @@
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
-pub use crate::gate::Work;
+pub mod config_space;
+mod endpoint;
+mod gate;
+mod irq;
+pub mod region;
+mod worker;
 
+pub use self::{
+    endpoint::Endpoint,
+    gate::Work, //
+};
+
+use self::{
+    config_space::ConfigSpace,
+    gate::Reason,
+    irq::Irqs,
+    region::Position,
+    worker::Worker, //
+};
 use crate::{
     bindings,
     compat::AsRaw,
-    config_space::ConfigSpace,
     device::{
         Device,
         Open, //
@@ -22,12 +38,6 @@ use crate::{
     dma::{
         self,
         Bus, //
-    },
-    endpoint::Endpoint,
-    gate::Reason,
-    irq::{
-        self,
-        Irqs, //
     },
     memory::{
         mapping,
@@ -39,15 +49,7 @@ use crate::{
         Migratable,
         Notifier, //
     },
-    region::{
-        self,
-        Position, //
-    },
-    user::UserBuf,
-    worker::{
-        self,
-        Worker, //
-    },
+    user::UserBuf, //
 };
 
 use core::{

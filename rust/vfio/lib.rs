@@ -45,10 +45,9 @@
 //!   can be called.
 //! * [`migration`]: the migration engine. A driver implements how it stops, saves and loads. The
 //!   engine owns the states, the transfer sessions and the data_fd. It depends on [`Device`] only.
-//! * [`emulated`]: software devices, without an IOMMU of their own.
+//! * [`emulated`]: software devices, without an IOMMU of their own, with their regions, interrupts
+//!   and PCI configuration space.
 //! * [`mdev`]: the mediated device bus, on which the administrator creates emulated devices.
-//! * [`config_space`], [`endpoint`]: PCI configuration space and interrupts of such a device.
-//! * [`region`]: regions of a device that a user can read and write.
 //! * [`memory`]: device memory for concurrent accesses, also by mmap(), and the tracking of
 //!   changes.
 //! * [`dma`]: access to the user's memory, and the log of the written pages.
@@ -201,20 +200,14 @@ mod bindings;
 mod compat;
 
 mod device;
-mod gate;
-mod irq;
 mod user;
-mod worker;
 
-pub mod config_space;
 pub mod dma;
 pub mod emulated;
-pub mod endpoint;
 pub mod mdev;
 pub mod memory;
 pub mod migration;
 pub mod prelude;
-pub mod region;
 
 // With 32 bits, the offset of a region does not fit into a `vm_pgoff`, and a size does not fit into
 // an `unsigned long`.

@@ -13,12 +13,18 @@
 //! ```
 
 pub use crate::{
-    config_space::{
+    emulated::{
         self,
-        ConfigSpace, //
+        config_space::{
+            self,
+            ConfigSpace, //
+        },
+        region::{
+            self,
+            Position, //
+        },
+        Endpoint, //
     },
-    emulated,
-    endpoint::Endpoint,
     mdev,
     memory::{
         StateMemory,
@@ -37,9 +43,5 @@ pub use crate::{
         Records,
         Remaining,
         Saver, //
-    },
-    region::{
-        self,
-        Position, //
     },
 };

@@ -40,10 +40,12 @@ use kernel::{
 };
 use vfio::{
     cond_resched_killable,
-    config_space,
     dma::Bus,
-    emulated::Work,
-    endpoint::Endpoint,
+    emulated::{
+        config_space,
+        Endpoint,
+        Work, //
+    },
     memory::StateMemory, //
 };
 

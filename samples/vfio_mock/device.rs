@@ -14,23 +14,23 @@ use kernel::{
     sync::Arc, //
 };
 use vfio::{
-    config_space::{
-        ConfigSpace,
-        Id, //
-    },
     dma::Bus,
     emulated::{
         self,
+        config_space::{
+            ConfigSpace,
+            Id, //
+        },
+        region::{
+            self,
+            Position, //
+        },
+        Endpoint,
         Work, //
     },
-    endpoint::Endpoint,
     mdev,
     memory::StateMemory,
-    migration::Flags,
-    region::{
-        self,
-        Position, //
-    },
+    migration::Flags, //
 };
 
 /// PCI ID from the range that QEMU reserves for experiments (`1af4:10f0` to `1af4:10ff`), and the

@@ -30,8 +30,10 @@ use vfio::{
         Cause,
         Fault, //
     },
-    emulated::Work,
-    endpoint::Endpoint,
+    emulated::{
+        Endpoint,
+        Work, //
+    },
     memory::{
         StateMemory,
         GFP_MAYFAIL, //

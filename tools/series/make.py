@@ -111,7 +111,7 @@ def crate_files(names):
     crate = TOP / "rust/vfio"
     for name in names:
         yield Path(f"{name}.rs")
-        for file in sorted((crate / name).glob("*.rs")):
+        for file in sorted((crate / name).rglob("*.rs")):
             yield file.relative_to(crate)
 
 

@@ -6,5 +6,5 @@ include!(env!("DRIVER"));
 
 fn request(endpoint: &Endpoint) {
     endpoint.irqs.trigger(4, 0);
-    //~ error[E0616]: field `irqs` of struct `vfio::endpoint::Endpoint` is private
+    //~ error[E0616]: field `irqs` of struct `vfio::emulated::Endpoint` is private
 }

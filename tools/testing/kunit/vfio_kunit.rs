@@ -12,7 +12,7 @@ use kernel::prelude::*;
 pub mod dirty_map;
 #[path = "../../../rust/vfio/migration/fsm.rs"]
 pub mod fsm;
-#[path = "../../../rust/vfio/irq/msix.rs"]
+#[path = "../../../rust/vfio/emulated/irq/msix.rs"]
 pub mod msix;
 #[path = "../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;
@@ -615,7 +615,7 @@ mod stream_tests {
 #[kunit_tests(vfio_config_space)]
 mod config_space_tests {
     use kernel::prelude::*;
-    use vfio::{
+    use vfio::emulated::{
         config_space::{
             ConfigSpace,
             Id, //

@@ -2,7 +2,7 @@
 
 //! Configuration space: only writable bits change.
 
-#[path = "../../../../rust/vfio/config_space.rs"]
+#[path = "../../../../rust/vfio/emulated/config_space.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod sut;
 

@@ -26,13 +26,15 @@ pub use kernel_containers::{
 };
 use vfio_host_tests::msix;
 
-mod irq {
-    pub(crate) use crate::msix;
-}
+mod emulated {
+    pub(crate) mod irq {
+        pub(crate) use crate::msix;
+    }
 
-mod region {
-    pub(crate) const CONFIG: u32 = 7;
-    pub(crate) const MAX_SIZE: u64 = 1 << 40;
+    pub(crate) mod region {
+        pub(crate) const CONFIG: u32 = 7;
+        pub(crate) const MAX_SIZE: u64 = 1 << 40;
+    }
 }
 
 /// Function that tests an input. It panics on a failure.

@@ -11,7 +11,7 @@
 pub mod dirty_map;
 #[path = "../../../../rust/vfio/migration/fsm.rs"]
 pub mod fsm;
-#[path = "../../../../rust/vfio/irq/msix.rs"]
+#[path = "../../../../rust/vfio/emulated/irq/msix.rs"]
 pub mod msix;
 #[path = "../../../../samples/vfio_mock/queue.rs"]
 pub mod queue;

@@ -158,12 +158,12 @@ impl Gate {
         let key: Pin<&'static LockClassKey> = kernel::static_lock_class!();
         Arc::pin_init(
             pin_init!(Self {
-                inner <- new_spinlock!(inner, "vfio::gate::Gate::inner"),
+                inner <- new_spinlock!(inner, "vfio::emulated::Gate::inner"),
                 // SAFETY: `head` is valid, and name and key live for ever.
                 waiters <- Opaque::ffi_init(|head| unsafe {
                     bindings::__init_waitqueue_head(
                         head,
-                        c"vfio::gate::Gate::waiters".as_char_ptr(),
+                        c"vfio::emulated::Gate::waiters".as_char_ptr(),
                         key.as_ptr(),
                     )
                 }),

@@ -146,7 +146,7 @@ impl Irqs {
     /// Creates the interrupts of a running device with `vectors` vectors of MSI-X and no eventfds.
     pub(crate) fn new(vectors: u32) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            gate <- new_mutex!((), "vfio::irq::Irqs::gate"),
+            gate <- new_mutex!((), "vfio::emulated::Irqs::gate"),
             inner <- {
                 let mut all = KVec::with_capacity(vectors as usize, GFP_KERNEL_ACCOUNT)?;
                 for _ in 0..vectors {
@@ -157,7 +157,7 @@ impl Irqs {
                     enabled: false,
                     request: None,
                 };
-                new_spinlock_irq!(inner, "vfio::irq::Irqs::inner")
+                new_spinlock_irq!(inner, "vfio::emulated::Irqs::inner")
             },
             vectors,
         }? Error)

@@ -2,7 +2,7 @@
 
 //! PCI configuration space and interrupts of an emulated device.
 
-use crate::{
+use crate::emulated::{
     config_space::{
         self,
         ConfigSpace,
@@ -101,7 +101,7 @@ impl Endpoint {
         let place = power_on.msix_place();
         let this = Arc::pin_init(
             try_pin_init!(Self {
-                config <- new_mutex!(power_on.clone(), "vfio::endpoint::Endpoint::config"),
+                config <- new_mutex!(power_on.clone(), "vfio::emulated::Endpoint::config"),
                 power_on,
                 place,
                 irqs <- Irqs::new(place.vectors),

@@ -6,7 +6,7 @@
 
 use crate::{
     bindings,
-    gate::{
+    emulated::gate::{
         Gate,
         Work, //
     },
