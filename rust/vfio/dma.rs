@@ -124,7 +124,7 @@ pub(crate) trait Interrupter {
 ///
 /// #[pin_data]
 /// struct Copier {
-///     endpoint: Arc<Endpoint>,
+///     function: Arc<Function>,
 ///     memory: StateMemory,
 ///     #[pin]
 ///     asked: SpinLock<Option<u64>>,
@@ -133,7 +133,7 @@ pub(crate) trait Interrupter {
 /// impl Copier {
 ///     fn ask(&self, iova: u64) {
 ///         *self.asked.lock() = Some(iova);
-///         self.endpoint.wake();
+///         self.function.wake();
 ///     }
 ///
 ///     fn work(&self, bus: &Bus<'_>) -> Work {
@@ -142,7 +142,7 @@ pub(crate) trait Interrupter {
 ///             return Work::Wait;
 ///         };
 ///         match bus.write(iova, &self.memory, 0..self.memory.size()) {
-///             Ok(()) => self.endpoint.signal(0),
+///             Ok(()) => self.function.signal(0),
 ///             Err(fault) => pr_debug!("{} bytes, {:?}\n", fault.done, fault.cause),
 ///         }
 ///         Work::Again

@@ -10,14 +10,14 @@
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
 pub mod config_space;
-mod endpoint;
+mod function;
 mod gate;
 mod irq;
 pub mod region;
 mod worker;
 
 pub use self::{
-    endpoint::Endpoint,
+    function::Function,
     gate::Work, //
 };
 
@@ -122,9 +122,9 @@ use kernel::{
 ///             .msix(2, region::BAR0, 0x1000, 0x2000)
 ///     }
 ///
-///     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+///     fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
 ///         try_pin_init!(Chip {
-///             endpoint,
+///             function,
 ///             registers <- new_mutex!(Registers::default(), "Chip::registers"),
 ///         }? Error)
 ///     }
@@ -136,7 +136,7 @@ use kernel::{
 ///
 ///     fn write(chip: &Chip, pos: Position, _from: &[u8]) -> Result {
 ///         if pos.region_offset == 0 {
-///             chip.endpoint.signal(1);
+///             chip.function.signal(1);
 ///         }
 ///         Ok(())
 ///     }
@@ -167,10 +167,10 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Creates the data of an open device, in the state of power on.
     ///
     /// Called on the first open. May sleep. If it fails, the open fails with the same error.
-    /// `endpoint` is created for this open, too.
-    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Self::OpenData, Error>;
+    /// `function` is created for this open, too.
+    fn open(&self, function: Arc<Function>) -> impl PinInit<Self::OpenData, Error>;
 
-    /// Reads from a BAR. The whole range is inside the BAR. The [`Endpoint`] replaces the bytes of
+    /// Reads from a BAR. The whole range is inside the BAR. The [`Function`] replaces the bytes of
     /// the MSI-X table and pending bits in `to` afterwards.
     ///
     /// Called in any migration state, so a read must not change migrated state. No call is under
@@ -182,11 +182,11 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// is returned from the read(), unless a part of it was served before.
     fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
 
-    /// Writes to a BAR. The whole range is inside the BAR. The [`Endpoint`] has handled writes to
+    /// Writes to a BAR. The whole range is inside the BAR. The [`Function`] has handled writes to
     /// the MSI-X table, and the driver should ignore these bytes.
     ///
     /// Not called while the device is stopped or being reset: such writes are dropped and counted,
-    /// see [`Endpoint::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are
+    /// see [`Function::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are
     /// called after the writes under way have returned.
     ///
     /// May sleep. Called without access to user memory: the bytes were copied before. An access of
@@ -215,7 +215,7 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Does a piece of the device's own work, such as DMA, and returns when to be called next.
     ///
     /// Called repeatedly by a worker that exists from the first open to the last close, if the
-    /// driver has this method. [`Endpoint::wake()`] causes another call. Called without locks held.
+    /// driver has this method. [`Function::wake()`] causes another call. Called without locks held.
     /// May sleep.
     ///
     /// The crate quiesces the work. When [`Migratable::quiesce_p2p`], [`Migratable::stop`] or
@@ -239,7 +239,7 @@ pub trait Operations: Sized + Send + Sync + 'static {
 #[pin_data]
 struct OpenDevice<T: Operations> {
     data: Arc<T::OpenData>,
-    endpoint: Arc<Endpoint>,
+    function: Arc<Function>,
     /// For each region, the memory that the user may map.
     mappable: [Option<StateMemory>; region::COUNT as usize],
     #[pin]
@@ -261,7 +261,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
 
     fn quiesce_p2p(&self) -> Result {
-        let gate = &self.endpoint.gate;
+        let gate = &self.function.gate;
         if T::PEER_TO_PEER {
             gate.close(Reason::P2p)?;
         }
@@ -272,12 +272,12 @@ impl<T: Operations> Migratable for OpenDevice<T> {
 
     fn resume_p2p(&self) -> Result {
         self.data.resume_p2p()?;
-        self.endpoint.gate.open(Reason::P2p);
+        self.function.gate.open(Reason::P2p);
         Ok(())
     }
 
     fn stop(&self) -> Result {
-        let gate = &self.endpoint.gate;
+        let gate = &self.function.gate;
         gate.close(Reason::Stopped)?;
         self.mapped()
             .try_for_each(StateMemory::freeze)
@@ -286,15 +286,15 @@ impl<T: Operations> Migratable for OpenDevice<T> {
                 self.mapped().for_each(StateMemory::thaw);
                 gate.open(Reason::Stopped);
             })?;
-        self.endpoint.run(false);
+        self.function.run(false);
         Ok(())
     }
 
     fn start(&self) -> Result {
         self.data.start()?;
         self.mapped().for_each(StateMemory::thaw);
-        self.endpoint.run(true);
-        self.endpoint.gate.open(Reason::Stopped);
+        self.function.run(true);
+        self.function.gate.open(Reason::Stopped);
         Ok(())
     }
 
@@ -323,8 +323,8 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn halt(&self) {
-        self.endpoint.gate.shut();
-        self.endpoint.run(false);
+        self.function.gate.shut();
+        self.function.run(false);
         for memory in self.mapped() {
             // A page is pinned, or the task was killed: no store by a mapping may pass.
             if memory.freeze().is_err() {
@@ -337,8 +337,8 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     fn reset(&self) -> Result {
         self.data.reset()?;
         self.mapped().for_each(StateMemory::reset);
-        self.endpoint.reset(|on| self.enable(on));
-        self.endpoint.gate.reset();
+        self.function.reset(|on| self.enable(on));
+        self.function.gate.reset();
         Ok(())
     }
 }
@@ -382,11 +382,11 @@ impl<T: Operations> worker::Job for DeviceWork<T> {
         let device = unsafe { Device::<Open>::from_raw(self.device.as_ptr()) };
         let OpenDevice {
             data,
-            endpoint,
+            function,
             log,
             ..
         } = &*self.opened;
-        T::work(data, &Bus::new(device, log, &*endpoint.gate))
+        T::work(data, &Bus::new(device, log, &*function.gate))
     }
 }
 
@@ -496,14 +496,14 @@ impl<T: Operations> Emulated<T> {
 
     fn open(&self) -> Result {
         self.private.engine.open()?;
-        let endpoint = Endpoint::new(self.private.config.clone())?;
-        let data = self.private.data.open(endpoint.clone());
+        let function = Function::new(self.private.config.clone())?;
+        let data = self.private.data.open(function.clone());
         let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
         let mappable = self.mappable(&data)?;
         let opened = Arc::pin_init(
             try_pin_init!(OpenDevice {
                 data,
-                endpoint,
+                function,
                 mappable,
                 log <- dma::Log::new(),
             }? Error),
@@ -516,7 +516,7 @@ impl<T: Operations> Emulated<T> {
                 device: NonNull::from(&self.dev).cast(),
                 opened: opened.clone(),
             };
-            let gate = opened.endpoint.gate.clone();
+            let gate = opened.function.gate.clone();
             *self.private.worker.lock() = Some(Worker::new(T::NAME, gate, job)?);
         }
         *self.private.opened.lock() = Some(opened);
@@ -561,9 +561,9 @@ impl<T: Operations> Emulated<T> {
         drop(worker);
         self.private.engine.close();
         let opened = self.private.opened.lock().take();
-        // A driver may have kept the endpoint, but the eventfds belong to the user.
+        // A driver may have kept the PCI function, but the eventfds belong to the user.
         if let Some(opened) = &opened {
-            opened.endpoint.irqs.silence();
+            opened.function.irqs.silence();
         }
         // Dropped outside of the lock, because the driver's destructors may sleep.
         drop(opened);
@@ -602,12 +602,12 @@ impl<T: Operations> Emulated<T> {
             |index| self.region_size(index),
             |pos, to| match pos.region_index {
                 region::CONFIG => {
-                    opened.endpoint.read_config(pos.region_offset as usize, to);
+                    opened.function.read_config(pos.region_offset as usize, to);
                     Ok(())
                 }
-                _ => opened.endpoint.gate.read(|| {
+                _ => opened.function.gate.read(|| {
                     T::read(&opened.data, pos, to)?;
-                    opened.endpoint.read_msix(pos, to);
+                    opened.function.read_msix(pos, to);
                     Ok(())
                 }),
             },
@@ -624,11 +624,11 @@ impl<T: Operations> Emulated<T> {
                 region::CONFIG => {
                     let offset = pos.region_offset as usize;
                     let enable = |on| opened.enable(on);
-                    opened.endpoint.write_config(offset, from, enable);
+                    opened.function.write_config(offset, from, enable);
                     Ok(())
                 }
-                _ => opened.endpoint.gate.write(|| {
-                    opened.endpoint.write_msix(pos, from);
+                _ => opened.function.gate.write(|| {
+                    opened.function.write_msix(pos, from);
                     T::write(&opened.data, pos, from)
                 }),
             },
@@ -639,11 +639,11 @@ impl<T: Operations> Emulated<T> {
         let opened = self.opened()?;
         match cmd {
             GET_INFO => Self::get_info(arg),
-            GET_IRQ_INFO => Self::get_irq_info(&opened.endpoint.irqs, arg),
-            SET_IRQS => Self::set_irqs(&opened.endpoint.irqs, arg),
+            GET_IRQ_INFO => Self::get_irq_info(&opened.function.irqs, arg),
+            SET_IRQS => Self::set_irqs(&opened.function.irqs, arg),
             RESET => {
                 // Must be first: a state change under way may wait for the work.
-                let _halt = opened.endpoint.gate.halt()?;
+                let _halt = opened.function.gate.halt()?;
                 self.private.engine.reset(&opened)
             }
             _ => Err(ENOTTY),
@@ -961,8 +961,8 @@ impl<T: Operations> VTable<T> {
         };
         if let Ok(opened) = this.opened() {
             // A transfer may keep the memory of a dead process, and with it the device, alive.
-            opened.endpoint.gate.interrupt();
-            opened.endpoint.irqs.request(parent, count);
+            opened.function.gate.interrupt();
+            opened.function.irqs.request(parent, count);
         }
     }
 

@@ -112,9 +112,9 @@
 //!         ConfigSpace::new(id).memory_bar(region::BAR0 as usize, SIZE as u64, false)
 //!     }
 //!
-//!     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+//!     fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
 //!         try_pin_init!(Chip {
-//!             endpoint,
+//!             function,
 //!             registers <- new_mutex!(Registers::default(), "Chip::registers"),
 //!         }? Error)
 //!     }
@@ -137,7 +137,7 @@
 //! /// The device, from the first open to the last close.
 //! #[pin_data]
 //! struct Chip {
-//!     endpoint: Arc<Endpoint>,
+//!     function: Arc<Function>,
 //!     #[pin]
 //!     registers: Mutex<Registers>,
 //! }
@@ -158,7 +158,7 @@
 //!     }
 //!
 //!     fn save(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<ImageSaver> {
-//!         let config = this.endpoint.save_config();
+//!         let config = this.function.save_config();
 //!         ImageSaver::new(&[&config, &this.registers.lock().bytes])
 //!     }
 //!
@@ -169,7 +169,7 @@
 //!     fn loaded(&self, loader: &mut ImageLoader) -> Result {
 //!         let (config, bytes) = loader.image()?.split_first_chunk().ok_or(EINVAL)?;
 //!         let bytes = bytes.try_into().map_err(|_| EINVAL)?;
-//!         if !self.endpoint.accepts_config(config) {
+//!         if !self.function.accepts_config(config) {
 //!             return Err(EINVAL);
 //!         }
 //!         self.registers.lock().bytes = bytes;

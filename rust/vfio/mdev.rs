@@ -97,8 +97,8 @@ pub struct Attribute<T> {
 /// #         Note.config_space()
 /// #     }
 /// #
-/// #     fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
-/// #         Note.open(endpoint)
+/// #     fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
+/// #         Note.open(function)
 /// #     }
 /// #
 /// #     fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {

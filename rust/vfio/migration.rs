@@ -225,7 +225,7 @@ pub trait Migratable: Send + Sync + 'static {
 
     /// Stops the device. When this returns, there is no DMA and no interrupt, and only a [`Loader`]
     /// and [`reset`](Self::reset) change the device's state. Interrupts signalled to an
-    /// [`Endpoint`](crate::emulated::Endpoint) afterwards are pending until the device runs.
+    /// [`Function`](crate::emulated::Function) afterwards are pending until the device runs.
     ///
     /// Called after [`quiesce_p2p`](Self::quiesce_p2p), and to undo [`start`](Self::start) on an
     /// arc that fails.

@@ -23,7 +23,7 @@ pub use crate::{
             self,
             Position, //
         },
-        Endpoint, //
+        Function, //
     },
     mdev,
     memory::{

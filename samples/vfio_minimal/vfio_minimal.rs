@@ -72,7 +72,7 @@ impl mdev::Driver for Minimal {
 /// A device, from the first open to the last close.
 #[pin_data]
 struct Chip {
-    endpoint: Arc<Endpoint>,
+    function: Arc<Function>,
     memory: StateMemory,
     /// Held while the registers change.
     #[pin]
@@ -103,9 +103,9 @@ impl emulated::Operations for Minimal {
         .memory_bar(region::BAR0 as usize, SIZE as u64, false)
     }
 
-    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+    fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
         try_pin_init!(Chip {
-            endpoint,
+            function,
             memory: {
                 let memory = StateMemory::new(PAGES)?;
                 memory.write(MAGIC_REGISTER, &MAGIC.to_le_bytes())?;
@@ -207,7 +207,7 @@ impl Saver for MinimalSaver {
         }
         // The last record has the configuration space.
         let mut rest = KVVec::zeroed(PAGE_SIZE, GFP_KERNEL_ACCOUNT)?;
-        rest[..config_space::SIZE].copy_from_slice(&self.chip.endpoint.save_config());
+        rest[..config_space::SIZE].copy_from_slice(&self.chip.function.save_config());
         self.ended = true;
         let chunk = Chunk::new(&(TAG + PAGES as u64).to_le_bytes())?;
         Ok(Next::Chunk(chunk.bytes(rest)))
@@ -254,7 +254,7 @@ impl Loader for MinimalLoader {
             }
             self.ended = true;
             let config = page.first_chunk().ok_or(EINVAL)?;
-            let accepted = chip.endpoint.accepts_config(config);
+            let accepted = chip.function.accepts_config(config);
             accepted.then_some(()).ok_or(EINVAL)
         })?;
         // Nor may half a record.

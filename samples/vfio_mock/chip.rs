@@ -43,7 +43,7 @@ use vfio::{
     dma::Bus,
     emulated::{
         config_space,
-        Endpoint,
+        Function,
         Work, //
     },
     memory::StateMemory, //
@@ -71,7 +71,7 @@ pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
 /// Data of an open device. Each first open creates it, with the state of power-on.
 #[pin_data]
 pub(crate) struct Chip {
-    endpoint: Arc<Endpoint>,
+    function: Arc<Function>,
     pub(crate) memory: StateMemory,
     pub(crate) save_delay: Arc<SaveDelay>,
     /// Held during an access to BAR0, with the command that it starts, and a write to BAR2. Never
@@ -85,12 +85,12 @@ pub(crate) struct Chip {
 impl Chip {
     /// Creates a device with `pages` pages of state memory, in the state of power-on.
     pub(crate) fn new(
-        endpoint: Arc<Endpoint>,
+        function: Arc<Function>,
         pages: usize,
         save_delay: Arc<SaveDelay>,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            endpoint,
+            function,
             memory: StateMemory::new(pages)?,
             save_delay,
             registers <- new_mutex!(Registers::default(), "vfio_mock::Chip::registers"),
@@ -100,7 +100,7 @@ impl Chip {
 
     /// Serves the DMA queue. Called by the worker, may sleep.
     pub(crate) fn work(&self, bus: &Bus<'_>) -> Work {
-        self.dma.work(&self.memory, &self.endpoint, bus)
+        self.dma.work(&self.memory, &self.function, bus)
     }
 
     /// Resets the device to the state of power-on.
@@ -115,10 +115,10 @@ impl Chip {
     pub(crate) fn read_registers(&self, offset: usize, to: &mut [u8]) {
         to.fill(0);
         let registers = self.registers.lock();
-        let dropped = self.endpoint.dropped_writes() + self.memory.dropped();
+        let dropped = self.function.dropped_writes() + self.memory.dropped();
         let image = registers.image(self.memory.size(), dropped);
         copy_overlap(offset, to, 0, &image);
-        let paused = !self.endpoint.may_work();
+        let paused = !self.function.may_work();
         self.dma.with_queue(|queue| {
             let image = registers::dma_image(queue, paused);
             copy_overlap(offset, to, registers::DMA, &image);
@@ -132,10 +132,10 @@ impl Chip {
     /// Writes to BAR0, and executes the command if the write reaches the doorbell. May sleep.
     pub(crate) fn write_registers(&self, offset: usize, from: &[u8]) {
         let registers = &mut *self.registers.lock();
-        if self.dma.update_queue(&self.endpoint, |queue| {
+        if self.dma.update_queue(&self.function, |queue| {
             registers::write_dma(queue, offset, from)
         }) {
-            self.endpoint.wake();
+            self.function.wake();
         }
         let Some(command) = registers.write(offset, from) else {
             return;
@@ -155,7 +155,7 @@ impl Chip {
         };
         registers.complete(result);
         if let Some(vector) = registers.vector() {
-            self.endpoint.signal(vector);
+            self.function.signal(vector);
         }
     }
 
@@ -188,9 +188,9 @@ impl Chip {
         let (front, rest) = rest.split_at_mut(registers::SNAPSHOT_SIZE);
         let (msix, queue) = rest.split_at_mut(MSIX_SIZE);
         let registers = self.registers.lock();
-        config.copy_from_slice(&self.endpoint.save_config());
+        config.copy_from_slice(&self.function.save_config());
         front.copy_from_slice(&registers.save());
-        self.endpoint.save_msix(msix);
+        self.function.save_msix(msix);
         self.dma.with_queue(|from| from.save(queue));
         Ok(snapshot)
     }
@@ -202,7 +202,7 @@ impl Chip {
         let (config, rest) = snapshot.split_first_chunk()?;
         let (registers, rest) = rest.split_first_chunk()?;
         let (msix, queue) = rest.split_first_chunk()?;
-        if !self.endpoint.accepts_config(config) || !self.endpoint.accepts_msix(msix) {
+        if !self.function.accepts_config(config) || !self.function.accepts_msix(msix) {
             return None;
         }
         state.registers = Registers::load(registers)?;
@@ -214,9 +214,9 @@ impl Chip {
     pub(crate) fn restore(&self, state: &mut DeviceState) -> Result {
         let mut registers = self.registers.lock();
         *registers = state.registers.clone();
-        self.endpoint.load_msix(&state.msix)?;
+        self.function.load_msix(&state.msix)?;
         self.dma
-            .update_queue(&self.endpoint, |queue| mem::swap(queue, &mut state.queue));
+            .update_queue(&self.function, |queue| mem::swap(queue, &mut state.queue));
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ use vfio::{
             self,
             Position, //
         },
-        Endpoint,
+        Function,
         Work, //
     },
     mdev,
@@ -131,9 +131,9 @@ impl emulated::Operations for Mock {
             )
     }
 
-    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+    fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
         Chip::new(
-            endpoint,
+            function,
             self.state_size / PAGE_SIZE,
             self.save_delay.clone(),
         )

@@ -31,7 +31,7 @@ use vfio::{
         Fault, //
     },
     emulated::{
-        Endpoint,
+        Function,
         Work, //
     },
     memory::{
@@ -75,7 +75,7 @@ impl DmaEngine {
     /// The lock is held until the interrupts are raised, so a saved queue has none left to raise.
     pub(crate) fn update_queue<R>(
         &self,
-        endpoint: &Endpoint,
+        function: &Function,
         update: impl FnOnce(&mut Queue) -> R, //
     ) -> R {
         let queue = &mut *self.queue.lock();
@@ -83,7 +83,7 @@ impl DmaEngine {
         let vectors = queue.take_vectors();
         (0..u32::BITS)
             .filter(|vector| vectors & 1 << vector != 0)
-            .for_each(|vector| endpoint.signal(vector));
+            .for_each(|vector| function.signal(vector));
         result
     }
 
@@ -93,8 +93,8 @@ impl DmaEngine {
     }
 
     /// Moves the next piece. Called by the worker, sleeps.
-    pub(crate) fn work(&self, memory: &StateMemory, endpoint: &Endpoint, bus: &Bus<'_>) -> Work {
-        let next = self.update_queue(endpoint, |queue| {
+    pub(crate) fn work(&self, memory: &StateMemory, function: &Function, bus: &Bus<'_>) -> Work {
+        let next = self.update_queue(function, |queue| {
             queue.next(self.now(), memory.size() as u64)
         });
         match next {
@@ -103,7 +103,7 @@ impl DmaEngine {
                     Ok(()) => (piece.len, None),
                     Err(Fault { done, cause }) => (done as u64, Some(failure(cause))),
                 };
-                self.update_queue(endpoint, |queue| {
+                self.update_queue(function, |queue| {
                     queue.moved(&piece, done, failure, self.now())
                 });
                 Work::Again

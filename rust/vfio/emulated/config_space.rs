@@ -43,7 +43,7 @@ const MSIX_CONTROL: usize = CAPABILITY + 3;
 const MSIX_FUNCTION_MASK: u8 = 1 << 6;
 
 /// Returns the size in bytes of the data of
-/// [`Endpoint::save_msix`](crate::emulated::Endpoint::save_msix) for a device with `vectors`
+/// [`Function::save_msix`](crate::emulated::Function::save_msix) for a device with `vectors`
 /// vectors.
 pub const fn msix_size(vectors: u32) -> usize {
     msix::table_size(vectors as usize) + msix::pending_size(vectors as usize)
@@ -165,7 +165,7 @@ impl ConfigSpace {
     }
 
     /// Adds the capability MSI-X with `vectors` vectors, whose table and pending bits are in the
-    /// BAR `bar`, at these offsets. The [`Endpoint`](crate::emulated::Endpoint) serves accesses to
+    /// BAR `bar`, at these offsets. The [`Function`](crate::emulated::Function) serves accesses to
     /// them, so users must not be able to [map](crate::emulated::Operations::mmap) the BAR:
     /// otherwise the device cannot be opened.
     ///

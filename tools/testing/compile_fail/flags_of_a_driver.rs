@@ -25,8 +25,8 @@ impl emulated::Operations for Claimer {
         Note.config_space()
     }
 
-    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Claiming, Error> {
-        Arc::pin_init(Note.open(endpoint), GFP_KERNEL_ACCOUNT).map(Claiming)
+    fn open(&self, function: Arc<Function>) -> impl PinInit<Claiming, Error> {
+        Arc::pin_init(Note.open(function), GFP_KERNEL_ACCOUNT).map(Claiming)
     }
 
     fn read(claiming: &Claiming, pos: Position, to: &mut [u8]) -> Result {

@@ -4,7 +4,7 @@
 
 include!(env!("DRIVER"));
 
-fn request(endpoint: &Endpoint) {
-    endpoint.irqs.trigger(4, 0);
-    //~ error[E0616]: field `irqs` of struct `vfio::emulated::Endpoint` is private
+fn request(function: &Function) {
+    function.irqs.trigger(4, 0);
+    //~ error[E0616]: field `irqs` of struct `vfio::emulated::Function` is private
 }

@@ -15,9 +15,9 @@ impl emulated::Operations for Device {
         Err(EINVAL)
     }
 
-    fn open(&self, endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+    fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
         try_pin_init!(Chip {
-            endpoint,
+            function,
             registers <- new_mutex!(Registers::default()),
         }? Error)
     }

@@ -165,7 +165,7 @@ impl emulated::Operations for Odd {
         }
     }
 
-    fn open(&self, _endpoint: Arc<Endpoint>) -> impl PinInit<Chip, Error> {
+    fn open(&self, _function: Arc<Function>) -> impl PinInit<Chip, Error> {
         let pages = match self.kind {
             Kind::MmapSmall => 1,
             _ => BAR_SIZE / PAGE_SIZE,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! PCI configuration space and interrupts of an emulated device.
+//! The PCI function of an emulated device: its configuration space and its interrupts.
 
 use crate::emulated::{
     config_space::{
@@ -28,7 +28,7 @@ use kernel::{
 /// Maximum number of bytes of the MSI-X table that are copied at once, with interrupts disabled.
 const BLOCK: usize = 1 << 10;
 
-/// The PCI side of an open device: its configuration space and its interrupts.
+/// The PCI function of an open device: its configuration space and its interrupts.
 ///
 /// The front end serves the user's accesses. A driver signals interrupts, and saves and loads the
 /// content. The configuration space works while the device is stopped: it belongs to the bus. The
@@ -70,7 +70,7 @@ const BLOCK: usize = 1 << 10;
 /// };
 ///
 /// struct Counter {
-///     endpoint: Arc<Endpoint>,
+///     function: Arc<Function>,
 ///     count: Atomic<u32>,
 /// }
 ///
@@ -79,13 +79,13 @@ const BLOCK: usize = 1 << 10;
 ///
 ///     fn step(&self) {
 ///         if self.count.fetch_add(1, Relaxed) % 1000 == 999 {
-///             self.endpoint.signal(Self::VECTOR);
+///             self.function.signal(Self::VECTOR);
 ///         }
 ///     }
 /// }
 /// ```
 #[pin_data]
-pub struct Endpoint {
+pub struct Function {
     power_on: ConfigSpace,
     place: config_space::Msix,
     #[pin]
@@ -95,13 +95,13 @@ pub struct Endpoint {
     pub(crate) gate: Arc<Gate>,
 }
 
-impl Endpoint {
-    /// Creates the PCI side of a running device at power on, without eventfds.
+impl Function {
+    /// Creates the PCI function of a running device at power on, without eventfds.
     pub(crate) fn new(power_on: ConfigSpace) -> Result<Arc<Self>> {
         let place = power_on.msix_place();
         let this = Arc::pin_init(
             try_pin_init!(Self {
-                config <- new_mutex!(power_on.clone(), "vfio::emulated::Endpoint::config"),
+                config <- new_mutex!(power_on.clone(), "vfio::emulated::Function::config"),
                 power_on,
                 place,
                 irqs <- Irqs::new(place.vectors),
