@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Registration of a device with the core.
+//!
+//! C header: [`include/linux/vfio.h`](srctree/include/linux/vfio.h)
+
+use super::Operations;
+use crate::{
+    bindings,
+    compat::AsRaw,
+    device::Device,
+    emulated::{
+        device::{
+            Emulated,
+            Private, //
+        },
+        vtable::VTable, //
+    },
+};
+use core::{
+    marker::PhantomData,
+    mem::{
+        align_of,
+        offset_of, //
+    },
+    ptr::NonNull, //
+};
+use kernel::{
+    device::{
+        self,
+        Bound, //
+    },
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        Arc,
+        Completion, //
+    },
+};
+
+/// The registration of an emulated device.
+///
+/// Dropping it removes the device: it asks the user to release the device, and waits until that has
+/// happened.
+pub(crate) struct Registration<T: Operations> {
+    /// Present until the registration is dropped.
+    dev: Option<ARef<Device>>,
+    released: Arc<Completion>,
+    _driver: PhantomData<T>,
+}
+
+impl<T: Operations> Registration<T> {
+    /// Allocates the device. Its parent must have a driver, which must have a module.
+    fn allocate(
+        parent: &device::Device<Bound>,
+        data: impl PinInit<T, Error>,
+    ) -> Result<(ARef<Device>, Arc<Completion>)> {
+        const {
+            assert!(offset_of!(Emulated<T>, dev) == 0);
+            // The core allocates with kvzalloc().
+            assert!(align_of::<Emulated<T>>() <= PAGE_SIZE);
+        }
+
+        let released = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
+
+        // SAFETY: `parent` is valid, the operations live for ever, and they have neither `init`
+        // nor `release`, which would need `private` to be initialised.
+        let raw = unsafe {
+            bindings::_vfio_alloc_device(
+                core::alloc::Layout::new::<Emulated<T>>()
+                    .pad_to_align()
+                    .size(),
+                parent.as_raw(),
+                &VTable::<T>::UNINIT_OPS,
+            )
+        };
+        let raw = from_err_ptr(raw)?;
+        // SAFETY: `_vfio_alloc_device()` returned the only reference, and `Device` is a transparent
+        // wrapper. If anything fails below, dropping it frees the memory.
+        let dev = unsafe { ARef::from_raw(NonNull::new_unchecked(raw.cast::<Device>())) };
+
+        // SAFETY: `raw` points to memory of the size of `Emulated<T>`, in which `private` is not
+        // initialised yet; the memory does not move.
+        unsafe {
+            pin_init::raw_try_init(
+                &raw mut (*raw.cast::<Emulated<T>>()).private,
+                Private::new(data, released.clone()),
+            )?
+        };
+        // INVARIANT: `private` has just been initialised.
+        // SAFETY: `raw` is valid and not shared.
+        unsafe {
+            (*raw).ops = &VTable::<T>::OPS;
+            (*raw).mig_ops = &VTable::<T>::MIG_OPS;
+            // The core can report the log only with the bitmaps of iommufd.
+            if cfg!(CONFIG_IOMMUFD_DRIVER) {
+                (*raw).log_ops = &VTable::<T>::LOG_OPS;
+            }
+        }
+        Ok((dev, released))
+    }
+
+    /// Returns the driver's data of the device.
+    pub(crate) fn data(&self) -> Option<&T> {
+        let dev = self.dev.as_ref()?;
+        // SAFETY: `new()` got it from `allocate()`, and `dev` is a reference.
+        let this = unsafe { Emulated::<T>::from_raw(dev.as_raw()) };
+        Some(&this.private.data)
+    }
+
+    /// Creates a device below `parent` and registers it.
+    ///
+    /// May sleep. The device is live before this returns.
+    ///
+    /// # Safety
+    ///
+    /// The driver bound to `parent` must have set `driver.owner` to `T::OwnerModule`, and must
+    /// drop the registration before `parent` is unbound from it. There must be no other
+    /// registration of a VFIO device below `parent`.
+    pub(crate) unsafe fn new(
+        parent: &device::Device<Bound>,
+        data: impl PinInit<T, Error>,
+    ) -> Result<Self> {
+        let (dev, released) = Self::allocate(parent, data)?;
+        let raw = dev.as_raw();
+        // SAFETY: `allocate()` allocated and finished it, and `dev` is a reference.
+        let this = unsafe { Emulated::<T>::from_raw(raw) };
+        // SAFETY: `raw` is valid and the device is not registered yet.
+        unsafe { (*raw).migration_flags = this.private.engine.flags().as_raw() as u32 };
+        // SAFETY: `raw` is valid, the parent's driver has an owner, and the operations are
+        // complete.
+        to_result(unsafe { bindings::vfio_register_emulated_iommu_dev(raw) })?;
+        Ok(Self {
+            dev: Some(dev),
+            released,
+            _driver: PhantomData,
+        })
+    }
+}
+
+impl<T: Operations> Drop for Registration<T> {
+    fn drop(&mut self) {
+        let Some(dev) = self.dev.take() else {
+            return;
+        };
+        // SAFETY: The device is registered, and no lock that its callbacks need is held.
+        unsafe { bindings::vfio_unregister_group_dev(dev.as_raw()) };
+        drop(dev);
+        // A file that is being closed releases the registration first and the device later. Only
+        // this wait keeps the module loaded until `release` has been called.
+        self.released.wait_for_completion();
+    }
+}
