@@ -107,6 +107,16 @@ enum Event {
     Reset,
 }
 
+impl Event {
+    /// Returns the error of a state change that the event ends.
+    fn error(self) -> Error {
+        match self {
+            Self::Failed => ENODEV,
+            Self::Reset => ECANCELED,
+        }
+    }
+}
+
 /// The migration of one device.
 ///
 /// Lives as long as the device. The driver's open data is passed to each call that needs it,
@@ -290,7 +300,8 @@ impl<M: Migratable> Engine<M> {
     /// running, for `reset_done` of a PCI driver. The session ends and the state becomes `RUNNING`.
     /// Calls no method of the [`Migratable`].
     ///
-    /// Does not wait for a state change under way: the reset takes effect right after it. May
+    /// Does not wait for a state change under way. That ends after the current arc, and fails with
+    /// `ECANCELED` unless the arc was its last one. The reset takes effect right after it. May
     /// sleep. May be called where [`fail()`](Self::fail) may.
     pub fn reset_done(&self) {
         self.report(Event::Reset);
@@ -319,8 +330,10 @@ impl<M: Migratable> Engine<M> {
     /// does not exist, the device does not support it, it is `ERROR`, or the device is in `ERROR`.
     /// Fails with `ENOMEM` or the error of the [`Migratable`] if an arc fails; the device then
     /// stays in a state of the path, which [`state()`](Self::state) returns. Fails with `ENODEV` if
-    /// the device has [died](Self::fail) meanwhile or is [gone](Self::fence). Fails with `EINTR`,
-    /// and changes nothing, if the task is killed while it waits.
+    /// the device has [died](Self::fail) meanwhile or is [gone](Self::fence). Fails with
+    /// `ECANCELED` if the device was [reset](Self::reset_done) meanwhile and arcs are left; the
+    /// state is then `RUNNING`. Fails with `EINTR`, and changes nothing, if the task is killed
+    /// while it waits.
     pub fn set_state(
         &self,
         driver: &Arc<M>,
@@ -347,6 +360,10 @@ impl<M: Migratable> Engine<M> {
             if next == state {
                 return Ok(file);
             }
+            // The device is not in `state` any more.
+            if let Some(happened) = *self.event.lock() {
+                return Err(happened.error());
+            }
             let done = Self::arc(driver, device, current, next);
             if done.is_err() && driver.is_broken() {
                 current.leave(Current::Error);
@@ -357,7 +374,7 @@ impl<M: Migratable> Engine<M> {
             self.publish(current);
             file = done?;
             if *self.event.lock() == Some(Event::Failed) {
-                return Err(ENODEV);
+                return Err(Event::Failed.error());
             }
         }
     }

@@ -1290,6 +1290,53 @@ mod tests {
     }
 
     #[test]
+    fn report_between_two_arcs_ends_the_walk() -> Result {
+        let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;
+        let walks = [
+            (State::Running, State::StopCopy, Call::QuiesceP2p),
+            (State::RunningP2p, State::Resuming, Call::Stop),
+            (State::PreCopy, State::StopCopy, Call::QuiesceP2p),
+            (State::PreCopyP2p, State::Stop, Call::SaverDropped),
+            (State::Resuming, State::Running, Call::Loaded),
+        ];
+
+        for (from, to, first) in walks {
+            for reset in [false, true] {
+                let what = fmt!("{from:?} to {to:?}, {reset}");
+                let session = rig.enter(from)?;
+
+                rig.fake.hold(Some(first));
+                let other = rig.clone();
+                let change = Job::begin(move || other.set(to))?;
+                let held = wait_until(|| rig.fake.is_held());
+                match reset {
+                    true => rig.engine.reset_done(),
+                    false => rig.engine.fail(),
+                }
+                rig.fake.hold(None);
+                let done = change.wait()?;
+
+                ensure_eq!(held, Ok(()), "{first:?} is called in {what}");
+                let (error, state) = match reset {
+                    true => (ECANCELED, State::Running),
+                    false => (ENODEV, State::Error),
+                };
+                ensure_eq!(done.err(), Some(error), "{what}");
+                ensure_eq!(rig.engine.state(), state, "the state after {what}");
+                ensure_eq!(rig.device_references(), 1, "references after {what}");
+                let mut expected = KVec::new();
+                expected.push(first, GFP_KERNEL)?;
+                if let Some(ended) = session_of(from).filter(|&ended| ended != first) {
+                    expected.push(ended, GFP_KERNEL)?;
+                }
+                ensure_eq!(rig.fake.calls()[..], expected[..], "{what}");
+                drop(session);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn fenced_device_gets_no_calls() -> Result {
         for flags in Flags::ALL {
             for from in State::ALL.into_iter().filter(|&from| flags.has(from)) {
