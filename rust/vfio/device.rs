@@ -12,6 +12,8 @@ use core::{
 };
 use kernel::{
     device,
+    error::to_result,
+    prelude::*,
     sync::aref::AlwaysRefCounted,
     types::Opaque, //
 };
@@ -83,6 +85,30 @@ impl<Ctx: DeviceContext> Device<Ctx> {
         // SAFETY: By the type invariants the pointer is valid; the field is one byte that the
         // core writes without a lock, hence the volatile read.
         unsafe { (&raw const (*self.as_raw()).precopy_info_v2).read_volatile() != 0 }
+    }
+}
+
+impl Device<Open> {
+    /// Returns the next state on the path from `cur` to `target`, `cur` itself when they are equal.
+    /// All are values of `enum vfio_device_mig_state`.
+    ///
+    /// Fails with `EINVAL` if the uAPI refuses the request: the device does not support `target`,
+    /// or no path is permitted. `cur` must be a state that the device supports, other than
+    /// `ERROR`: otherwise vfio core warns.
+    pub(crate) fn next_state(&self, cur: u32, target: u32) -> Result<u32> {
+        let mut next = bindings::vfio_device_mig_state(cur);
+        // SAFETY: By the type invariants the device is valid. The function accepts any states,
+        // reads only the flags of the device, which do not change while it is open, and writes to
+        // `next`.
+        to_result(unsafe {
+            bindings::vfio_mig_get_next_state(
+                self.as_raw(),
+                bindings::vfio_device_mig_state(cur),
+                bindings::vfio_device_mig_state(target),
+                &mut next,
+            )
+        })?;
+        Ok(next.0)
     }
 }
 

@@ -10,8 +10,8 @@
 //!
 //! # What is called when
 //!
-//! The user sets a target state. The engine walks to it along the arcs of [`fsm`], one by one. On
-//! each arc it calls, in this order:
+//! The user sets a target state. The engine walks to it arc by arc, on the path that
+//! `vfio_mig_get_next_state()` selects. On each arc it calls, in this order:
 //!
 //! | from | to | calls |
 //! |---|---|---|

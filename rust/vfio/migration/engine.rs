@@ -7,7 +7,6 @@ use super::{
         LoadSession,
         SaveSession, //
     },
-    fsm,
     Flags,
     Migratable,
     Phase,
@@ -323,8 +322,9 @@ impl<M: Migratable> Engine<M> {
     /// Brings the device into the state `target`, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
     ///
     /// Returns the data_fd's file if the last arc opened a session. `target` is the user's value.
-    /// `driver` must be the same from open to close. Waits killably for another state change under
-    /// way. May sleep.
+    /// `driver` must be the same from open to close. The `migration_flags` of `device` must be
+    /// [`flags()`](Self::flags): with them, `vfio_mig_get_next_state()` selects the path. Waits
+    /// killably for another state change under way. May sleep.
     ///
     /// Fails with `EINVAL`, and changes nothing, if there is no path to the target: if the state
     /// does not exist, the device does not support it, it is `ERROR`, or the device is in `ERROR`.
@@ -344,6 +344,15 @@ impl<M: Migratable> Engine<M> {
         self.try_with_current(|current| self.walk(driver, device, current, target))
     }
 
+    /// Returns the next state on the path to `target`.
+    fn next(device: &Device<Open>, state: State, target: State) -> Result<State> {
+        if state == State::Error {
+            // vfio core would warn.
+            return Err(EINVAL);
+        }
+        State::from_raw(device.next_state(state.as_raw(), target.as_raw())?).ok_or(EINVAL)
+    }
+
     /// Walks to a state, arc by arc.
     fn walk(
         &self,
@@ -356,7 +365,7 @@ impl<M: Migratable> Engine<M> {
         let mut file = None;
         loop {
             let state = current.state();
-            let next = fsm::next(self.flags, state, target).ok_or(EINVAL)?;
+            let next = Self::next(device, state, target)?;
             if next == state {
                 return Ok(file);
             }

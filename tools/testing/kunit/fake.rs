@@ -57,7 +57,10 @@ mod core_side {
     use kernel::prelude::*;
 
     unsafe extern "C" {
-        pub(super) fn vfio_kunit_alloc_device(parent: *mut c_void) -> *mut c_void;
+        pub(super) fn vfio_kunit_alloc_device(
+            parent: *mut c_void,
+            migration_flags: u32,
+        ) -> *mut c_void;
         pub(super) fn vfio_kunit_device_references(vdev: *mut c_void) -> c_uint;
         pub(super) safe fn vfio_kunit_user_memory(size: usize) -> c_ulong;
         pub(super) fn vfio_kunit_logged(text: *const c_char) -> c_uint;
@@ -504,7 +507,7 @@ impl Rig {
         // the device.
         let raw = unsafe {
             let parent = core::ptr::from_ref(parent_device).cast_mut();
-            core_side::vfio_kunit_alloc_device(parent.cast())
+            core_side::vfio_kunit_alloc_device(parent.cast(), flags.as_raw() as u32)
         };
         let raw = NonNull::new(from_err_ptr(raw)?).ok_or(ENOMEM)?;
         // SAFETY: `vfio_kunit_alloc_device()` allocates by `_vfio_alloc_device()` and returns the

@@ -3,17 +3,18 @@
 //! KUnit tests of the migration engine, and of the parts that use `core` alone.
 //!
 //! The engine is tested with a device that is not on a bus. The main tests of the other parts run
-//! on the host (`tools/testing/host`). The tests here check that the state machine is the same as
-//! that of vfio core, and that the other parts work with the build flags of the kernel.
+//! on the host (`tools/testing/host`). The tests here check that the model of the state machine
+//! agrees with vfio core, and that the other parts work with the build flags of the kernel.
 
 use kernel::prelude::*;
+use vfio::migration::fsm;
 
 #[path = "../../../rust/vfio/memory/dirty_map.rs"]
 pub mod dirty_map;
-#[path = "../../../rust/vfio/migration/fsm.rs"]
-pub mod fsm;
 #[path = "../../../rust/vfio/emulated/irq/msix.rs"]
 pub mod msix;
+#[path = "../host/src/paths.rs"]
+pub mod paths;
 #[path = "../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;
 
@@ -38,13 +39,17 @@ impl kernel::Module for VfioKunit {
 
 #[kunit_tests(vfio_migration_fsm)]
 mod fsm_tests {
-    use super::fsm::{
-        arcs,
-        ends_session,
-        next,
-        opens_session,
-        Flags,
-        State, //
+    use super::{
+        fsm::{
+            Flags,
+            State, //
+        },
+        paths::{
+            arcs,
+            ends_session,
+            next,
+            opens_session, //
+        },
     };
     use kernel::ffi::c_int;
 

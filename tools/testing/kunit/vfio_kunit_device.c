@@ -22,11 +22,19 @@ static const struct vfio_device_ops vfio_kunit_ops = {
 	.name = "vfio_kunit",
 };
 
-/* Returns a device below @parent with one reference, or an error pointer. */
-struct vfio_device *vfio_kunit_alloc_device(struct device *parent)
+/*
+ * Returns a device below @parent with these migration flags and one reference,
+ * or an error pointer.
+ */
+struct vfio_device *vfio_kunit_alloc_device(struct device *parent,
+					    u32 migration_flags)
 {
-	return _vfio_alloc_device(sizeof(struct vfio_device), parent,
-				  &vfio_kunit_ops);
+	struct vfio_device *vdev;
+
+	vdev = _vfio_alloc_device(sizeof(*vdev), parent, &vfio_kunit_ops);
+	if (!IS_ERR(vdev))
+		vdev->migration_flags = migration_flags;
+	return vdev;
 }
 
 unsigned int vfio_kunit_device_references(struct vfio_device *vdev)

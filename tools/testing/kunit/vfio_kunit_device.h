@@ -13,7 +13,8 @@ struct device;
 struct file;
 struct vfio_device;
 
-struct vfio_device *vfio_kunit_alloc_device(struct device *parent);
+struct vfio_device *vfio_kunit_alloc_device(struct device *parent,
+					    u32 migration_flags);
 unsigned int vfio_kunit_device_references(struct vfio_device *vdev);
 unsigned long vfio_kunit_user_memory(size_t size);
 unsigned int vfio_kunit_logged(const char *text);

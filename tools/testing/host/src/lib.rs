@@ -2,8 +2,8 @@
 
 //! The parts of the project that use `core` alone, built for the host.
 //!
-//! These are the very files that the kernel modules are built from. The tests of this package
-//! check them without a kernel, in seconds: `cargo test`.
+//! Except for the model `paths`, these are the very files that the kernel modules are built from.
+//! The tests of this package check them without a kernel, in seconds: `cargo test`.
 
 #![no_std]
 
@@ -13,6 +13,7 @@ pub mod dirty_map;
 pub mod fsm;
 #[path = "../../../../rust/vfio/emulated/irq/msix.rs"]
 pub mod msix;
+pub mod paths;
 #[path = "../../../../samples/vfio_mock/queue.rs"]
 pub mod queue;
 #[path = "../../../../samples/vfio_mock/migration/stream.rs"]

@@ -2,14 +2,18 @@
 
 //! Tests of the state machine against the text of the uAPI.
 
-use vfio_host_tests::fsm::{
-    arcs,
-    ends_session,
-    next,
-    opens_session,
-    Flags,
-    State,
-    State::*, //
+use vfio_host_tests::{
+    fsm::{
+        Flags,
+        State,
+        State::*, //
+    },
+    paths::{
+        arcs,
+        ends_session,
+        next,
+        opens_session, //
+    },
 };
 
 /// Returns the whole path that [`next`] walks, both ends included.

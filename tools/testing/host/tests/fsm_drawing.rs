@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Drawing of the state machine, made from the table of the engine.
+//! Drawing of the state machine, made from the table of the model.
 //!
 //! `Documentation/vfio_fsm.svg` must be that drawing. If it differs, the test writes a new one.
 
 use std::fmt::Write;
 
-use vfio_host_tests::fsm::{
-    arcs,
-    ends_session,
-    next,
-    opens_session,
-    Flags,
-    State, //
+use vfio_host_tests::{
+    fsm::{
+        Flags,
+        State, //
+    },
+    paths::{
+        arcs,
+        ends_session,
+        next,
+        opens_session, //
+    },
 };
 
 const FILE: &str = concat!(
