@@ -200,6 +200,7 @@ mod bindings;
 mod compat;
 
 mod device;
+mod notifier;
 mod user;
 
 pub mod dma;

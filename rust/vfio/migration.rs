@@ -90,22 +90,16 @@ pub use self::{
         ImageSaver, //
     },
 };
+pub use crate::notifier::{
+    Notifier,
+    Phase, //
+};
 
 use crate::memory::PageRun;
 use kernel::{
     iov::IovIterDest,
-    new_spinlock_irq,
     prelude::*,
-    static_lock_class,
-    sync::{
-        atomic::{
-            AtomicFlag,
-            Relaxed, //
-        },
-        poll::PollCondVarBox,
-        Arc,
-        SpinLockIrq, //
-    },
+    sync::Arc, //
 };
 
 /// The migration support of a device.
@@ -297,15 +291,6 @@ pub trait Migratable: Send + Sync + 'static {
     /// Must not wait for anything that depends on a user: state changes and the close wait for it.
     /// It need not be killable, because its duration is bounded by the size of the device.
     fn reset(&self) -> Result;
-}
-
-/// The phase of a session in which a chunk is requested.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// In `PRE_COPY` or `PRE_COPY_P2P`: the device continues and may change state that was saved.
-    PreCopy,
-    /// In `STOP_COPY`: the device is stopped and the stream must end.
-    StopCopy,
 }
 
 /// The next part of the stream.
@@ -658,130 +643,5 @@ impl Records {
     /// Returns whether a record has arrived in part.
     pub fn is_partial(&self) -> bool {
         !self.record.is_empty()
-    }
-}
-
-/// Wakes readers, writers and pollers of a session's data_fd.
-///
-/// There is one for each session. It is passed to [`Migratable::pre_copy`], [`Migratable::save`] or
-/// [`Migratable::load`].
-///
-/// # Examples
-///
-/// A saver that is not ready until the device's firmware raises an interrupt.
-///
-/// ```
-/// use kernel::sync::atomic::{
-///     Acquire,
-///     Atomic,
-///     Release, //
-/// };
-///
-/// struct Firmware {
-///     ready: Atomic<bool>,
-///     notifier: Arc<Notifier>,
-/// }
-///
-/// impl Firmware {
-///     /// May be called in any context.
-///     fn interrupt(&self) {
-///         self.ready.store(true, Release);
-///         self.notifier.notify();
-///     }
-/// }
-///
-/// struct SlowSaver {
-///     firmware: Arc<Firmware>,
-///     image: ImageSaver,
-/// }
-///
-/// impl Saver for SlowSaver {
-///     fn next(&mut self, phase: Phase) -> Result<Next> {
-///         if !self.firmware.ready.load(Acquire) {
-///             return Ok(Next::NotReady);
-///         }
-///         self.image.next(phase)
-///     }
-///
-///     fn remaining(&self) -> Result<Remaining> {
-///         self.image.remaining()
-///     }
-/// }
-/// ```
-#[pin_data]
-pub struct Notifier {
-    /// In a box of its own, which is dropped without waiting: dropping a plain `PollCondVar` would
-    /// delay close() and state changes by a grace period of RCU.
-    wait: PollCondVarBox,
-    /// The number of notifications. Waiters compare it under the lock, so that a notification
-    /// before they sleep is not lost.
-    #[pin]
-    events: SpinLockIrq<u32>,
-    /// The device of the session is stopped. Set under the session's lock.
-    stopped: AtomicFlag,
-}
-
-impl Notifier {
-    fn new(phase: Phase) -> Result<Arc<Self>> {
-        Arc::pin_init(
-            try_pin_init!(Self {
-                stopped: AtomicFlag::new(phase == Phase::StopCopy),
-                wait: PollCondVarBox::new(c"vfio::migration::Notifier", static_lock_class!())?,
-                events <- new_spinlock_irq!(0, "vfio::migration::Notifier::events"),
-            }? Error),
-            GFP_KERNEL_ACCOUNT,
-        )
-    }
-
-    /// Wakes the waiters, because something may have become readable or the loader ready. poll()
-    /// reports a saving session as readable, and read() calls the saver again. Does not sleep.
-    ///
-    /// May be called in any context except a non-maskable interrupt, including hard interrupts, and
-    /// with locks held: it takes spinlocks with interrupts disabled. With `PREEMPT_RT` these locks
-    /// sleep. Then it must be called from a thread, which most handlers of interrupts and timers
-    /// are.
-    ///
-    /// Dropping the last reference may sleep.
-    pub fn notify(&self) {
-        let mut events = self.events.lock();
-        *events = events.wrapping_add(1);
-        drop(events);
-        self.wait.notify_all();
-    }
-
-    /// Returns the phase of the session.
-    pub(crate) fn phase(&self) -> Phase {
-        match self.stopped.load(Relaxed) {
-            true => Phase::StopCopy,
-            false => Phase::PreCopy,
-        }
-    }
-
-    /// Sets the phase of the session, whose lock is held.
-    fn set_phase(&self, phase: Phase) {
-        self.stopped.store(phase == Phase::StopCopy, Relaxed);
-    }
-
-    /// Wakes readers or writers that wait for their turn. The last answer of the saver stays valid.
-    fn wake(&self) {
-        self.wait.notify_all();
-    }
-
-    /// Returns the number of notifications.
-    fn events(&self) -> u32 {
-        *self.events.lock()
-    }
-
-    /// Waits for a notification after `seen` was returned by [`events()`](Self::events).
-    ///
-    /// Fails with `ERESTARTSYS` at a signal.
-    fn wait_after(&self, seen: u32) -> Result {
-        let mut events = self.events.lock();
-        while *events == seen {
-            if self.wait.wait_interruptible(&mut events) {
-                return Err(ERESTARTSYS);
-            }
-        }
-        Ok(())
     }
 }

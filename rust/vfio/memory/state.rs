@@ -14,7 +14,7 @@ use super::{
     WORD, //
 };
 use crate::{
-    migration::{
+    notifier::{
         Notifier,
         Phase, //
     },
