@@ -26,6 +26,9 @@
 /* The same for a step that is not the subject of the test. */
 #define STEP(fmt, ...) TH_LOG("  could not " fmt, ##__VA_ARGS__)
 
+/* Expects a system call to fail with @want. */
+#define EXPECT_ERRNO(want, call)	EXPECT_EQ(want, (call) == -1 ? errno : 0)
+
 /* Writes one word to a file in sysfs, procfs or debugfs; 0 or -errno. */
 static inline int write_word(const char *path, const char *word)
 {
@@ -76,6 +79,17 @@ static inline unsigned int mig_times(unsigned int usual)
 		STEP("open the device: %s", (dev)->why);			\
 	if (!((dev)->flags & VFIO_MIGRATION_STOP_COPY))				\
 		SKIP(return, "the device does not claim VFIO_MIGRATION_STOP_COPY"); \
+} while (0)
+
+/* The variants of a fixture: a device of each backend. */
+#define MIG_EACH_BACKEND(fixture)						\
+	FIXTURE_VARIANT(fixture) { enum mig_backend backend; };			\
+	FIXTURE_VARIANT_ADD(fixture, group) { .backend = MIG_GROUP };		\
+	FIXTURE_VARIANT_ADD(fixture, iommufd) { .backend = MIG_IOMMUFD }
+
+#define NEED_OPTION(name) do {							\
+	if (!mig_option(name))							\
+		SKIP(return, "no --%s", name);					\
 } while (0)
 
 #define NEED(dev, flag, name) do {						\

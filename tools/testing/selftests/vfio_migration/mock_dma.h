@@ -206,6 +206,18 @@ static inline void expect_bytes(struct __test_metadata *_metadata, const __u8 *w
 		PROMISE("%s differs from byte %#llx (page %llu)", what, i, i / PAGE);
 }
 
+/* Expects a whole image of @m to have the content of its state memory. */
+static inline void expect_image(struct __test_metadata *_metadata, const struct mock *m,
+				const struct mig_stream *image)
+{
+	struct mock_image parsed;
+
+	ASSERT_EQ(0, mock_image_parse(&parsed, image))
+		PROMISE("the stream follows its format: %s", parsed.why);
+	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
+	mock_image_free(&parsed);
+}
+
 static inline void expect_ram(struct __test_metadata *_metadata, const struct ram *ram,
 			      const char *when)
 {

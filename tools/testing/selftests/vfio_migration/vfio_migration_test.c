@@ -48,13 +48,7 @@ FIXTURE(device)
 	struct mig_scratch scratch;
 };
 
-FIXTURE_VARIANT(device)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(device, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(device, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(device);
 
 FIXTURE_SETUP(device)
 {

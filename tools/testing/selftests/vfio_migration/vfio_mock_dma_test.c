@@ -29,13 +29,7 @@ FIXTURE(dma)
 	__u64 random;
 };
 
-FIXTURE_VARIANT(dma)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(dma, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(dma, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(dma);
 
 FIXTURE_SETUP(dma)
 {
@@ -1815,13 +1809,7 @@ FIXTURE(peers)
 	__u64 random;
 };
 
-FIXTURE_VARIANT(peers)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(peers, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(peers, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(peers);
 
 /* Maps the memory of both devices for each. */
 #define A_IOVA	0x10000000ULL

@@ -23,13 +23,7 @@ FIXTURE(fail)
 	struct nth nth;
 };
 
-FIXTURE_VARIANT(fail)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(fail, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(fail, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(fail);
 
 FIXTURE_SETUP(fail)
 {

@@ -329,13 +329,7 @@ FIXTURE(fuzz)
 	struct mig_stream image;
 };
 
-FIXTURE_VARIANT(fuzz)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(fuzz, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(fuzz, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(fuzz);
 
 FIXTURE_SETUP(fuzz)
 {

@@ -35,13 +35,7 @@ FIXTURE(irq)
 	int fds[VECTORS];
 };
 
-FIXTURE_VARIANT(irq)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(irq, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(irq, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(irq);
 
 FIXTURE_SETUP(irq)
 {
@@ -151,11 +145,9 @@ TEST_F(irq, info)
 	EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, VFIO_PCI_NUM_IRQS, &info));
 	EXPECT_EQ(-EINVAL, mig_irq_info(&m->dev, ~0U, &info));
 	info = (struct vfio_irq_info){ .argsz = 8 };
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, &info));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, &info))
 		PROMISE("argsz must cover the structure");
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, NULL));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(m->dev.fd, VFIO_DEVICE_GET_IRQ_INFO, NULL));
 }
 
 TEST_F(irq, completion_signals_its_vector)
@@ -733,11 +725,9 @@ TEST_F(irq, arguments_invalid_for_all_indexes)
 		.argsz = sizeof(raw.set) - 1, .flags = DATA_NONE | TRIGGER,
 		.index = MSIX, .count = 1,
 	};
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, &raw));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, &raw))
 		PROMISE("argsz must cover the structure");
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, NULL));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, NULL));
 	EXPECT_EQ(0U, all_signals(self->fds))
 		PROMISE("a refused SET_IRQS has no effect");
 }
@@ -862,15 +852,12 @@ TEST_F(irq, unreadable_data_is_efault)
 		.argsz = sizeof(*set) + 4, .flags = DATA_EVENTFD | TRIGGER,
 		.index = MSIX, .count = 1,
 	};
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
 	/* Like vfio-pci, which reads the data before it checks the action. */
 	set->flags = DATA_EVENTFD | MASK | UNMASK;
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
 	set->flags = DATA_NONE | TRIGGER;
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(m->dev.fd, VFIO_DEVICE_SET_IRQS, set))
 		PROMISE("data that is not needed is not read");
 	munmap(map, page);
 }

@@ -74,11 +74,6 @@ static int load_module(void)
 	return ret;
 }
 
-#define NEED_MODULE() do {							\
-	if (!mig_option("module"))					\
-		SKIP(return, "no --module");	\
-} while (0)
-
 /* Checks that the module has no references, and unloads and loads it. */
 static void expect_module_is_free(struct __test_metadata *_metadata, const char *when)
 {
@@ -387,8 +382,7 @@ static void expect_dead(struct __test_metadata *_metadata, kept_data *self,
 	switch (kind) {
 	case GROUP:
 	case CONTAINER:
-		EXPECT_EQ(-1, ioctl(self->dev.group, VFIO_GROUP_GET_STATUS, &status));
-		EXPECT_EQ(ENODEV, errno)
+		EXPECT_ERRNO(ENODEV, ioctl(self->dev.group, VFIO_GROUP_GET_STATUS, &status))
 			PROMISE("the group of a removed device returns ENODEV");
 		break;
 	case DATA_FD:
@@ -398,13 +392,11 @@ static void expect_dead(struct __test_metadata *_metadata, kept_data *self,
 		EXPECT_NE(0, mig_poll(self->fd, POLLIN | POLLOUT, 0));
 		break;
 	case EVENTFD:
-		EXPECT_EQ(-1, read(self->fd, &info, 8));
-		EXPECT_EQ(EAGAIN, errno)
+		EXPECT_ERRNO(EAGAIN, read(self->fd, &info, 8))
 			PROMISE("a removed device sends no signal");
 		break;
 	case SYSFS:
-		EXPECT_EQ(-1, write(self->fd, "1", 1));
-		EXPECT_EQ(ENODEV, errno);
+		EXPECT_ERRNO(ENODEV, write(self->fd, "1", 1));
 		break;
 	case DEBUGFS:
 		EXPECT_EQ(-1, read(self->fd, &byte, 1));
@@ -451,7 +443,7 @@ TEST_F_TIMEOUT(kept, module_is_unloaded, 30)
 {
 	struct ending e;
 
-	NEED_MODULE();
+	NEED_OPTION("module");
 	if (variant->keeps_module) {
 		expect_module_is_kept(_metadata, "an open file");
 		EXPECT_EQ(0, access(self->g.path, F_OK))
@@ -489,13 +481,7 @@ FIXTURE(life)
 	struct mock m;		/* the same, opened */
 };
 
-FIXTURE_VARIANT(life)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(life, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(life, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(life);
 
 FIXTURE_SETUP(life)
 {
@@ -577,7 +563,7 @@ TEST_F_TIMEOUT(life, bind_during_removal, 30)
 	ending_join(_metadata, &e, "the last user");
 	expect_module_is_free(_metadata, "after everything is closed");
 
-	NEED_MODULE();
+	NEED_OPTION("module");
 	ASSERT_EQ(0, mock_create(&self->g, TYPE));
 	ASSERT_EQ(0, mig_open_unbound(&dev, self->g.path));
 	unloading_start(_metadata, &e);
@@ -915,7 +901,7 @@ TEST_F_TIMEOUT(life, unload_races_everything, 120)
 	atomic_bool stop = false;
 	int ret;
 
-	NEED_MODULE();
+	NEED_OPTION("module");
 	mock_close(&self->m);
 	remove_now(_metadata, &self->g);
 	openers_start(_metadata, &opener, 1, NULL, variant->backend, &stop);

@@ -32,13 +32,7 @@ FIXTURE(log)
 	__u64 granule;
 };
 
-FIXTURE_VARIANT(log)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(log, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(log, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(log);
 
 FIXTURE_SETUP(log)
 {

@@ -29,13 +29,7 @@ FIXTURE(map)
 	__u64 random;
 };
 
-FIXTURE_VARIANT(map)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(map, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(map, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(map);
 
 FIXTURE_SETUP(map)
 {
@@ -553,7 +547,6 @@ TEST_F_TIMEOUT(map, stores_while_tracking_starts_and_stops, 60)
 {
 	struct mock *m = &self->m;
 	struct mig_stream image = {};
-	struct mock_image parsed;
 	int fd, i;
 
 	NEED_PRE_COPY(&m->dev);
@@ -569,10 +562,7 @@ TEST_F_TIMEOUT(map, stores_while_tracking_starts_and_stops, 60)
 		ASSERT_EQ(-ENOMSG, mig_save(fd, &image, stream_limit(&m->dev)));
 		store_at(self, self->map + 9 * PAGE, 9 * PAGE, 7);
 		stop_and_save(_metadata, m, &fd, &image);
-		ASSERT_EQ(0, mock_image_parse(&parsed, &image))
-			PROMISE("the stream follows its format: %s", parsed.why);
-		expect_bytes(_metadata, m->want, parsed.memory, m->size, "the image");
-		mock_image_free(&parsed);
+		expect_image(_metadata, m, &image);
 		close(fd);
 		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING, NULL));
 		store_at(self, self->map, 0, m->size);
@@ -611,7 +601,6 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 	static const __u32 states[] = { MIG_STOP, MIG_STOP_COPY, MIG_RESUMING };
 	struct mock *m = &self->m;
 	struct mig_stream image = {};
-	struct mock_image parsed;
 	unsigned int i, j;
 	__u64 dropped;
 	__u8 *other;
@@ -650,11 +639,7 @@ TEST_F_TIMEOUT(map, stores_to_a_stopped_device_are_dropped, 120)
 			image.len = 0;
 			ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
 			ASSERT_EQ(0, mig_touch(self->map + 99 * PAGE, true));
-			ASSERT_EQ(0, mock_image_parse(&parsed, &image))
-				PROMISE("the stream follows its format: %s", parsed.why);
-			expect_bytes(_metadata, m->want, parsed.memory, m->size,
-				     "the stream");
-			mock_image_free(&parsed);
+			expect_image(_metadata, m, &image);
 		}
 		if (state == MIG_RESUMING) {
 			ASSERT_EQ(0, mig_reset(&m->dev));
@@ -1008,7 +993,6 @@ TEST_F_TIMEOUT(map, pinned_page_is_streamed_again, 60)
 	struct mig_stream image = {};
 	struct vfio_precopy_info info;
 	struct mig_stall stall;
-	struct mock_image parsed;
 	__u64 size, quiet;
 	int fd;
 
@@ -1040,10 +1024,7 @@ TEST_F_TIMEOUT(map, pinned_page_is_streamed_again, 60)
 		TH_LOG("  the store of the read() was noticed: this is not tested");
 
 	stop_and_save(_metadata, m, &fd, &image);
-	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
-		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
-	mock_image_free(&parsed);
+	expect_image(_metadata, m, &image);
 }
 
 /* A session that begins after the end of the pin does not treat the page specially. */
@@ -1089,7 +1070,6 @@ TEST_F_TIMEOUT(map, unmapped_pinned_page_is_streamed_again, 60)
 	struct direct_read direct = {};
 	struct mig_stream image = {};
 	struct mig_stall stall;
-	struct mock_image parsed;
 	int fd;
 
 	NEED_PRE_COPY(&m->dev);
@@ -1102,10 +1082,7 @@ TEST_F_TIMEOUT(map, unmapped_pinned_page_is_streamed_again, 60)
 	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
 	expect_memory(_metadata, m, m->want, "after the read()");
 	stop_and_save(_metadata, m, &fd, &image);
-	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
-		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
-	mock_image_free(&parsed);
+	expect_image(_metadata, m, &image);
 	load_and_run(_metadata, &self->dst.dev, &image, 0);
 	expect_memory(_metadata, &self->dst, m->want, "on the target");
 	close(fd);
@@ -1140,7 +1117,6 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	struct direct_read direct = {};
 	struct mig_stream image = {};
 	struct mig_stall stall;
-	struct mock_image parsed;
 	bool pre_copy = m->dev.flags & VFIO_MIGRATION_PRE_COPY;
 	int fd = -1;
 
@@ -1174,10 +1150,7 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	}
 	let_page_go(_metadata, &direct, &stall, m->want + 7 * PAGE);
 	stop_and_save(_metadata, m, &fd, &image);
-	ASSERT_EQ(0, mock_image_parse(&parsed, &image))
-		PROMISE("the stream follows its format: %s", parsed.why);
-	expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
-	mock_image_free(&parsed);
+	expect_image(_metadata, m, &image);
 	load_and_run(_metadata, &self->dst.dev, &image, 0);
 	expect_memory(_metadata, &self->dst, m->want, "on the target");
 	close(fd);
@@ -1267,7 +1240,6 @@ TEST_F_TIMEOUT(map, migration_during_stores, 300)
 	__u64 before[WRITERS], after[WRITERS];
 	struct writer writers[WRITERS] = {};
 	struct mig_stream image = {};
-	struct mock_image parsed;
 	atomic_bool stop = false;
 	int fd, ret, rounds;
 
@@ -1298,10 +1270,7 @@ TEST_F_TIMEOUT(map, migration_during_stores, 300)
 		ASSERT_EQ(m->size, (__u64)mock_read(m, BAR2, 0, m->want, m->size));
 		ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&m->dev)));
 		expect_memory(_metadata, m, m->want, "in STOP_COPY, during stores");
-		ASSERT_EQ(0, mock_image_parse(&parsed, &image))
-			PROMISE("the stream follows its format: %s", parsed.why);
-		expect_bytes(_metadata, m->want, parsed.memory, m->size, "the stream");
-		mock_image_free(&parsed);
+		expect_image(_metadata, m, &image);
 		close(fd);
 		load_and_run(_metadata, &dst->dev, &image, 0);
 		expect_memory(_metadata, dst, m->want, "on the target");

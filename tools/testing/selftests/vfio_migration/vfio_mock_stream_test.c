@@ -728,8 +728,7 @@ TEST_F(refuse, write_across_fault_loses_nothing)
 	ASSERT_EQ(0, mprotect(map + page, page, PROT_NONE));
 
 	fd = go(_metadata, &self->s.m.dev, MIG_RESUMING);
-	EXPECT_EQ(-1, write(fd, map + page, 16));
-	EXPECT_EQ(EFAULT, errno)
+	EXPECT_ERRNO(EFAULT, write(fd, map + page, 16))
 		PROMISE("EFAULT only when nothing was taken");
 	EXPECT_EQ(0, write(fd, map, 0))
 		PROMISE("a write of no bytes returns 0");
@@ -875,8 +874,7 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 	populate(_metadata, &s->m, 0x5eed);
 	fd = go(_metadata, &s->m.dev, MIG_STOP_COPY);
 	to = go(_metadata, &dst.dev, MIG_RESUMING);
-	EXPECT_EQ(-1, sendfile(to, fd, NULL, 4096));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, sendfile(to, fd, NULL, 4096))
 		PROMISE("sendfile() is for files with a position");
 	while ((in = splice(fd, NULL, pipes[1], NULL, 1 << 20, 0)) > 0) {
 		while (in) {
@@ -899,8 +897,7 @@ TEST_F(refuse, splice_moves_a_stream_from_device_to_device)
 	to = go(_metadata, &dst.dev, MIG_RESUMING);
 	ASSERT_EQ(3, write(pipes[1], "bad", 3));
 	ASSERT_EQ(4096, write(pipes[1], s->good.memory, 4096));
-	EXPECT_EQ(-1, splice(pipes[0], NULL, to, NULL, 4099, 0));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, splice(pipes[0], NULL, to, NULL, 4099, 0))
 		PROMISE("splice() to a data_fd refuses a bad record with EINVAL");
 	EXPECT_EQ(-EINVAL, mig_load(to, s->stream.data, 64, 0, NULL))
 		PROMISE("a refusal sticks");
@@ -923,8 +920,7 @@ TEST_F(refuse, splice_returns_enomsg_at_temporary_end)
 	fd = go(_metadata, &s->m.dev, MIG_PRE_COPY);
 	while ((in = splice(fd, NULL, pipes[1], NULL, 1 << 20, 0)) > 0)
 		ASSERT_EQ(in, mig_read(pipes[0], &rest, in));
-	EXPECT_EQ(-1, in);
-	EXPECT_EQ(ENOMSG, errno)
+	EXPECT_ERRNO(ENOMSG, in)
 		PROMISE("splice() returns ENOMSG at the temporary end");
 	EXPECT_LT(0x10000U, rest.len)
 		PROMISE("all of the memory precedes the temporary end");

@@ -472,18 +472,15 @@ TEST_F(mock, precopy_info_answers_both_numbers)
 	EXPECT_EQ(info.initial_bytes, draft.initial_bytes);
 	EXPECT_EQ(info.dirty_bytes, draft.dirty_bytes);
 	draft.argsz = 8;
-	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
-	EXPECT_EQ(EINVAL, errno);
+	EXPECT_ERRNO(EINVAL, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
 
 	move_on(_metadata, &src->dev, MIG_STOP_COPY);
 	draft.argsz = sizeof(draft);
-	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
-	EXPECT_EQ(EINVAL, errno);
+	EXPECT_ERRNO(EINVAL, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
 	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	EXPECT_EQ(-ENODEV, mig_precopy_info(fd, &info))
 		PROMISE("every call on the fd of an ended session returns ENODEV");
-	EXPECT_EQ(-1, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft));
-	EXPECT_EQ(ENODEV, errno)
+	EXPECT_ERRNO(ENODEV, ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft))
 		PROMISE("every call on the fd of an ended session returns ENODEV");
 }
 
@@ -996,12 +993,10 @@ TEST_F(mock, readv_returns_what_is_ready)
 	EXPECT_EQ(ready, r.ret);
 
 	ASSERT_EQ(0, pipe2(pipes, O_CLOEXEC));
-	EXPECT_EQ(-1, splice(r.fd, NULL, pipes[1], NULL, 4096, 0));
-	EXPECT_EQ(EAGAIN, errno)
+	EXPECT_ERRNO(EAGAIN, splice(r.fd, NULL, pipes[1], NULL, 4096, 0))
 		PROMISE("splice() does not wait with the pipe locked");
 	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
-	EXPECT_EQ(-1, splice(r.fd, NULL, pipes[1], NULL, 4096, 0));
-	EXPECT_EQ(ENODEV, errno)
+	EXPECT_ERRNO(ENODEV, splice(r.fd, NULL, pipes[1], NULL, 4096, 0))
 		PROMISE("after the session every call fails with ENODEV");
 	close(r.fd);
 	close(pipes[0]);
@@ -1287,13 +1282,7 @@ FIXTURE(pci)
 	struct mock m;
 };
 
-FIXTURE_VARIANT(pci)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(pci, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(pci, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(pci);
 
 FIXTURE_SETUP(pci)
 {
@@ -1325,13 +1314,10 @@ TEST_F(pci, device_info)
 	EXPECT_EQ(~0U, info.cap_offset)
 		PROMISE("nothing is written after argsz");
 	info.argsz = 8;
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, &info))
 		PROMISE("argsz must cover the structure");
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, NULL));
-	EXPECT_EQ(EFAULT, errno);
-	EXPECT_EQ(-1, ioctl(m->dev.fd, _IO(VFIO_TYPE, VFIO_BASE + 98), &info));
-	EXPECT_EQ(ENOTTY, errno)
+	EXPECT_ERRNO(EFAULT, ioctl(m->dev.fd, VFIO_DEVICE_GET_INFO, NULL));
+	EXPECT_ERRNO(ENOTTY, ioctl(m->dev.fd, _IO(VFIO_TYPE, VFIO_BASE + 98), &info))
 		PROMISE("an unknown ioctl is ENOTTY");
 }
 
@@ -1381,8 +1367,7 @@ TEST_F(pci, every_region_can_be_accessed)
 	EXPECT_GE(0, pread(m->dev.fd, buf, 4, 0x7ffffffffffff000ULL));
 
 	info = (struct vfio_region_info){ .argsz = 16, .index = BAR0 };
-	EXPECT_EQ(-1, ioctl(m->dev.fd, VFIO_DEVICE_GET_REGION_INFO, &info));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(m->dev.fd, VFIO_DEVICE_GET_REGION_INFO, &info))
 		PROMISE("argsz must cover the structure");
 }
 

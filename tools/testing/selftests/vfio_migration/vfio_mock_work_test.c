@@ -37,13 +37,7 @@ FIXTURE(work)
 	struct ram ram;
 };
 
-FIXTURE_VARIANT(work)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(work, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(work, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(work);
 
 FIXTURE_SETUP(work)
 {
@@ -544,8 +538,7 @@ TEST_F_TIMEOUT(payer, opener_pays_for_cpu_time, 120)
 	__u64 used;
 	pid_t pid;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	pid = idle_opener(_metadata, self->group);
 	used = value(_metadata, self->group, "cpu.stat", "usage_usec ");
 	WAIT_FOR(value(_metadata, self->group, "cpu.stat", "usage_usec ") > used + 100000,
@@ -605,8 +598,7 @@ TEST_F_TIMEOUT(payer, worker_uses_the_quota_of_the_opener, 120)
 {
 	struct mock m;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	open_in(_metadata, self->top, self->group, &m);
 	set(_metadata, self->group, "cpu.max", "2000 100000");
 	start(_metadata, &m, 0, &busy);
@@ -632,8 +624,7 @@ TEST_F_TIMEOUT(payer, work_beyond_the_limit_fails_and_kills_no_process, 240)
 	pid_t pid;
 	void *mem;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	NEED_IOMMUFD_FOR_LOG();
 	pid = bystander(_metadata, self->group);
 	open_in(_metadata, self->top, self->group, &m);
@@ -704,8 +695,7 @@ TEST_F_TIMEOUT(payer, device_closes_while_its_cgroup_is_frozen, 60)
 	struct mock m;
 	pid_t pid;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	pid = bystander(_metadata, self->group);
 	open_in(_metadata, self->top, self->group, &m);
 	start(_metadata, &m, 0, &busy);
@@ -733,8 +723,7 @@ TEST_F_TIMEOUT(payer, frozen_opener_can_be_killed, 60)
 	struct mock m;
 	pid_t pid;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	pid = idle_opener(_metadata, self->group);
 	set(_metadata, self->group, "cgroup.freeze", "1");
 	kill(pid, SIGKILL);
@@ -782,8 +771,7 @@ TEST_F_TIMEOUT(freezer, frozen_worker_does_not_delay_close, 60)
 	pthread_t closer;
 	struct mock m;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	for (i = 0; i < 2; i++) {
 		open_in(_metadata, self->top, self->group, &m);
 		/* First busy, then idle. */
@@ -822,8 +810,7 @@ TEST_F_TIMEOUT(payer, opener_pays_for_memory, 120)
 	int status;
 	pid_t pid;
 
-	if (!mig_option("medium"))
-		SKIP(return, "no --medium");
+	NEED_OPTION("medium");
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
@@ -886,8 +873,7 @@ TEST_F_TIMEOUT(payer, device_exceeding_limit_does_not_open, 60)
 {
 	char path[128];
 
-	if (!mig_option("16M"))
-		SKIP(return, "no --16M");
+	NEED_OPTION("16M");
 	EXPECT_EQ(0, open_elsewhere(_metadata, "16M", self->group));
 	snprintf(path, sizeof(path), "%s/memory.max", self->group);
 	ASSERT_EQ(0, write_word(path, "8M"));
@@ -911,8 +897,7 @@ TEST_F_TIMEOUT(payer, device_exceeding_memory_kills_no_process, 120)
 	void *mem;
 	char c;
 
-	if (!mig_option("1G"))
-		SKIP(return, "no --1G");
+	NEED_OPTION("1G");
 	if (available < want + (64 << 10) || available > 8 << 20)
 		SKIP(return, "this test cannot fill %llu KiB of memory", available);
 	ASSERT_EQ(0, pipe(pipes));

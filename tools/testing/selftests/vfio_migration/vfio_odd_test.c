@@ -24,13 +24,7 @@ FIXTURE(odd)
 	bool created;
 };
 
-FIXTURE_VARIANT(odd)
-{
-	enum mig_backend backend;
-};
-
-FIXTURE_VARIANT_ADD(odd, group) { .backend = MIG_GROUP };
-FIXTURE_VARIANT_ADD(odd, iommufd) { .backend = MIG_IOMMUFD };
+MIG_EACH_BACKEND(odd);
 
 FIXTURE_SETUP(odd)
 {

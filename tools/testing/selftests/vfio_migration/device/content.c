@@ -202,8 +202,7 @@ TEST_F_TIMEOUT(device, regions_survive_migration, 120)
 	size_t at;
 	int fd;
 
-	if (!mig_option("read-regions"))
-		SKIP(return, "no --read-regions");
+	NEED_OPTION("read-regions");
 	to = open_target(_metadata, &self->dev, &second);
 	if (self->scratch.len)
 		scribble(_metadata, &self->dev, &self->scratch, 30);

@@ -17,37 +17,29 @@ TEST_F(device, data_fd_is_unidirectional_stream)
 		EXPECT_EQ(FD_CLOEXEC, flags & FD_CLOEXEC)
 			PROMISE("a data_fd is close-on-exec");
 		if (states[i] == MIG_RESUMING) {
-			EXPECT_EQ(-1, read(fd, &byte, 1));
-			EXPECT_EQ(EBADF, errno)
+			EXPECT_ERRNO(EBADF, read(fd, &byte, 1))
 				PROMISE("the data_fd of RESUMING cannot be read");
 		} else {
-			EXPECT_EQ(-1, write(fd, &byte, 1));
-			EXPECT_EQ(EBADF, errno)
+			EXPECT_ERRNO(EBADF, write(fd, &byte, 1))
 				PROMISE("the data_fd of %s cannot be written",
 					mig_state_name(states[i]));
 		}
-		EXPECT_EQ(-1, lseek(fd, 0, SEEK_SET));
-		EXPECT_EQ(ESPIPE, errno)
+		EXPECT_ERRNO(ESPIPE, lseek(fd, 0, SEEK_SET))
 			PROMISE("migration data is a stream: no lseek (%s)",
 				mig_state_name(states[i]));
-		EXPECT_EQ(-1, pread(fd, &byte, 1, 0));
-		EXPECT_EQ(ESPIPE, errno)
+		EXPECT_ERRNO(ESPIPE, pread(fd, &byte, 1, 0))
 			PROMISE("migration data is a stream: no pread (%s)",
 				mig_state_name(states[i]));
-		EXPECT_EQ(-1, pwrite(fd, &byte, 1, 0));
-		EXPECT_EQ(ESPIPE, errno)
+		EXPECT_ERRNO(ESPIPE, pwrite(fd, &byte, 1, 0))
 			PROMISE("migration data is a stream: no pwrite (%s)",
 				mig_state_name(states[i]));
-		EXPECT_EQ(-1, preadv(fd, &iov, 1, 0));
-		EXPECT_EQ(ESPIPE, errno)
+		EXPECT_ERRNO(ESPIPE, preadv(fd, &iov, 1, 0))
 			PROMISE("migration data is a stream: no preadv (%s)",
 				mig_state_name(states[i]));
-		EXPECT_EQ(-1, pwritev(fd, &iov, 1, 0));
-		EXPECT_EQ(ESPIPE, errno)
+		EXPECT_ERRNO(ESPIPE, pwritev(fd, &iov, 1, 0))
 			PROMISE("migration data is a stream: no pwritev (%s)",
 				mig_state_name(states[i]));
-		EXPECT_EQ(-1, ioctl(fd, NO_SUCH_IOCTL, &byte));
-		EXPECT_EQ(ENOTTY, errno)
+		EXPECT_ERRNO(ENOTTY, ioctl(fd, NO_SUCH_IOCTL, &byte))
 			PROMISE("an ioctl that the data_fd does not support is ENOTTY (%s)",
 				mig_state_name(states[i]));
 		close(fd);
@@ -70,8 +62,7 @@ TEST_F(device, empty_and_faulting_reads_consume_nothing)
 		PROMISE("a read of zero bytes returns 0");
 	EXPECT_LT(0, mig_read(fd, &image, 7));
 	EXPECT_EQ(0, read(fd, &byte, 0));
-	EXPECT_EQ(-1, read(fd, edge, 64));
-	EXPECT_EQ(EFAULT, errno)
+	EXPECT_ERRNO(EFAULT, read(fd, edge, 64))
 		PROMISE("a read into an invalid buffer is EFAULT");
 	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
 	EXPECT_EQ(0, read(fd, &byte, 0));
@@ -338,8 +329,7 @@ TEST_F(device, empty_and_faulting_writes_consume_nothing)
 	fd = go(_metadata, to, MIG_RESUMING);
 	EXPECT_EQ(0, write(fd, image.data, 0))
 		PROMISE("a write of zero bytes returns 0");
-	EXPECT_EQ(-1, write(fd, edge, 16));
-	EXPECT_EQ(EFAULT, errno)
+	EXPECT_ERRNO(EFAULT, write(fd, edge, 16))
 		PROMISE("a write from an invalid buffer is EFAULT");
 	while (at < image.len) {
 		part = image.len - at < 1000 ? image.len - at : 1000;

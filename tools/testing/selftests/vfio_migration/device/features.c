@@ -48,16 +48,14 @@ static void check_get_arguments(struct __test_metadata *_metadata,
 	EXPECT_EQ(0, mig_feature_argsz(dev, MIG_PROBE | MIG_GET | feature, NULL, 0, head))
 		PROMISE("PROBE needs no data");
 
-	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, NULL));
-	EXPECT_EQ(EFAULT, errno)
+	EXPECT_ERRNO(EFAULT, ioctl(dev->fd, VFIO_DEVICE_FEATURE, NULL))
 		PROMISE("an invalid pointer is EFAULT");
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
 	hole = (void *)((char *)hole + mig_page_size() - head);
 	hole->argsz = head + size;
 	hole->flags = MIG_GET | feature;
-	EXPECT_EQ(-1, ioctl(dev->fd, VFIO_DEVICE_FEATURE, hole));
-	EXPECT_EQ(EFAULT, errno)
+	EXPECT_ERRNO(EFAULT, ioctl(dev->fd, VFIO_DEVICE_FEATURE, hole))
 		PROMISE("feature %u: a buffer that cannot be written is EFAULT", feature);
 }
 
@@ -94,8 +92,7 @@ TEST_F(device, set_state_arguments)
 	hole = (void *)((char *)hole + mig_page_size() - head);
 	hole->argsz = head + sizeof(mig);
 	hole->flags = MIG_SET | FEATURE_STATE;
-	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, hole));
-	EXPECT_EQ(EFAULT, errno)
+	EXPECT_ERRNO(EFAULT, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, hole))
 		PROMISE("a buffer that cannot be read is EFAULT");
 	expect_state(_metadata, &self->dev, MIG_RUNNING, "after EFAULT");
 }
@@ -118,8 +115,7 @@ TEST_F(device, set_state_fails_if_fd_cannot_be_returned)
 	mig = (void *)feature->data;
 	mig->device_state = MIG_STOP_COPY;
 	ASSERT_EQ(0, mprotect(feature, len, PROT_READ));
-	EXPECT_EQ(-1, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, feature));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(self->dev.fd, VFIO_DEVICE_FEATURE, feature));
 	expect_state(_metadata, &self->dev, MIG_STOP_COPY, "after SET_STATE could not return its fd");
 	EXPECT_EQ(0, mig_set_state(&self->dev, MIG_RUNNING, NULL))
 		PROMISE("the user can attempt to return to some other state");

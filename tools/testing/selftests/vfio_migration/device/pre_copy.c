@@ -16,8 +16,7 @@ TEST_F_TIMEOUT(device, temporary_end, 60)
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
 
 	for (i = 0; i < 3; i++) {
-		EXPECT_EQ(-1, read(fd, &byte, 1));
-		EXPECT_EQ(ENOMSG, errno)
+		EXPECT_ERRNO(ENOMSG, read(fd, &byte, 1))
 			PROMISE(TEMPORARY_END);
 		EXPECT_EQ(0, mig_poll(fd, POLLIN, 0))
 			PROMISE("poll waits for more data: not readable at the temporary end");
@@ -108,8 +107,7 @@ static void check_wake_by(struct __test_metadata *_metadata,
 	EXPECT_NE(0, poller_join(&poller))
 		PROMISE("a poller wakes when the data transfer session ends by %s",
 			state == MIG_ERROR ? "RESET" : mig_state_name(state));
-	EXPECT_EQ(-1, read(fd, &byte, 1));
-	EXPECT_EQ(ENODEV, errno)
+	EXPECT_ERRNO(ENODEV, read(fd, &byte, 1))
 		PROMISE("the session has ended: read() fails with ENODEV");
 }
 
@@ -207,12 +205,10 @@ TEST_F(device, precopy_info_arguments)
 	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 
 	info = (struct vfio_precopy_info){ .argsz = sizeof(info) - 1 };
-	EXPECT_EQ(-1, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info))
 		PROMISE("argsz must cover struct vfio_precopy_info");
 	info.argsz = 0;
-	EXPECT_EQ(-1, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info));
-	EXPECT_EQ(EINVAL, errno)
+	EXPECT_ERRNO(EINVAL, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, &info))
 		PROMISE("argsz must cover struct vfio_precopy_info");
 
 	large.info.argsz = sizeof(large);
@@ -222,14 +218,12 @@ TEST_F(device, precopy_info_arguments)
 	EXPECT_EQ(0x5a5a5a5a5a5a5a5aULL, large.tail[0])
 		PROMISE("nothing is written past the structure");
 
-	EXPECT_EQ(-1, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, NULL));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, NULL));
 	hole = page_before_a_hole();
 	ASSERT_NE(NULL, hole);
 	hole = (void *)((char *)hole + mig_page_size() - 16);
 	hole->argsz = sizeof(info);
-	EXPECT_EQ(-1, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, hole));
-	EXPECT_EQ(EFAULT, errno);
+	EXPECT_ERRNO(EFAULT, ioctl(fd, VFIO_MIG_GET_PRECOPY_INFO, hole));
 	EXPECT_EQ(0, mig_precopy_info(fd, &info));
 }
 
