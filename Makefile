@@ -31,10 +31,10 @@ kernel:			## get, configure and build the test kernel
 	$(vm)/kernel
 
 kernel-debug:		## the same with KASAN, lockdep and others; takes much longer
-	VFIO_KERNEL=debug $(vm)/kernel
+	$(vm)/kernel --kernel debug
 
 kernel-strict:		## the same with CFI and without iommufd
-	VFIO_KERNEL=strict $(vm)/kernel
+	$(vm)/kernel --kernel strict
 
 kdir:			## print the build folder of the kernel
 	$(vm)/kernel kdir
@@ -59,10 +59,10 @@ test-host:		## run the tests that need no kernel
 	$(testing)/run host host_fuzz
 
 test-debug:		## run the tests that need the test machine on the debug kernel
-	$(testing)/debug
+	$(testing)/run --kernel debug
 
 test-strict:		## the same on the kernel with CFI and without iommufd
-	$(testing)/strict
+	$(testing)/run --kernel strict
 
 selftest:		## build the kselftests and run them in the test machine
 	$(testing)/run build selftest
@@ -71,24 +71,24 @@ selftest-mtty:		## run them on the mtty sample of the kernel and compare the res
 	$(testing)/run build mtty
 
 selftest-mutations:	## check that the kselftests notice each broken variant of the mock
-	$(testing)/run build mutations
+	$(testing)/run build mutations -- $(ONLY)
 
 soak:			## run longer variants of all tests, on all kernels
 	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all
-	$(testing)/debug build fuzz
-	$(testing)/strict
+	$(testing)/run --kernel debug build fuzz
+	$(testing)/run --kernel strict
 
 bench: modules		## measure the speed, print a table, write bench.json
-	$(testing)/bench $(BENCHFLAGS)
+	$(testing)/run bench -- $(BENCHFLAGS)
 
 lint: modules		## check format, style and warnings of all sources
-	$(testing)/lint
+	$(testing)/run lint
 
 doc: modules		## write the documentation of the crates to doc-out/
-	$(testing)/doc
+	$(testing)/run doc
 
 htmldocs:		## write Documentation/ as HTML to html-out/
-	$(testing)/docs/htmldocs
+	$(testing)/run htmldocs
 
 series:			## write the series for a kernel tree KSRC to series-out/
 	tools/series/run $(if $(KSRC),-k $(KSRC)) $(SERIESFLAGS)
@@ -111,7 +111,7 @@ help:			## print this
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'KSRC=folder       source of Linux for series'
 	echo 'RUSTC=path        use this rustc, not /usr/bin/rustc'
-	echo 'VFIO_CACHE=folder use this folder, not ~/.cache/vfio-rust'
+	echo 'XDG_CACHE_HOME=folder  keep kernel, tools and logs there, not in ~/.cache'
 	echo 'V=1               show all output'
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict kdir vm shell demo

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# The compiler with the options of kbuild for a driver of this repository. To be sourced
-# after vm/lib.sh; changes to the top folder of the repository.
+# The compiler with the options of kbuild. To be sourced after vm/lib.sh; changes to the
+# top folder of the repository.
 
 # shellcheck disable=SC2154 # the variables of vm/lib.sh
 
-# Get the options of kbuild for a driver, without those for its object file.
-rustc_words()
-{
-	local cmd=samples/vfio_minimal/.vfio_minimal.o.cmd
-	local command word skip=0 words=()
+cd "$vm_top" || exit 1
+tool_env
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf -- "$scratch"' EXIT
 
-	command=$(sed -n '1s/^savedcmd_[^ ]* := //p' "$cmd" 2>/dev/null) || return
-	[ -n "$command" ] && [ -r rust/vfio/libvfio.rmeta ] || return
+# Get the options of kbuild for the object $1.o, without those for the object file and
+# those that match $2.
+rustc_options()
+{
+	local cmd=${1%/*}/.${1##*/}.o.cmd command word skip=0 words=()
+
+	command=$(sed -n '1s/^savedcmd_[^ ]* := //p' "$cmd" 2>/dev/null)
+	[ -n "$command" ] || return
 	# The words of a shell command of kbuild; objtool may follow.
 	eval "words=(${command%%;*})"
 	rustc_env=(RUSTC_BOOTSTRAP=1) rustc_flags=()
@@ -24,10 +29,12 @@ rustc_words()
 		fi
 		case $word in
 		OBJTREE=*|RUST_MODFILE=*) rustc_env+=("$word") ;;
-		rustc|*/rustc|clippy-driver|*/clippy-driver) ;;
-		--emit=*|-Dwarnings|samples/*.rs) ;;
+		rustc|*/rustc|clippy-driver|*/clippy-driver|--emit=*) ;;
 		--out-dir) skip=1 ;;
-		*) rustc_flags+=("$word") ;;
+		*)
+			# shellcheck disable=SC2053 # a pattern
+			[[ $word == $2 ]] || rustc_flags+=("$word")
+			;;
 		esac
 	done
 }
@@ -55,16 +62,17 @@ examples()
 		cp -- "$scratch/$driver.rs" "$scratch/driver.rs"
 }
 
-cd "$vm_top" || exit 1
-tool_env
-scratch=$(mktemp -d) || exit 1
-trap 'rm -rf -- "$scratch"' EXIT
-if ! rustc_words; then
-	echo 'Bail out! the modules are not built: make'
-	exit 1
-fi
-if ! examples; then
-	echo 'Bail out! the documentation has no examples'
-	exit 1
-fi
-echo "# $("$RUSTC" --version)"
+# Prepare rustc_emit.
+rustc_setup()
+{
+	if ! rustc_options samples/vfio_minimal/vfio_minimal '@(-Dwarnings|samples/*.rs)' ||
+		[ ! -r rust/vfio/libvfio.rmeta ]; then
+		echo 'Bail out! the modules are not built: make'
+		exit 1
+	fi
+	if ! examples; then
+		echo 'Bail out! the documentation has no examples'
+		exit 1
+	fi
+	echo "# $("$RUSTC" --version)"
+}

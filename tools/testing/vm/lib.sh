@@ -13,18 +13,19 @@ export vm_path
 
 vm_dir=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 vm_top=$(cd -- "$vm_dir/../../.." && pwd -P)
-vm_cache=${VFIO_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vfio-rust}
+vm_cache=${XDG_CACHE_HOME:-$HOME/.cache}/vfio-rust
 vm_logs=$vm_cache/logs
 # Results of this copy of the repository, other than the modules.
 vm_own=$vm_cache/trees/$(cksum <<<"$vm_top" | cut -d' ' -f1)
 vm_src=$vm_cache/src/linux-source-7.3
-# The test kernel: that of .config.fragment; VFIO_KERNEL=debug selects a slow one with
-# checks for faults, VFIO_KERNEL=strict one with control-flow integrity and without
-# iommufd.
 vm_build=$vm_cache/build
+# The options of the test kernel, and those that it must have.
 vm_fragments=$vm_top/.config.fragment
+vm_required=$vm_fragments
 vm_patience=1
 vm_suffix=
+# Only configure the kernel: modules can be compiled, but not loaded.
+vm_prepare=
 
 die()
 {
@@ -34,16 +35,34 @@ die()
 	exit 1
 }
 
-case ${VFIO_KERNEL:-} in
+# The first option of all scripts, which the scripts that they call inherit: another
+# kernel than that of .config.fragment.
+vm_given=
+if [ "${1:-}" = --kernel ]; then
+	vm_kernel=${2:?} vm_given=1
+	shift 2
+fi
+export vm_kernel=${vm_kernel:-}
+case $vm_kernel in
 '') ;;
-debug | strict)
-	vm_suffix=-$VFIO_KERNEL
-	vm_build+=$vm_suffix
-	vm_fragments+=" $vm_top/.config.$VFIO_KERNEL.fragment"
-	[ "$VFIO_KERNEL" = strict ] || vm_patience=8
-	;;
-*) die "VFIO_KERNEL=$VFIO_KERNEL: unknown kernel" ;;
+# A slow one with checks for faults.
+debug) vm_patience=8 ;;
+# One with control-flow integrity and without iommufd.
+strict) ;;
+# The normal one, but not built.
+prepared) vm_prepare=1 ;;
+# One with pages of 64 KiB, and the options of the normal one that exist there.
+arm64) vm_prepare=1 vm_required=$vm_top/.config.arm64.fragment ;;
+*) die "--kernel $vm_kernel: unknown kernel" ;;
 esac
+if [ -n "$vm_kernel" ]; then
+	vm_suffix=-$vm_kernel
+	vm_build+=$vm_suffix
+	if [ "$vm_kernel" != prepared ]; then
+		vm_fragments+=" $vm_top/.config.$vm_kernel.fragment"
+		[ "$vm_kernel" = arm64 ] || vm_required=$vm_fragments
+	fi
+fi
 
 case $vm_top$vm_cache in
 *[[:space:],:]*)
@@ -54,7 +73,7 @@ esac
 
 say()
 {
-	[ "${QUIET:-}" = 1 ] || printf '%s\n' "$*" >&2
+	printf '%s\n' "$*" >&2
 }
 
 # The build folder of the test kernel, also used to build the modules.
@@ -104,6 +123,9 @@ tool_env()
 	RUSTDOC=${RUSTC%/*}/rustdoc
 	RUSTFMT=${RUSTC%/*}/rustfmt
 	LLVM=1
+	[ "$vm_kernel" != arm64 ] || export ARCH=arm64
+	# Symbols cannot be resolved without a kernel image.
+	[ -z "$vm_prepare" ] || export KBUILD_MODPOST_WARN=1
 	[ -z "$llvm" ] || LIBCLANG_PATH=${llvm%/bin}/lib
 	[ "${V:-}" != 1 ] || export KBUILD_VERBOSE=1
 	# The variables and the job server of the calling make are not for the
@@ -180,6 +202,46 @@ run_cargo()
 
 	cargo=$(find_cargo) || return 1
 	env -u RUSTC -u RUSTDOC -u RUSTFLAGS PATH="${cargo%/*}:$vm_path" "$cargo" "$@"
+}
+
+# Copy the sources, including uncommitted ones, to a folder, for builds that must not
+# change the modules of the normal build.
+copy_sources()
+{
+	mkdir -p "$1" && git -C "$vm_top" ls-files -z -co --exclude-standard |
+		rsync -a --files-from=- --from0 --ignore-missing-args "$vm_top/" "$1/"
+}
+
+tap_number=0 tap_failed=0
+
+tap_plan()
+{
+	echo 'TAP version 13'
+	echo "1..$1"
+}
+
+# Print the result of the next test, with its output if it failed.
+tap_result()
+{
+	tap_number=$((tap_number + 1))
+	if [ "$1" = 0 ]; then
+		echo "ok $tap_number - $2"
+	else
+		[ -z "${3:-}" ] || printf '%s\n' "# ${3//$'\n'/$'\n# '}"
+		echo "not ok $tap_number - $2"
+		tap_failed=1
+		return 1
+	fi
+}
+
+# Run a command as a test: tap NAME COMMAND...
+tap()
+{
+	local output status
+
+	output=$("${@:2}" 2>&1 </dev/null)
+	status=$?
+	tap_result $status "$1" "$output"
 }
 
 # Build the kselftests into $vm_own/selftests.
