@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `VFIO_MIGRATION_P2P` requires a method that ends peer-to-peer DMA, `VFIO_MIGRATION_PRE_COPY` one
-//! that saves the device while it runs.
+//! The flags of a device are checked when its driver is registered: `VFIO_MIGRATION_P2P` requires
+//! methods that end peer-to-peer DMA, `VFIO_MIGRATION_PRE_COPY` one that saves the device while it
+//! runs.
 
 include!(env!("DRIVER"));
 
@@ -23,7 +24,41 @@ impl Claim for PreCopy {
     const FLAGS: Flags = Flags::STOP_COPY.with_pre_copy();
 }
 
-/// The device on the front page, which claims more.
+/// The device on the front page, whose open data claims more.
+struct Claimer<C: Claim>(PhantomData<fn() -> C>);
+
+impl<C: Claim> mdev::Driver for Claimer<C> {
+    const TYPES: &'static [mdev::Type] = Note::TYPES;
+    const MAX_INSTANCES: u32 = 8;
+
+    fn probe(_type_index: usize) -> impl PinInit<Self, Error> {
+        Ok(Claimer(PhantomData))
+    }
+}
+
+#[vtable]
+impl<C: Claim> emulated::Operations for Claimer<C> {
+    type OpenData = Claiming<C>;
+    const NAME: &'static CStr = c"claimer";
+
+    fn config_space(&self) -> Result<ConfigSpace> {
+        Note.config_space()
+    }
+
+    fn open(&self, function: Arc<Function>) -> impl PinInit<Claiming<C>, Error> {
+        Arc::pin_init(Note.open(function), GFP_KERNEL_ACCOUNT)
+            .map(|chip| Claiming(chip, PhantomData))
+    }
+
+    fn read(claiming: &Claiming<C>, pos: Position, to: &mut [u8]) -> Result {
+        Note::read(&claiming.0, pos, to)
+    }
+
+    fn write(claiming: &Claiming<C>, pos: Position, from: &[u8]) -> Result {
+        Note::write(&claiming.0, pos, from)
+    }
+}
+
 struct Claiming<C: Claim>(Arc<Chip>, PhantomData<fn() -> C>);
 
 #[vtable]
@@ -62,13 +97,13 @@ impl<C: Claim> Migratable for Claiming<C> {
     }
 }
 
-/// Makes the engine, as the registration of the device does.
-fn engine<C: Claim>() -> Result {
-    let engine = vfio::migration::Engine::<Claiming<C>>::new(C::FLAGS);
+/// Registers the driver, as its module does.
+fn register<C: Claim>() -> Result {
+    let registration = mdev::Registration::<Claimer<C>>::new();
     //~ error[E0080]: evaluation panicked: VFIO_MIGRATION_P2P needs quiesce_p2p() and resume_p2p()
     //~ error[E0080]: evaluation panicked: VFIO_MIGRATION_PRE_COPY needs pre_copy()
-    KBox::pin_init(engine, GFP_KERNEL).map(drop)
+    KBox::pin_init(registration, GFP_KERNEL).map(drop)
 }
 
 #[used]
-static ENGINES: [fn() -> Result; 2] = [engine::<P2p>, engine::<PreCopy>];
+static REGISTRATIONS: [fn() -> Result; 2] = [register::<P2p>, register::<PreCopy>];

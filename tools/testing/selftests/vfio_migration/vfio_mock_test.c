@@ -1795,33 +1795,6 @@ TEST_F(mock, only_vmm_restores_config_space)
 	mig_stream_free(&image);
 }
 
-/* ---- Removal of the mediated device ---- */
-
-TEST_F(pci, data_fd_outlives_the_mediated_device)
-{
-	static const __u32 states[] = { MIG_PRE_COPY, MIG_STOP_COPY, MIG_RESUMING };
-	struct vfio_precopy_info info;
-	struct guest guest;
-	unsigned int i;
-	int fd;
-
-	for (i = 0; i < ARRAY_SIZE(states); i++) {
-		if (!mig_fsm_exists(self->m.dev.flags, states[i]))
-			continue;
-		create_guest(_metadata, &guest, &self->m);
-		fd = go(_metadata, &guest.dev, states[i]);
-		mig_close(&guest.dev);
-		ASSERT_EQ(0, write_word(guest.remove, "1"));
-		EXPECT_EQ(-1, access(guest.path, F_OK))
-			PROMISE("a data_fd does not keep its device");
-		EXPECT_TRUE(mig_fd_is_dead(fd))
-			PROMISE("the fd may outlive device and mdev: ENODEV");
-		EXPECT_GT(0, mig_precopy_info(fd, &info));
-		EXPECT_NE(0, mig_poll(fd, POLLIN | POLLOUT, 0));
-		close(fd);
-	}
-}
-
 /* ---- DMA logging, stricter than required by the uAPI ---- */
 
 TEST_F(pci, dma_logging_refuses_bad_page_sizes)
