@@ -29,7 +29,7 @@ from qmp import QmpError
 from view import View, size
 
 BOOT_TIMEOUT = 240
-WORK_TIMEOUT = 60
+WORK_TIMEOUT = 240
 MIGRATE_TIMEOUT = 240
 VERIFY_TIMEOUT = 240
 QUIT_TIMEOUT = 20
