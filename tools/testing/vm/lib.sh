@@ -53,14 +53,12 @@ strict) ;;
 prepared) vm_prepare=1 ;;
 # One with pages of 64 KiB, and the options of the normal one that exist there.
 arm64) vm_prepare=1 vm_required=$vm_top/.config.arm64.fragment ;;
-# That of the distribution, see stock.
-stock) ;;
 *) die "--kernel $vm_kernel: unknown kernel" ;;
 esac
 if [ -n "$vm_kernel" ]; then
 	vm_suffix=-$vm_kernel
 	vm_build+=$vm_suffix
-	if [ "$vm_kernel" != prepared ] && [ "$vm_kernel" != stock ]; then
+	if [ "$vm_kernel" != prepared ]; then
 		vm_fragments+=" $vm_top/.config.$vm_kernel.fragment"
 		[ "$vm_kernel" = arm64 ] || vm_required=$vm_fragments
 	fi
@@ -87,10 +85,7 @@ kdir()
 # The build folder of the kernel for guests in the test machine, which is not under test.
 guest_kdir()
 {
-	local dir=${vm_build%"$vm_suffix"}
-
-	[ "$vm_kernel" != stock ] || dir=$vm_build/guest
-	printf '%s\n' "${KDIR:-$dir}"
+	printf '%s\n' "${KDIR:-${vm_build%"$vm_suffix"}}"
 }
 
 # The folder of the installed kernel modules for the test machine.
@@ -137,12 +132,6 @@ tool_env()
 	# builds of the scripts.
 	unset MAKEFLAGS MFLAGS MAKELEVEL RUSTFLAGS RUSTUP_TOOLCHAIN
 	export PATH RUSTC RUSTDOC RUSTFMT LLVM LIBCLANG_PATH
-	if [ "$vm_kernel" = stock ]; then
-		# The tools that the distribution has built its kernel with.
-		PATH=/usr/bin:/bin:/usr/sbin:/sbin
-		RUSTC=/usr/bin/rustc
-		unset LLVM LIBCLANG_PATH
-	fi
 }
 
 # The source tree of the kernel in kdir().
