@@ -142,8 +142,6 @@ class Machine:
                 stderr=stderr,
                 pass_fds=(far_report.fileno(), far_monitor.fileno()),
             )
-        for mdev in self.mdevs:
-            mdev.holder = self.process.pid
         far_report.close()
         far_monitor.close()
 

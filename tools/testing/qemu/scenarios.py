@@ -81,7 +81,7 @@ class Scenario:
         return mdevs
 
     def _machine(self, name, mdevs, guest=None):
-        backends = self.options.backend or self.plan.backends
+        backends = self.plan.backends
         backend = backends[self.started % len(backends)]
         self.started += 1
         devices = [(mdev, self.plan.properties) for mdev in mdevs]
@@ -647,12 +647,6 @@ def parse(argv):
     add("--append", default="", help="more options for the guest's kernel")
     add("--qemu", default="qemu-system-x86_64", help="the QEMU to run")
     add("--memory", default="160", help="memory of the guest in MiB")
-    add(
-        "--backend",
-        nargs=1,
-        choices=("group", "iommufd"),
-        help="use no other backend than this",
-    )
     add("--type", default=device.MOCK.type, help="type of vfio_mock devices")
     add("--bandwidth", type=int, default=32, help="limit in MiB/s")
     add(
