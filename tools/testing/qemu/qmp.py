@@ -16,6 +16,7 @@ class Qmp:
         self.sock = sock
         self.sock.setblocking(False)
         self.buffer = b""
+        self.number = 0
         self.replies = []
         self.events = []
         self.closed = False
@@ -45,12 +46,18 @@ class Qmp:
             else:
                 self.replies.append(message)
 
-    def _wait(self, timeout, what):
+    def _wait(self, timeout, what, number=None):
+        """Returns the answer to a command, or the greeting.
+
+        Drops late answers to commands that were given up.
+        """
         deadline = time.monotonic() + timeout
         while True:
             self.poll()
-            if self.replies:
-                return self.replies.pop(0)
+            while self.replies:
+                reply = self.replies.pop(0)
+                if reply.get("id") == number:
+                    return reply
             if self.closed:
                 raise QmpError(f"QEMU closed its monitor ({what})")
             if time.monotonic() > deadline:
@@ -59,7 +66,8 @@ class Qmp:
 
     def command(self, name, arguments=None, timeout=60):
         """Runs one command and returns its result."""
-        request = {"execute": name}
+        self.number += 1
+        request = {"execute": name, "id": self.number}
         if arguments:
             request["arguments"] = arguments
         try:
@@ -68,7 +76,7 @@ class Qmp:
             # Read the data that was sent before the connection was closed.
             self.poll()
             raise QmpError(f"{name}: {error}") from error
-        reply = self._wait(timeout, name)
+        reply = self._wait(timeout, name, self.number)
         if "error" in reply:
             raise QmpError(f"{name}: {reply['error'].get('desc')}")
         return reply["return"]
