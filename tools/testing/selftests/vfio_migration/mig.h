@@ -46,18 +46,19 @@ int mig_hang_seconds(void);
 struct mig_option {
 	const char *name;	/* NULL ends an array */
 	const char *argument;
+	bool number;		/* the argument is one */
 	const char *help;
 	const char *value;	/* NULL if it is not given */
 };
 
 /*
- * Takes @options and those of all programs from the arguments, and returns the number
- * of the remaining ones. Exits with the usage on unknown options.
+ * Parses @options and the common options, removes them from @argv, and returns the new
+ * @argc. Exits if an option is unknown or has a bad value.
  */
 int mig_take_options(int argc, char **argv, struct mig_option *options);
 /* The value of an option, or NULL. */
 const char *mig_option(const char *name);
-/* The same as a number; @otherwise without the option, or for zero. */
+/* The value as a number; @otherwise if the option is absent or 0. */
 unsigned long mig_number(const char *name, unsigned long otherwise);
 
 enum mig_backend {

@@ -9,10 +9,12 @@
 #include "mig.h"
 
 static struct mig_option common[] = {
-	{ .name = "rounds", .argument = "N", .help = "factor for the number of repetitions" },
-	{ .name = "hang", .argument = "SECONDS",
+	{ .name = "rounds", .argument = "N", .number = true,
+	  .help = "factor for the number of repetitions" },
+	{ .name = "hang", .argument = "SECONDS", .number = true,
 	  .help = "time limit for operations that must not wait (20)" },
-	{ .name = "patience", .argument = "N", .help = "factor for all time limits" },
+	{ .name = "patience", .argument = "N", .number = true,
+	  .help = "factor for the default time limits" },
 	{}
 };
 
@@ -46,10 +48,18 @@ static void __attribute__((noreturn)) usage(const char *program, bool asked)
 {
 	FILE *file = asked ? stdout : stderr;
 
-	fprintf(file, "Usage: %s [argument...]; -h prints more options\n", program);
+	fprintf(file, "Usage: %s [argument...]; -h lists the options of the harness\n", program);
 	print_options(file, specific);
 	print_options(file, common);
 	exit(asked ? 0 : 1);
+}
+
+static bool is_number(const char *text)
+{
+	char *end;
+
+	strtoul(text, &end, 0);
+	return end != text && !*end && *text != '-';
 }
 
 int mig_take_options(int argc, char **argv, struct mig_option *options)
@@ -67,6 +77,10 @@ int mig_take_options(int argc, char **argv, struct mig_option *options)
 		if (!o || (o->argument && i + 1 == argc))
 			usage(argv[0], !strcmp(argv[i], "--help"));
 		o->value = o->argument ? argv[++i] : "";
+		if (o->number && !is_number(o->value)) {
+			fprintf(stderr, "--%s %s: not a number\n", o->name, o->value);
+			exit(1);
+		}
 	}
 	argv[n] = NULL;
 	return n;

@@ -21,15 +21,15 @@
 #define SMALL_PAGES	16
 #define MEDIUM_PAGES	256
 
-/* Options of the programs for vfio_mock, which all accept all of them. */
+/* Options of the programs for vfio_mock. Each program accepts all of them. */
 static struct mig_option mock_options[] = {
 	{ .name = "small", .argument = "'PATH...'", .help = "devices in sysfs with 16 pages" },
 	{ .name = "medium", .argument = "'PATH...'", .help = "devices with 256 pages" },
 	{ .name = "16M", .argument = "'PATH...'", .help = "devices with 16 MiB" },
 	{ .name = "1G", .argument = "PATH", .help = "a device with 1 GiB" },
 	{ .name = "module", .argument = "FILE", .help = "vfio_mock.ko, to load it again" },
-	{ .name = "calls", .argument = "N", .help = "number of calls to fuzz (20000)" },
-	{ .name = "seed", .argument = "N", .help = "seed of the calls (1)" },
+	{ .name = "calls", .argument = "N", .number = true, .help = "number of calls to fuzz (20000)" },
+	{ .name = "seed", .argument = "N", .number = true, .help = "seed of the calls (1)" },
 	{}
 };
 

@@ -25,7 +25,7 @@ static __u8 *scribble(struct __test_metadata *_metadata, const struct mig_device
 	int ret = mig_scratch_write(dev, s, data);
 
 	ASSERT_EQ(0, ret)
-		STEP("write to the memory of VFIO_SCRATCH: %s", strerror(-ret));
+		STEP("write to the scratch memory: %s", strerror(-ret));
 	return data;
 }
 
@@ -40,11 +40,11 @@ static void expect_scratch(struct __test_metadata *_metadata,
 	ASSERT_NE(NULL, seen);
 	ret = mig_scratch_read(dev, s, seen);
 	ASSERT_EQ(0, ret)
-		STEP("read the memory of VFIO_SCRATCH: %s", strerror(-ret));
+		STEP("read the scratch memory: %s", strerror(-ret));
 	for (i = 0; i < s->len && seen[i] == want[i]; i++)
 		;
 	EXPECT_EQ(s->len, i)
-		TH_LOG("  %s: byte %zu of VFIO_SCRATCH is %#x instead of %#x", when, i,
+		TH_LOG("  %s: byte %zu of the scratch memory is %#x instead of %#x", when, i,
 		       i < s->len ? seen[i] : 0, i < s->len ? want[i] : 0);
 	free(seen);
 }

@@ -101,7 +101,7 @@ TEST_F(device, read_across_fault_loses_nothing)
 	load_and_run(_metadata, to, &image, 0);
 }
 
-/* The bytes of a readv(), in the order of its buffers: their number or -errno. */
+/* Reads with readv(), filling the buffers in order. Returns the number of bytes or -errno. */
 static ssize_t read_vector(int fd, struct mig_stream *s, const struct iovec *iov,
 			   unsigned int nr)
 {
