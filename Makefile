@@ -58,10 +58,10 @@ test:			## run all tests; the last line is the summary
 test-host:		## run the tests that need no kernel
 	$(testing)/run host host_fuzz
 
-test-debug:		## run the tests that need the test machine on the debug kernel
+test-debug:		## run KUnit, kselftests, client, mdevctl, demo on the debug kernel
 	$(testing)/run --kernel debug
 
-test-strict:		## the same on the kernel with CFI and without iommufd
+test-strict:		## run KUnit and kselftests on the kernel with CFI, without iommufd
 	$(testing)/run --kernel strict
 
 selftest:		## build the kselftests and run them in the test machine
@@ -73,7 +73,7 @@ selftest-mtty:		## run them on the mtty sample of the kernel and compare the res
 selftest-mutations:	## check that the kselftests notice each broken variant of the mock
 	$(testing)/run build mutations -- $(ONLY)
 
-soak:			## run longer variants of all tests, on all kernels
+soak:			## run the long tests, some of them on the debug and strict kernels
 	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict

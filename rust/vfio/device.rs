@@ -89,12 +89,12 @@ impl<Ctx: DeviceContext> Device<Ctx> {
 }
 
 impl Device<Open> {
-    /// Returns the next state on the path from `cur` to `target`, `cur` itself when they are equal.
+    /// Returns the next state on the path from `cur` to `target`, or `cur` if they are equal.
     /// All are values of `enum vfio_device_mig_state`.
     ///
     /// Fails with `EINVAL` if the uAPI refuses the request: the device does not support `target`,
-    /// or no path is permitted. `cur` must be a state that the device supports, other than
-    /// `ERROR`: otherwise vfio core warns.
+    /// or no path is permitted. `cur` must be a supported state other than `ERROR`; otherwise vfio
+    /// core warns.
     pub(crate) fn next_state(&self, cur: u32, target: u32) -> Result<u32> {
         let mut next = bindings::vfio_device_mig_state(cur);
         // SAFETY: By the type invariants the device is valid. The function accepts any states,

@@ -44,8 +44,8 @@
 //! * [`Device`]: the `struct vfio_device` of any VFIO driver, and the contexts in which its methods
 //!   can be called.
 //! * [`migration`]: the migration engine. A driver implements how it stops, saves and loads. The
-//!   engine owns the states, the transfer sessions and the data_fd. It depends on [`Device`]
-//!   and [`memory`] only.
+//!   engine owns the states, the transfer sessions and the data_fd. It does not depend on
+//!   [`emulated`] or [`mdev`].
 //! * [`emulated`]: software devices, without an IOMMU of their own, with their regions, interrupts
 //!   and PCI configuration space.
 //! * [`mdev`]: the mediated device bus, on which the administrator creates emulated devices.
@@ -54,8 +54,8 @@
 //! * [`dma`]: access to the user's memory, and the log of the written pages.
 //! * [`prelude`]: items that nearly every driver uses.
 //!
-//! The modules import each other in one direction: drivers, [`mdev`], [`emulated`], then [`dma`],
-//! [`memory`] and [`migration`], then [`Device`].
+//! There are no circular imports: drivers use [`mdev`], which uses [`emulated`], which uses
+//! [`dma`], [`memory`] and [`migration`], which use [`Device`].
 //!
 //! # Examples
 //!

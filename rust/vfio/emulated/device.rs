@@ -216,7 +216,7 @@ impl<T: Operations> Emulated<T> {
         drop(worker);
         self.private.engine.close();
         let opened = self.private.opened.lock().take();
-        // A driver may have kept the PCI function, but the eventfds belong to the user.
+        // A driver may still hold the `Function`, but the eventfds belong to the user.
         if let Some(opened) = &opened {
             opened.function.irqs.silence();
         }

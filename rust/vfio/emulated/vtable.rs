@@ -305,7 +305,7 @@ impl<T: Operations> VTable<T> {
                 const { assert!(offset_of!(bindings::interval_tree_node, rb) == 0) };
                 // SAFETY: The node is the first field of one in an interval tree.
                 let range = unsafe { &*node.cast::<bindings::interval_tree_node>() };
-                // The core does not reject empty ranges, which end before they begin.
+                // The core accepts empty ranges, whose last byte is before the first.
                 if range.last.wrapping_add(1) == range.start {
                     return Err(EINVAL);
                 }

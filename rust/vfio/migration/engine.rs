@@ -107,7 +107,7 @@ enum Event {
 }
 
 impl Event {
-    /// Returns the error of a state change that the event ends.
+    /// Returns the error with which the event ends a state change.
     fn error(self) -> Error {
         match self {
             Self::Failed => ENODEV,
@@ -299,9 +299,9 @@ impl<M: Migratable> Engine<M> {
     /// running, for `reset_done` of a PCI driver. The session ends and the state becomes `RUNNING`.
     /// Calls no method of the [`Migratable`].
     ///
-    /// Does not wait for a state change under way. That ends after the current arc, and fails with
-    /// `ECANCELED` unless the arc was its last one. The reset takes effect right after it. May
-    /// sleep. May be called where [`fail()`](Self::fail) may.
+    /// Does not wait for a state change under way. The state change stops after the current arc, and
+    /// fails with `ECANCELED` if arcs are left. The reset then takes effect. May sleep. May be called
+    /// where [`fail()`](Self::fail) may.
     pub fn reset_done(&self) {
         self.report(Event::Reset);
     }

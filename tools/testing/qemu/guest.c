@@ -563,7 +563,7 @@ static bool find_devices(void)
 	return device_count;
 }
 
-/* The kernel has no driver for hot-plug. */
+/* The guest kernel has no hotplug driver: rescan the bus. */
 static void await_devices(void)
 {
 	while (!find_devices()) {

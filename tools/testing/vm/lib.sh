@@ -35,8 +35,8 @@ die()
 	exit 1
 }
 
-# The first option of all scripts, which the scripts that they call inherit: another
-# kernel than that of .config.fragment.
+# --kernel NAME, as the first option of a script, selects a kernel other than that of
+# .config.fragment. Scripts that it calls inherit it.
 vm_given=
 if [ "${1:-}" = --kernel ]; then
 	vm_kernel=${2:?} vm_given=1
@@ -45,7 +45,7 @@ fi
 export vm_kernel=${vm_kernel:-}
 case $vm_kernel in
 '') ;;
-# A slow one with checks for faults.
+# With KASAN, lockdep and others: slow.
 debug) vm_patience=8 ;;
 # One with control-flow integrity and without iommufd.
 strict) ;;
@@ -154,8 +154,7 @@ at_least()
 	printf '%s\n%s\n' "$2" "$1" | sort -VC
 }
 
-# True if KVM can run machines. Without these flags /dev/kvm can be opened, but every
-# guest hangs.
+# True if KVM works. /dev/kvm may exist without vmx or svm, but then every guest hangs.
 have_kvm()
 {
 	grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ]
