@@ -218,7 +218,7 @@ pub trait Migratable: Send + Sync + 'static {
     }
 
     /// Stops the device. When this returns, there is no DMA and no interrupt, and only a [`Loader`]
-    /// and [`reset`](Self::reset) change the device's state. Interrupts signalled to an
+    /// and [`reset`](Self::reset) change the device's state. Interrupts signalled to a
     /// [`Function`](crate::emulated::Function) afterwards are pending until the device runs.
     ///
     /// Called after [`quiesce_p2p`](Self::quiesce_p2p), and to undo [`start`](Self::start) on an

@@ -299,9 +299,9 @@ impl<M: Migratable> Engine<M> {
     /// running, for `reset_done` of a PCI driver. The session ends and the state becomes `RUNNING`.
     /// Calls no method of the [`Migratable`].
     ///
-    /// Does not wait for a state change under way. The state change stops after the current arc, and
-    /// fails with `ECANCELED` if arcs are left. The reset then takes effect. May sleep. May be called
-    /// where [`fail()`](Self::fail) may.
+    /// Does not wait for a state change under way. The state change stops after the current arc,
+    /// and fails with `ECANCELED` if arcs are left. The reset then takes effect. May sleep. May be
+    /// called where [`fail()`](Self::fail) may.
     pub fn reset_done(&self) {
         self.report(Event::Reset);
     }
@@ -322,8 +322,9 @@ impl<M: Migratable> Engine<M> {
     /// Brings the device into the state `target`, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
     ///
     /// Returns the data_fd's file if the last arc opened a session. `target` is the user's value.
-    /// `driver` must be the same from open to close. The `migration_flags` of `device` must be
-    /// [`flags()`](Self::flags): with them, `vfio_mig_get_next_state()` selects the path. Waits
+    /// `driver` must be the same from open to close. The `migration_flags` of `device` should be
+    /// [`flags()`](Self::flags): with them, `vfio_mig_get_next_state()` selects the path. A path
+    /// with a state that the engine's flags exclude ends before that state, with `EINVAL`. Waits
     /// killably for another state change under way. May sleep.
     ///
     /// Fails with `EINVAL`, and changes nothing, if there is no path to the target: if the state
@@ -345,12 +346,17 @@ impl<M: Migratable> Engine<M> {
     }
 
     /// Returns the next state on the path to `target`.
-    fn next(device: &Device<Open>, state: State, target: State) -> Result<State> {
+    ///
+    /// Fails with `EINVAL` if the engine's flags exclude it: the driver may lack the methods for
+    /// it, whatever the flags of `device` are.
+    fn next(&self, device: &Device<Open>, state: State, target: State) -> Result<State> {
         if state == State::Error {
             // vfio core would warn.
             return Err(EINVAL);
         }
-        State::from_raw(device.next_state(state.as_raw(), target.as_raw())?).ok_or(EINVAL)
+        State::from_raw(device.next_state(state.as_raw(), target.as_raw())?)
+            .filter(|&next| self.flags.has(next))
+            .ok_or(EINVAL)
     }
 
     /// Walks to a state, arc by arc.
@@ -365,7 +371,7 @@ impl<M: Migratable> Engine<M> {
         let mut file = None;
         loop {
             let state = current.state();
-            let next = Self::next(device, state, target)?;
+            let next = self.next(device, state, target)?;
             if next == state {
                 return Ok(file);
             }
@@ -377,7 +383,8 @@ impl<M: Migratable> Engine<M> {
             if done.is_err() && driver.is_broken() {
                 current.leave(Current::Error);
             }
-            if let Current::Error = current {
+            // A device that was reset meanwhile is running, and release() changes the state.
+            if current.state() == State::Error && *self.event.lock() != Some(Event::Reset) {
                 driver.halt();
             }
             self.publish(current);

@@ -340,6 +340,52 @@ mod tests {
     }
 
     #[test]
+    fn device_reset_during_a_failed_arc_is_not_halted() -> Result {
+        let rig = Rig::new(Flags::STOP_COPY)?;
+
+        rig.fake.hold(Some(Call::Stop));
+        rig.fake.fail(Call::Stop, 0)?;
+        rig.fake.fail(Call::ResumeP2p, 0)?;
+        let other = rig.clone();
+        let change = Job::begin(move || other.set(State::Stop))?;
+        let held = wait_until(|| rig.fake.is_held());
+        rig.engine.reset_done();
+        rig.fake.hold(None);
+        let done = change.wait()?;
+        rig.fake.clear_failures();
+
+        ensure_eq!(held, Ok(()), "stop() is called");
+        ensure_eq!(done.err(), Some(FAILURE), "the arc fails");
+        ensure_eq!(
+            rig.engine.state(),
+            State::Running,
+            "the state after the reset"
+        );
+        let expected = [Call::QuiesceP2p, Call::Stop, Call::ResumeP2p];
+        ensure_eq!(rig.fake.calls()[..], expected, "no halt() after the reset");
+        Ok(())
+    }
+
+    #[test]
+    fn engine_enters_no_state_that_its_flags_exclude() -> Result {
+        for claimed in Flags::ALL {
+            let rig = Rig::with_device(Flags::STOP_COPY, claimed)?;
+
+            for target in State::ALL {
+                let _ = rig.set(target);
+                let state = rig.engine.state();
+                ensure_eq!(
+                    Flags::STOP_COPY.has(state),
+                    true,
+                    "{state:?} of {claimed:?}"
+                );
+                rig.engine.reset(&rig.fake)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn only_reset_leaves_error() -> Result {
         let mut shapes = 0;
 

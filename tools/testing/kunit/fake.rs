@@ -498,6 +498,11 @@ pub(crate) struct Rig {
 impl Rig {
     /// Creates a device of this shape, in `RUNNING`.
     pub(crate) fn new(flags: Flags) -> Result<Arc<Self>> {
+        Self::with_device(flags, flags)
+    }
+
+    /// Creates an engine of one shape, whose device claims to have another one.
+    pub(crate) fn with_device(flags: Flags, claimed: Flags) -> Result<Arc<Self>> {
         // A failed test may have left its device behind.
         let number = DEVICES.fetch_add(1, Relaxed);
         let name = CString::try_from_fmt(fmt!("vfio_kunit.{number}"))?;
@@ -507,7 +512,7 @@ impl Rig {
         // the device.
         let raw = unsafe {
             let parent = core::ptr::from_ref(parent_device).cast_mut();
-            core_side::vfio_kunit_alloc_device(parent.cast(), flags.as_raw() as u32)
+            core_side::vfio_kunit_alloc_device(parent.cast(), claimed.as_raw() as u32)
         };
         let raw = NonNull::new(from_err_ptr(raw)?).ok_or(ENOMEM)?;
         // SAFETY: `vfio_kunit_alloc_device()` allocates by `_vfio_alloc_device()` and returns the
