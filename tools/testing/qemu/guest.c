@@ -34,7 +34,6 @@
 
 #define REPORT_PORT	"/dev/ttyS1"
 #define REPORT_MS	250
-#define RESCAN_US	100000
 #define MAX_DEVICES	2
 
 #define HOT_PAGES	4
@@ -538,7 +537,7 @@ static const struct kind *find_kind(const char *dir)
 	return NULL;
 }
 
-static bool find_devices(void)
+static void find_devices(void)
 {
 	char dir[sizeof(PCI_DEVICES) + sizeof(devices->pci)];
 	const struct kind *kind;
@@ -560,16 +559,24 @@ static bool find_devices(void)
 		d->kind = kind;
 		snprintf(d->pci, sizeof(d->pci), "%s", list[i]->d_name);
 	}
-	return device_count;
+	errno = ENODEV;
+	if (!device_count)
+		die("no PCI device that is known here");
 }
 
-/* The guest kernel has no hotplug driver: rescan the bus. */
+/* The devices are plugged in before the next line. The guest has no hotplug driver. */
 static void await_devices(void)
 {
-	while (!find_devices()) {
-		usleep(RESCAN_US);
-		write_file("/sys/bus/pci/rescan", "1");
+	struct pollfd p = { .fd = commands, .events = POLLIN };
+	char byte = 0;
+
+	while (byte != '\n') {
+		if (poll(&p, 1, -1) < 0)
+			die("poll for a command");
+		if (read(commands, &byte, 1) != 1)
+			byte = 0;
 	}
+	write_file("/sys/bus/pci/rescan", "1");
 }
 
 static void *map_bar(struct device *d, unsigned int bar, __u64 *size)
@@ -780,9 +787,10 @@ int main(void)
 	if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		die("mlockall");
 	load_modules();
-	/* The devices may be plugged in from here on. */
 	say("@boot");
-	await_devices();
+	if (getenv("hotplug"))
+		await_devices();
+	find_devices();
 	for_each_device(d)
 		open_device(d);
 	if (device_count == 2 && devices[0].kind->engine &&

@@ -154,7 +154,10 @@ class Machine:
         # The basic CPU model works where the host model, nested, does not.
         argv += ["-cpu", "qemu64"]
         argv += ["-kernel", options.kernel, "-initrd", options.initramfs]
-        argv += ["-append", f"{KERNEL_OPTIONS} {options.append}"]
+        append = f"{KERNEL_OPTIONS} {options.append}"
+        if options.save or options.restore:
+            append += " hotplug=1"
+        argv += ["-append", append]
         argv += ["-serial", f"file:{self.folder / 'console'}"]
         argv += ["-chardev", f"socket,id=report,fd={report.fileno()}"]
         argv += ["-serial", "chardev:report"]
@@ -192,6 +195,8 @@ class Machine:
         for each in self.pending:
             self.qmp.command("device_add", each)
         self.qmp.command("cont")
+        if self.pending:
+            self.send("plugged")
 
     def save(self, path):
         """Stops the guest and saves it in a file."""

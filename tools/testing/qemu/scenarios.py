@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -681,6 +682,8 @@ def parse(argv):
 def main(argv):
     """Runs the scenarios; status 0 only if all of them pass."""
     options = parse(argv)
+    # End QEMU, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.save:
         return save(options)
     names = options.scenario
