@@ -215,6 +215,7 @@ tap_number=0 tap_failed=0
 
 tap_plan()
 {
+	tap_number=0 tap_failed=0
 	echo 'TAP version 13'
 	echo "1..$1"
 }

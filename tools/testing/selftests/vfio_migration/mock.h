@@ -28,7 +28,8 @@ static struct mig_option mock_options[] = {
 	{ .name = "16M", .argument = "'PATH...'", .help = "devices with 16 MiB" },
 	{ .name = "1G", .argument = "PATH", .help = "a device with 1 GiB" },
 	{ .name = "module", .argument = "FILE", .help = "vfio_mock.ko, to load it again" },
-	{ .name = "calls", .argument = "N", .number = true, .help = "number of calls to fuzz (20000)" },
+	{ .name = "calls", .argument = "N", .number = true,
+	  .help = "number of calls to fuzz (20000)" },
 	{ .name = "seed", .argument = "N", .number = true, .help = "seed of the calls (1)" },
 	{}
 };
