@@ -33,8 +33,8 @@ use kernel::{
 /// cgroup or the machine has not enough memory, the allocation fails without invoking the OOM
 /// killer: `__GFP_RETRY_MAYFAIL`.
 pub const GFP_MAYFAIL: Flags = {
-    const RETRY_MAYFAIL: u32 = 1 << bindings::___GFP_RETRY_MAYFAIL_BIT;
-    let bits = bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | RETRY_MAYFAIL;
+    let bits =
+        bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | bindings::__GFP_RETRY_MAYFAIL;
     // SAFETY: `Flags` is a newtype of `gfp_t` without invariants. It has no constant for each flag.
     unsafe { core::mem::transmute::<u32, Flags>(bits) }
 };

@@ -95,12 +95,39 @@ pub use crate::notifier::{
     Phase, //
 };
 
-use crate::memory::PageRun;
+use crate::{
+    bindings,
+    bindings::vfio_device_mig_state,
+    memory::PageRun, //
+};
 use kernel::{
     iov::IovIterDest,
     prelude::*,
     sync::Arc, //
 };
+
+// `fsm` uses `core` alone.
+static_assert!(State::Error.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_ERROR.0);
+static_assert!(State::Stop.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_STOP.0);
+static_assert!(State::Running.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_RUNNING.0);
+static_assert!(State::StopCopy.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_STOP_COPY.0);
+static_assert!(State::Resuming.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_RESUMING.0);
+static_assert!(
+    State::RunningP2p.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_RUNNING_P2P.0
+);
+static_assert!(State::PreCopy.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_PRE_COPY.0);
+static_assert!(
+    State::PreCopyP2p.as_raw() == vfio_device_mig_state::VFIO_DEVICE_STATE_PRE_COPY_P2P.0
+);
+static_assert!(Flags::STOP_COPY.as_raw() == bindings::VFIO_MIGRATION_STOP_COPY as u64);
+static_assert!(
+    Flags::STOP_COPY.with_p2p().as_raw()
+        == (bindings::VFIO_MIGRATION_STOP_COPY | bindings::VFIO_MIGRATION_P2P) as u64
+);
+static_assert!(
+    Flags::STOP_COPY.with_pre_copy().as_raw()
+        == (bindings::VFIO_MIGRATION_STOP_COPY | bindings::VFIO_MIGRATION_PRE_COPY) as u64
+);
 
 /// The migration support of a device.
 ///

@@ -173,21 +173,25 @@ def add_modules(step, names):
     return files
 
 
+CONSTANT_BEFORE = "const fop_flags_t RUST_CONST_HELPER_FOP_UNSIGNED_OFFSET = FOP_UNSIGNED_OFFSET;"
+
+
 def bindings(step):
     """rust: bindings: add the headers of VFIO and of mediated devices
 
     Abstractions for VFIO drivers need struct vfio_device and its operations,
     the bus of mediated devices, and anonymous inodes for the file that
-    carries a device's state in a migration; and helpers for what bindgen
-    cannot bind. With CONFIG_CFI an enum in the prototype of a callback is a
-    type of its own.
+    carries a device's state in a migration; and constants and helpers for
+    what bindgen cannot bind. With CONFIG_CFI an enum in the prototype of a
+    callback is a type of its own.
     """
     text = (TOP / "rust/bindings/vfio_bindings.h").read_text()
+    constants = re.findall(r"^const .*", text, re.MULTILINE)
+    helper = "rust/bindings/bindings_helper.h"
+    step.insert(helper, CONSTANT_BEFORE, "\n".join(constants))
     for include in re.findall(r"^#include <linux/.*", text, re.MULTILINE):
         step.sort_in(
-            "rust/bindings/bindings_helper.h",
-            include,
-            r"#include <linux/(?!hrtimer_types|acpi|gpu_buddy)",
+            helper, include, r"#include <linux/(?!hrtimer_types|acpi|gpu_buddy)"
         )
     text = (TOP / "rust/helpers/vfio.c").read_text()
     text = re.sub(r'#include (<linux/module.h>|"vfio.h")\n|\n/\* sparse (.*\n)*', "", text)

@@ -4,7 +4,7 @@
 
 use super::written::Written;
 use crate::{
-    compat::__GFP_RETRY_MAYFAIL,
+    memory::GFP_MAYFAIL,
     user::cond_resched_killable, //
 };
 use kernel::{
@@ -63,9 +63,7 @@ impl Log {
         if active.is_some() {
             return Err(EINVAL);
         }
-        // A failed allocation is handled, and must not invoke the OOM killer.
-        let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN | __GFP_RETRY_MAYFAIL;
-        *active = Some(Written::new(page_size, ranges, ZONES, flags)?);
+        *active = Some(Written::new(page_size, ranges, ZONES, GFP_MAYFAIL)?);
         Ok(page_size)
     }
 

@@ -15,26 +15,12 @@ use crate::{
     },
 };
 use kernel::{
-    ioctl::_IO,
     prelude::*,
     uaccess::{
         UserPtr,
         UserSlice, //
     },
 };
-
-const fn vfio_io(nr: u32) -> u32 {
-    _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + nr)
-}
-
-/// `VFIO_DEVICE_GET_INFO`.
-const GET_INFO: u32 = vfio_io(7);
-/// `VFIO_DEVICE_GET_IRQ_INFO`.
-const GET_IRQ_INFO: u32 = vfio_io(9);
-/// `VFIO_DEVICE_SET_IRQS`.
-const SET_IRQS: u32 = vfio_io(10);
-/// `VFIO_DEVICE_RESET`.
-const RESET: u32 = vfio_io(11);
 
 /// Serves an ioctl with the argument `arg`; `reset` resets the device. May sleep.
 ///
@@ -46,10 +32,10 @@ pub(super) fn serve(
     reset: impl FnOnce() -> Result, //
 ) -> Result {
     match cmd {
-        GET_INFO => get_info(arg),
-        GET_IRQ_INFO => get_irq_info(irqs, arg),
-        SET_IRQS => set_irqs(irqs, arg),
-        RESET => reset(),
+        bindings::VFIO_DEVICE_GET_INFO => get_info(arg),
+        bindings::VFIO_DEVICE_GET_IRQ_INFO => get_irq_info(irqs, arg),
+        bindings::VFIO_DEVICE_SET_IRQS => set_irqs(irqs, arg),
+        bindings::VFIO_DEVICE_RESET => reset(),
         _ => Err(ENOTTY),
     }
 }

@@ -32,6 +32,11 @@ use kernel::{
     uaccess::UserSliceReader, //
 };
 
+// `msix` uses `core` alone.
+static_assert!(msix::ENTRY_SIZE == bindings::PCI_MSIX_ENTRY_SIZE as usize);
+static_assert!(msix::CONTROL == bindings::PCI_MSIX_ENTRY_VECTOR_CTRL as usize);
+static_assert!(msix::CONTROL_MASKED as u32 == bindings::PCI_MSIX_ENTRY_CTRL_MASKBIT);
+
 /// Interrupt index of MSI-X.
 const MSIX: u32 = bindings::VFIO_PCI_MSIX_IRQ_INDEX;
 /// Interrupt index of the request to release the device.

@@ -63,9 +63,6 @@ use kernel::{
     },
 };
 
-/// `VFIO_MIG_GET_PRECOPY_INFO`.
-const MIG_GET_PRECOPY_INFO: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 21);
-
 /// Number of the ioctl in the first proposal, with the same argument. Users of that proposal still
 /// call it.
 const DEVICE_MIG_PRECOPY: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 22);
@@ -382,7 +379,7 @@ impl<M: Migratable> SaveSession<M> {
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         match self.saving.lock().as_ref() {
-            None => bindings::POLLIN | bindings::POLLRDNORM | POLLRDHUP,
+            None => bindings::POLLIN | bindings::POLLRDNORM | bindings::POLLRDHUP,
             Some(saving) if saving.is_readable(&self.notifier) => {
                 bindings::POLLIN | bindings::POLLRDNORM
             }
@@ -457,7 +454,7 @@ impl<M: Migratable> SaveSession<M> {
     /// Serves ioctl().
     fn ioctl(&self, cmd: u32, arg: UserPtr) -> Result {
         match cmd {
-            MIG_GET_PRECOPY_INFO | DEVICE_MIG_PRECOPY => self.precopy_info(arg),
+            bindings::VFIO_MIG_GET_PRECOPY_INFO | DEVICE_MIG_PRECOPY => self.precopy_info(arg),
             _ => Err(ENOTTY),
         }
     }
@@ -465,12 +462,6 @@ impl<M: Migratable> SaveSession<M> {
 
 /// The size of `struct vfio_precopy_info` in bytes.
 const PRECOPY_INFO_SIZE: usize = size_of::<bindings::vfio_precopy_info>();
-
-/// The poll event that `bindings` has only as an `EPOLL` macro.
-const POLLRDHUP: u32 = 0x2000;
-
-/// The flag of a `struct kiocb` that `bindings` does not have: its macro casts. Set by io_uring.
-const IOCB_NOWAIT: c_int = 8;
 
 /// Content of a resuming session until it ends.
 struct Loading<M: Migratable> {
@@ -718,7 +709,7 @@ unsafe fn nonblock(
     //
     // SAFETY: By the safety requirements.
     let is_splice = unsafe { !bindings::user_backed_iter(iter) };
-    file.flags() & flags::O_NONBLOCK != 0 || iocb_flags & IOCB_NOWAIT != 0 || is_splice
+    file.flags() & flags::O_NONBLOCK != 0 || iocb_flags & bindings::IOCB_NOWAIT != 0 || is_splice
 }
 
 /// Converts a result to the return value of read() and write().

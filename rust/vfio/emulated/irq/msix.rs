@@ -16,9 +16,10 @@ use core::ops::{
 /// The size of an entry of the table in bytes.
 pub const ENTRY_SIZE: usize = 16;
 
-/// Offset of the byte with the vector's mask in an entry, and the bit in that byte.
-const CONTROL: usize = 12;
-const CONTROL_MASKED: u8 = 1;
+/// Offset of the byte with the vector's mask in an entry.
+pub const CONTROL: usize = 12;
+/// Set if the vector is masked.
+pub const CONTROL_MASKED: u8 = 1;
 
 /// Number of vectors in a word of the pending bit array.
 const VECTORS_PER_WORD: usize = u64::BITS as usize;
