@@ -11,8 +11,10 @@ import textwrap
 
 # Names that are in the kernel crate itself and not in `kernel::vfio`.
 AT_TOP = ("bindings", "module_mdev_driver")
-# Items that are public enough inside of the kernel crate.
+# Items that are public enough inside of the kernel crate, and statements that are of no
+# use there.
 SCAFFOLD = "compat"
+OWN_STATEMENT = re.compile(rf"^ *let (\w+) = {SCAFFOLD}::\w+\(\1\);\n", re.MULTILINE)
 # Replacements in documentation, such as paths of files.
 PLACES = (
     ("samples/vfio_minimal", "samples/rust/vfio_minimal"),
@@ -250,7 +252,7 @@ def driver_line(line):
 
 def crate_source(source):
     """Converts a file of the crate to a file of `kernel::vfio`."""
-    head, declarations, tail = uses(source, moved)
+    head, declarations, tail = uses(OWN_STATEMENT.sub("", source), moved)
     out = []
     for part in (head, tail):
         lines = [crate_line(*line) for line in examples(part.split("\n"))]

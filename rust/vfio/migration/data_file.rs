@@ -16,7 +16,7 @@ use super::{
     Saver, //
 };
 use crate::{
-    bindings,
+    bindings, compat,
     device::{
         Device,
         Open, //
@@ -40,7 +40,6 @@ use kernel::{
         file::flags,
         File, //
     },
-    ioctl::_IO,
     iov::{
         IovIterDest,
         IovIterSource, //
@@ -62,10 +61,6 @@ use kernel::{
         UserSlice, //
     },
 };
-
-/// Number of the ioctl in the first proposal, with the same argument. Users of that proposal still
-/// call it.
-const DEVICE_MIG_PRECOPY: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 22);
 
 /// Last answer of a saver that was not returned to a reader yet, with the number of notifications
 /// before it. Another notification may change the answer.
@@ -453,8 +448,9 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Serves ioctl().
     fn ioctl(&self, cmd: u32, arg: UserPtr) -> Result {
+        let cmd = compat::mainline_ioctl(cmd);
         match cmd {
-            bindings::VFIO_MIG_GET_PRECOPY_INFO | DEVICE_MIG_PRECOPY => self.precopy_info(arg),
+            bindings::VFIO_MIG_GET_PRECOPY_INFO => self.precopy_info(arg),
             _ => Err(ENOTTY),
         }
     }

@@ -16,9 +16,6 @@
 #include <linux/types.h>
 #include <linux/vfio.h>
 
-/* The number of this ioctl in the draft of the pre-copy series. */
-#define MIG_DRAFT_PRECOPY_INFO	_IO(VFIO_TYPE, VFIO_BASE + 22)
-
 /* The states of a device. */
 #define MIG_ERROR		((__u32)VFIO_DEVICE_STATE_ERROR)
 #define MIG_STOP		((__u32)VFIO_DEVICE_STATE_STOP)

@@ -159,6 +159,7 @@ static void *page_before_a_hole(void)
 #include "device/concurrency.c"
 #include "device/content.c"
 #include "device/dma_log.c"
+#include "draft/device.c"
 
 static struct mig_option options[] = {
 	{ .name = "other", .argument = "PATH", .help = "device with incompatible images" },

@@ -298,21 +298,6 @@ TEST_F(device, precopy_info_flags)
 		PROMISE("the next opener has not opted in");
 }
 
-TEST_F(device, precopy_info_accepts_draft_number)
-{
-	struct vfio_precopy_info info, draft = { .argsz = sizeof(draft) };
-	int fd;
-
-	NEED_PRE_COPY(&self->dev);
-	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
-	if (ioctl(fd, MIG_DRAFT_PRECOPY_INFO, &draft) && errno == ENOTTY)
-		SKIP(return, "the device supports only mainline's number of the ioctl");
-	ASSERT_EQ(0, mig_precopy_info(fd, &info));
-	EXPECT_EQ(info.initial_bytes, draft.initial_bytes);
-	EXPECT_EQ(info.dirty_bytes, draft.dirty_bytes)
-		PROMISE("both ioctl numbers return the same values");
-}
-
 /* ---- MIG_DATA_SIZE ---- */
 
 TEST_F(device, data_size_in_every_state)
