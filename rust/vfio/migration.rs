@@ -414,9 +414,8 @@ pub trait Saver: Send + Unpin + 'static {
     /// For `VFIO_MIG_GET_PRECOPY_INFO` and `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fail with the
     /// same error. It should be exact: users decide from it when to stop the device. The engine
     /// warns once about a saver that has bytes left at its end, and about one that returns a chunk
-    /// although nothing was left and it has not notified since. Also called after [`Next::End`], to
-    /// check that nothing is left; an error is ignored then. May query firmware: poll() does not
-    /// call it.
+    /// although nothing was left and it has not notified since. May query firmware: read(), poll()
+    /// and state changes do not call it.
     fn remaining(&self) -> Result<Remaining>;
 
     /// Prepares for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved. The

@@ -80,8 +80,8 @@ struct Saving<M: Migratable> {
     /// The chunk to read next, perhaps read in part. [`None`] while a reader copies it.
     chunk: Option<Chunk>,
     answer: Answer,
-    /// Number of notifications when the saver last reported that nothing is left, if it did so
-    /// since its last chunk was requested.
+    /// Number of notifications when [`Saver::remaining()`] last returned that nothing is left, if
+    /// it did so since the saver's last chunk was requested.
     none_left: Option<u32>,
     /// Number of bytes of `chunk` that were read, its size, and whether it counts as initial.
     pos: usize,
@@ -96,12 +96,23 @@ struct Saving<M: Migratable> {
 }
 
 impl<M: Migratable> Saving<M> {
-    /// Returns the size of the rest of the saver's stream.
+    /// Returns the size of the rest of the saver's stream. May query firmware, so only an ioctl
+    /// calls this.
     fn ask_remaining(&mut self, notifier: &Notifier) -> Result<Remaining> {
         let seen = notifier.events();
         let remaining = self.saver.remaining()?;
-        self.none_left = (remaining.left(notifier.phase()) == 0).then_some(seen);
+        let left = remaining.left(notifier.phase());
+        if left > 0 && self.is_at_end(notifier.events()) {
+            pr_warn_once!("a saver says that {left} bytes are left at its end\n");
+        }
+        self.none_left = (left == 0).then_some(seen);
         Ok(remaining)
+    }
+
+    /// Returns whether the saver has reported the end, and there was no notification since, with
+    /// `events` notifications so far. Then nothing is left.
+    fn is_at_end(&self, events: u32) -> bool {
+        matches!(self.answer, Answer::End(seen) if seen == events)
     }
 
     /// Returns the size of the rest of the stream, including the rest of the current chunk.
@@ -127,7 +138,8 @@ impl<M: Migratable> Saving<M> {
         // Read before the saver is called, so that a notification meanwhile is not missed.
         let seen = notifier.events();
         let phase = notifier.phase();
-        let none_left = self.none_left.take() == Some(seen);
+        let none_left = self.is_at_end(seen) || self.none_left == Some(seen);
+        self.none_left = None;
         self.answer = match self.saver.next(phase) {
             // A chunk without bytes would never be read entirely.
             Ok(Next::Chunk(chunk)) if chunk.len() == 0 => Answer::Failed(EIO),
@@ -143,24 +155,9 @@ impl<M: Migratable> Saving<M> {
                 Answer::Nothing
             }
             Ok(Next::NotReady) => Answer::NotReady(seen),
-            Ok(Next::End) => {
-                self.check_end(notifier, seen);
-                Answer::End(seen)
-            }
+            Ok(Next::End) => Answer::End(seen),
             Err(e) => Answer::Failed(e),
         };
-    }
-
-    /// Warns about a saver that has bytes left at its end, unless there was a notification after
-    /// `seen`.
-    fn check_end(&mut self, notifier: &Notifier, seen: u32) {
-        let Ok(remaining) = self.ask_remaining(notifier) else {
-            return;
-        };
-        let left = remaining.left(notifier.phase());
-        if left > 0 && seen == notifier.events() {
-            pr_warn_once!("a saver says that {left} bytes are left at its end\n");
-        }
     }
 
     /// Returns whether a read() would not wait.

@@ -985,6 +985,39 @@ mod tests {
         Ok(())
     }
 
+    /// The sizes may come from firmware. The position in the stream is known without them.
+    #[test]
+    fn read_queries_no_size() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+
+        for state in [State::PreCopy, State::StopCopy] {
+            let queries = || {
+                let asked = rig.fake.asked();
+                asked
+                    .iter()
+                    .filter(|call| **call == Call::Remaining)
+                    .count()
+            };
+            let end = if state == State::PreCopy {
+                Err(ENOMSG)
+            } else {
+                Ok(0)
+            };
+            let fd = rig.enter(state)?.ok_or(EINVAL)?;
+
+            rig.fake.provide(b"0123456789", true)?;
+            ensure_eq!(fd.read(user.addr, 4), Ok(4), "a part in {state:?}");
+            ensure_eq!(fd.read(user.addr, 16), Ok(6), "the rest in {state:?}");
+            ensure_eq!(fd.read(user.addr, 16), end, "the end in {state:?}");
+            rig.fake.set_ready(false);
+            ensure_eq!(fd.read_nonblock(user.addr, 16), Err(EAGAIN), "{state:?}");
+            rig.fake.set_ready(true);
+            ensure_eq!(queries(), 0, "queries in {state:?}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn poll_agrees_with_read_after_a_failed_read() -> Result {
         let user = UserMemory::new(16)?;
@@ -1063,8 +1096,10 @@ mod tests {
         ensure_eq!(size(), Ok(0), "size of nothing");
         rig.fake.provide(b"0123456789", true)?;
         ensure_eq!(fd.read(user.addr, 16), Ok(10), "what is there now");
+        ensure_eq!(fd.read(user.addr, 16), Err(ENOMSG), "the end");
         rig.fake.set_missing(5);
         rig.fake.notifier()?.notify();
+        ensure_eq!(size(), Ok(5), "size after the notification");
         rig.fake.set_missing(0);
         ensure_eq!(fd.read(user.addr, 16), Err(ENOMSG), "what has gone");
         ensure_eq!(reports(), (chunks, ends), "reports without a mistake");
@@ -1076,12 +1111,14 @@ mod tests {
             ensure_eq!(reports(), (chunks + 1, ends), "reports in round {round}");
         }
         for round in 0..2 {
-            rig.fake.set_missing(5);
             ensure_eq!(
                 fd.read(user.addr, 16),
                 Err(ENOMSG),
                 "the end in round {round}"
             );
+            rig.fake.set_missing(5);
+            ensure_eq!(size(), Ok(5), "size in round {round}");
+            rig.fake.set_missing(0);
             ensure_eq!(
                 reports(),
                 (chunks + 1, ends + 1),
