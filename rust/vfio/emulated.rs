@@ -118,8 +118,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
         Self::OpenData::FLAGS
     }
 
-    /// Returns the PCI configuration space at power on, which defines the BARs and interrupts of
-    /// the device. Called once, before it is registered. May sleep.
+    /// Returns the description of the PCI configuration space, which defines the BARs and
+    /// interrupts of the device. Called once, before it is registered. May sleep.
     ///
     /// If it fails, the creation of the device fails with the same error.
     fn config_space(&self) -> Result<ConfigSpace>;

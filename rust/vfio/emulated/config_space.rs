@@ -4,43 +4,48 @@
 //!
 //! C header: [`include/uapi/linux/pci_regs.h`](srctree/include/uapi/linux/pci_regs.h)
 
-use crate::emulated::{
-    irq::msix,
-    region, //
+use crate::{
+    bindings,
+    emulated::{
+        irq::msix,
+        region, //
+    }, //
 };
 use kernel::prelude::*;
 
 /// The size in bytes of a conventional configuration space.
-pub const SIZE: usize = 256;
+pub const SIZE: usize = bindings::PCI_CFG_SPACE_SIZE as usize;
 
 /// Offsets, named like `PCI_*`.
-const VENDOR_ID: usize = 0x00;
-const COMMAND: usize = 0x04;
-const CLASS_REVISION: usize = 0x08;
-const CACHE_LINE_SIZE: usize = 0x0c;
-const BASE_ADDRESS_0: usize = 0x10;
-const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
-const CAPABILITY_LIST: usize = 0x34;
-const INTERRUPT_LINE: usize = 0x3c;
-/// Offset of the only capability.
-const CAPABILITY: usize = 0x40;
+const VENDOR_ID: usize = bindings::PCI_VENDOR_ID as usize;
+const COMMAND: usize = bindings::PCI_COMMAND as usize;
+const CLASS_REVISION: usize = bindings::PCI_CLASS_REVISION as usize;
+const CACHE_LINE_SIZE: usize = bindings::PCI_CACHE_LINE_SIZE as usize;
+const BASE_ADDRESS_0: usize = bindings::PCI_BASE_ADDRESS_0 as usize;
+const SUBSYSTEM_VENDOR_ID: usize = bindings::PCI_SUBSYSTEM_VENDOR_ID as usize;
+const CAPABILITY_LIST: usize = bindings::PCI_CAPABILITY_LIST as usize;
+const INTERRUPT_LINE: usize = bindings::PCI_INTERRUPT_LINE as usize;
+/// Offset of the only capability, and of its registers.
+const CAPABILITY: usize = bindings::PCI_STD_HEADER_SIZEOF as usize;
+const MSIX_FLAGS: usize = CAPABILITY + bindings::PCI_MSIX_FLAGS as usize;
+const MSIX_TABLE: usize = CAPABILITY + bindings::PCI_MSIX_TABLE as usize;
+const MSIX_PBA: usize = CAPABILITY + bindings::PCI_MSIX_PBA as usize;
 
-/// In the command register: memory space, bus master, parity, SERR#, INTx disable.
-const COMMAND_WRITABLE: u32 = 0x0546;
-/// In the command register: BARs are decoded; the device may do DMA and send messages.
-const COMMAND_MEMORY: u8 = 1 << 1;
-const COMMAND_MASTER: u8 = 1 << 2;
-/// In the status register, which shares a dword with the command register.
-const STATUS_CAP_LIST: u32 = 1 << 20;
-/// In a base address register: memory anywhere in 64 bits.
-const BASE_ADDRESS_64: u32 = 1 << 2;
-const BASE_ADDRESS_PREFETCH: u32 = 1 << 3;
-/// The capability MSI-X, and the writable bits of its first dword: enable, function mask.
-const CAP_ID_MSIX: u32 = 0x11;
-const MSIX_WRITABLE: u32 = 0xc000_0000;
-/// In the last byte of that dword: the function mask.
-const MSIX_CONTROL: usize = CAPABILITY + 3;
-const MSIX_FUNCTION_MASK: u8 = 1 << 6;
+/// The size of a register in bytes.
+const REGISTER: usize = size_of::<u32>();
+
+/// The writable bits of the command register.
+const COMMAND_WRITABLE: u32 = bindings::PCI_COMMAND_MEMORY
+    | bindings::PCI_COMMAND_MASTER
+    | bindings::PCI_COMMAND_PARITY
+    | bindings::PCI_COMMAND_SERR
+    | bindings::PCI_COMMAND_INTX_DISABLE;
+/// The writable bits of the message control register of MSI-X.
+const MSIX_WRITABLE: u32 = bindings::PCI_MSIX_FLAGS_ENABLE | bindings::PCI_MSIX_FLAGS_MASKALL;
+/// The maximum number of vectors: the message control register has the number minus one.
+const MAX_VECTORS: u32 = bindings::PCI_MSIX_FLAGS_QSIZE + 1;
+/// The writable bits of registers of one byte that the device ignores.
+const BYTE_WRITABLE: u32 = u8::MAX as u32;
 
 /// Returns the size in bytes of the data of
 /// [`Function::save_msix`](crate::emulated::Function::save_msix) for a device with `vectors`
@@ -59,6 +64,7 @@ pub(crate) struct Msix {
 }
 
 /// The identity of a device.
+#[derive(Clone, Copy)]
 pub struct Id {
     /// Vendor ID, also of the subsystem.
     pub vendor: u16,
@@ -68,17 +74,44 @@ pub struct Id {
     pub class: u32,
 }
 
-/// Returns the words of a configuration space or of its mask.
-fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
-    let words = bytes.chunks_exact(size_of::<u64>());
-    words.filter_map(|word| Some(u64::from_ne_bytes(*word.first_chunk()?)))
+/// The content of a configuration space.
+pub(crate) type Content = [u8; SIZE];
+
+/// A 64-bit memory BAR. The size is zero if the device does not have it.
+#[derive(Clone, Copy, Default)]
+struct Bar {
+    size: u64,
+    prefetchable: bool,
 }
 
-/// The configuration space of a PCI device without INTx.
+/// Returns a 16-bit register.
+fn word(content: &Content, offset: usize) -> u32 {
+    let bytes = content.get(offset..).and_then(|rest| rest.first_chunk());
+    bytes.map_or(0, |bytes| u32::from(u16::from_le_bytes(*bytes)))
+}
+
+/// Returns whether memory space is enabled: accesses to BARs reach the device.
+pub(crate) fn is_decoding(content: &Content) -> bool {
+    word(content, COMMAND) & bindings::PCI_COMMAND_MEMORY != 0
+}
+
+/// Returns whether bus mastering is enabled: the device may do DMA and send messages.
+pub(crate) fn is_master(content: &Content) -> bool {
+    word(content, COMMAND) & bindings::PCI_COMMAND_MASTER != 0
+}
+
+/// Reads bytes. Bytes after the end read as zero.
+pub(crate) fn read(content: &Content, offset: usize, to: &mut [u8]) {
+    for (at, byte) in (offset..).zip(to) {
+        *byte = content.get(at).copied().unwrap_or(0);
+    }
+}
+
+/// Description of the configuration space of a PCI device without INTx.
 ///
-/// It has its content at power on when the device is opened and after a reset: in the command
-/// register, the bit for memory space is set and the bit for bus mastering is clear, like in a
-/// device that `vfio-pci` has just opened.
+/// The registers have their values at power on when the device is opened and after a reset: in the
+/// command register, the bit for memory space is set and the bit for bus mastering is clear, like
+/// in a device that `vfio-pci` has just opened.
 ///
 /// Users get the size of a BAR by writing ones to it, and the features of the device from the list
 /// of capabilities.
@@ -98,33 +131,28 @@ fn words(bytes: &[u8; SIZE]) -> impl Iterator<Item = u64> + '_ {
 ///         .msix(4, region::BAR0, 0x1000, 0x2000)
 /// }
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub struct ConfigSpace {
-    bytes: [u8; SIZE],
-    /// The writable bits.
-    writable: [u8; SIZE],
-    /// The size of each BAR in bytes.
-    bars: [u64; 6],
+    id: Id,
+    /// The BARs 0, 2 and 4.
+    bars: [Bar; bindings::PCI_STD_NUM_BARS as usize / 2],
     msix: Msix,
 }
 
 impl ConfigSpace {
-    /// Creates the configuration space of a device without BARs and capabilities, at power on.
+    /// Creates the description of a device without BARs and capabilities.
     pub fn new(id: Id) -> Self {
-        let mut this = Self {
-            bytes: [0; SIZE],
-            writable: [0; SIZE],
-            bars: [0; 6],
+        Self {
+            id,
+            bars: Default::default(),
             msix: Msix::default(),
-        };
-        let ids = u32::from(id.device) << 16 | u32::from(id.vendor);
-        this.put(VENDOR_ID, ids, 0);
-        this.put(COMMAND, u32::from(COMMAND_MEMORY), COMMAND_WRITABLE);
-        this.put(CLASS_REVISION, id.class << 8 | 1, 0);
-        this.put(CACHE_LINE_SIZE, 0, 0xff);
-        this.put(SUBSYSTEM_VENDOR_ID, ids, 0);
-        this.put(INTERRUPT_LINE, 0, 0xff);
-        this
+        }
+    }
+
+    /// Returns the size in bytes of a BAR, zero if the device does not have it.
+    fn bar_size(&self, index: usize) -> u64 {
+        let bar = self.bars.get(index / 2).filter(|_| index % 2 == 0);
+        bar.map_or(0, |bar| bar.size)
     }
 
     /// Adds a 64-bit memory BAR, which consists of two registers from `index` on.
@@ -133,10 +161,10 @@ impl ConfigSpace {
     /// this BAR already, or if `size` in bytes is not a power of two from 16 to
     /// [`region::MAX_SIZE`].
     pub fn memory_bar(mut self, index: usize, size: u64, prefetchable: bool) -> Result<Self> {
-        let why = match self.bars.get(index) {
+        let why = match self.bars.get(index / 2) {
             None => "there is no such BAR",
             Some(_) if index % 2 != 0 => "the register is the upper half of another BAR",
-            Some(bar) if *bar != 0 => "the device has this BAR already",
+            Some(bar) if bar.size != 0 => "the device has this BAR already",
             _ if size < 16 || !size.is_power_of_two() => {
                 "the size is not a power of two of at least 16"
             }
@@ -147,19 +175,8 @@ impl ConfigSpace {
             pr_err!("BAR{} of {:#x} bytes: {}\n", index, size, why);
             return Err(EINVAL);
         }
-        // The address bits below the size are read-only, so that users can get the size.
-        let mask = !(size - 1);
-        let flags = BASE_ADDRESS_64
-            | if prefetchable {
-                BASE_ADDRESS_PREFETCH
-            } else {
-                0
-            };
-        let low = BASE_ADDRESS_0 + index * 4;
-        self.put(low, flags, mask as u32);
-        self.put(low + 4, 0, (mask >> 32) as u32);
-        if let Some(bar) = self.bars.get_mut(index) {
-            *bar = size;
+        if let Some(bar) = self.bars.get_mut(index / 2) {
+            *bar = Bar { size, prefetchable };
         }
         Ok(self)
     }
@@ -173,7 +190,7 @@ impl ConfigSpace {
     /// has MSI-X already or does not have that BAR yet, if an offset is not a multiple of 8, or if
     /// table and pending bits overlap or are not inside the BAR.
     pub fn msix(mut self, vectors: u32, bar: u32, table: u32, pba: u32) -> Result<Self> {
-        let size = self.bars.get(bar as usize).copied().unwrap_or(0);
+        let size = self.bar_size(bar as usize);
         let count = vectors as usize;
         let (at, table_end) = (
             u64::from(table),
@@ -183,7 +200,7 @@ impl ConfigSpace {
             u64::from(pba),
             u64::from(pba) + msix::pending_size(count) as u64,
         );
-        let why = if vectors == 0 || vectors > 2048 {
+        let why = if vectors == 0 || vectors > MAX_VECTORS {
             "there are not 1 to 2048 vectors"
         } else if self.msix.vectors != 0 {
             "the device has MSI-X already"
@@ -209,12 +226,6 @@ impl ConfigSpace {
             );
             return Err(EINVAL);
         }
-        let command = STATUS_CAP_LIST | u32::from(COMMAND_MEMORY);
-        self.put(COMMAND, command, COMMAND_WRITABLE);
-        self.put(CAPABILITY_LIST, CAPABILITY as u32, 0);
-        self.put(CAPABILITY, (vectors - 1) << 16 | CAP_ID_MSIX, MSIX_WRITABLE);
-        self.put(CAPABILITY + 4, table | bar, 0);
-        self.put(CAPABILITY + 8, pba | bar, 0);
         self.msix = Msix {
             vectors,
             bar,
@@ -228,7 +239,7 @@ impl ConfigSpace {
     pub(crate) fn region_size(&self, region_index: u32) -> u64 {
         match region_index {
             region::CONFIG => SIZE as u64,
-            index => self.bars.get(index as usize).copied().unwrap_or(0),
+            index => self.bar_size(index as usize),
         }
     }
 
@@ -237,56 +248,95 @@ impl ConfigSpace {
         self.msix
     }
 
-    /// Returns whether all MSI-X vectors are masked.
-    pub(crate) fn is_function_masked(&self) -> bool {
-        self.bytes[MSIX_CONTROL] & self.writable[MSIX_CONTROL] & MSIX_FUNCTION_MASK != 0
+    /// Returns the value of a register at power on, and its writable bits. `offset` is a multiple
+    /// of [`REGISTER`].
+    fn register(&self, offset: usize) -> (u32, u32) {
+        let Self { id, msix, .. } = self;
+        let has_msix = msix.vectors > 0;
+        match offset {
+            VENDOR_ID | SUBSYSTEM_VENDOR_ID => {
+                (u32::from(id.device) << 16 | u32::from(id.vendor), 0)
+            }
+            COMMAND => {
+                let status = if has_msix {
+                    bindings::PCI_STATUS_CAP_LIST
+                } else {
+                    0
+                };
+                (
+                    status << 16 | bindings::PCI_COMMAND_MEMORY,
+                    COMMAND_WRITABLE,
+                )
+            }
+            CLASS_REVISION => (id.class << 8 | 1, 0),
+            CACHE_LINE_SIZE | INTERRUPT_LINE => (0, BYTE_WRITABLE),
+            CAPABILITY_LIST if has_msix => (CAPABILITY as u32, 0),
+            CAPABILITY if has_msix => (
+                (msix.vectors - 1) << 16 | bindings::PCI_CAP_ID_MSIX,
+                MSIX_WRITABLE << 16,
+            ),
+            MSIX_TABLE if has_msix => (msix.table | msix.bar, 0),
+            MSIX_PBA if has_msix => (msix.pending | msix.bar, 0),
+            _ => self.base_address(offset),
+        }
     }
 
-    /// Returns whether memory space is enabled: accesses to BARs reach the device.
-    pub(crate) fn is_decoding(&self) -> bool {
-        self.bytes[COMMAND] & COMMAND_MEMORY != 0
+    /// Does the same as [`register()`](Self::register) for the base address registers.
+    fn base_address(&self, offset: usize) -> (u32, u32) {
+        let index = offset.wrapping_sub(BASE_ADDRESS_0) / REGISTER;
+        let Some(bar) = self.bars.get(index / 2).filter(|bar| bar.size > 0) else {
+            return (0, 0);
+        };
+        // The address bits below the size are read-only, so that users can get the size.
+        let mask = !(bar.size - 1);
+        if index % 2 != 0 {
+            return (0, (mask >> 32) as u32);
+        }
+        let prefetch = if bar.prefetchable {
+            bindings::PCI_BASE_ADDRESS_MEM_PREFETCH
+        } else {
+            0
+        };
+        (
+            bindings::PCI_BASE_ADDRESS_MEM_TYPE_64 | prefetch,
+            mask as u32,
+        )
     }
 
-    /// Returns whether bus mastering is enabled: the device may do DMA and send messages.
-    pub(crate) fn is_master(&self) -> bool {
-        self.bytes[COMMAND] & COMMAND_MASTER != 0
-    }
-
-    fn put(&mut self, offset: usize, value: u32, writable: u32) {
-        let range = offset..offset + size_of::<u32>();
-        if let Some(bytes) = self.bytes.get_mut(range.clone()) {
+    /// Resets `content` to the values at power on.
+    pub(crate) fn reset(&self, content: &mut Content) {
+        for (offset, bytes) in content.chunks_exact_mut(REGISTER).enumerate() {
+            let (value, _) = self.register(offset * REGISTER);
             bytes.copy_from_slice(&value.to_le_bytes());
         }
-        if let Some(bytes) = self.writable.get_mut(range) {
-            bytes.copy_from_slice(&writable.to_le_bytes());
-        }
     }
 
-    /// Reads bytes. Bytes after the end read as zero.
-    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) {
-        for (at, byte) in (offset..).zip(to) {
-            *byte = self.bytes.get(at).copied().unwrap_or(0);
-        }
-    }
-
-    /// Writes bytes. Only writable bits change.
-    pub(crate) fn write(&mut self, offset: usize, from: &[u8]) {
-        let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
-        for ((byte, mask), from) in bytes.zip(from) {
+    /// Writes bytes to `content`. Only writable bits change.
+    pub(crate) fn write(&self, content: &mut Content, offset: usize, from: &[u8]) {
+        let bytes = content.iter_mut().enumerate().skip(offset);
+        for ((at, byte), from) in bytes.zip(from) {
+            let (_, writable) = self.register(at / REGISTER * REGISTER);
+            let mask = writable.to_le_bytes()[at % REGISTER];
             *byte = *byte & !mask | from & mask;
         }
     }
 
-    /// Returns the whole content, for the stream.
-    pub(crate) fn save(&self) -> &[u8; SIZE] {
-        &self.bytes
+    /// Returns whether all MSI-X vectors are masked.
+    pub(crate) fn is_function_masked(&self, content: &Content) -> bool {
+        self.msix.vectors > 0 && word(content, MSIX_FLAGS) & bindings::PCI_MSIX_FLAGS_MASKALL != 0
     }
 
     /// Returns whether a configuration space in a stream belongs to such a device: whether all
     /// read-only bits are equal.
-    pub(crate) fn accepts(&self, bytes: &[u8; SIZE]) -> bool {
-        let old = words(&self.bytes).zip(words(&self.writable));
-        old.zip(words(bytes))
-            .all(|((old, mask), new)| (old ^ new) & !mask == 0)
+    pub(crate) fn accepts(&self, content: &Content) -> bool {
+        content
+            .chunks_exact(REGISTER)
+            .enumerate()
+            .all(|(offset, bytes)| {
+                let (value, writable) = self.register(offset * REGISTER);
+                let mut register = [0; REGISTER];
+                register.copy_from_slice(bytes);
+                (u32::from_le_bytes(register) ^ value) & !writable == 0
+            })
     }
 }

@@ -87,7 +87,6 @@ impl<T: Operations> worker::Job for DeviceWork<T> {
 pub(super) struct Private<T: Operations> {
     #[pin]
     pub(super) data: T,
-    /// The configuration space at power on.
     config: ConfigSpace,
     #[pin]
     pub(super) engine: Engine<OpenDevice<T>>,
@@ -150,7 +149,7 @@ impl<T: Operations> Emulated<T> {
     /// Creates the data of an open device, for the first open. May sleep.
     pub(super) fn open(&self) -> Result {
         self.private.engine.open()?;
-        let function = Function::new(self.private.config.clone())?;
+        let function = Function::new(self.private.config)?;
         let data = self.private.data.open(function.clone());
         let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
         let mappable = self.mappable(&data)?;

@@ -6,6 +6,7 @@ use crate::emulated::{
     config_space::{
         self,
         ConfigSpace,
+        Content,
         SIZE, //
     },
     gate::Gate,
@@ -86,10 +87,10 @@ const BLOCK: usize = 1 << 10;
 /// ```
 #[pin_data]
 pub struct Function {
-    power_on: ConfigSpace,
+    space: ConfigSpace,
     place: config_space::Msix,
     #[pin]
-    config: Mutex<ConfigSpace>,
+    config: Mutex<Content>,
     #[pin]
     pub(crate) irqs: Irqs,
     pub(crate) gate: Arc<Gate>,
@@ -97,19 +98,22 @@ pub struct Function {
 
 impl Function {
     /// Creates the PCI function of a running device at power on, without eventfds.
-    pub(crate) fn new(power_on: ConfigSpace) -> Result<Arc<Self>> {
-        let place = power_on.msix_place();
+    pub(crate) fn new(space: ConfigSpace) -> Result<Arc<Self>> {
+        let place = space.msix_place();
         let this = Arc::pin_init(
             try_pin_init!(Self {
-                config <- new_mutex!(power_on.clone(), "vfio::emulated::Function::config"),
-                power_on,
+                space,
                 place,
+                config <- new_mutex!(pin_init::init_zeroed(), "vfio::emulated::Function::config"),
                 irqs <- Irqs::new(place.vectors),
                 gate: Gate::new()?,
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )?;
-        this.follow(&this.power_on);
+        let mut config = this.config.lock();
+        this.space.reset(&mut config);
+        this.follow(&config);
+        drop(config);
         Ok(this)
     }
 
@@ -159,7 +163,7 @@ impl Function {
 
     /// Reads from the configuration space.
     pub(crate) fn read_config(&self, offset: usize, to: &mut [u8]) {
-        self.config.lock().read(offset, to);
+        config_space::read(&self.config.lock(), offset, to);
     }
 
     /// Writes to the configuration space, and calls `enable` with whether BARs are decoded now. May
@@ -168,18 +172,19 @@ impl Function {
     /// When this returns, no DMA or access to a BAR is under way that the write has disabled.
     pub(crate) fn write_config(&self, offset: usize, from: &[u8], enable: impl FnOnce(bool)) {
         let mut config = self.config.lock();
-        config.write(offset, from);
+        self.space.write(&mut config, offset, from);
         self.follow(&config);
-        enable(config.is_decoding());
+        enable(config_space::is_decoding(&config));
         drop(config);
         self.gate.drain();
     }
 
     /// Puts the configuration space into effect. Called with `config` locked.
-    fn follow(&self, config: &ConfigSpace) {
-        let (masked, master) = (config.is_function_masked(), config.is_master());
+    fn follow(&self, config: &Content) {
+        let masked = self.space.is_function_masked(config);
+        let master = config_space::is_master(config);
         self.irqs.msix(|msix| msix.configure(masked, master));
-        self.gate.command(config.is_decoding(), master);
+        self.gate.command(config_space::is_decoding(config), master);
     }
 
     /// Returns the part of an access of `len` bytes that overlaps the `size` bytes at `base` in the
@@ -231,24 +236,24 @@ impl Function {
     /// `enable` that BARs are decoded. The setup by `VFIO_DEVICE_SET_IRQS` is unchanged.
     pub(crate) fn reset(&self, enable: impl FnOnce(bool)) {
         let mut config = self.config.lock();
-        *config = self.power_on.clone();
+        self.space.reset(&mut config);
         self.irqs.msix(|msix| msix.reset());
         self.follow(&config);
-        enable(config.is_decoding());
+        enable(config_space::is_decoding(&config));
     }
 
     /// Returns the content of the configuration space, for the stream. May sleep.
     pub fn save_config(&self) -> [u8; SIZE] {
-        *self.config.lock().save()
+        *self.config.lock()
     }
 
     /// Returns whether a configuration space in a stream belongs to such a device: whether all
-    /// read-only parts are equal. May sleep.
+    /// read-only parts are equal. Does not sleep.
     ///
     /// Called by a driver that loads. The driver does not restore the configuration space: the
     /// writable part belongs to the bus, and the user restores it.
     pub fn accepts_config(&self, bytes: &[u8; SIZE]) -> bool {
-        self.config.lock().accepts(bytes)
+        self.space.accepts(bytes)
     }
 
     /// Copies the MSI-X table, followed by the pending bits, for the stream. Does not sleep.

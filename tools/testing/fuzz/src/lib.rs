@@ -26,6 +26,36 @@ pub use kernel_containers::{
 };
 use vfio_host_tests::msix;
 
+/// Registers of the PCI specification, named like in `pci_regs.h`.
+mod bindings {
+    pub(crate) const PCI_CFG_SPACE_SIZE: u32 = 256;
+    pub(crate) const PCI_STD_HEADER_SIZEOF: u32 = 64;
+    pub(crate) const PCI_STD_NUM_BARS: u32 = 6;
+    pub(crate) const PCI_VENDOR_ID: u32 = 0x00;
+    pub(crate) const PCI_COMMAND: u32 = 0x04;
+    pub(crate) const PCI_COMMAND_MEMORY: u32 = 0x2;
+    pub(crate) const PCI_COMMAND_MASTER: u32 = 0x4;
+    pub(crate) const PCI_COMMAND_PARITY: u32 = 0x40;
+    pub(crate) const PCI_COMMAND_SERR: u32 = 0x100;
+    pub(crate) const PCI_COMMAND_INTX_DISABLE: u32 = 0x400;
+    pub(crate) const PCI_STATUS_CAP_LIST: u32 = 0x10;
+    pub(crate) const PCI_CLASS_REVISION: u32 = 0x08;
+    pub(crate) const PCI_CACHE_LINE_SIZE: u32 = 0x0c;
+    pub(crate) const PCI_BASE_ADDRESS_0: u32 = 0x10;
+    pub(crate) const PCI_BASE_ADDRESS_MEM_TYPE_64: u32 = 0x04;
+    pub(crate) const PCI_BASE_ADDRESS_MEM_PREFETCH: u32 = 0x08;
+    pub(crate) const PCI_SUBSYSTEM_VENDOR_ID: u32 = 0x2c;
+    pub(crate) const PCI_CAPABILITY_LIST: u32 = 0x34;
+    pub(crate) const PCI_INTERRUPT_LINE: u32 = 0x3c;
+    pub(crate) const PCI_CAP_ID_MSIX: u32 = 0x11;
+    pub(crate) const PCI_MSIX_FLAGS: u32 = 2;
+    pub(crate) const PCI_MSIX_FLAGS_QSIZE: u32 = 0x07ff;
+    pub(crate) const PCI_MSIX_FLAGS_MASKALL: u32 = 0x4000;
+    pub(crate) const PCI_MSIX_FLAGS_ENABLE: u32 = 0x8000;
+    pub(crate) const PCI_MSIX_TABLE: u32 = 4;
+    pub(crate) const PCI_MSIX_PBA: u32 = 8;
+}
+
 mod emulated {
     pub(crate) mod irq {
         pub(crate) use crate::msix;
