@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Devices for tests of the crate `vfio`: one whose reads wait, and several that are refused.
+//! Devices for tests of the crate `vfio`: one whose reads wait, one whose reset fails, and several
+//! that are refused.
 //!
 //! Used by `vfio_odd_test.c`, which has the expected behaviour of each type.
 
@@ -41,15 +42,18 @@ enum Kind {
     MmapMsix,
     /// The memory to be mapped claims to be the configuration space.
     MmapConfig,
+    /// The first reset after the first open fails. BAR0 has memory.
+    FailingReset,
 }
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 7] = [
     Kind::SlowRead,
     Kind::LargestBar,
     Kind::TooLargeBar,
     Kind::MmapSmall,
     Kind::MmapMsix,
     Kind::MmapConfig,
+    Kind::FailingReset,
 ];
 
 /// The size of the BARs of most types: larger than the memory of [`Kind::MmapSmall`].
@@ -103,6 +107,11 @@ impl mdev::Driver for Odd {
             name: c"mmap_config",
             pretty_name: c"Memory as configuration space",
             description: c"The memory to be mapped claims to be the configuration space",
+        },
+        mdev::Type {
+            name: c"failing_reset",
+            pretty_name: c"Failing reset",
+            description: c"The first reset fails",
         },
     ];
     const ATTRIBUTES: &'static [mdev::Attribute<Self>] = &[
@@ -174,26 +183,34 @@ impl emulated::Operations for Odd {
             kind: self.kind,
             valve: self.valve.clone(),
             memory: StateMemory::new(pages)?,
+            was_reset: Atomic::new(false),
         })
     }
 
-    fn read(chip: &Chip, _pos: Position, to: &mut [u8]) -> Result {
+    fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {
         to.fill(0);
-        if chip.kind == Kind::SlowRead {
-            chip.valve.begun.fetch_add(1, Relaxed);
-            chip.valve.open.wait_for_completion();
-            chip.valve.ended.fetch_add(1, Relaxed);
+        match chip.kind {
+            Kind::SlowRead => {
+                chip.valve.begun.fetch_add(1, Relaxed);
+                chip.valve.open.wait_for_completion();
+                chip.valve.ended.fetch_add(1, Relaxed);
+                Ok(())
+            }
+            Kind::FailingReset => chip.memory.read(pos.region_offset as usize, to),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
-    fn write(_chip: &Chip, _pos: Position, _from: &[u8]) -> Result {
-        Ok(())
+    fn write(chip: &Chip, pos: Position, from: &[u8]) -> Result {
+        match chip.kind {
+            Kind::FailingReset => chip.memory.write(pos.region_offset as usize, from),
+            _ => Ok(()),
+        }
     }
 
     fn mmap(chip: &Chip, region_index: u32) -> Option<&StateMemory> {
         let mapped = match chip.kind {
-            Kind::MmapSmall | Kind::MmapMsix => region::BAR0,
+            Kind::MmapSmall | Kind::MmapMsix | Kind::FailingReset => region::BAR0,
             Kind::MmapConfig => region::CONFIG,
             _ => return None,
         };
@@ -206,6 +223,8 @@ struct Chip {
     kind: Kind,
     valve: Arc<Valve>,
     memory: StateMemory,
+    /// A reset was requested.
+    was_reset: Atomic<bool>,
 }
 
 /// The device has no state.
@@ -240,6 +259,10 @@ impl Migratable for Chip {
     }
 
     fn reset(&self) -> Result {
+        if self.kind == Kind::FailingReset && !self.was_reset.xchg(true, Relaxed) {
+            return Err(EIO);
+        }
+        self.memory.clear();
         Ok(())
     }
 }

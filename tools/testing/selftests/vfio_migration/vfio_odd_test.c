@@ -229,6 +229,67 @@ TEST_F_TIMEOUT(odd, read_that_waits_for_a_reset_can_be_killed, 60)
 	ASSERT_TRUE(joined(reader.poller.thread));
 }
 
+/* ---- Failures ---- */
+
+static __u32 get_word(struct __test_metadata *_metadata, const struct mig_device *dev)
+{
+	__u32 value;
+
+	ASSERT_EQ(4, mig_region_read(dev, BAR0, 0, &value, sizeof(value)));
+	return value;
+}
+
+static __u32 get_state(struct __test_metadata *_metadata, const struct mig_device *dev)
+{
+	__u32 state;
+
+	ASSERT_EQ(0, mig_get_state(dev, &state));
+	return state;
+}
+
+TEST_F(odd, failed_reset_stops_the_device_until_the_next)
+{
+	struct mig_device *dev = &self->guest.dev;
+	__u32 value = 1;
+	__u32 *map;
+
+	ASSERT_EQ(0, create(self, "failing_reset"));
+	ASSERT_EQ(0, mig_open(dev, self->guest.path, variant->backend))
+		STEP("open the device: %s", dev->why);
+	ASSERT_EQ(0, mig_region_map(dev, BAR0, 0, mig_page_size(), (void **)&map));
+	ASSERT_EQ(4, mig_region_write(dev, BAR0, 0, &value, sizeof(value)));
+	map[0] += 1;
+	ASSERT_EQ(2U, get_word(_metadata, dev));
+
+	EXPECT_EQ(-EIO, mig_reset(dev))
+		PROMISE("a reset fails with the error of the driver");
+	EXPECT_EQ(MIG_ERROR, get_state(_metadata, dev))
+		PROMISE("after a failed reset the state is ERROR");
+	EXPECT_EQ(-EINVAL, mig_set_state(dev, MIG_RUNNING, NULL))
+		PROMISE("only a reset leaves ERROR");
+	value = 3;
+	EXPECT_EQ(4, mig_region_write(dev, BAR0, 0, &value, sizeof(value)));
+	EXPECT_EQ(2U, get_word(_metadata, dev))
+		PROMISE("a device in ERROR is stopped: writes have no effect");
+	map[0] = 4;
+	EXPECT_EQ(2U, get_word(_metadata, dev))
+		PROMISE("a device in ERROR is stopped: stores have no effect");
+
+	ASSERT_EQ(0, mig_reset(dev))
+		PROMISE("a reset leaves ERROR");
+	EXPECT_EQ(MIG_RUNNING, get_state(_metadata, dev))
+		PROMISE("after a reset the state is RUNNING");
+	EXPECT_EQ(0U, get_word(_metadata, dev));
+	value = 5;
+	EXPECT_EQ(4, mig_region_write(dev, BAR0, 0, &value, sizeof(value)));
+	EXPECT_EQ(5U, get_word(_metadata, dev))
+		PROMISE("after a reset writes have an effect");
+	map[0] += 1;
+	EXPECT_EQ(6U, get_word(_metadata, dev))
+		PROMISE("after a reset stores have an effect");
+	munmap(map, mig_page_size());
+}
+
 /* ---- Sizes ---- */
 
 TEST_F(odd, bar_is_not_larger_than_a_region)
