@@ -161,6 +161,7 @@ impl Memory {
 
     /// Returns the `struct page` of a page, which must be inside this memory. Valid as long as
     /// `self` is.
+    // The iterator of `AsPageIter` starts at the first page and borrows the memory mutably.
     pub(crate) fn page_struct(&self, page: usize) -> *mut bindings::page {
         let start = page * PAGE_SIZE;
         let address = self.bytes(start..start + PAGE_SIZE).cast::<c_void>();

@@ -119,12 +119,10 @@ impl Block {
     ///
     /// May sleep and may fault. Fails with `ENOMEM` if the buffer cannot be allocated.
     pub(crate) fn read(&mut self, user: &mut IovIterSource<'_>) -> Result<&[u8]> {
-        self.0.clear();
-        // Allocates in the first call only.
-        self.0.reserve(BLOCK, GFP_KERNEL_ACCOUNT)?;
-        let copied = user.copy_from_iter_raw(self.0.spare_capacity_mut()).len();
-        // SAFETY: This number of bytes of the spare capacity has been written.
-        unsafe { self.0.inc_len(copied) };
-        Ok(&self.0)
+        if self.0.is_empty() {
+            self.0 = KVVec::zeroed(BLOCK, GFP_KERNEL_ACCOUNT)?;
+        }
+        let copied = user.copy_from_iter(&mut self.0);
+        Ok(&self.0[..copied])
     }
 }

@@ -14,6 +14,9 @@
 //! A run is a maximal sequence of dirty pages inside one leaf word. One run becomes one record of
 //! the stream, so both counters together give the exact size of the pending stream without a scan
 //! of the map.
+//!
+//! `kernel::bitmap` has one level, no counters and no access to whole words, and its memory comes
+//! from kmalloc(), which is too little for a large device.
 
 use core::ops::DerefMut;
 
