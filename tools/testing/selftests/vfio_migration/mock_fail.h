@@ -235,7 +235,9 @@ static inline int fail_open(struct injector *in, const char **why)
 	knob("fail_page_alloc", "ignore-gfp-wait", "N");
 	knob("fail_page_alloc", "min-order", "0");
 	/* SLUB may need pages in any allocation, independent of the operation. */
-	fail_spare("fail_page_alloc", "new_slab");
+	*why = fail_spare("fail_page_alloc", "allocate_slab");
+	if (*why)
+		return -1;
 	fail_set_all("verbose", "0");
 	fail_set_all("task-filter", "Y");
 	fail_set_all("times", "-1");
