@@ -4,6 +4,7 @@
 //!
 //! Out-of-tree scaffolding: upstream all of this is `kernel::bindings`.
 
+#[cfg_attr(not(CONFIG_RUSTC_HAS_UNNECESSARY_TRANSMUTES), allow(unknown_lints))]
 #[allow(
     clippy::all,
     clippy::cast_lossless,
@@ -16,6 +17,7 @@
     non_camel_case_types,
     non_snake_case,
     non_upper_case_globals,
+    unnecessary_transmutes,
     unreachable_pub,
     unsafe_op_in_unsafe_fn
 )]
@@ -47,6 +49,8 @@ pub(crate) use generated::{
     rust_helper_get_mem_cgroup_from_mm as get_mem_cgroup_from_mm,
     rust_helper_mem_cgroup_put as mem_cgroup_put,
     rust_helper_mutex_lock_killable as mutex_lock_killable,
+    rust_helper_pm_runtime_put as pm_runtime_put,
+    rust_helper_pm_runtime_resume_and_get as pm_runtime_resume_and_get,
     rust_helper_set_active_memcg as set_active_memcg,
     rust_helper_set_freezable as set_freezable,
     rust_helper_try_to_freeze as try_to_freeze,

@@ -8,6 +8,7 @@
 #include <linux/anon_inodes.h>
 #include <linux/mdev.h>
 #include <linux/vfio.h>
+#include <linux/vfio_pci_core.h>
 
 #include "../helpers/vfio.h"
 

@@ -10,6 +10,7 @@
 #include <linux/memcontrol.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
+#include <linux/pm_runtime.h>
 #include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -99,6 +100,16 @@ __rust_helper void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg)
 __rust_helper struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg)
 {
 	return set_active_memcg(memcg);
+}
+
+__rust_helper int rust_helper_pm_runtime_resume_and_get(struct device *dev)
+{
+	return pm_runtime_resume_and_get(dev);
+}
+
+__rust_helper void rust_helper_pm_runtime_put(struct device *dev)
+{
+	pm_runtime_put(dev);
 }
 
 /* sparse cannot evaluate the assertion in it. */

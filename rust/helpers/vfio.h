@@ -9,6 +9,7 @@
 
 #define __rust_helper
 
+struct device;
 struct iova_bitmap;
 struct mem_cgroup;
 struct mm_struct;
@@ -30,5 +31,7 @@ bool rust_helper_user_backed_iter(const struct iov_iter *iter);
 struct mem_cgroup *rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm);
 void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg);
 struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg);
+int rust_helper_pm_runtime_resume_and_get(struct device *dev);
+void rust_helper_pm_runtime_put(struct device *dev);
 
 #endif

@@ -10,7 +10,6 @@
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
 pub mod config_space;
-pub mod region;
 
 mod device;
 mod function;
@@ -21,6 +20,8 @@ mod registration;
 mod vtable;
 mod worker;
 
+pub use crate::region;
+
 pub(crate) use self::registration::Registration;
 pub use self::{
     function::Function,
@@ -29,8 +30,7 @@ pub use self::{
 
 use self::{
     config_space::ConfigSpace,
-    gate::Reason,
-    region::Position, //
+    gate::Reason, //
 };
 use crate::{
     dma::{
@@ -43,6 +43,7 @@ use crate::{
         Migratable,
         Notifier, //
     },
+    region::Position, //
 };
 use kernel::{
     prelude::*,

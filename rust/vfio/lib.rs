@@ -29,9 +29,8 @@
 //! 4. Build it like the samples, in `Kbuild`, and run the conformance suite in
 //!    `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
 //!
-//! A driver of a real PCI device uses `vfio_pci_core` for everything else. It only needs the
-//! [`Engine`](migration::Engine), and calls it from its `struct vfio_migration_ops` and when the
-//! device is opened, reset and closed.
+//! A driver of a real PCI device uses the module [`pci`] instead of the first row, and
+//! `vfio_pci_core` serves everything but the migration. `samples/vfio_membar` is such a driver.
 //!
 //! [`Migratable`]: migration::Migratable
 //! [`Saver`]: migration::Saver
@@ -51,11 +50,13 @@
 //! * [`mdev`]: the mediated device bus, on which the administrator creates emulated devices.
 //! * [`memory`]: device memory for concurrent accesses, also by mmap(), and the tracking of
 //!   changes.
+//! * [`pci`]: variant drivers of real PCI devices.
+//! * [`region`]: positions in the regions of a device.
 //! * [`dma`]: access to the user's memory, and the log of the written pages.
 //! * [`prelude`]: items that nearly every driver uses.
 //!
 //! There are no circular imports: drivers use [`mdev`], which uses [`emulated`], which uses
-//! [`dma`], [`memory`] and [`migration`], which use [`Device`].
+//! [`dma`], [`memory`] and [`migration`], which use [`Device`]. [`pci`] is beside [`emulated`].
 //!
 //! # Examples
 //!
@@ -212,7 +213,10 @@ pub mod emulated;
 pub mod mdev;
 pub mod memory;
 pub mod migration;
+#[cfg(CONFIG_PCI)]
+pub mod pci;
 pub mod prelude;
+pub mod region;
 
 // With 32 bits, the offset of a region does not fit into a `vm_pgoff`, and a size does not fit into
 // an `unsigned long`.

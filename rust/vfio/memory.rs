@@ -4,7 +4,7 @@
 
 pub mod dirty_map;
 pub(crate) mod mapping;
-mod state;
+pub(crate) mod state;
 
 pub use self::state::{
     PageRun,

@@ -12,16 +12,14 @@
 //! }
 //! ```
 
+#[cfg(CONFIG_PCI)]
+pub use crate::pci;
 pub use crate::{
     emulated::{
         self,
         config_space::{
             self,
             ConfigSpace, //
-        },
-        region::{
-            self,
-            Position, //
         },
         Function, //
     },
@@ -43,5 +41,9 @@ pub use crate::{
         Records,
         Remaining,
         Saver, //
+    },
+    region::{
+        self,
+        Position, //
     },
 };

@@ -10,7 +10,12 @@ import re
 import textwrap
 
 # Names that are in the kernel crate itself and not in `kernel::vfio`.
-AT_TOP = ("bindings", "module_mdev_driver")
+AT_TOP = (
+    "bindings",
+    "module_mdev_driver",
+    "module_vfio_pci_driver",
+    "vfio_pci_device_table",
+)
 # Items that are public enough inside of the kernel crate, and statements that are of no
 # use there.
 SCAFFOLD = "compat"

@@ -146,7 +146,7 @@ def root(names):
     text = re.sub(r'#\[path = "[^"]*"\]\nmod \w+;\n+', "", text)
     for name, line in modules().items():
         if names is not None and name not in names:
-            text = text.replace(f"{line}\n", "")
+            text = re.sub(rf"^(#\[cfg\(\w+\)\]\n)?{line}\n", "", text, flags=re.MULTILINE)
     if names is not None:
         # The page describes all modules, so leave it out until all are added.
         lines = text.split("\n")
@@ -257,12 +257,14 @@ config RUST_VFIO_ABSTRACTIONS
 
 
 def emulated(step):
-    """rust: vfio: add emulated PCI devices and mediated devices
+    """rust: vfio: add emulated PCI devices, mediated devices and variant drivers
 
     A device that is made of software needs regions, interrupts, the
     configuration space of a PCI function and a bus on which the
-    administrator creates it. Add them beside the migration engine, so that
-    a whole driver is safe code and short.
+    administrator creates it. A variant driver of a real device needs
+    vfio_pci_core, and access to the device that excludes resets. Add them
+    beside the migration engine, so that a whole driver is safe code and
+    short.
     """
     there = engine_modules()
     add_modules(step, [name for name in modules() if name not in there])

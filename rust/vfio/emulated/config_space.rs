@@ -6,10 +6,8 @@
 
 use crate::{
     bindings,
-    emulated::{
-        irq::msix,
-        region, //
-    }, //
+    emulated::irq::msix,
+    region, //
 };
 use kernel::prelude::*;
 

@@ -23,10 +23,6 @@ use crate::{
         function::Function,
         gate::Work,
         ioctl,
-        region::{
-            self,
-            Position, //
-        },
         worker::{
             self,
             Worker, //
@@ -37,6 +33,10 @@ use crate::{
         StateMemory, //
     },
     migration::Engine,
+    region::{
+        self,
+        Position, //
+    },
     user::UserBuf, //
 };
 use core::ptr::NonNull;

@@ -2,17 +2,19 @@
 
 //! The PCI function of an emulated device: its configuration space and its interrupts.
 
-use crate::emulated::{
-    config_space::{
-        self,
-        ConfigSpace,
-        Content,
-        SIZE, //
-    },
-    gate::Gate,
-    irq::{
-        msix,
-        Irqs, //
+use crate::{
+    emulated::{
+        config_space::{
+            self,
+            ConfigSpace,
+            Content,
+            SIZE, //
+        },
+        gate::Gate,
+        irq::{
+            msix,
+            Irqs, //
+        },
     },
     region::Position, //
 };

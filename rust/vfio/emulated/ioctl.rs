@@ -6,13 +6,11 @@
 
 use crate::{
     bindings,
-    emulated::{
-        irq::{
-            self,
-            Irqs, //
-        },
-        region, //
+    emulated::irq::{
+        self,
+        Irqs, //
     },
+    region, //
 };
 use kernel::{
     prelude::*,

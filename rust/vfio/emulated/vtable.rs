@@ -11,12 +11,10 @@ use crate::{
         Device,
         Open, //
     },
-    emulated::{
-        device::Emulated,
-        region::{
-            self,
-            Position, //
-        },
+    emulated::device::Emulated,
+    region::{
+        self,
+        Position, //
     },
     user::UserBuf, //
 };

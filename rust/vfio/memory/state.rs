@@ -70,7 +70,7 @@ pub struct Pending {
 ///
 /// The pages from `initial` on were never streamed. They are dirty in the map too, so that writes
 /// to them need no action.
-struct Tracker {
+pub(crate) struct Tracker {
     map: DirtyMap<KVVec<u64>>,
     initial: usize,
     /// Start of the next search for changed pages, so that pages that always change do not starve
@@ -86,7 +86,8 @@ struct Tracker {
 }
 
 impl Tracker {
-    fn new(pages: usize) -> Result<Self> {
+    /// Creates a tracker of `pages` pages that is not active. May sleep. Fails with `ENOMEM`.
+    pub(crate) fn new(pages: usize) -> Result<Self> {
         let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_MAYFAIL)?;
         let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_MAYFAIL)?;
         Ok(Self {
@@ -101,13 +102,45 @@ impl Tracker {
     }
 
     /// Starts tracking, with all pages initial.
-    fn begin(&mut self, notifier: Arc<Notifier>) {
+    ///
+    /// Fails with `EBUSY` if it is active.
+    pub(crate) fn begin(&mut self, notifier: Arc<Notifier>) -> Result {
+        if self.notifier.is_some() {
+            return Err(EBUSY);
+        }
         self.release();
         self.map.mark_all();
         self.initial = 0;
         self.cursor = 0;
         self.reinits = 0;
         self.notifier = Some(notifier);
+        Ok(())
+    }
+
+    /// Ends tracking. The result should be dropped without the tracker's lock: it may be the last
+    /// reference.
+    pub(crate) fn end(&mut self) -> Option<Arc<Notifier>> {
+        self.notifier.take()
+    }
+
+    /// Wakes the reader and pollers of the session, if there is one.
+    pub(crate) fn notify(&self) {
+        if let Some(notifier) = &self.notifier {
+            notifier.notify();
+        }
+    }
+
+    /// Marks the pages of a range, in bytes, which must not be empty.
+    pub(crate) fn changed(&mut self, range: Range<usize>) {
+        let first = range.start / PAGE_SIZE;
+        let last = (range.end - 1) / PAGE_SIZE;
+        if let Some(notifier) = &self.notifier {
+            let fresh = self.map.mark_range(first, last - first + 1);
+            // Only a reader at the end of the stream waits.
+            if fresh > 0 && fresh == self.map.dirty() {
+                notifier.notify();
+            }
+        }
     }
 
     /// Replaces the held pages in `run` by those whose bits are set in `pinned`. Bit 0 is the first
@@ -138,7 +171,9 @@ impl Tracker {
         self.held_count = 0;
     }
 
-    fn take(&mut self, max: usize) -> Option<(dirty_map::Run, bool)> {
+    /// Takes the next run of at most `max` pages to stream, and returns whether it was never
+    /// streamed. Pages that were never streamed come first.
+    pub(crate) fn take(&mut self, max: usize) -> Option<(dirty_map::Run, bool)> {
         let initial = self.initial < self.map.pages();
         let from = if initial { self.initial } else { self.cursor };
         let mut run = match self.map.take_run(from) {
@@ -158,7 +193,7 @@ impl Tracker {
     }
 
     /// Undoes [`take()`](Self::take).
-    fn put_back(&mut self, pages: Range<usize>, initial: bool) {
+    pub(crate) fn put_back(&mut self, pages: Range<usize>, initial: bool) {
         let Some(notifier) = &self.notifier else {
             return;
         };
@@ -170,7 +205,8 @@ impl Tracker {
         notifier.notify();
     }
 
-    fn pending(&self) -> Pending {
+    /// Returns the pages still to be streamed.
+    pub(crate) fn pending(&self) -> Pending {
         let words = self.map.pages().div_ceil(PAGES_PER_WORD);
         let initial = Pages {
             pages: (self.map.pages() - self.initial) as u64,
@@ -221,16 +257,7 @@ impl Inner {
         if range.is_empty() {
             return;
         }
-        let first = range.start / PAGE_SIZE;
-        let last = (range.end - 1) / PAGE_SIZE;
-        let tracker = &mut *self.tracker.lock();
-        if let Some(notifier) = &tracker.notifier {
-            let fresh = tracker.map.mark_range(first, last - first + 1);
-            // Only a reader at the end of the stream waits.
-            if fresh > 0 && fresh == tracker.map.dirty() {
-                notifier.notify();
-            }
-        }
+        self.tracker.lock().changed(range);
     }
 }
 
@@ -434,11 +461,7 @@ impl StateMemory {
     /// Notifies `notifier` when a page is to be streamed and there was none before. Fails with
     /// `EBUSY` if the memory is tracked already. Does not sleep.
     pub fn track(&self, notifier: Arc<Notifier>) -> Result<Tracking> {
-        let mut tracker = self.0.tracker.lock();
-        if tracker.notifier.is_some() {
-            return Err(EBUSY);
-        }
-        tracker.begin(notifier);
+        self.0.tracker.lock().begin(notifier)?;
         Ok(Tracking(self.clone()))
     }
 }
@@ -539,7 +562,7 @@ impl Tracking {
 
 impl Drop for Tracking {
     fn drop(&mut self) {
-        let notifier = self.0 .0.tracker.lock().notifier.take();
+        let notifier = self.0 .0.tracker.lock().end();
         // Outside of the lock: this may be the last reference.
         drop(notifier);
     }

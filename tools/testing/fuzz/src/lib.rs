@@ -60,11 +60,11 @@ mod emulated {
     pub(crate) mod irq {
         pub(crate) use crate::msix;
     }
+}
 
-    pub(crate) mod region {
-        pub(crate) const CONFIG: u32 = 7;
-        pub(crate) const MAX_SIZE: u64 = 1 << 40;
-    }
+mod region {
+    pub(crate) const CONFIG: u32 = 7;
+    pub(crate) const MAX_SIZE: u64 = 1 << 40;
 }
 
 /// Function that tests an input. It panics on a failure.

@@ -69,6 +69,14 @@ pub struct Position {
 }
 
 impl Position {
+    /// Creates a position.
+    pub const fn new(region_index: u32, region_offset: u64) -> Self {
+        Self {
+            region_index,
+            region_offset,
+        }
+    }
+
     /// Decodes a position in the device file.
     ///
     /// Fails with `EINVAL` if there is no such region index.

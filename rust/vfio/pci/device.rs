@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device of a variant driver, and the calls of the core on it.
+//!
+//! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
+
+use crate::{
+    bindings,
+    migration::{
+        Engine,
+        Flags,
+        Migratable,
+        Notifier,
+        State, //
+    },
+    pci::{
+        function::{
+            Function,
+            BARS, //
+        },
+        memory::BarMemory,
+        Operations,
+        Region, //
+    },
+    region::{
+        self,
+        Position, //
+    },
+    user::{
+        lock_killable,
+        UserBuf, //
+    },
+};
+use core::ptr::NonNull;
+use kernel::{
+    new_mutex,
+    new_spinlock,
+    prelude::*,
+    sync::{
+        Arc,
+        Completion,
+        Mutex,
+        SpinLock, //
+    },
+    types::Opaque, //
+};
+
+/// The handling of a BAR; see [`Region`].
+enum Handling {
+    Direct,
+    Trapped,
+    Tracked(BarMemory),
+}
+
+/// Data that exists from the first open to the last close.
+pub(super) struct OpenDevice<T: Operations> {
+    data: Arc<T::OpenData>,
+    function: Arc<Function>,
+    regions: [Handling; BARS],
+}
+
+impl<T: Operations> OpenDevice<T> {
+    /// Returns the handling of a region.
+    fn handling(&self, region_index: u32) -> &Handling {
+        let handling = self.regions.get(region_index as usize);
+        handling.unwrap_or(&Handling::Direct)
+    }
+
+    /// Returns whether the core serves accesses to a region.
+    pub(super) fn is_direct(&self, region_index: u32) -> bool {
+        matches!(self.handling(region_index), Handling::Direct)
+    }
+
+    /// Returns whether the core serves accesses to all regions.
+    pub(super) fn is_all_direct(&self) -> bool {
+        (0..BARS as u32).all(|index| self.is_direct(index))
+    }
+
+    fn read(&self, pos: Position, to: &mut [u8]) -> Result {
+        match self.handling(pos.region_index) {
+            Handling::Trapped if T::HAS_READ => {
+                self.function.user_may_access()?;
+                T::read(&self.data, pos, to)
+            }
+            _ => self.function.user_read(pos, to),
+        }
+    }
+
+    fn write(&self, pos: Position, from: &[u8]) -> Result {
+        self.function
+            .pass(|| match self.handling(pos.region_index) {
+                Handling::Tracked(memory) => memory.user_write(pos.region_offset as usize, from),
+                Handling::Trapped if T::HAS_WRITE => {
+                    self.function.user_may_access()?;
+                    T::write(&self.data, pos, from)
+                }
+                _ => self.function.user_write(pos, from),
+            })
+    }
+}
+
+/// The device as the engine sees it: calls the driver, and drops writes while the device is
+/// stopped.
+#[vtable]
+impl<T: Operations> Migratable for OpenDevice<T> {
+    type OwnerModule = <T::OpenData as Migratable>::OwnerModule;
+    type Saver = <T::OpenData as Migratable>::Saver;
+    type Loader = <T::OpenData as Migratable>::Loader;
+    const FLAGS: Flags = <T::OpenData as Migratable>::FLAGS;
+
+    // A method is forwarded only if the driver has it.
+    const HAS_QUIESCE_P2P: bool = <T::OpenData as Migratable>::HAS_QUIESCE_P2P;
+    const HAS_RESUME_P2P: bool = <T::OpenData as Migratable>::HAS_RESUME_P2P;
+    const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
+
+    fn quiesce_p2p(&self) -> Result {
+        self.data.quiesce_p2p()
+    }
+
+    fn resume_p2p(&self) -> Result {
+        self.data.resume_p2p()
+    }
+
+    fn stop(&self) -> Result {
+        self.function.stop()?;
+        self.data.stop().inspect_err(|_| self.function.start())
+    }
+
+    fn start(&self) -> Result {
+        self.data.start()?;
+        self.function.start();
+        Ok(())
+    }
+
+    fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        T::OpenData::pre_copy(&this.data, notifier)
+    }
+
+    fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        T::OpenData::save(&this.data, notifier)
+    }
+
+    fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader> {
+        T::OpenData::load(&this.data, notifier)
+    }
+
+    fn loaded(&self, loader: &mut Self::Loader) -> Result {
+        self.data.loaded(loader)
+    }
+
+    fn data_size(&self) -> Result<u64> {
+        self.data.data_size()
+    }
+
+    fn is_broken(&self) -> bool {
+        self.data.is_broken()
+    }
+
+    fn halt(&self) {
+        self.function.halt();
+        self.data.halt();
+    }
+
+    fn reset(&self) -> Result {
+        self.function.accept();
+        self.data.reset()?;
+        self.function.reset_gate();
+        Ok(())
+    }
+}
+
+/// Private data of a device.
+#[pin_data]
+pub(super) struct Private<T: Operations> {
+    #[pin]
+    data: T,
+    #[pin]
+    pub(super) engine: Engine<OpenDevice<T>>,
+    /// Held while a reset is completed. Outside of the engine's locks.
+    #[pin]
+    settling: Mutex<()>,
+    /// Present while the device is open. `reset_done` may be called at any time.
+    #[pin]
+    opened: SpinLock<Option<Arc<OpenDevice<T>>>>,
+    /// Completed when the core has released the device.
+    pub(super) released: Arc<Completion>,
+}
+
+impl<T: Operations> Private<T> {
+    /// Creates the private data of a device that is not open.
+    pub(super) fn new(
+        data: impl PinInit<T, Error>,
+        released: Arc<Completion>,
+    ) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            data <- data,
+            engine <- Engine::new(data.migration_flags()),
+            settling <- new_mutex!((), "vfio::pci::Private::settling"),
+            opened <- new_spinlock!(None, "vfio::pci::Private::opened"),
+            released,
+        }? Error)
+    }
+}
+
+/// A device of driver `T`, allocated by the core.
+///
+/// # Invariants
+///
+/// - `core` is initialised by `vfio_pci_core_init_dev()`.
+/// - `private` is initialised once `core.vdev.ops` is [`VTable::OPS`](super::vtable::VTable::OPS).
+#[repr(C)]
+pub(super) struct Variant<T: Operations> {
+    pub(super) core: Opaque<bindings::vfio_pci_core_device>,
+    pub(super) private: Private<T>,
+}
+
+impl<T: Operations> Variant<T> {
+    /// Returns the device of a callback.
+    ///
+    /// # Safety
+    ///
+    /// `vdev` must point to a device that a driver of type `T` has allocated and finished in
+    /// `probe()`, and its reference count must not be zero before `'a` ends.
+    pub(super) unsafe fn from_raw<'a>(vdev: *mut bindings::vfio_device) -> &'a Self {
+        // SAFETY: By the safety requirements, because `core` is at offset 0, and has the `struct
+        // vfio_device` at offset 0.
+        unsafe { &*vdev.cast() }
+    }
+
+    /// Returns the data of the open device. Fails with `ENODEV` if it is not open.
+    pub(super) fn opened(&self) -> Result<Arc<OpenDevice<T>>> {
+        self.private.opened.lock().clone().ok_or(ENODEV)
+    }
+
+    /// Returns the data of the open device, after a reset is completed. May sleep.
+    ///
+    /// Fails with `ENODEV` if it is not open, with `EINTR` if the task is killed while it waits,
+    /// and once with the error of the driver.
+    pub(super) fn settled(&self) -> Result<Arc<OpenDevice<T>>> {
+        let opened = self.opened()?;
+        self.settle(&opened)?;
+        Ok(opened)
+    }
+
+    /// Completes a reset, if there was one.
+    pub(super) fn settle(&self, opened: &Arc<OpenDevice<T>>) -> Result {
+        let function = &opened.function;
+        if !function.is_unsettled() {
+            return Ok(());
+        }
+        let _settling = lock_killable(&self.private.settling)?;
+        while function.is_unsettled() {
+            let resets = function.resets();
+            let done = self.private.engine.reset(opened);
+            if done == Err(EINTR) {
+                return done;
+            }
+            function.settle(resets);
+            if function.resets() == resets {
+                // If it failed, the state is `ERROR`, until the next reset.
+                return done;
+            }
+        }
+        Ok(())
+    }
+
+    /// Records a reset. May be called with `memory_lock` held. Does not sleep.
+    pub(super) fn reset_done(&self) {
+        if let Ok(opened) = self.opened() {
+            opened.function.was_reset();
+            for region in &opened.regions {
+                if let Handling::Tracked(memory) = region {
+                    memory.notify();
+                }
+            }
+        }
+    }
+
+    /// Returns the migration state.
+    pub(super) fn state(&self) -> State {
+        match self.opened() {
+            Ok(opened) if opened.function.is_unsettled() => State::Running,
+            _ => self.private.engine.state(),
+        }
+    }
+
+    /// Creates the data of an open device, for the first open. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// `vfio_pci_core_enable()` must have succeeded. If this succeeds, [`close()`](Self::close)
+    /// must be called before `vfio_pci_core_disable()`.
+    pub(super) unsafe fn open(&self) -> Result {
+        self.private.engine.open()?;
+        // SAFETY: By the safety requirements. `close()` closes the function, and so does this if it
+        // fails.
+        let function = unsafe { Function::new(NonNull::from(&self.core).cast()) }?;
+        let done = self.set_up(&function);
+        if done.is_err() {
+            let opened = self.private.opened.lock().take();
+            drop(opened);
+            function.close();
+        }
+        done
+    }
+
+    fn set_up(&self, function: &Arc<Function>) -> Result {
+        let data = self.private.data.open(function.clone());
+        let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
+        let opened = OpenDevice {
+            regions: self.regions(&data)?,
+            data,
+            function: function.clone(),
+        };
+        let opened = Arc::new(opened, GFP_KERNEL_ACCOUNT)?;
+        *self.private.opened.lock() = Some(opened.clone());
+        // The function begins with a reset.
+        self.settle(&opened)
+    }
+
+    /// Returns the handling of each BAR.
+    ///
+    /// Fails with `EINVAL`, and logs the reason, if it does not match the device.
+    fn regions(&self, data: &T::OpenData) -> Result<[Handling; BARS]> {
+        let mut regions = [const { Handling::Direct }; BARS];
+        for (index, handling) in (0..).zip(&mut regions) {
+            *handling = match T::region(data, index) {
+                Region::Direct => continue,
+                Region::Trapped => Handling::Trapped,
+                Region::Tracked(memory) if memory.region_index() == index => {
+                    Handling::Tracked(memory.clone())
+                }
+                Region::Tracked(_) => {
+                    pr_err!("{}: tracked memory is not that of BAR{}\n", T::NAME, index);
+                    return Err(EINVAL);
+                }
+            };
+            // SAFETY: The device is enabled, so the field does not change.
+            if u32::from(unsafe { (*self.core.get()).msix_bar }) == index {
+                pr_err!("{}: BAR{} has the table of MSI-X\n", T::NAME, index);
+                return Err(EINVAL);
+            }
+        }
+        Ok(regions)
+    }
+
+    /// Clears the device and drops the data of an open device, for the last close. May sleep.
+    pub(super) fn close(&self) {
+        self.private.engine.close();
+        let opened = self.private.opened.lock().take();
+        let Some(opened) = opened else {
+            return;
+        };
+        // The sessions have ended.
+        if let Err(error) = opened.reset() {
+            pr_warn!("{}: a closed device is not reset: {:?}\n", T::NAME, error);
+        }
+        opened.function.close();
+        // Dropped outside of the lock, because the driver's destructors may sleep.
+        drop(opened);
+    }
+
+    /// Calls `access` after a reset is completed, and again if there is another reset meanwhile.
+    fn access(
+        &self,
+        opened: &Arc<OpenDevice<T>>,
+        mut access: impl FnMut(&OpenDevice<T>) -> Result,
+    ) -> Result {
+        loop {
+            let resets = opened.function.resets();
+            self.settle(opened)?;
+            let result = access(opened);
+            if result != Err(ENODEV) || opened.function.resets() == resets {
+                return result;
+            }
+        }
+    }
+
+    /// Serves a read() of a region that is not direct. May sleep.
+    pub(super) fn read(
+        &self,
+        opened: &Arc<OpenDevice<T>>,
+        user: &mut UserBuf,
+        pos: i64,
+    ) -> Result<usize> {
+        let size_of = |index| opened.function.size(index);
+        region::read(user, pos, size_of, |pos, to| {
+            self.access(opened, |opened| opened.read(pos, to))
+        })
+    }
+
+    /// Serves a write() to a region that is not direct. May sleep.
+    pub(super) fn write(
+        &self,
+        opened: &Arc<OpenDevice<T>>,
+        user: &mut UserBuf,
+        pos: i64,
+    ) -> Result<usize> {
+        let size_of = |index| opened.function.size(index);
+        region::write(user, pos, size_of, |pos, from| {
+            self.access(opened, |opened| opened.write(pos, from))
+        })
+    }
+}

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory of a device in a BAR that is part of its state, and the tracking of its changes.
+
+use crate::{
+    memory::{
+        state::Tracker,
+        Pending, //
+    },
+    notifier::Notifier,
+    pci::function::Function,
+    region::Position,
+    user::cond_resched, //
+};
+use core::ops::Range;
+use kernel::{
+    new_spinlock,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        Arc,
+        SpinLock, //
+    },
+};
+
+/// Maximum number of pages of a run, so that an access does not delay others for long.
+const MAX_RUN: usize = 64;
+
+#[pin_data]
+struct Inner {
+    function: Arc<Function>,
+    region_index: u32,
+    pages: usize,
+    #[pin]
+    tracker: SpinLock<Tracker>,
+}
+
+/// Memory in a BAR that is part of the device's migrated state.
+///
+/// This is [`StateMemory`](crate::memory::StateMemory) in the device instead of in the host. While
+/// it is [tracked](Self::track), pages that have changed since they were streamed are marked. Only
+/// the user and the driver may change it: the tracker does not notice changes by the device itself
+/// or by DMA of other devices.
+///
+/// Writes of the user are tracked if [`Operations::region`](crate::pci::Operations::region) returns
+/// this memory. They are dropped while the device is stopped.
+///
+/// Clones refer to the same memory. All accesses may sleep, and fail like those of [`Function`].
+///
+/// # Examples
+///
+/// ```
+/// use vfio::pci::{
+///     self,
+///     BarMemory, //
+/// };
+///
+/// /// The memory in BAR2 of a device, zeroed.
+/// fn memory(function: &Arc<pci::Function>) -> Result<BarMemory> {
+///     let memory = BarMemory::new(function.clone(), region::BAR2)?;
+///     memory.clear()?;
+///     Ok(memory)
+/// }
+/// ```
+#[derive(Clone)]
+pub struct BarMemory(Arc<Inner>);
+
+impl BarMemory {
+    /// Creates the tracked memory of a whole memory BAR. The BAR is not accessed. May sleep.
+    ///
+    /// Fails with `EINVAL` if there is no such memory BAR or its size is not a number of whole
+    /// pages, and with `ENOMEM`.
+    pub fn new(function: Arc<Function>, region_index: u32) -> Result<Self> {
+        let size = usize::try_from(function.size(region_index))?;
+        if size == 0 || size % PAGE_SIZE != 0 {
+            return Err(EINVAL);
+        }
+        let pages = size / PAGE_SIZE;
+        let tracker = Tracker::new(pages)?;
+        Ok(Self(Arc::pin_init(
+            pin_init!(Inner {
+                function,
+                region_index,
+                pages,
+                tracker <- new_spinlock!(tracker, "vfio::pci::BarMemory"),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?))
+    }
+
+    /// Returns the size in bytes.
+    pub fn size(&self) -> usize {
+        self.0.pages * PAGE_SIZE
+    }
+
+    /// Returns the size in pages of the kernel.
+    pub fn pages(&self) -> usize {
+        self.0.pages
+    }
+
+    /// Returns the index of the BAR.
+    pub(crate) fn region_index(&self) -> u32 {
+        self.0.region_index
+    }
+
+    fn position(&self, offset: usize) -> Position {
+        Position::new(self.0.region_index, offset as u64)
+    }
+
+    /// Reads bytes. Fails with `EINVAL` if the range is not inside the memory.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
+        self.0.function.read(self.position(offset), to)
+    }
+
+    /// Writes bytes and marks their pages. Fails with `EINVAL` if the range is not inside the
+    /// memory.
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result {
+        self.0.function.write(self.position(offset), from)?;
+        self.changed(offset..offset + from.len());
+        Ok(())
+    }
+
+    /// Writes bytes on behalf of the user, and marks their pages.
+    pub(crate) fn user_write(&self, offset: usize, from: &[u8]) -> Result {
+        self.0.function.user_write(self.position(offset), from)?;
+        self.changed(offset..offset + from.len());
+        Ok(())
+    }
+
+    fn changed(&self, range: Range<usize>) {
+        if !range.is_empty() {
+            self.0.tracker.lock().changed(range);
+        }
+    }
+
+    /// Sets every byte to zero and marks all pages. Reschedules if needed.
+    pub fn clear(&self) -> Result {
+        static ZEROES: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+        for page in 0..self.0.pages {
+            self.write(page * PAGE_SIZE, &ZEROES)?;
+            cond_resched();
+        }
+        Ok(())
+    }
+
+    /// Wakes the reader and pollers of a session, which must notice a reset. Does not sleep.
+    pub(crate) fn notify(&self) {
+        self.0.tracker.lock().notify();
+    }
+
+    /// Tracks the memory until the result is dropped, with all pages still to be streamed.
+    ///
+    /// Notifies `notifier` when a page is to be streamed and there was none before. Fails with
+    /// `EBUSY` if the memory is tracked already. Does not sleep.
+    pub fn track(&self, notifier: Arc<Notifier>) -> Result<BarTracking> {
+        self.0.tracker.lock().begin(notifier)?;
+        Ok(BarTracking(self.clone()))
+    }
+}
+
+/// Adjacent pages of a [`BarMemory`] to stream, and their content.
+pub struct BarRun {
+    pages: Range<usize>,
+    initial: bool,
+    bytes: KVVec<u8>,
+}
+
+impl BarRun {
+    /// Returns the page numbers.
+    pub fn pages(&self) -> Range<usize> {
+        self.pages.clone()
+    }
+
+    /// Returns whether the pages were never streamed before.
+    pub fn is_initial(&self) -> bool {
+        self.initial
+    }
+
+    /// Returns the content.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Returns the content, for [`Chunk::bytes`](crate::migration::Chunk::bytes).
+    pub fn into_bytes(self) -> KVVec<u8> {
+        self.bytes
+    }
+}
+
+/// The tracking of a [`BarMemory`]. Dropping it ends the tracking and may sleep.
+///
+/// # Examples
+///
+/// ```
+/// use vfio::pci::BarTracking;
+///
+/// /// The part of a saver that streams memory: a record for each page that has changed.
+/// fn next(tracking: &BarTracking) -> Result<Next> {
+///     let Some(run) = tracking.take(1)? else {
+///         return Ok(Next::End);
+///     };
+///     let head = (run.pages().start as u64).to_le_bytes();
+///     Ok(Next::Chunk(Chunk::new(&head)?.bytes(run.into_bytes())))
+/// }
+/// ```
+pub struct BarTracking(BarMemory);
+
+impl BarTracking {
+    /// Takes the next run to stream, of at most `max` pages and at most 64. Pages that were never
+    /// streamed come first. Returns [`None`] if no page is to be streamed. May sleep.
+    ///
+    /// Clears the marks of the pages, and reads them then. They count as streamed, so the saver
+    /// must return the content. If it fails, the pages are marked again. Fails with `ENOMEM`, or
+    /// like [`Function::read`].
+    pub fn take(&self, max: usize) -> Result<Option<BarRun>> {
+        let memory = &self.0;
+        let max = max.clamp(1, MAX_RUN);
+        let Some((run, initial)) = memory.0.tracker.lock().take(max) else {
+            return Ok(None);
+        };
+        let pages = run.first..run.first + run.count;
+        let content = KVVec::zeroed(run.count * PAGE_SIZE, GFP_KERNEL_ACCOUNT)
+            .map_err(Error::from)
+            .and_then(|mut bytes| {
+                memory.read(pages.start * PAGE_SIZE, &mut bytes)?;
+                Ok(bytes)
+            })
+            .inspect_err(|_| {
+                memory.0.tracker.lock().put_back(pages.clone(), initial);
+            })?;
+        Ok(Some(BarRun {
+            pages,
+            initial,
+            bytes: content,
+        }))
+    }
+
+    /// Returns the pages still to be streamed. The number of runs is exact as long as whole runs
+    /// are taken. Does not sleep.
+    pub fn pending(&self) -> Pending {
+        self.0 .0.tracker.lock().pending()
+    }
+}
+
+impl Drop for BarTracking {
+    fn drop(&mut self) {
+        let notifier = self.0 .0.tracker.lock().end();
+        // Outside of the lock: this may be the last reference.
+        drop(notifier);
+    }
+}

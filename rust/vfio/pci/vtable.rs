@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The operations of a variant driver's device for the core.
+//!
+//! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
+//! [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
+
+use crate::{
+    bindings,
+    device::{
+        Device,
+        Open, //
+    },
+    pci::{
+        device::Variant,
+        Operations, //
+    },
+    user::UserBuf, //
+};
+use core::marker::PhantomData;
+use kernel::{
+    error::{
+        from_result,
+        to_result, //
+    },
+    ioctl::_IO,
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::aref::ARef,
+    uaccess::UserPtr, //
+};
+
+/// `VFIO_DEVICE_IOEVENTFD`.
+const IOEVENTFD: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 16);
+
+/// Number of bits of the offset in a file position.
+const OFFSET_SHIFT: u32 = 40;
+
+/// Returns the index of the region at a position in the device file.
+fn index_at(pos: i64) -> u32 {
+    u32::try_from(pos >> OFFSET_SHIFT).unwrap_or(u32::MAX)
+}
+
+/// The operations of driver `T` for the core.
+pub(super) struct VTable<T: Operations>(PhantomData<T>);
+
+impl<T: Operations> VTable<T> {
+    /// The operations while [`Variant::private`] is not initialised.
+    pub(super) const UNINIT_OPS: bindings::vfio_device_ops = bindings::vfio_device_ops {
+        release: Some(bindings::vfio_pci_core_release_dev),
+        ..Self::OPS
+    };
+
+    /// The operations of a device that is initialised.
+    pub(super) const OPS: bindings::vfio_device_ops = bindings::vfio_device_ops {
+        name: core::ptr::from_ref(T::NAME).cast::<c_char>().cast_mut(),
+        init: Some(bindings::vfio_pci_core_init_dev),
+        release: Some(Self::release),
+        #[cfg(CONFIG_IOMMUFD)]
+        bind_iommufd: Some(bindings::vfio_iommufd_physical_bind),
+        #[cfg(CONFIG_IOMMUFD)]
+        unbind_iommufd: Some(bindings::vfio_iommufd_physical_unbind),
+        #[cfg(CONFIG_IOMMUFD)]
+        attach_ioas: Some(bindings::vfio_iommufd_physical_attach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        detach_ioas: Some(bindings::vfio_iommufd_physical_detach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        pasid_attach_ioas: Some(bindings::vfio_iommufd_physical_pasid_attach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        pasid_detach_ioas: Some(bindings::vfio_iommufd_physical_pasid_detach_ioas),
+        open_device: Some(Self::open_device),
+        close_device: Some(Self::close_device),
+        ioctl: Some(Self::ioctl),
+        get_region_info_caps: Some(Self::get_region_info_caps),
+        device_feature: Some(bindings::vfio_pci_core_ioctl_feature),
+        read: Some(Self::read),
+        write: Some(Self::write),
+        mmap: Some(Self::mmap),
+        request: Some(bindings::vfio_pci_core_request),
+        match_: Some(bindings::vfio_pci_core_match),
+        match_token_uuid: Some(bindings::vfio_pci_core_match_token_uuid),
+        ..pin_init::zeroed()
+    };
+
+    /// The operations of the migration, which the engine implements.
+    pub(super) const MIG_OPS: bindings::vfio_migration_ops = bindings::vfio_migration_ops {
+        migration_set_state: Some(Self::migration_set_state),
+        migration_get_state: Some(Self::migration_get_state),
+        migration_get_data_size: Some(Self::migration_get_data_size),
+    };
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations, when its last reference is
+    /// gone.
+    unsafe extern "C" fn release(vdev: *mut bindings::vfio_device) {
+        // SAFETY: The device is valid, and by the type invariants its private part is initialised.
+        let private = unsafe { &raw mut (*vdev.cast::<Variant<T>>()).private };
+        // SAFETY: As above.
+        let released = unsafe { (*private).released.clone() };
+        // SAFETY: The private part is not used any more, and neither is that of the core, which
+        // frees the memory.
+        unsafe {
+            core::ptr::drop_in_place(private);
+            bindings::vfio_pci_core_release_dev(vdev);
+        }
+        released.complete_all();
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations.
+    unsafe extern "C" fn open_device(vdev: *mut bindings::vfio_device) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Variant::<T>::from_raw(vdev) };
+        let core = this.core.get();
+        from_result(|| {
+            // SAFETY: The device is being opened.
+            to_result(unsafe { bindings::vfio_pci_core_enable(core) })?;
+            // SAFETY: The device is enabled. Either this fails, or `close_device()` follows.
+            unsafe { this.open() }.inspect_err(|_| {
+                // SAFETY: The device is enabled and not in use.
+                unsafe { bindings::vfio_pci_core_disable(core) };
+            })?;
+            // SAFETY: The device is enabled.
+            unsafe { bindings::vfio_pci_core_finish_enable(core) };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations, which is open.
+    unsafe extern "C" fn close_device(vdev: *mut bindings::vfio_device) {
+        // SAFETY: The core holds a reference for the call.
+        unsafe { Variant::<T>::from_raw(vdev) }.close();
+        // SAFETY: The device is open, and there is no other call of its file.
+        unsafe { bindings::vfio_pci_core_close_device(vdev) };
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on an open device with these operations. `ppos` must be valid.
+    unsafe extern "C" fn read(
+        vdev: *mut bindings::vfio_device,
+        buf: *mut c_char,
+        count: usize,
+        ppos: *mut bindings::loff_t,
+    ) -> isize {
+        // SAFETY: The core holds a reference for the call, and `ppos` is valid.
+        let (this, pos) = unsafe { (Variant::<T>::from_raw(vdev), *ppos) };
+        from_result(|| {
+            let opened = this.settled()?;
+            if opened.is_direct(index_at(pos)) {
+                // SAFETY: These are the arguments of the core.
+                return Ok(unsafe { bindings::vfio_pci_core_read(vdev, buf, count, ppos) });
+            }
+            let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast()), count);
+            let done = this.read(&opened, &mut user, pos)?;
+            // SAFETY: `ppos` is valid.
+            unsafe { *ppos += done as i64 };
+            Ok(done as isize)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on an open device with these operations. `ppos` must be valid.
+    unsafe extern "C" fn write(
+        vdev: *mut bindings::vfio_device,
+        buf: *const c_char,
+        count: usize,
+        ppos: *mut bindings::loff_t,
+    ) -> isize {
+        // SAFETY: The core holds a reference for the call, and `ppos` is valid.
+        let (this, pos) = unsafe { (Variant::<T>::from_raw(vdev), *ppos) };
+        from_result(|| {
+            let opened = this.settled()?;
+            if opened.is_direct(index_at(pos)) {
+                // SAFETY: These are the arguments of the core.
+                return Ok(unsafe { bindings::vfio_pci_core_write(vdev, buf, count, ppos) });
+            }
+            let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast_mut().cast()), count);
+            let done = this.write(&opened, &mut user, pos)?;
+            // SAFETY: `ppos` is valid.
+            unsafe { *ppos += done as i64 };
+            Ok(done as isize)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on an open device with these operations.
+    unsafe extern "C" fn ioctl(
+        vdev: *mut bindings::vfio_device,
+        cmd: c_uint,
+        arg: c_ulong,
+    ) -> c_long {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Variant::<T>::from_raw(vdev) };
+        from_result(|| {
+            let opened = this.settled()?;
+            // It would write without the crate's knowledge.
+            if cmd == IOEVENTFD && !opened.is_all_direct() {
+                return Err(ENOTTY);
+            }
+            // SAFETY: These are the arguments of the core.
+            let done = unsafe { bindings::vfio_pci_core_ioctl(vdev, cmd, arg) };
+            // It may have been a reset.
+            let settled = this.settle(&opened);
+            if done == 0 {
+                settled?;
+            }
+            Ok(done)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `info` and `caps` must be
+    /// valid.
+    unsafe extern "C" fn get_region_info_caps(
+        vdev: *mut bindings::vfio_device,
+        info: *mut bindings::vfio_region_info,
+        caps: *mut bindings::vfio_info_cap,
+    ) -> c_int {
+        // SAFETY: These are the arguments of the core.
+        let done = unsafe { bindings::vfio_pci_ioctl_get_region_info(vdev, info, caps) };
+        // SAFETY: The core holds a reference for the call, and `info` is valid.
+        let (this, info) = unsafe { (Variant::<T>::from_raw(vdev), &mut *info) };
+        if let Ok(opened) = this.opened() {
+            if !opened.is_direct(info.index) {
+                info.flags &= !bindings::VFIO_REGION_INFO_FLAG_MMAP;
+            }
+        }
+        done
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on an open device with these operations, in an mmap() of its
+    /// file that sets up `vma`.
+    unsafe extern "C" fn mmap(
+        vdev: *mut bindings::vfio_device,
+        vma: *mut bindings::vm_area_struct,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call, and `vma` is valid.
+        let (this, page) = unsafe { (Variant::<T>::from_raw(vdev), (*vma).vm_pgoff) };
+        from_result(|| {
+            let opened = this.settled()?;
+            if !opened.is_direct(index_at(i64::try_from(page << PAGE_SHIFT)?)) {
+                return Err(EINVAL);
+            }
+            // SAFETY: These are the arguments of the core.
+            to_result(unsafe { bindings::vfio_pci_core_mmap(vdev, vma) })?;
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on an open device with these operations.
+    unsafe extern "C" fn migration_set_state(
+        vdev: *mut bindings::vfio_device,
+        new_state: bindings::vfio_device_mig_state,
+    ) -> *mut bindings::file {
+        // SAFETY: The core holds a reference for the call, and keeps the device open.
+        let (this, device) =
+            unsafe { (Variant::<T>::from_raw(vdev), Device::<Open>::from_raw(vdev)) };
+        let file = this
+            .settled()
+            .and_then(|opened| this.private.engine.set_state(&opened, device, new_state.0));
+        match file {
+            // The core takes over the reference.
+            Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
+            Ok(None) => core::ptr::null_mut(),
+            Err(e) => e.to_ptr(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations, open or not. `state` must be
+    /// valid.
+    unsafe extern "C" fn migration_get_state(
+        vdev: *mut bindings::vfio_device,
+        state: *mut bindings::vfio_device_mig_state,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Variant::<T>::from_raw(vdev) };
+        // SAFETY: `state` is valid.
+        unsafe { (*state).0 = this.state().as_raw() };
+        0
+    }
+
+    /// # Safety
+    ///
+    /// Must be called by the core on a device with these operations. `length` must be valid.
+    unsafe extern "C" fn migration_get_data_size(
+        vdev: *mut bindings::vfio_device,
+        length: *mut c_ulong,
+    ) -> c_int {
+        // SAFETY: The core holds a reference for the call.
+        let this = unsafe { Variant::<T>::from_raw(vdev) };
+        from_result(|| {
+            let opened = this.settled()?;
+            let size = this.private.engine.data_size(&opened)?;
+            // SAFETY: `length` is valid.
+            unsafe { *length = size as c_ulong };
+            Ok(0)
+        })
+    }
+}
