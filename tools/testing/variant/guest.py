@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Test the variant driver vfio_membar with devices of QEMU.
+
+guest.py PROGRAMS MODULE [OPTION...]
+
+Runs in the test machine as root. PROGRAMS is the folder of the built kselftests,
+MODULE is vfio_membar.ko. The machine has an IOMMU, two bochs-display and two
+ivshmem-plain devices, each below a port of its own, so that the bus can reset them.
+OPTIONs are for vfio_migration_test. Prints TAP.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+DEVICES = Path("/sys/bus/pci/devices")
+BOCHS = ("0x1234", "0x1111", 0)
+IVSHMEM = ("0x1af4", "0x1110", 2)
+PAGE = mmap.PAGESIZE
+
+# Ioctls and features of VFIO.
+VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
+VFIO_DEVICE_RESET = 0x3B6F
+VFIO_DEVICE_FEATURE = 0x3B75
+VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
+SET, STATE = 1 << 17, 2
+RUNNING, STOP_COPY, RESUMING, PRE_COPY = 2, 3, 4, 6
+COMMAND, MEMORY = 4, 2
+CONFIG = 7
+
+
+def check(condition, what):
+    """Fails with `what` unless the condition holds."""
+    if not condition:
+        raise AssertionError(what)
+
+
+def find(kind):
+    """Returns the devices of a kind, in the order of their addresses."""
+    found = [path for path in sorted(DEVICES.iterdir())
+             if (path / "vendor").read_text().strip() == kind[0]
+             and (path / "device").read_text().strip() == kind[1]]
+    check(len(found) == 2, f"{len(found)} devices {kind[0]}:{kind[1]}")
+    return found
+
+
+def bind(path):
+    """Binds a device to the driver, like driverctl and libvirt."""
+    (path / "driver_override").write_text("vfio_membar")
+    Path("/sys/bus/pci/drivers_probe").write_text(path.name)
+    driver = os.readlink(path / "driver") if (path / "driver").exists() else "none"
+    check(driver.endswith("/vfio_membar"), f"{path.name} is bound to {driver}")
+
+
+def unbind(path):
+    """Releases a device, if it is bound."""
+    if (path / "driver").exists():
+        (path / "driver/unbind").write_text(path.name)
+    (path / "driver_override").write_text("\n")
+
+
+def content(path, bar, data=None):
+    """Reads or writes the memory of a device by the PCI bus, not by VFIO."""
+    (path / "enable").write_text("1")
+    file = os.open(path / f"resource{bar}", os.O_RDWR | os.O_SYNC)
+    with mmap.mmap(file, os.fstat(file).st_size) as memory:
+        os.close(file)
+        if data is not None:
+            memory[: len(data)] = data
+        found = memory[:]
+    (path / "enable").write_text("0")
+    return found
+
+
+def pattern(size, seed):
+    """Returns bytes that differ from page to page."""
+    pages = (struct.pack("<QQ", seed, page) * (PAGE // 16) for page in range(size // PAGE))
+    return b"".join(pages)
+
+
+class Device:
+    """A device opened with an iommufd."""
+
+    def __init__(self, path, bar):
+        node = next((path / "vfio-dev").iterdir()).name
+        self.iommu = os.open("/dev/iommu", os.O_RDWR)
+        self.file = os.open(f"/dev/vfio/devices/{node}", os.O_RDWR)
+        bind_iommufd = bytearray(struct.pack("<IIiI", 16, 0, self.iommu, 0))
+        fcntl.ioctl(self.file, VFIO_DEVICE_BIND_IOMMUFD, bind_iommufd)
+        self.size, self.offset, self.flags = self.region(bar)
+        self.command(MEMORY)
+
+    def region(self, index):
+        """Returns the size, the offset and the flags of a region."""
+        info = bytearray(struct.pack("<IIIIQQ", 32, 0, index, 0, 0, 0))
+        fcntl.ioctl(self.file, VFIO_DEVICE_GET_REGION_INFO, info)
+        _, flags, _, _, size, offset = struct.unpack("<IIIIQQ", info)
+        return size, offset, flags
+
+    def command(self, value):
+        """Writes the command register."""
+        _, offset, _ = self.region(CONFIG)
+        os.pwrite(self.file, struct.pack("<H", value), offset + COMMAND)
+
+    def set_state(self, state):
+        """Sets the migration state and returns the descriptor of a new session."""
+        feature = bytearray(struct.pack("<IIIi", 16, SET | STATE, state, -1))
+        fcntl.ioctl(self.file, VFIO_DEVICE_FEATURE, feature)
+        return struct.unpack("<IIIi", feature)[3]
+
+    def state(self):
+        """Returns the migration state."""
+        feature = bytearray(struct.pack("<IIIi", 16, 1 << 16 | STATE, 0, -1))
+        fcntl.ioctl(self.file, VFIO_DEVICE_FEATURE, feature)
+        return struct.unpack("<IIIi", feature)[2]
+
+    def reset(self):
+        """Resets the device."""
+        fcntl.ioctl(self.file, VFIO_DEVICE_RESET, 0)
+
+    def read(self, size=None):
+        """Reads the memory."""
+        left, parts = size or self.size, []
+        while left:
+            part = os.pread(self.file, left, self.offset + (size or self.size) - left)
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def write(self, data, at=0):
+        """Writes the memory."""
+        while data:
+            done = os.pwrite(self.file, data, self.offset + at)
+            data, at = data[done:], at + done
+
+    def close(self):
+        """Closes the device."""
+        os.close(self.file)
+        os.close(self.iommu)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def stream(source, end):
+    """Reads a session until read() fails with the error `end`, or ends."""
+    parts = []
+    while True:
+        try:
+            part = os.read(source, 1 << 20)
+        except OSError as error:
+            check(error.errno == end, f"read: {error}")
+            return b"".join(parts)
+        if not part:
+            check(end is None, "the stream has ended")
+            return b"".join(parts)
+        parts.append(part)
+
+
+def aliases(_pair, _bar):
+    """the module has aliases for driver_override"""
+    text = subprocess.run(["modinfo", "-F", "alias", sys.argv[2]], check=True,
+                          capture_output=True, text=True).stdout
+    for vendor, device, _ in (BOCHS, IVSHMEM):
+        alias = f"vfio_pci:v{int(vendor, 0):08X}d{int(device, 0):08X}sv*sd*bc*sc*i*"
+        check(alias in text.split(), f"no {alias} in {text}")
+
+
+def clears(pair, bar):
+    """content of the host is not visible, nor that of a user after the last close"""
+    size = len(content(pair[0], bar))
+    content(pair[0], bar, pattern(size, 1))
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        check(device.read() == bytes(size), "the user sees what the host has left")
+        device.write(pattern(size, 2))
+        device.reset()
+        device.command(MEMORY)
+        check(device.read() == bytes(size), "the reset does not clear the memory")
+        device.write(pattern(size, 3))
+    unbind(pair[0])
+    check(content(pair[0], bar) == bytes(size), "the host sees what the user has left")
+
+
+def moves(pair, bar):
+    """every byte moves from one device to the other, changed pages again"""
+    for path in pair:
+        bind(path)
+    with Device(pair[0], bar) as source, Device(pair[1], bar) as target:
+        data = bytearray(pattern(source.size, 4))
+        source.write(bytes(data))
+        session = source.set_state(PRE_COPY)
+        image = stream(session, 42)
+        check(len(image) > len(data), f"{len(image)} bytes of pre-copy")
+        for page in (0, 5, source.size // PAGE - 1):
+            data[page * PAGE + 8 : page * PAGE + 16] = b"changed!"
+            source.write(b"changed!", page * PAGE + 8)
+        source.set_state(STOP_COPY)
+        # A stopped device drops writes.
+        source.write(b"dropped!", 3 * PAGE)
+        # The host can access memory that the guest has disabled.
+        source.command(0)
+        rest = stream(session, None)
+        check(len(rest) == 4 * (PAGE + 8), f"{len(rest)} bytes of three pages and the end")
+        load = target.set_state(RESUMING)
+        target.command(0)
+        for piece in (image + rest)[:100], (image + rest)[100:]:
+            while piece:
+                piece = piece[os.write(load, piece) :]
+        target.set_state(RUNNING)
+        target.command(MEMORY)
+        check(target.read() == bytes(data), "the content differs")
+        os.close(session)
+        os.close(load)
+
+
+def race(path, device):
+    """Makes calls in several threads until each has succeeded."""
+    begin, done = time.monotonic(), {}
+
+    def migrate():
+        """save an image"""
+        for state in (PRE_COPY, STOP_COPY, RUNNING):
+            session = device.set_state(state)
+            if session >= 0:
+                try:
+                    os.read(session, 1 << 20)
+                finally:
+                    os.close(session)
+
+    def load():
+        """begin to load"""
+        session = device.set_state(RESUMING)
+        try:
+            os.write(session, bytes(100))
+        finally:
+            os.close(session)
+
+    def reset():
+        """reset by VFIO"""
+        time.sleep(0.5)
+        device.reset()
+
+    def host_reset():
+        """reset by sysfs"""
+        time.sleep(1)
+        (path / "reset").write_text("1")
+
+    def access():
+        """read and write memory"""
+        device.write(device.read(PAGE), PAGE)
+
+    steps = (migrate, load, reset, host_reset, access)
+
+    def repeat(step):
+        """Repeats a step, which may fail at any time: a reset ends it."""
+        while len(done) < len(steps) or time.monotonic() < begin + 15:
+            if time.monotonic() > begin + 200:
+                break
+            try:
+                step()
+                done[step] = True
+            except OSError:
+                pass
+
+    threads = [threading.Thread(target=repeat, args=(step,), daemon=True) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    check(not any(thread.is_alive() for thread in threads), "a thread hangs")
+    check(len(done) == len(steps), f"only {[step.__doc__ for step in done]} succeed")
+
+
+def races(pair, bar):
+    """resets by the user and by the host race with state changes, transfers and accesses"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        race(pair[0], device)
+        device.reset()
+        check(device.state() == RUNNING, "the device is not in RUNNING after a reset")
+        device.command(MEMORY)
+        check(device.read() == bytes(device.size), "the memory is not clear after a reset")
+        device.write(pattern(device.size, 5))
+        (pair[0] / "reset").write_text("1")
+        check(device.read() == bytes(device.size), "a reset by the host does not clear the memory")
+
+
+TESTS = [(test, kind, label)
+         for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
+         for test in (clears, moves, races)]
+
+
+def suite(paths, *options):
+    """Runs the conformance suite, and returns whether it fails."""
+    other = find(IVSHMEM)[0]
+    for path in (*paths, other):
+        bind(path)
+    done = subprocess.run([f"{sys.argv[1]}/vfio_migration_test", *map(str, paths),
+                           "--other", str(other), *options, *sys.argv[3:]], check=False)
+    for path in (*paths, other):
+        unbind(path)
+    return done.returncode != 0
+
+
+def main():
+    """Runs all tests."""
+    for module in ("vfio_iommu_type1", "iommufd"):
+        # The machine has no interrupt remapping.
+        file = Path(f"/sys/module/{module}/parameters/allow_unsafe_interrupts")
+        file.write_text("1")
+    subprocess.run(["modprobe", "vfio-pci-core"], check=True)
+    subprocess.run(["insmod", sys.argv[2]], check=True)
+    print("TAP version 13")
+    print(f"1..{len(TESTS) + 1}")
+    failed = False
+    for number, (test, kind, label) in enumerate([(aliases, BOCHS, "vfio_membar"), *TESTS], 1):
+        try:
+            try:
+                test(find(kind), kind[2])
+            finally:
+                for path in find(kind):
+                    unbind(path)
+            print(f"ok {number} - {label}: {test.__doc__}", flush=True)
+        except (AssertionError, OSError) as error:
+            print(f"# {error!r}\nnot ok {number} - {label}: {test.__doc__}", flush=True)
+            failed = True
+    scratch = f"{PAGE}:{16 * PAGE}"
+    pair = find(BOCHS)
+    failed |= suite(pair, "--scratch", f"0:{scratch}")
+    # Without a second device: the addresses in the configuration space differ.
+    failed |= suite(pair[:1], "--read-regions", "-t", "regions_survive_migration")
+    subprocess.run(["rmmod", "vfio_membar"], check=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
