@@ -58,7 +58,23 @@ create_mock()
 	# All of BAR2, which is the state memory; reads have no side effects.
 	# shellcheck disable=SC2034 # for the scripts that source this
 	[ -z "$small" ] || generic=("${small% *}" "${small#* }" --other "${medium%% *}"
-		--scratch "2:0:$bytes" --read-regions)
+		--scratch "2:0:$bytes" --drops-writes --read-regions)
+}
+
+# Arguments of create_other. The scratch memory is all of BAR0 except for its two registers.
+# shellcheck disable=SC2034 # for the scripts that source this
+minimal=(vfio_minimal 64K 0:16:0xfff0)
+
+# Create a device of vfio_mock and two of type $2 of the driver $1. $generic has the
+# options for vfio_migration_test, with the scratch memory $3.
+create_other()
+{
+	local paths other
+
+	create_devices vfio_mock 64K 1 && other=$paths && create_devices "$1" "$2" 2 || return
+	# shellcheck disable=SC2034 # for the scripts that source this
+	generic=("${paths% *}" "${paths#* }" --other "$other" --scratch "$3"
+		--drops-writes --read-regions)
 }
 
 remove_devices()

@@ -139,14 +139,11 @@ run_last()
 # scratch memory $4.
 run_other()
 {
-	local name=$1 driver=$2 type=$3 scratch=$4 label=" on $1" paths other
+	local name=$1 driver=$2 type=$3 scratch=$4 label=" on $1"
 
 	shift 4
 	if { [ -d "/sys/module/$name" ] || insmod "${module%/*}/$name.ko"; } &&
-		create_devices vfio_mock 64K 1 && other=$paths &&
-		create_devices "$driver" "$type" 2; then
-		generic=("${paths% *}" "${paths#* }" --other "$other" --scratch "$scratch"
-			--read-regions)
+		create_other "$driver" "$type" "$scratch"; then
 		run vfio_migration_test "$@"
 	else
 		number=$((number + 1))
@@ -158,8 +155,7 @@ run_other()
 # All other devices of this repository.
 run_others()
 {
-	# All of BAR0 except for its two registers.
-	run_other vfio_minimal vfio_minimal 64K 0:16:0xfff0 "$@"
+	run_other vfio_minimal "${minimal[@]}" "$@"
 	if [ -e "${module%/*}/vfio_note.ko" ]; then
 		run_other vfio_note note 16 0:0:16 "$@"
 	else

@@ -22,6 +22,8 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 
+#include <linux/pci_regs.h>
+
 #include "mig_test.h"
 
 #define FEATURE_MIGRATION	VFIO_DEVICE_FEATURE_MIGRATION
@@ -158,6 +160,7 @@ static void *page_before_a_hole(void)
 #include "device/sessions.c"
 #include "device/concurrency.c"
 #include "device/content.c"
+#include "device/config.c"
 #include "device/dma_log.c"
 #include "draft/device.c"
 
@@ -165,9 +168,27 @@ static struct mig_option options[] = {
 	{ .name = "other", .argument = "PATH", .help = "device with incompatible images" },
 	{ .name = "scratch", .argument = "REGION:OFFSET:LENGTH",
 	  .help = "memory of the device that the tests may write to" },
+	{ .name = "drops-writes",
+	  .help = "the device drops writes to this memory while it is stopped" },
 	{ .name = "read-regions", .help = "reading all regions has no side effects" },
 	{}
 };
+
+/* What a device that passes may still do wrong, and the arguments that would show some of it. */
+static void print_untested(void)
+{
+	const char *scratch = mig_option("scratch");
+
+	if (!ksft_test_num())
+		return;
+	ksft_print_msg("Not tested: DMA, interrupts, the effect of registers%s%s%s%s%s\n",
+		       scratch ? "" : ", content (--scratch)",
+		       scratch && mig_option("drops-writes") ? "" :
+		       ", writes while it is stopped (--scratch, --drops-writes)",
+		       mig_option("read-regions") ? "" : ", regions (--read-regions)",
+		       mig_option("other") ? "" : ", images of other devices (--other)",
+		       paths[1] ? "" : ", another device as the target (TARGET)");
+}
 
 int main(int argc, char **argv)
 {
@@ -182,5 +203,7 @@ int main(int argc, char **argv)
 	}
 	argv[n] = NULL;
 	MIG_BE_PATIENT();
+	/* The harness does not return. */
+	atexit(print_untested);
 	return test_harness_run(n, argv);
 }

@@ -311,6 +311,49 @@ TEST_F(device, poll_in_every_state)
 	}
 }
 
+/* Reads without waiting to an end of the stream; returns the result of the last read(). */
+static ssize_t read_as_polled(struct __test_metadata *_metadata, int fd,
+			      struct mig_stream *image, size_t limit)
+{
+	short events;
+	ssize_t ret;
+
+	do {
+		events = mig_poll(fd, POLLIN, 0);
+		ret = mig_read(fd, image, 1 << 16);
+		if (events & POLLIN) {
+			EXPECT_NE(-EAGAIN, ret)
+				PROMISE("after POLLIN a read() does not fail with EAGAIN");
+		} else if (ret == -EAGAIN) {
+			ASSERT_NE(0, mig_poll(fd, POLLIN, mig_hang_seconds() * 1000))
+				PROMISE("poll waits for more data: at an end of stream read() does not fail with EAGAIN");
+			ret = 1;
+		}
+	} while (ret > 0 && image->len < limit);
+	return ret;
+}
+
+TEST_F_TIMEOUT(device, nonblocking_read_agrees_with_poll, 120)
+{
+	struct mig_stream image = {};
+	bool pre_copy = self->dev.flags & VFIO_MIGRATION_PRE_COPY;
+	ssize_t ret;
+	int fd;
+
+	fd = go(_metadata, &self->dev, pre_copy ? MIG_PRE_COPY : MIG_STOP_COPY);
+	ASSERT_EQ(0, fcntl(fd, F_SETFL, O_NONBLOCK));
+	if (pre_copy) {
+		ret = read_as_polled(_metadata, fd, &image, stream_limit(&self->dev));
+		if (ret > 0)
+			SKIP(return, "the device does not become quiet in PRE_COPY");
+		EXPECT_EQ(-ENOMSG, ret)
+			PROMISE(TEMPORARY_END " (%s)", strerror(-ret));
+		move_on(_metadata, &self->dev, MIG_STOP_COPY);
+	}
+	EXPECT_EQ(0, read_as_polled(_metadata, fd, &image, 2 * stream_limit(&self->dev)))
+		PROMISE("permanent end of stream: read() returns 0, with O_NONBLOCK as well");
+}
+
 /* A write that faults takes the readable part or nothing; the rest can follow. */
 TEST_F(device, empty_and_faulting_writes_consume_nothing)
 {

@@ -158,6 +158,7 @@ TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
 {
 	struct mig_stream image = {};
 	struct vfio_precopy_info info;
+	unsigned int unannounced = 0;
 	size_t step, limit;
 	__u64 first, last;
 	ssize_t ret;
@@ -179,6 +180,7 @@ TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
 		step = first / 3 + 1;
 	limit = stream_limit(&self->dev);
 	while ((ret = mig_read(fd, &image, step)) > 0) {
+		unannounced += !info.initial_bytes && !info.dirty_bytes;
 		ASSERT_EQ(0, mig_precopy_info(fd, &info));
 		EXPECT_GE(last, info.initial_bytes)
 			PROMISE("initial_bytes decreases as migration data is read");
@@ -190,6 +192,42 @@ TEST_F_TIMEOUT(device, initial_bytes_fall_to_zero, 60)
 		PROMISE(TEMPORARY_END);
 	EXPECT_EQ(0U, last)
 		PROMISE("initial_bytes progresses towards zero as precopy data is read");
+	/* The device may change its own state in between, but hardly each time. */
+	EXPECT_GT(3U, unannounced)
+		PROMISE("when both initial_bytes and dirty_bytes are zero the end of stream is reached");
+}
+
+/*
+ * Compares the bytes announced with those read to the temporary end and with the rest,
+ * streamed in STOP_COPY, which the fields may include. Both are estimates for the
+ * decision when to stop the device: half is allowed for.
+ */
+static void check_announced(struct __test_metadata *_metadata,
+			    const struct vfio_precopy_info *info, __u64 read, __u64 rest)
+{
+	__u64 announced = info->initial_bytes + info->dirty_bytes;
+
+	EXPECT_GE(announced + announced / 2, read)
+		PROMISE("initial_bytes %llu and dirty_bytes %llu are an estimate of the %llu bytes read",
+			info->initial_bytes, info->dirty_bytes, read);
+	EXPECT_LE(announced, (read + rest) * 3 / 2)
+		PROMISE("initial_bytes %llu and dirty_bytes %llu are an estimate of the %llu bytes read, and %llu left for STOP_COPY",
+			info->initial_bytes, info->dirty_bytes, read, rest);
+}
+
+TEST_F_TIMEOUT(device, initial_bytes_announce_the_stream, 60)
+{
+	struct mig_stream image = {}, rest = {};
+	struct vfio_precopy_info info;
+	int fd;
+
+	NEED_PRE_COPY(&self->dev);
+	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	DRAIN_OR_SKIP(&self->dev, fd, &image);
+	move_on(_metadata, &self->dev, MIG_STOP_COPY);
+	ASSERT_EQ(0, mig_save(fd, &rest, stream_limit(&self->dev)));
+	check_announced(_metadata, &info, image.len, rest.len);
 }
 
 TEST_F(device, precopy_info_arguments)
@@ -361,4 +399,25 @@ TEST_F_TIMEOUT(device, data_size_bounds_the_stream, 60)
 	fd = go(_metadata, &self->dev, MIG_PRE_COPY);
 	DRAIN_OR_SKIP(&self->dev, fd, &image);
 	check_data_size(_metadata, &self->dev, MIG_PRE_COPY, fd);
+}
+
+/*
+ * Of a device whose whole state is streamed. It is an estimate, and may be an upper
+ * bound by the firmware; with a hundred times the size a VMM would never stop it.
+ */
+TEST_F(device, data_size_is_near_the_stream)
+{
+	static const __u32 states[] = { MIG_RUNNING, MIG_STOP, MIG_STOP_COPY };
+	struct mig_stream image = {};
+	unsigned int i;
+	__u64 size;
+
+	take_image(_metadata, &self->dev, &image);
+	for (i = 0; i < ARRAY_SIZE(states); i++) {
+		go(_metadata, &self->dev, states[i]);
+		ASSERT_EQ(0, mig_data_size(&self->dev, &size));
+		EXPECT_GE(100 * image.len + (1 << 20), size)
+			PROMISE("MIG_DATA_SIZE in %s is the estimated length of the stream, which has %zu bytes",
+				mig_state_name(states[i]), image.len);
+	}
 }

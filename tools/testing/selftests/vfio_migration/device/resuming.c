@@ -21,6 +21,18 @@ TEST_F_TIMEOUT(device, image_loads_in_any_chunks, 120)
 	load_and_run(_metadata, &self->dev, &again, 0);
 }
 
+/* A reset device is a device, too. */
+TEST_F(device, image_of_reset_device_loads)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+
+	NEED_RESET(&self->dev);
+	take_image(_metadata, &self->dev, &image);
+	to = open_target(_metadata, &self->dev, &second);
+	load_and_run(_metadata, to, &image, 0);
+}
+
 /*
  * Writes @len bytes of an invalid image and requests STOP. Returns whether this
  * failed, and checks that a failure keeps the state.
