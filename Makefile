@@ -70,7 +70,7 @@ selftest:		## build the kselftests and run them in the test machine
 selftest-mtty:		## run them on the mtty sample of the kernel and compare the results
 	$(testing)/run build mtty
 
-selftest-mutations:	## check that the kselftests notice each broken variant of the mock
+selftest-mutations:	## check that the kselftests notice each fault in mutations.txt
 	$(testing)/run build mutations -- $(ONLY)
 
 soak:			## run the long tests, some of them on the debug and strict kernels

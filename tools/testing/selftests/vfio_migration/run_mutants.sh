@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Run tests on broken variants of vfio_mock, in the test machine: run_mutants.sh
+# Run tests on broken variants of drivers, in the test machine: run_mutants.sh
 # PROGRAMS LOGS PLAN. PLAN has a line for each variant, with fields separated by tabs:
 # name, module, and for each program its name and the tests to run. Their output goes
 # to LOGS/name.log, with "# not run: REASON" for programs that could not be run.
@@ -13,10 +13,22 @@ programs=$1
 logs=$2
 plan=$3
 
+load()
+{
+	local driver
+
+	for driver in "${drivers[@]}"; do
+		insmod "${module%/*}/$driver.ko" || return
+	done
+}
+
 create()
 {
 	devices=()
-	create_mock medium:2 small:2
+	case ${drivers[0]} in
+	vfio_minimal) create_other "${minimal[@]}" ;;
+	*) create_mock medium:2 small:2 ;;
+	esac
 }
 
 # The tests $2... of program $1, on one backend and one size.
@@ -50,7 +62,11 @@ first=1
 while IFS=$'\t' read -r name module rest; do
 	log=$logs/$name.log
 	echo "# $name" >"$log"
-	if ! said=$(insmod "$module" 2>&1); then
+	case $module in
+	*/vfio_minimal.ko) drivers=(vfio_minimal vfio_mock) ;;
+	*) drivers=(vfio_mock) ;;
+	esac
+	if ! said=$(load 2>&1); then
 		if [ -z "$first" ]; then
 			# Something of the last one is left: run this one in a new machine.
 			rm -f -- "$log"
@@ -76,7 +92,7 @@ while IFS=$'\t' read -r name module rest; do
 			echo "# not run: ${words[0]} ends with status $status" >>"$log"
 	done
 	# Give up the machine if the devices cannot be removed.
-	{ remove_devices; rmmod vfio_mock; } >>"$log" 2>&1 &
+	{ remove_devices; rmmod "${drivers[@]}"; } >>"$log" 2>&1 &
 	remover=$!
 	for _ in {1..50}; do
 		kill -0 "$remover" 2>/dev/null || break
