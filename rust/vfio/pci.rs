@@ -16,8 +16,8 @@
 //! must not take the same lock in `reset_done`, and must not access the device.
 //!
 //! The crate solves this once. `reset_done` takes no mutex and calls no method of the driver. It
-//! records the reset, makes all accesses of the driver fail with `ENODEV`, and wakes readers and
-//! pollers. The next call by the user (an ioctl, read() or write() of the device file), at the
+//! records the reset, makes all accesses of the driver fail with `ENODEV`, and wakes the users of
+//! the data_fd. The next call by the user (an ioctl, read() or write() of the device file), at the
 //! latest the end of the `VFIO_DEVICE_RESET` itself, completes the reset before it does anything
 //! else: it ends the session and calls [`Migratable::reset`], without locks of the core.
 //!
@@ -81,15 +81,24 @@ impl DeviceId {
         })
     }
 
+    /// Restricts the identity to devices of a class, for example `0x03_8000`.
+    pub const fn with_class(mut self, class: u32) -> Self {
+        self.0.class = class;
+        self.0.class_mask = 0xff_ffff;
+        self
+    }
+
     /// Returns the vendor id, in the lower half, and the device id.
     pub const fn as_raw(&self) -> u32 {
         self.0.device << 16 | self.0.vendor
     }
 
-    /// Returns whether a device has these ids. The administrator can bind a driver to any device.
+    /// Returns whether this is the identity of a device. The administrator can bind a driver to any
+    /// device.
     pub fn matches(&self, device: &pci::Device<Bound>) -> bool {
-        let (vendor, device) = (device.vendor_id().as_raw(), device.device_id());
-        self.as_raw() == Self::from_id(vendor, device).as_raw()
+        let id = Self::from_id(device.vendor_id().as_raw(), device.device_id());
+        let other_class = (device.pci_class().as_raw() ^ self.0.class) & self.0.class_mask;
+        self.as_raw() == id.as_raw() && other_class == 0
     }
 }
 

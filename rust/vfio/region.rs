@@ -19,6 +19,8 @@ use kernel::{
 
 /// Base address register 0.
 pub const BAR0: u32 = bindings::VFIO_PCI_BAR0_REGION_INDEX;
+/// Base address register 1.
+pub const BAR1: u32 = bindings::VFIO_PCI_BAR1_REGION_INDEX;
 /// Base address register 2.
 pub const BAR2: u32 = bindings::VFIO_PCI_BAR2_REGION_INDEX;
 /// Base address register 4.

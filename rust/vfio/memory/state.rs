@@ -123,13 +123,6 @@ impl Tracker {
         self.notifier.take()
     }
 
-    /// Wakes the reader and pollers of the session, if there is one.
-    pub(crate) fn notify(&self) {
-        if let Some(notifier) = &self.notifier {
-            notifier.notify();
-        }
-    }
-
     /// Marks the pages of a range, in bytes, which must not be empty.
     pub(crate) fn changed(&mut self, range: Range<usize>) {
         let first = range.start / PAGE_SIZE;

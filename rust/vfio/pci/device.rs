@@ -133,14 +133,17 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        this.function.begin_session(notifier.clone());
         T::OpenData::pre_copy(&this.data, notifier)
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        this.function.begin_session(notifier.clone());
         T::OpenData::save(&this.data, notifier)
     }
 
     fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader> {
+        this.function.begin_session(notifier.clone());
         T::OpenData::load(&this.data, notifier)
     }
 
@@ -266,13 +269,9 @@ impl<T: Operations> Variant<T> {
 
     /// Records a reset. May be called with `memory_lock` held. Does not sleep.
     pub(super) fn reset_done(&self) {
-        if let Ok(opened) = self.opened() {
+        // Without another reference, which could be the last one.
+        if let Some(opened) = &*self.private.opened.lock() {
             opened.function.was_reset();
-            for region in &opened.regions {
-                if let Handling::Tracked(memory) = region {
-                    memory.notify();
-                }
-            }
         }
     }
 
@@ -308,7 +307,7 @@ impl<T: Operations> Variant<T> {
         let data = self.private.data.open(function.clone());
         let data = Arc::pin_init(data, GFP_KERNEL_ACCOUNT)?;
         let opened = OpenDevice {
-            regions: self.regions(&data)?,
+            regions: self.regions(&data, function)?,
             data,
             function: function.clone(),
         };
@@ -321,13 +320,13 @@ impl<T: Operations> Variant<T> {
     /// Returns the handling of each BAR.
     ///
     /// Fails with `EINVAL`, and logs the reason, if it does not match the device.
-    fn regions(&self, data: &T::OpenData) -> Result<[Handling; BARS]> {
+    fn regions(&self, data: &T::OpenData, function: &Arc<Function>) -> Result<[Handling; BARS]> {
         let mut regions = [const { Handling::Direct }; BARS];
         for (index, handling) in (0..).zip(&mut regions) {
             *handling = match T::region(data, index) {
                 Region::Direct => continue,
                 Region::Trapped => Handling::Trapped,
-                Region::Tracked(memory) if memory.region_index() == index => {
+                Region::Tracked(memory) if memory.is_of(function, index) => {
                     Handling::Tracked(memory.clone())
                 }
                 Region::Tracked(_) => {
@@ -351,8 +350,16 @@ impl<T: Operations> Variant<T> {
         let Some(opened) = opened else {
             return;
         };
-        // The sessions have ended.
-        if let Err(error) = opened.reset() {
+        opened.function.power_on();
+        // The sessions have ended. Another reset meanwhile makes this one fail.
+        let done = loop {
+            let resets = opened.function.resets();
+            let done = opened.reset();
+            if opened.function.resets() == resets {
+                break done;
+            }
+        };
+        if let Err(error) = done {
             pr_warn!("{}: a closed device is not reset: {:?}\n", T::NAME, error);
         }
         opened.function.close();

@@ -159,6 +159,8 @@ impl<T: Driver> Registration<T> {
         // SAFETY: `raw` is valid and not shared.
         unsafe {
             (*raw).ops = &VTable::<T>::OPS;
+            // The legacy ranges of VGA are another way to the memory in BARs.
+            (*raw.cast::<bindings::vfio_pci_core_device>()).set_disable_vga(true);
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
             let flags = Variant::<T>::from_raw(raw).private.engine.flags();
             (*raw).migration_flags = flags.as_raw() as u32;

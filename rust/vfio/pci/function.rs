@@ -6,6 +6,7 @@
 
 use crate::{
     bindings,
+    notifier::Notifier,
     region::Position,
     user::lock_killable, //
 };
@@ -15,7 +16,7 @@ use kernel::{
         from_err_ptr,
         to_result, //
     },
-    new_mutex,
+    new_mutex, new_spinlock,
     prelude::*,
     sync::{
         atomic::{
@@ -23,7 +24,8 @@ use kernel::{
             Relaxed, //
         },
         Arc,
-        Mutex, //
+        Mutex,
+        SpinLock, //
     },
 };
 
@@ -35,7 +37,8 @@ const COMMAND: c_int = bindings::PCI_COMMAND as c_int;
 /// The bit of the command register that enables the memory BARs.
 const COMMAND_MEMORY: u16 = bindings::PCI_COMMAND_MEMORY as u16;
 
-/// `PCI_D3hot`, which is a macro with a cast.
+/// `PCI_D0` and `PCI_D3hot`, which are macros with a cast.
+const D0: c_int = 0;
 const D3HOT: c_int = 3;
 
 /// Smallest access that is copied by `memcpy_fromio()` or `memcpy_toio()`, in bytes. Shorter ones
@@ -101,6 +104,35 @@ impl Enabled {
         unsafe { (*self.pdev()).current_state < D3HOT }
     }
 
+    /// Returns whether the device was removed or reported an error. Its registers may read as all
+    /// ones then.
+    fn is_offline(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { (*self.pdev()).error_state != bindings::pci_channel_io_normal }
+    }
+
+    /// Brings the device to D0, like `vfio_pci_core_disable()` does later. May sleep.
+    fn power_on(&self) {
+        let (core, pdev) = (self.core.as_ptr(), self.pdev());
+        // SAFETY: By the type invariants both are valid. `pm_save` is protected by `memory_lock`.
+        // No lock is held that a runtime resume needs.
+        unsafe {
+            let device = &raw mut (*pdev).dev;
+            if bindings::pm_runtime_resume_and_get(device) != 0 {
+                return;
+            }
+            bindings::down_write(&raw mut (*core).memory_lock);
+            let slept = !self.has_power();
+            let failed = bindings::pci_set_power_state(pdev, D0) != 0;
+            if slept && !failed && (*core).needs_pm_restore() {
+                bindings::pci_load_and_free_saved_state(pdev, &raw mut (*core).pm_save);
+                bindings::pci_restore_state(pdev);
+            }
+            bindings::up_write(&raw mut (*core).memory_lock);
+            bindings::pm_runtime_put(device);
+        }
+    }
+
     /// Calls `access` while the device has power and `memory_lock` is held, unless `may` fails with
     /// that lock held. Enables the memory BARs meanwhile, on behalf of the driver. May sleep.
     ///
@@ -134,7 +166,7 @@ impl Enabled {
         unsafe { bindings::down_read(lock) };
         let allowed = may();
         if allowed.is_ok() && self.has_power() && self.is_memory_enabled() {
-            let result = access();
+            let result = self.online(access);
             // SAFETY: The lock was taken above.
             unsafe { bindings::up_read(lock) };
             return result;
@@ -146,6 +178,19 @@ impl Enabled {
             By::User => Err(EIO),
             By::Driver => self.with_memory_enabled(lock, may, access),
         }
+    }
+
+    /// Calls `access`. Fails with `EIO` if the device was offline before or after it, so that all
+    /// ones are not taken for its content.
+    fn online(&self, access: impl FnOnce() -> Result) -> Result {
+        if self.is_offline() {
+            return Err(EIO);
+        }
+        access()?;
+        if self.is_offline() {
+            return Err(EIO);
+        }
+        Ok(())
     }
 
     /// Calls `access` with the memory BARs enabled. The user cannot access them meanwhile, because
@@ -165,14 +210,23 @@ impl Enabled {
             }
             let mut command = 0;
             // SAFETY: By the type invariants `pdev` is valid.
-            unsafe {
-                bindings::pci_read_config_word(pdev, COMMAND, &mut command);
-                bindings::pci_write_config_word(pdev, COMMAND, command | COMMAND_MEMORY);
+            let failed = unsafe { bindings::pci_read_config_word(pdev, COMMAND, &mut command) };
+            // A code of PCI, not an errno.
+            if failed != 0 {
+                return Err(EIO);
             }
-            let result = access();
-            // SAFETY: As above.
-            unsafe { bindings::pci_write_config_word(pdev, COMMAND, command) };
-            result
+            if command & COMMAND_MEMORY != 0 {
+                return self.online(access);
+            }
+            // SAFETY: As above. Other bits may change meanwhile.
+            unsafe {
+                bindings::pci_write_config_word(pdev, COMMAND, command | COMMAND_MEMORY);
+                let result = self.online(access);
+                if bindings::pci_read_config_word(pdev, COMMAND, &mut command) == 0 {
+                    bindings::pci_write_config_word(pdev, COMMAND, command & !COMMAND_MEMORY);
+                }
+                result
+            }
         });
         // SAFETY: The lock was taken above.
         unsafe { bindings::up_write(lock) };
@@ -308,14 +362,6 @@ impl Enabled {
     }
 }
 
-/// A gate for writes of the user to BARs.
-struct Gate {
-    /// The device is stopped: writes are dropped.
-    stopped: bool,
-    /// Number of writes dropped since the last reset.
-    dropped: u64,
-}
-
 /// The PCI function of an open device: the driver's access to its BARs and its configuration
 /// space.
 ///
@@ -323,7 +369,8 @@ struct Gate {
 /// the command register, because it holds `memory_lock`. It works even if the user has disabled the
 /// memory BARs: then it enables them meanwhile. It fails with
 ///
-/// * `EIO` if the user has put the device into D3hot by the configuration space,
+/// * `EIO` if the user has put the device into D3hot by the configuration space, or the device was
+///   removed or reported an error,
 /// * `ENODEV` if the device was reset and [`Migratable::reset`] has not been called since: the
 ///   caller belongs to a session that the reset ends. Also after the last close, because the
 ///   function may live longer than the open device.
@@ -350,9 +397,15 @@ pub struct Function {
     /// Present while the device is open. Outside of `memory_lock`.
     #[pin]
     enabled: Mutex<Option<Enabled>>,
-    /// Held during a write of the user. Outside of `enabled`.
+    /// Whether the device is stopped: writes of the user to BARs are dropped. Held during such a
+    /// write. Outside of `enabled`.
     #[pin]
-    gate: Mutex<Gate>,
+    stopped: Mutex<bool>,
+    /// Number of writes dropped since the last reset.
+    dropped: Atomic<u64>,
+    /// The notifier of the last session.
+    #[pin]
+    session: SpinLock<Option<Arc<Notifier>>>,
     /// Number of resets that have happened, including that before the first open.
     resets: Atomic<u32>,
     /// The value of `resets` when the driver was last called to reset the device. Other accesses
@@ -374,14 +427,12 @@ impl Function {
         // INVARIANT: By the safety requirements; `close()` drops it.
         let enabled = Enabled { core };
         let sizes = core::array::from_fn(|index| enabled.memory_size(index as u32));
-        let gate = Gate {
-            stopped: false,
-            dropped: 0,
-        };
         Arc::pin_init(
             pin_init!(Self {
                 enabled <- new_mutex!(Some(enabled), "vfio::pci::Function::enabled"),
-                gate <- new_mutex!(gate, "vfio::pci::Function::gate"),
+                stopped <- new_mutex!(false, "vfio::pci::Function::stopped"),
+                dropped: Atomic::new(0),
+                session <- new_spinlock!(None, "vfio::pci::Function::session"),
                 resets: Atomic::new(1),
                 accepted: Atomic::new(0),
                 settled: Atomic::new(0),
@@ -391,9 +442,23 @@ impl Function {
         )
     }
 
+    /// Brings the device to D0, so that it can be accessed whatever the user has done. May sleep.
+    pub(crate) fn power_on(&self) {
+        if let Some(enabled) = &*self.enabled.lock() {
+            enabled.power_on();
+        }
+    }
+
     /// Ends all access. May sleep.
     pub(crate) fn close(&self) {
         *self.enabled.lock() = None;
+    }
+
+    /// Records the notifier of a session, whose users are woken by a reset. May sleep.
+    pub(crate) fn begin_session(&self, notifier: Arc<Notifier>) {
+        let last = self.session.lock().replace(notifier);
+        // Outside of the lock: this may be the last reference.
+        drop(last);
     }
 
     /// Returns the size in bytes of a memory BAR, or zero if `region_index` is not that of one.
@@ -402,7 +467,7 @@ impl Function {
     }
 
     /// Fails with `ENODEV` between a reset and the call of the driver.
-    fn not_reset(&self) -> Result {
+    pub(crate) fn not_reset(&self) -> Result {
         if self.accepted.load(Relaxed) == self.resets.load(Relaxed) {
             Ok(())
         } else {
@@ -457,9 +522,9 @@ impl Function {
     /// Calls `write`, which writes on behalf of the user. Counts the write instead if the device is
     /// stopped.
     pub(crate) fn pass(&self, write: impl FnOnce() -> Result) -> Result {
-        let mut gate = lock_killable(&self.gate)?;
-        if gate.stopped {
-            gate.dropped += 1;
+        let stopped = lock_killable(&self.stopped)?;
+        if *stopped {
+            self.dropped.fetch_add(1, Relaxed);
             return Ok(());
         }
         write()
@@ -468,37 +533,39 @@ impl Function {
     /// Drops writes of the user from now on. No write is under way when this returns. Fails with
     /// `EINTR`, without an effect, if the task is killed while it waits for one.
     pub(crate) fn stop(&self) -> Result {
-        lock_killable(&self.gate)?.stopped = true;
+        *lock_killable(&self.stopped)? = true;
         Ok(())
     }
 
     /// The same for a device that failed.
     pub(crate) fn halt(&self) {
-        self.gate.lock().stopped = true;
+        *self.stopped.lock() = true;
     }
 
     /// Passes writes of the user again.
     pub(crate) fn start(&self) {
-        self.gate.lock().stopped = false;
+        *self.stopped.lock() = false;
     }
 
     /// Returns the number of writes to BARs that were dropped since the last reset, because the
     /// device was stopped.
     pub fn dropped_writes(&self) -> u64 {
-        self.gate.lock().dropped
+        self.dropped.load(Relaxed)
     }
 
     /// Passes writes of the user again after a reset, and clears the count of dropped ones.
     pub(crate) fn reset_gate(&self) {
-        *self.gate.lock() = Gate {
-            stopped: false,
-            dropped: 0,
-        };
+        *self.stopped.lock() = false;
+        self.dropped.store(0, Relaxed);
     }
 
-    /// Records a reset. Accesses fail until [`accept()`](Self::accept). Does not sleep.
+    /// Records a reset. Accesses fail until [`accept()`](Self::accept). Wakes readers, writers and
+    /// pollers of the session, which must notice it. Does not sleep.
     pub(crate) fn was_reset(&self) {
         self.resets.fetch_add(1, Relaxed);
+        if let Some(notifier) = &*self.session.lock() {
+            notifier.notify();
+        }
     }
 
     /// Returns the number of resets.

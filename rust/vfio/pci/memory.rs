@@ -23,7 +23,7 @@ use kernel::{
     },
 };
 
-/// Maximum number of pages of a run, so that an access does not delay others for long.
+/// Maximum number of pages of a run, which limits the size of a copy of its content.
 const MAX_RUN: usize = 64;
 
 #[pin_data]
@@ -98,9 +98,9 @@ impl BarMemory {
         self.0.pages
     }
 
-    /// Returns the index of the BAR.
-    pub(crate) fn region_index(&self) -> u32 {
-        self.0.region_index
+    /// Returns whether this is the memory in a BAR of `function`.
+    pub(crate) fn is_of(&self, function: &Arc<Function>, region_index: u32) -> bool {
+        self.0.region_index == region_index && Arc::ptr_eq(&self.0.function, function)
     }
 
     fn position(&self, offset: usize) -> Position {
@@ -142,11 +142,6 @@ impl BarMemory {
             cond_resched();
         }
         Ok(())
-    }
-
-    /// Wakes the reader and pollers of a session, which must notice a reset. Does not sleep.
-    pub(crate) fn notify(&self) {
-        self.0.tracker.lock().notify();
     }
 
     /// Tracks the memory until the result is dropped, with all pages still to be streamed.
@@ -215,6 +210,8 @@ impl BarTracking {
     /// like [`Function::read`].
     pub fn take(&self, max: usize) -> Result<Option<BarRun>> {
         let memory = &self.0;
+        // A reader must notice a reset even if nothing is left.
+        memory.0.function.not_reset()?;
         let max = max.clamp(1, MAX_RUN);
         let Some((run, initial)) = memory.0.tracker.lock().take(max) else {
             return Ok(None);
@@ -223,7 +220,10 @@ impl BarTracking {
         let content = KVVec::zeroed(run.count * PAGE_SIZE, GFP_KERNEL_ACCOUNT)
             .map_err(Error::from)
             .and_then(|mut bytes| {
-                memory.read(pages.start * PAGE_SIZE, &mut bytes)?;
+                // Page by page, because each access excludes others.
+                for (page, bytes) in pages.clone().zip(bytes.chunks_exact_mut(PAGE_SIZE)) {
+                    memory.read(page * PAGE_SIZE, bytes)?;
+                }
                 Ok(bytes)
             })
             .inspect_err(|_| {

@@ -247,7 +247,8 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call, and `vma` is valid.
         let (this, page) = unsafe { (Variant::<T>::from_raw(vdev), (*vma).vm_pgoff) };
         from_result(|| {
-            let opened = this.settled()?;
+            // Does not complete a reset, which would delay page faults: `mmap_lock` is held.
+            let opened = this.opened()?;
             if !opened.is_direct(index_at(i64::try_from(page << PAGE_SHIFT)?)) {
                 return Err(EINVAL);
             }
