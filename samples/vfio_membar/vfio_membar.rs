@@ -47,7 +47,8 @@ struct Model {
 }
 
 const BOCHS: Model = Model {
-    id: pci::DeviceId::from_id(0x1234, 0x1111),
+    // Not the VGA devices of QEMU, which have the same ids and more registers.
+    id: pci::DeviceId::from_id(0x1234, 0x1111).with_class(0x03_8000),
     bars: (region::BAR0, region::BAR2),
     // From the horizontal resolution to the vertical offset, and the byte order.
     saved: &[(0x502, 9, 2, 0), (0x604, 1, 4, 0x1e1e_1e1e)],
@@ -69,9 +70,14 @@ impl pci::Operations for Driver {
     const NAME: &'static CStr = c"vfio_membar";
 
     fn open(&self, function: Arc<pci::Function>) -> impl PinInit<Chip, Error> {
+        // ivshmem-doorbell has it: other machines write to its memory.
+        let is_shared = function.size(region::BAR1) != 0;
         try_init!(Chip {
             model: self.0,
-            memory: pci::BarMemory::new(function.clone(), self.0.bars.0)?,
+            memory: match is_shared {
+                true => Err(ENODEV),
+                false => pci::BarMemory::new(function.clone(), self.0.bars.0),
+            }?,
             function,
         }? Error)
     }
@@ -224,7 +230,9 @@ impl Saver for BarSaver {
         } else {
             let mut page = page_of([self.sum.unwrap_or(0)])?;
             for (pos, at, _) in self.chip.registers() {
-                self.chip.function.read(pos, &mut page[at])?;
+                self.chip.function.read(pos, &mut page[at.clone()])?;
+                // The interrupt status of ivshmem is cleared by a read.
+                self.chip.function.write(pos, &page[at])?;
             }
             self.ended = true;
             (LAST, false, page)
