@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
-# Targets of this repository. kbuild reads Kbuild instead of this file:
-# make -C $KDIR M=$PWD LLVM=1 works as well.
+# Targets of this repository. kbuild reads Kbuild instead of this file: with the
+# environment of `make env`, make -C $KDIR M=$PWD works as well.
 
 ifneq ($(KDIR),)
 override KDIR := $(abspath $(KDIR))
@@ -18,8 +18,11 @@ endif
 
 all: modules
 
+# M is a folder with drivers of its own, outside of this repository.
+folder := $(if $(M),M=$(abspath $(M)))
+
 modules:		## build the modules (the default)
-	$(vm)/modules
+	$(vm)/modules $(folder)
 
 modules_install: modules ## install the modules below INSTALL_MOD_PATH
 	$(vm)/modules modules_install
@@ -35,6 +38,9 @@ kernel-debug:		## the same with KASAN, lockdep and others; takes much longer
 
 kernel-strict:		## the same with CFI and without iommufd
 	$(vm)/kernel --kernel strict
+
+env:			## print the environment of the builds, for eval "$(make env)"
+	$(vm)/env
 
 kdir:			## print the build folder of the kernel
 	$(vm)/kernel kdir
@@ -73,6 +79,11 @@ selftest-mtty:		## run them on the mtty sample of the kernel and compare the res
 selftest-mutations:	## check that the kselftests notice each fault in mutations.txt
 	$(testing)/run build mutations -- $(ONLY)
 
+test-device:		## run the conformance tests on the devices of DRIVER or M
+	[ -n "$(M)$(DRIVER)" ] || { echo "Usage: make test-device M=folder" >&2; exit 2; }
+	$(testing)/device/run $(if $(DRIVER),--driver $(DRIVER)) $(if $(TYPE),--type $(TYPE)) \
+		$(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
+
 soak:			## run the long tests, some of them on the debug and strict kernels
 	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all
 	$(testing)/run --kernel debug build fuzz
@@ -97,13 +108,17 @@ rust-analyzer: modules	## write rust-project.json for editors with rust-analyzer
 	$(testing)/rust_project/run
 
 clean:			## remove built files, but not the cache
-	$(vm)/clean
+	$(vm)/clean $(folder)
 
 help:			## print this
 	sed -n 's/^\([a-z_-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | \
 		expand -t 20
 	echo
 	echo 'KDIR=folder       use this built kernel tree, not the test kernel'
+	echo 'M=folder          modules, clean, test-device: drivers in a folder of their own'
+	echo 'DRIVER=name       test-device: only this module'
+	echo 'TYPE=name         test-device: only mediated devices of this type'
+	echo 'TESTFLAGS="..."   test-device: options of vfio_migration_test'
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
@@ -114,8 +129,7 @@ help:			## print this
 	echo 'XDG_CACHE_HOME=folder  keep kernel, tools and logs there, not in ~/.cache'
 	echo 'V=1               show all output'
 
-.PHONY: all modules modules_install setup kernel kernel-debug kernel-strict kdir vm shell demo
-.PHONY: test test-debug test-strict test-host selftest selftest-mtty selftest-mutations soak
-.PHONY: bench lint doc
-.PHONY: htmldocs series
+.PHONY: all modules modules_install setup kernel kernel-debug kernel-strict env kdir vm shell
+.PHONY: demo test test-debug test-strict test-host test-device selftest selftest-mtty
+.PHONY: selftest-mutations soak bench lint doc htmldocs series
 .PHONY: rust-analyzer clean help

@@ -19,6 +19,8 @@ vm_logs=$vm_cache/logs
 vm_own=$vm_cache/trees/$(cksum <<<"$vm_top" | cut -d' ' -f1)
 vm_src=$vm_cache/src/linux-source-7.3
 vm_build=$vm_cache/build
+# From `make env`, like no KDIR.
+[ "${KDIR:-}" != "$vm_build" ] || unset KDIR
 # The options of the test kernel, and those that it must have.
 vm_fragments=$vm_top/.config.fragment
 vm_required=$vm_fragments
@@ -244,7 +246,8 @@ tap()
 	tap_result $status "$1" "$output"
 }
 
-# Build the kselftests into $vm_own/selftests.
+# Build the kselftests into $vm_own/selftests, all or the named programs.
+# shellcheck disable=SC2120 # mostly called without arguments
 selftest_build()
 {
 	local headers output=$vm_own/selftests
@@ -256,5 +259,5 @@ selftest_build()
 		flock "$vm_own/lock" \
 		make -s -C "$vm_top/tools/testing/selftests/vfio_migration" \
 			KSRC="$(ksrc)" OUTPUT="$output" \
-			${headers:+"KHDR_INCLUDES=$headers"}
+			${headers:+"KHDR_INCLUDES=$headers"} "$@"
 }
