@@ -197,7 +197,7 @@ def bindings(step):
     text = re.sub(r'#include (<linux/module.h>|"vfio.h")\n|\n/\* sparse (.*\n)*', "", text)
     step.write("rust/helpers/vfio.c", re.sub(r"\n{3,}", "\n\n", text))
     step.sort_in("rust/helpers/helpers.c", '#include "vfio.c"', r'#include "[e-z]')
-    kbuild = (TOP / "Kbuild").read_text()
+    kbuild = (TOP / "rust/vfio.mk").read_text()
     enums = re.findall(r"--newtype-enum (\w+) .*\n.*-enum=\1='\\(.*)' ", kbuild)
     for name, encoding in enums:
         step.insert(

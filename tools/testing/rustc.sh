@@ -66,7 +66,7 @@ examples()
 rustc_setup()
 {
 	if ! rustc_options samples/vfio_minimal/vfio_minimal '@(-Dwarnings|samples/*.rs)' ||
-		[ ! -r rust/vfio/libvfio.rmeta ]; then
+		[ ! -r libvfio.rmeta ]; then
 		echo 'Bail out! the modules are not built: make'
 		exit 1
 	fi
