@@ -26,8 +26,8 @@
 //!    saved, and it uses [`StateMemory`](memory::StateMemory) to track changes.
 //!    `samples/vfio_mock` also has interrupts, DMA, mmap(), a checksum of the stream and a slow
 //!    saver.
-//! 4. Build it like the samples, in `Kbuild`, and run the conformance suite in
-//!    `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
+//! 4. Build it in a folder of its own, which `tools/new-driver` creates, and run the conformance
+//!    suite in `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
 //!
 //! A driver of a real PCI device uses the module [`pci`] instead of the first row, and
 //! `vfio_pci_core` serves everything but the migration. `samples/vfio_membar` is such a driver.

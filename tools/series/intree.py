@@ -25,7 +25,7 @@ PLACES = (
     ("samples/vfio_minimal", "samples/rust/vfio_minimal"),
     ("samples/vfio_mock", "samples/rust/vfio_mock"),
     ("rust/vfio/", "rust/kernel/vfio/"),
-    ("in `Kbuild`", "in `samples/rust/Makefile`"),
+    ("in a folder of its own, which `tools/new-driver` creates", "in `samples/rust/Makefile`"),
     ("The crate implements", "The module implements"),
     ("on the crate `vfio`", "on `kernel::vfio`"),
     ("example on the front page of the crate", "example on the page of the module"),
