@@ -28,7 +28,9 @@ VFIO_IO = 0x3B00 + 100
 VFIO_DEVICE_GET_REGION_INFO = VFIO_IO + 8
 VFIO_DEVICE_FEATURE = VFIO_IO + 17
 VFIO_MIG_GET_PRECOPY_INFO = VFIO_IO + 21
+VFIO_DEVICE_FEATURE_GET = 1 << 16
 VFIO_DEVICE_FEATURE_SET = 1 << 17
+VFIO_DEVICE_FEATURE_MIGRATION = 1
 VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE = 2
 VFIO_DEVICE_STATE_STOP = 1
 
@@ -43,6 +45,9 @@ STATES = (
     "PRE_COPY",
     "PRE_COPY_P2P",
 )
+
+# The names of VFIO_MIGRATION_* in debugfs, by bit.
+FEATURES = ("stop-copy", "p2p", "pre-copy")
 
 DEVICE_FILE = re.compile(r"anon_inode:\[vfio-device\]|/dev/vfio/devices/.*")
 STREAM_FILE = re.compile(r"anon_inode:.*mig.*")
@@ -84,6 +89,8 @@ class Device:
         types = BUS / parent / "mdev_supported_types"
         self.uuid = str(uuid.uuid4())
         self.path = DEVICES / self.uuid
+        # The process that has the device open.
+        self.holder = None
         (types / mdev_type / "create").write_text(self.uuid)
 
     def remove(self, timeout=10):
@@ -99,17 +106,36 @@ class Device:
             time.sleep(0.01)
 
     def _debugfs(self, name):
-        with contextlib.suppress(OSError):
-            return (DEBUGFS / self.uuid / "migration" / name).read_text()
-        return ""
+        return (DEBUGFS / self.uuid / "migration" / name).read_text()
+
+    def _feature(self, number, layout):
+        """Returns the values of a feature, which any process with the file can get."""
+        flags = VFIO_DEVICE_FEATURE_GET | number
+        size = 8 + struct.calcsize(layout)
+        feature = bytearray(struct.pack("=II", size, flags).ljust(size, b"\0"))
+        with borrow(self.holder, find_device(self.holder, self)) as fd:
+            fcntl.ioctl(fd, VFIO_DEVICE_FEATURE, feature)
+        return struct.unpack_from(layout, feature, 8)
 
     def state(self):
-        """Returns the migration state, empty if the kernel does not report it."""
-        return self._debugfs("state").strip()
+        """Returns the migration state, empty if it is unknown."""
+        with contextlib.suppress(OSError):
+            if DEBUGFS.exists():
+                return self._debugfs("state").strip()
+            if self.holder:
+                state = self._feature(VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, "=Ii")
+                return STATES[state[0]]
+        return ""
 
     def features(self):
         """Returns the names of the migration features of the device."""
-        return self._debugfs("features").split()
+        with contextlib.suppress(OSError):
+            if DEBUGFS.exists():
+                return self._debugfs("features").split()
+            if self.holder:
+                (flags,) = self._feature(VFIO_DEVICE_FEATURE_MIGRATION, "=Q")
+                return [n for bit, n in enumerate(FEATURES) if flags >> bit & 1]
+        return []
 
 
 @contextlib.contextmanager

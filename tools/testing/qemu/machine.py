@@ -12,8 +12,11 @@ import time
 from qmp import Qmp, QmpError
 from view import size
 
-# The built-in tests of the kernel need not run in every guest.
-KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 kunit.enable=0"
+# The built-in tests of the kernel need not run in every guest. The guest maps BARs of
+# devices that vfio-pci has claimed, which CONFIG_IO_STRICT_DEVMEM forbids by default.
+KERNEL_OPTIONS = (
+    "console=ttyS0 quiet panic=-1 kunit.enable=0 iomem=relaxed"
+)
 
 # Root ports of each machine, one for each device.
 PORTS = 2
@@ -142,6 +145,8 @@ class Machine:
                 stderr=stderr,
                 pass_fds=(far_report.fileno(), far_monitor.fileno()),
             )
+        for mdev in self.mdevs:
+            mdev.holder = self.process.pid
         far_report.close()
         far_monitor.close()
 
