@@ -55,8 +55,9 @@ vm: modules		## run CMD='...' as root in the test machine
 shell: modules		## open a shell in the test machine
 	$(vm)/run $(VMFLAGS) --shell
 
-demo: modules		## migrate a QEMU guest that works with the mock device
-	$(testing)/qemu/demo $(DEMOFLAGS)
+demo:			## migrate a QEMU guest that works with the mock device
+	kernel=$$($(vm)/stock choose $(DEMOFLAGS)) && $(vm)/modules $$kernel && \
+		$(testing)/qemu/demo $$kernel $(DEMOFLAGS)
 
 test:			## run all tests; the last line is the summary
 	$(testing)/run

@@ -55,15 +55,20 @@ strict) ;;
 prepared) vm_prepare=1 ;;
 # One with pages of 64 KiB, and the options of the normal one that exist there.
 arm64) vm_prepare=1 vm_required=$vm_top/.config.arm64.fragment ;;
+# That of the distribution, see stock.
+stock) ;;
 *) die "--kernel $vm_kernel: unknown kernel" ;;
 esac
 if [ -n "$vm_kernel" ]; then
 	vm_suffix=-$vm_kernel
 	vm_build+=$vm_suffix
-	if [ "$vm_kernel" != prepared ]; then
+	case $vm_kernel in
+	prepared | stock) ;;
+	*)
 		vm_fragments+=" $vm_top/.config.$vm_kernel.fragment"
 		[ "$vm_kernel" = arm64 ] || vm_required=$vm_fragments
-	fi
+		;;
+	esac
 fi
 
 case $vm_top$vm_cache in
@@ -87,7 +92,10 @@ kdir()
 # The build folder of the kernel for guests in the test machine, which is not under test.
 guest_kdir()
 {
-	printf '%s\n' "${KDIR:-${vm_build%"$vm_suffix"}}"
+	local dir=${vm_build%"$vm_suffix"}
+
+	[ "$vm_kernel" != stock ] || dir=$vm_build/guest
+	printf '%s\n' "${KDIR:-$dir}"
 }
 
 # The folder of the installed kernel modules for the test machine.
@@ -134,6 +142,12 @@ tool_env()
 	# builds of the scripts.
 	unset MAKEFLAGS MFLAGS MAKELEVEL RUSTFLAGS RUSTUP_TOOLCHAIN
 	export PATH RUSTC RUSTDOC RUSTFMT LLVM LIBCLANG_PATH
+	if [ "$vm_kernel" = stock ]; then
+		# The tools that the distribution has built its kernel with.
+		PATH=/usr/bin:/bin:/usr/sbin:/sbin
+		RUSTC=/usr/bin/rustc
+		unset LLVM LIBCLANG_PATH
+	fi
 }
 
 # The source tree of the kernel in kdir().
