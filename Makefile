@@ -86,7 +86,8 @@ test-device:		## run the conformance tests on the devices of DRIVER or M
 		$(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
 
 soak:			## run the long tests, some of them on the debug and strict kernels
-	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all
+	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all \
+		stock
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict
 
