@@ -173,6 +173,20 @@ def add_modules(step, names):
     return files
 
 
+def libvfio(step):
+    """vfio: selftests: Reserve whole pages in mmap_reserve()
+
+    vfio_pci_core lets user space map a BAR that is smaller than a page if it
+    could reserve the rest of the page. For BAR0 of QEMU's ivshmem, which has
+    256 bytes, mmap_reserve() calls munmap() with an address that is not a
+    multiple of the page size. This fails with EINVAL, so each test of such a
+    device aborts.
+
+    Round size and alignment up to the page size.
+    """
+    git(step.tree, "apply", TOP / "tools/series/libvfio.patch")
+
+
 CONSTANT_BEFORE = "const fop_flags_t RUST_CONST_HELPER_FOP_UNSIGNED_OFFSET = FOP_UNSIGNED_OFFSET;"
 
 
@@ -408,7 +422,7 @@ def documents(step):
     step.maintain(abi, "Documentation/driver-api/vfio-mock.rst")
 
 
-STEPS = (bindings, engine, emulated, minimal, mock, selftests, documents)
+STEPS = (libvfio, bindings, engine, emulated, minimal, mock, selftests, documents)
 
 
 def base(source, tree):
@@ -425,6 +439,7 @@ def base(source, tree):
         "samples/rust/Kconfig",
         "samples/rust/Makefile",
         "tools/testing/selftests/Makefile",
+        "tools/testing/selftests/vfio/lib/libvfio.c",
     )
     for path in changed:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
