@@ -77,6 +77,9 @@ selftest:		## build the kselftests and run them in the test machine
 selftest-mtty:		## run them on the mtty sample of the kernel and compare the results
 	$(testing)/run build mtty
 
+selftest-kernel:	## run the VFIO selftests of the kernel and compare the results
+	$(testing)/run build selftest_kernel_all -- $(KSELFTESTFLAGS)
+
 selftest-mutations:	## check that the kselftests notice each fault in mutations.txt
 	$(testing)/run build mutations -- $(ONLY)
 
@@ -86,8 +89,8 @@ test-device:		## run the conformance tests on the devices of DRIVER or M
 		$(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
 
 soak:			## run the long tests, some of them on the debug and strict kernels
-	$(testing)/run build soak host_fuzz_long miri mtty mutations fresh_all \
-		stock
+	$(testing)/run build soak host_fuzz_long miri mtty selftest_kernel_all \
+		mutations fresh_all stock
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict
 
@@ -123,6 +126,7 @@ help:			## print this
 	echo 'TESTFLAGS="..."   test-device: options of vfio_migration_test'
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
+	echo 'KSELFTESTFLAGS=--write  selftest-kernel: update the table of the results'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
 	echo 'ONLY="name..."    the only mutations for selftest-mutations'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
@@ -133,5 +137,5 @@ help:			## print this
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict env kdir vm shell
 .PHONY: demo test test-debug test-strict test-host test-device selftest selftest-mtty
-.PHONY: selftest-mutations soak bench lint doc htmldocs series
+.PHONY: selftest-kernel selftest-mutations soak bench lint doc htmldocs series
 .PHONY: rust-analyzer clean help
