@@ -445,9 +445,10 @@ def base(source, tree):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / path, tree / path)
     git(tree, "init", "--quiet")
-    # Use the identity of this repository.
-    for key in ("user.name", "user.email"):
-        git(tree, "config", key, git(TOP, "config", key))
+    # Use the identity of this repository, by default that of its last author.
+    for key, author in (("user.name", "%an"), ("user.email", "%ae")):
+        last = git(TOP, "log", "-1", f"--format={author}")
+        git(tree, "config", key, git(TOP, "config", "--default", last, "--get", key))
     commit(tree, "base")
 
 
