@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -387,6 +388,61 @@ static void bench_image(void)
 	mig_close(&m.dev);
 }
 
+/* ---- A read into several buffers ---- */
+
+#define VECTORS		16
+
+/* Reads the stream in pieces, alternately with readv() and read(). */
+static void read_in_two_ways(int fd, double *vectors, double *plain)
+{
+	struct iovec iov[VECTORS];
+	double times[3], spent[2] = {};
+	size_t done[2] = {};
+	ssize_t ret[2];
+	int i;
+
+	for (i = 0; i < VECTORS; i++) {
+		iov[i].iov_len = PIECE / VECTORS;
+		iov[i].iov_base = buffer + i * iov[i].iov_len;
+	}
+	do {
+		times[0] = now();
+		ret[0] = readv(fd, iov, VECTORS);
+		times[1] = now();
+		ret[1] = read(fd, buffer, PIECE);
+		times[2] = now();
+		for (i = 0; i < 2; i++) {
+			if (ret[i] < 0)
+				give_up("could not read the stream: %s", strerror(errno));
+			spent[i] += times[i + 1] - times[i];
+			done[i] += ret[i];
+		}
+	} while (ret[1]);
+	*vectors = spent[0] / done[0];
+	*plain = spent[1] / done[1];
+}
+
+static void bench_readv(void)
+{
+	const char *name = "readv(data_fd), 16 vectors : read(data_fd)";
+	double vectors[MAX_RUNS], plain[MAX_RUNS];
+	unsigned int i;
+	struct mock m;
+	int fd;
+
+	if (!wanted(name) || !open_mock(&m, "256M"))
+		return;
+	fill_all(&m);
+	for (i = 0; i < runs; i++) {
+		fd = to_state(&m.dev, MIG_STOP_COPY);
+		read_in_two_ways(fd, &vectors[i], &plain[i]);
+		close(fd);
+		to_state(&m.dev, MIG_RUNNING);
+	}
+	add(name, vectors, plain, runs, true, "MB/s", 1 / 1e6, AT_LEAST, 0.90);
+	mig_close(&m.dev);
+}
+
 /* ---- A round of pre-copy ---- */
 
 #define ROUND_PAGES	64
@@ -642,6 +698,7 @@ int main(int argc, char **argv)
 		give_up("no memory is available");
 	memset(buffer, 0x5a, PIECE);
 	bench_image();
+	bench_readv();
 	bench_round();
 	bench_write();
 	bench_store();
