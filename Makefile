@@ -90,7 +90,7 @@ test-device:		## run the conformance tests on the devices of DRIVER or M
 
 soak:			## run the long tests, some of them on the debug and strict kernels
 	$(testing)/run build soak host_fuzz_long miri mtty selftest_kernel_all \
-		mutations fresh_all stock
+		mutations fresh_all stock bundle
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict
 
@@ -105,6 +105,9 @@ doc: modules		## write the documentation of the crates to doc-out/
 
 htmldocs:		## write Documentation/ as HTML to html-out/
 	$(testing)/run htmldocs
+
+bundle:			## write an archive for tests of VMMs, without a kernel build, to bundle-out/
+	tools/bundle/make
 
 series:			## write the series for a kernel tree KSRC to series-out/
 	tools/series/run $(if $(KSRC),-k $(KSRC)) $(SERIESFLAGS)
@@ -137,5 +140,5 @@ help:			## print this
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict env kdir vm shell
 .PHONY: demo test test-debug test-strict test-host test-device selftest selftest-mtty
-.PHONY: selftest-kernel selftest-mutations soak bench lint doc htmldocs series
+.PHONY: selftest-kernel selftest-mutations soak bench lint doc htmldocs bundle series
 .PHONY: rust-analyzer clean help
