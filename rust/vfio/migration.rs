@@ -273,8 +273,8 @@ pub trait Migratable: Send + Sync + 'static {
 
     /// Begins to load, for the arc from `STOP` to `RESUMING`.
     ///
-    /// The loader is dropped when the session ends. It keeps `notifier` if it is not always
-    /// [ready](Loader::is_ready).
+    /// The loader is dropped when the session ends. A loader that does not always take bytes keeps
+    /// `notifier`, and notifies when it does again.
     fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader>;
 
     /// Applies the loaded state, for the arc from `RESUMING` to `STOP`.
@@ -454,7 +454,7 @@ pub trait Saver: Send + Unpin + 'static {
 /// }
 ///
 /// impl Loader for PageLoader {
-///     fn write(&mut self, bytes: &[u8]) -> Result {
+///     fn write(&mut self, bytes: &[u8]) -> Result<usize> {
 ///         let memory = &self.memory;
 ///         self.records.feed(bytes, |record| {
 ///             let (number, page) = record.split_first_chunk().ok_or(EINVAL)?;
@@ -465,18 +465,25 @@ pub trait Saver: Send + Unpin + 'static {
 /// }
 /// ```
 pub trait Loader: Send + Unpin + 'static {
-    /// Consumes the next bytes of the stream, which the user may cut anywhere.
+    /// Takes bytes of the stream, which the user may cut anywhere, and returns their number.
+    ///
+    /// `bytes` is not empty. If the loader takes only a part, it is called again with the rest. If
+    /// it takes none, the device is not ready for them, for example because its firmware loads the
+    /// previous ones. Then the user's write() returns the number of bytes taken so far. If there
+    /// are none, it keeps the bytes and waits until the [`Notifier`] is notified, or fails with
+    /// `EAGAIN` if it is nonblocking. No lock is held meanwhile: neither a reset nor a state change
+    /// waits for the firmware. A signal ends the wait.
     ///
     /// A failure is final for the session: every later write() and the arc to `STOP` fail with the
     /// same error. It is `EINVAL` for an invalid stream.
-    fn write(&mut self, bytes: &[u8]) -> Result;
+    fn write(&mut self, bytes: &[u8]) -> Result<usize>;
 
-    /// Returns whether [`write`](Self::write) can take bytes now. If not, the device is not ready
-    /// for them yet: the writer waits until the [`Notifier`] is notified, or fails with `EAGAIN` if
-    /// it is nonblocking.
+    /// Returns whether [`write`](Self::write) would take bytes now.
     ///
-    /// Also called for poll(): it must answer from the driver's data, without querying firmware,
-    /// and must not sleep. A ready loader stays ready until it gets bytes.
+    /// Called for poll(), and by write() before it copies bytes from the user. Without this method,
+    /// poll() reports the data_fd as writable until `write` has taken none. It must answer from the
+    /// driver's data, without querying firmware, and must not sleep. When it becomes true, the
+    /// loader calls [`Notifier::notify()`], and stays ready until it gets bytes.
     fn is_ready(&self) -> bool {
         true
     }
@@ -618,7 +625,7 @@ impl Chunk {
 /// }
 ///
 /// impl Loader for Sum {
-///     fn write(&mut self, bytes: &[u8]) -> Result {
+///     fn write(&mut self, bytes: &[u8]) -> Result<usize> {
 ///         let sum = &mut self.sum;
 ///         self.records.feed(bytes, |record| {
 ///             let word = record.try_into().map_err(|_| EINVAL)?;
@@ -648,22 +655,19 @@ impl Records {
         })
     }
 
-    /// Consumes bytes, and calls `take` for each record that becomes complete.
+    /// Takes bytes up to the end of a record, and calls `take` if it is complete. Returns the
+    /// number of bytes, for [`Loader::write`].
     ///
     /// Fails with the error of `take`. After that, neither this nor the [`Loader`] may be used.
-    pub fn feed(&mut self, bytes: &[u8], mut take: impl FnMut(&[u8]) -> Result) -> Result {
-        let mut bytes = bytes;
-        while !bytes.is_empty() {
-            let missing = self.size - self.record.len();
-            let (now, later) = bytes.split_at(missing.min(bytes.len()));
-            self.record.extend_from_slice(now, GFP_KERNEL_ACCOUNT)?;
-            if self.record.len() == self.size {
-                take(&self.record)?;
-                self.record.clear();
-            }
-            bytes = later;
+    pub fn feed(&mut self, bytes: &[u8], take: impl FnOnce(&[u8]) -> Result) -> Result<usize> {
+        let missing = self.size - self.record.len();
+        let bytes = &bytes[..missing.min(bytes.len())];
+        self.record.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
+        if self.record.len() == self.size {
+            take(&self.record)?;
+            self.record.clear();
         }
-        Ok(())
+        Ok(bytes.len())
     }
 
     /// Returns whether a record has arrived in part.

@@ -266,9 +266,9 @@ struct BarLoader {
 }
 
 impl Loader for BarLoader {
-    fn write(&mut self, bytes: &[u8]) -> Result {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         let chip = &self.chip;
-        self.records.feed(bytes, |record| {
+        let taken = self.records.feed(bytes, |record| {
             let (tag, page) = record.split_first_chunk().ok_or(EINVAL)?;
             let tag = u64::from_le_bytes(*tag);
             // Nothing may precede the first record or follow the last one, nor half a record.
@@ -302,7 +302,7 @@ impl Loader for BarLoader {
             Ok(())
         })?;
         (!self.ended || !self.records.is_partial())
-            .then_some(())
+            .then_some(taken)
             .ok_or(EINVAL)
     }
 }

@@ -235,9 +235,9 @@ struct MinimalLoader {
 }
 
 impl Loader for MinimalLoader {
-    fn write(&mut self, bytes: &[u8]) -> Result {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         let chip = &self.chip;
-        self.records.feed(bytes, |record| {
+        let taken = self.records.feed(bytes, |record| {
             let (tag, page) = record.split_first_chunk().ok_or(EINVAL)?;
             let index = u64::from_le_bytes(*tag).wrapping_sub(TAG) as usize;
             // Nothing may follow the last record.
@@ -261,6 +261,6 @@ impl Loader for MinimalLoader {
         if self.ended && self.records.is_partial() {
             return Err(EINVAL);
         }
-        Ok(())
+        Ok(taken)
     }
 }

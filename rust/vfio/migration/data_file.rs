@@ -461,14 +461,35 @@ struct Loading<M: Migratable> {
     loader: M::Loader,
     /// Buffer for a write(). [`None`] while a writer uses it.
     block: Option<Block>,
+    /// Number of notifications before the loader took none of the bytes, if it did so when it was
+    /// called last.
+    not_ready: Option<u32>,
     /// Error with which the stream was refused.
     failed: Option<Error>,
 }
 
 impl<M: Migratable> Loading<M> {
     /// Returns whether a write() would not wait: the loader is ready, or the stream was refused.
-    fn is_ready(&self) -> bool {
-        self.failed.is_some() || self.loader.is_ready()
+    fn is_ready(&self, notifier: &Notifier) -> bool {
+        let is_waiting = self.not_ready.is_some_and(|seen| seen == notifier.events());
+        self.failed.is_some() || (!is_waiting && self.loader.is_ready())
+    }
+
+    /// Hands bytes to the loader, unless the stream was refused before. Returns the number of bytes
+    /// that it has taken.
+    fn load(&mut self, bytes: &[u8], notifier: &Notifier) -> Result<usize> {
+        if let Some(e) = self.failed {
+            return Err(e);
+        }
+        // Read before the loader is called, so that a notification meanwhile is not missed.
+        let seen = notifier.events();
+        let taken = match self.loader.write(bytes) {
+            Ok(taken) if taken > bytes.len() => Err(EIO),
+            result => result,
+        };
+        let taken = taken.inspect_err(|e| self.failed = Some(*e))?;
+        self.not_ready = (taken == 0).then_some(seen);
+        Ok(taken)
     }
 }
 
@@ -488,6 +509,7 @@ impl<M: Migratable> LoadSession<M> {
         let loading = Loading {
             block: Some(Block::default()),
             loader: M::load(driver, notifier.clone())?,
+            not_ready: None,
             failed: None,
         };
         let session = Arc::pin_init(
@@ -555,7 +577,7 @@ impl<M: Migratable> LoadSession<M> {
             // Read before the loader is called, so that a notification meanwhile is not missed.
             let seen = self.notifier.events();
             let guard = self.loading.lock();
-            if guard.as_ref().ok_or(ENODEV)?.is_ready() {
+            if guard.as_ref().ok_or(ENODEV)?.is_ready(&self.notifier) {
                 return Ok(true);
             }
             if !first {
@@ -576,25 +598,21 @@ impl<M: Migratable> LoadSession<M> {
         self.notifier.wake();
     }
 
-    /// Hands bytes to the loader, unless the stream was refused before.
-    fn load(&self, bytes: &[u8]) -> Result {
+    /// Hands bytes to the loader, and returns the number of bytes that it has taken.
+    fn load(&self, bytes: &[u8]) -> Result<usize> {
         let mut guard = self.loading.lock();
         let loading = (*guard).as_mut().ok_or(ENODEV)?;
-        if let Some(e) = loading.failed {
-            return Err(e);
-        }
-        loading
-            .loader
-            .write(bytes)
-            .inspect_err(|e| loading.failed = Some(*e))
+        loading.load(bytes, &self.notifier)
     }
 
-    /// Serves write().
+    /// Serves write(). Only bytes that the loader has taken count as written.
     fn write(&self, user: &mut IovIterSource<'_>, nonblock: bool) -> Result<usize> {
         let mut block = self.claim(nonblock)?;
         let mut done = 0;
+        // Bytes of the user that the loader has not taken yet.
+        let mut rest: &[u8] = &[];
         let result = loop {
-            if user.is_empty() {
+            if rest.is_empty() && user.is_empty() {
                 break Ok(());
             }
             match self.ready(nonblock, done == 0) {
@@ -602,17 +620,22 @@ impl<M: Migratable> LoadSession<M> {
                 Ok(false) => break Ok(()),
                 Err(e) => break Err(e),
             }
-            let bytes = match block.read(user) {
-                Ok([]) => break Err(EFAULT),
-                Ok(bytes) => bytes,
-                Err(e) => break Err(e),
-            };
-            if let Err(e) = self.load(bytes) {
-                break Err(e);
+            if rest.is_empty() {
+                rest = match block.read(user) {
+                    Ok([]) => break Err(EFAULT),
+                    Ok(bytes) => bytes,
+                    Err(e) => break Err(e),
+                };
             }
-            done += bytes.len();
-            if cond_resched_killable().is_err() {
-                break Ok(());
+            match self.load(rest) {
+                Ok(taken) => {
+                    done += taken;
+                    rest = &rest[taken..];
+                }
+                Err(e) => break Err(e),
+            }
+            if let Err(e) = cond_resched_killable() {
+                break Err(e);
             }
         };
         self.unclaim(block);
@@ -627,7 +650,7 @@ impl<M: Migratable> LoadSession<M> {
         table.register_wait(file, &self.notifier.wait);
         let events = bindings::POLLOUT | bindings::POLLWRNORM;
         match self.loading.lock().as_ref() {
-            Some(loading) if loading.block.is_some() && loading.is_ready() => events,
+            Some(loading) if loading.block.is_some() && loading.is_ready(&self.notifier) => events,
             Some(_) => 0,
             None => events | bindings::POLLERR,
         }

@@ -100,11 +100,11 @@ impl ImageLoader {
 
 impl Loader for ImageLoader {
     /// Fails with `EINVAL` if there are more bytes than the size of the stream.
-    fn write(&mut self, bytes: &[u8]) -> Result {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         if bytes.len() > self.size - self.image.len() {
             return Err(EINVAL);
         }
         self.image.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
-        Ok(())
+        Ok(bytes.len())
     }
 }

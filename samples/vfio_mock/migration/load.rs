@@ -98,8 +98,9 @@ fn refused(error: StreamError) -> Error {
 }
 
 impl Loader for MockLoader {
-    fn write(&mut self, bytes: &[u8]) -> Result {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         let Inner { decoder, target } = &mut *self.0;
-        decoder.feed(bytes, target).map_err(refused)
+        decoder.feed(bytes, target).map_err(refused)?;
+        Ok(bytes.len())
     }
 }

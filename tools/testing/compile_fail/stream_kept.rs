@@ -10,7 +10,7 @@ struct Lazy {
 }
 
 impl Loader for Lazy {
-    fn write(&mut self, bytes: &[u8]) -> Result {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         let later = &mut self.later;
         self.records.feed(bytes, |record| {
             later.push(record, GFP_KERNEL)?;

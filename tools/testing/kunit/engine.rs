@@ -823,6 +823,125 @@ mod tests {
     }
 
     #[test]
+    fn loader_may_take_a_part() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+        let written = || rig.fake.calls().contains(&Call::Write);
+
+        user.put(b"0123456789")?;
+        rig.fake.set_room(Some(4));
+        ensure_eq!(fd.write(user.addr, 10), Ok(4), "a part");
+        ensure_eq!(fd.poll(), 0, "poll after a part");
+        drop(rig.fake.calls());
+        let again = fd.write_nonblock(user.addr + 4, 6);
+        ensure_eq!(again, Err(EAGAIN), "O_NONBLOCK");
+        ensure_eq!(written(), false, "a call without a notification");
+        rig.fake.set_room(Some(0));
+        ensure_eq!(fd.poll(), POLLOUT, "poll after a notification");
+        let again = fd.write_nonblock(user.addr + 4, 6);
+        ensure_eq!(again, Err(EAGAIN), "O_NONBLOCK after a notification");
+        ensure_eq!(written(), true, "a call after a notification");
+        ensure_eq!(fd.poll(), 0, "poll while there is no room");
+        rig.fake.set_room(Some(3));
+        let again = fd.write_nonblock(user.addr + 4, 6);
+        ensure_eq!(again, Ok(3), "another part");
+        rig.fake.set_room(None);
+        ensure_eq!(fd.write(user.addr + 7, 3), Ok(3), "the rest");
+        ensure_eq!(fd.poll(), POLLOUT, "poll after the rest");
+        ensure_eq!(rig.fake.loaded_bytes()[..], *b"0123456789", "all");
+        Ok(())
+    }
+
+    #[test]
+    fn loader_that_takes_more_than_all_is_refused() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        rig.fake.set_excess(1);
+        ensure_eq!(fd.write(user.addr, 10), Err(EIO), "one byte more");
+        rig.fake.set_excess(0);
+        ensure_eq!(fd.write(user.addr, 10), Err(EIO), "afterwards");
+        ensure_eq!(rig.set(State::Stop).err(), Some(EIO), "the arc to STOP");
+        Ok(())
+    }
+
+    #[test]
+    fn writer_keeps_bytes_that_the_loader_does_not_take() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        user.put(b"0123456789")?;
+        rig.fake.set_room(Some(0));
+        drop(rig.fake.calls());
+        let other = rig.clone();
+        let job = Job::begin(move || {
+            let waiting = wait_until(|| other.fake.calls().contains(&Call::Write));
+            other.fake.set_room(None);
+            waiting
+        })?;
+        ensure_eq!(fd.write(user.addr, 10), Ok(10), "the writer is woken");
+        ensure_eq!(job.wait()?, Ok(()), "write() is called");
+        let loaded = rig.fake.loaded_bytes();
+        ensure_eq!(loaded[..], *b"0123456789", "what is loaded");
+        Ok(())
+    }
+
+    #[test]
+    fn notification_during_a_call_of_the_loader_is_not_lost() -> Result {
+        let user = UserMemory::new(16)?;
+        let rig = Rig::new(Flags::STOP_COPY)?;
+        let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+        rig.fake.make_room_late();
+        let other = rig.clone();
+        let job = Job::begin(move || {
+            let loaded = wait_until(|| other.fake.loaded_bytes().len() == 10);
+            if loaded.is_err() {
+                // Ends the wait.
+                other.engine.close();
+            }
+            loaded
+        })?;
+        ensure_eq!(fd.write(user.addr, 10), Ok(10), "the writer is woken");
+        ensure_eq!(job.wait()?, Ok(()), "all is loaded");
+        Ok(())
+    }
+
+    #[test]
+    fn writer_with_bytes_delays_no_state_change() -> Result {
+        for to in [None, Some(State::Stop)] {
+            let user = UserMemory::new(16)?;
+            let rig = Rig::new(Flags::STOP_COPY)?;
+            let fd = rig.enter(State::Resuming)?.ok_or(EINVAL)?;
+
+            rig.fake.set_room(Some(0));
+            drop(rig.fake.calls());
+            let other = rig.clone();
+            let job = Job::begin(move || {
+                let waiting = wait_until(|| other.fake.calls().contains(&Call::Write));
+                let rig = other.clone();
+                let change = Job::begin(move || match to {
+                    Some(state) => rig.set(state).map(drop),
+                    None => rig.engine.reset(&rig.fake),
+                })?;
+                let changed = change.wait();
+                // Ends the wait of a writer that holds a lock.
+                other.fake.set_room(None);
+                Ok::<_, Error>((waiting, changed))
+            })?;
+            let written = fd.write(user.addr, 10);
+            let changed = job.wait()?;
+
+            ensure_eq!(changed, Ok((Ok(()), Ok(Ok(())))), "on the way to {to:?}");
+            ensure_eq!(written, Err(ENODEV), "the session has ended");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn stream_is_read_in_order() -> Result {
         let user = UserMemory::new(64)?;
         let rig = Rig::new(Flags::STOP_COPY.with_p2p().with_pre_copy())?;

@@ -143,8 +143,14 @@ struct Script {
     /// The saver or loader becomes ready while it returns that it is not.
     late: bool,
     notifier: Option<Arc<Notifier>>,
-    /// Bytes passed to the loader.
+    /// Bytes that the loader has taken.
     loaded: KVec<u8>,
+    /// Number of bytes that the loader takes, if it is limited.
+    room: Option<usize>,
+    /// The limit ends when the loader takes none.
+    room_is_late: bool,
+    /// Number of bytes that the loader returns in addition to those that it takes.
+    excess: usize,
 }
 
 /// The device.
@@ -265,6 +271,9 @@ impl Fake {
         script.missing = 0;
         script.chunks.clear();
         script.tail = None;
+        script.room = None;
+        script.room_is_late = false;
+        script.excess = 0;
     }
 
     /// Sets the first chunk of the saver, which counts as `size` bytes. A chunk that does not count
@@ -324,7 +333,30 @@ impl Fake {
         ready
     }
 
-    /// Returns the bytes passed to the loader since the last call of this method.
+    /// Sets the number of bytes that the loader takes, and wakes the waiters.
+    pub(crate) fn set_room(&self, room: Option<usize>) {
+        let mut script = self.script.lock();
+        script.room = room;
+        let notifier = script.notifier.clone();
+        drop(script);
+        if let Some(notifier) = notifier {
+            notifier.notify();
+        }
+    }
+
+    /// Makes the loader take all bytes after it has taken none and before the engine waits.
+    pub(crate) fn make_room_late(&self) {
+        let mut script = self.script.lock();
+        script.room = Some(0);
+        script.room_is_late = true;
+    }
+
+    /// Sets the number of bytes that the loader returns in addition to those that it takes.
+    pub(crate) fn set_excess(&self, excess: usize) {
+        self.script.lock().excess = excess;
+    }
+
+    /// Returns the bytes that the loader has taken since the last call of this method.
     pub(crate) fn loaded_bytes(&self) -> KVec<u8> {
         core::mem::take(&mut self.script.lock().loaded)
     }
@@ -461,10 +493,21 @@ impl Drop for FakeSaver {
 pub(crate) struct FakeLoader(Arc<Fake>);
 
 impl Loader for FakeLoader {
-    fn write(&mut self, bytes: &[u8]) -> Result {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         self.0.called(Call::Write)?;
         let mut script = self.0.script.lock();
-        Ok(script.loaded.extend_from_slice(bytes, GFP_KERNEL)?)
+        let taken = script.room.unwrap_or(usize::MAX).min(bytes.len());
+        script.room = script.room.map(|room| room - taken);
+        script
+            .loaded
+            .extend_from_slice(&bytes[..taken], GFP_KERNEL)?;
+        let is_late = taken == 0 && core::mem::take(&mut script.room_is_late);
+        let returned = taken + script.excess;
+        drop(script);
+        if is_late {
+            self.0.set_room(None);
+        }
+        Ok(returned)
     }
 
     fn is_ready(&self) -> bool {
