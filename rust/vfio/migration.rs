@@ -226,7 +226,8 @@ pub trait Migratable: Send + Sync + 'static {
     ///
     /// `VFIO_MIGRATION_P2P` needs [`quiesce_p2p`](Self::quiesce_p2p) and
     /// [`resume_p2p`](Self::resume_p2p), `VFIO_MIGRATION_PRE_COPY` needs
-    /// [`pre_copy`](Self::pre_copy); without these methods the driver does not build.
+    /// [`pre_copy`](Self::pre_copy). Without these methods, or with `pre_copy` and without its
+    /// flag, the driver does not build.
     const FLAGS: Flags;
 
     /// Ends peer-to-peer DMA, for the arcs from `RUNNING` to `RUNNING_P2P` and from `PRE_COPY` to

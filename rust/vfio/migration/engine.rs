@@ -186,7 +186,8 @@ pub struct Engine<M: Migratable> {
 }
 
 impl<M: Migratable> Engine<M> {
-    /// Checks that the driver has the methods that its flags need.
+    /// Checks that the driver has the methods that its flags need, and the flags that its methods
+    /// need. Without P2P, the methods for it are called on the way to `STOP`.
     const COMPLETE: () = {
         assert!(
             !M::FLAGS.p2p() || (M::HAS_QUIESCE_P2P && M::HAS_RESUME_P2P),
@@ -195,6 +196,10 @@ impl<M: Migratable> Engine<M> {
         assert!(
             !M::FLAGS.pre_copy() || M::HAS_PRE_COPY,
             "VFIO_MIGRATION_PRE_COPY needs pre_copy()"
+        );
+        assert!(
+            M::FLAGS.pre_copy() || !M::HAS_PRE_COPY,
+            "pre_copy() needs VFIO_MIGRATION_PRE_COPY"
         );
     };
 
