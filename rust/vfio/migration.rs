@@ -605,8 +605,7 @@ impl Chunk {
     }
 }
 
-/// Reassembles records of a fixed size from a stream that the user may cut anywhere. For a
-/// [`Loader`].
+/// Reassembles records from a stream that the user may cut anywhere. For a [`Loader`].
 ///
 /// # Examples
 ///
@@ -636,37 +635,73 @@ impl Chunk {
 ///     }
 /// }
 /// ```
+///
+/// Records of up to 1 MiB, each after its length in 8 bytes.
+///
+/// ```
+/// fn images() -> Result<Records> {
+///     Records::with_header(size_of::<u64>(), |header| {
+///         let length = header.try_into().map_err(|_| EINVAL)?;
+///         let length = usize::try_from(u64::from_le_bytes(length))?;
+///         (length <= 1 << 20).then_some(length).ok_or(EINVAL)
+///     })
+/// }
+/// ```
 pub struct Records {
     /// The record that has arrived in part.
-    record: KVec<u8>,
+    record: KVVec<u8>,
+    /// The size of the record as far as it is known: that of the header until it is complete.
     size: usize,
+    /// The size of a header.
+    header: usize,
+    /// Returns the number of bytes that follow a header.
+    rest: fn(&[u8]) -> Result<usize>,
 }
 
 impl Records {
-    /// Allocates the buffer for a record of `size` bytes. May sleep.
+    /// Allocates the buffer for records of `size` bytes. May sleep.
     ///
     /// Fails with `EINVAL` if `size` is zero, and with `ENOMEM`.
     pub fn new(size: usize) -> Result<Self> {
+        Self::with_header(size, |_| Ok(0))
+    }
+
+    /// Prepares for records of any size, which begin with a header of `size` bytes. `rest` returns
+    /// the number of bytes that follow a header. May sleep.
+    ///
+    /// Memory is allocated for bytes that have arrived, not for lengths that a header claims. A
+    /// record can become as large as `rest` allows: it must fail if there are too many bytes.
+    ///
+    /// Fails with `EINVAL` if `size` is zero, and with `ENOMEM`.
+    pub fn with_header(size: usize, rest: fn(&[u8]) -> Result<usize>) -> Result<Self> {
         if size == 0 {
             return Err(EINVAL);
         }
         Ok(Self {
-            record: KVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
+            record: KVVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
             size,
+            header: size,
+            rest,
         })
     }
 
-    /// Takes bytes up to the end of a record, and calls `take` if it is complete. Returns the
-    /// number of bytes, for [`Loader::write`].
+    /// Takes bytes up to the end of a header or record, and calls `take` with a complete record,
+    /// including its header. Returns the number of bytes, for [`Loader::write`].
     ///
-    /// Fails with the error of `take`. After that, neither this nor the [`Loader`] may be used.
+    /// Fails with the error of `take` or of the function for the header. After that, neither this
+    /// nor the [`Loader`] may be used.
     pub fn feed(&mut self, bytes: &[u8], take: impl FnOnce(&[u8]) -> Result) -> Result<usize> {
         let missing = self.size - self.record.len();
         let bytes = &bytes[..missing.min(bytes.len())];
         self.record.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
+        if self.record.len() == self.header {
+            let rest = (self.rest)(&self.record)?;
+            self.size = self.header.checked_add(rest).ok_or(EINVAL)?;
+        }
         if self.record.len() == self.size {
             take(&self.record)?;
             self.record.clear();
+            self.size = self.header;
         }
         Ok(bytes.len())
     }

@@ -386,6 +386,82 @@ mod msix_tests {
     }
 }
 
+#[kunit_tests(vfio_records)]
+mod records_tests {
+    use kernel::prelude::*;
+    use vfio::migration::Records;
+
+    /// Records of at most 4 bytes, after their length.
+    fn with_header() -> Result<Records> {
+        Records::with_header(1, |header| match header {
+            [length @ 0..=4] => Ok(usize::from(*length)),
+            _ => Err(EINVAL),
+        })
+    }
+
+    /// Feeds a stream in pieces of `size` bytes, and returns the records, each before a stop.
+    fn feed(records: &mut Records, stream: &[u8], size: usize) -> Result<KVec<u8>> {
+        let mut seen = KVec::new();
+
+        for mut piece in stream.chunks(size) {
+            while !piece.is_empty() {
+                let taken = records.feed(piece, |record| {
+                    seen.extend_from_slice(record, GFP_KERNEL)?;
+                    Ok(seen.push(b'.', GFP_KERNEL)?)
+                })?;
+                assert!(taken > 0);
+                piece = piece.get(taken..).ok_or(EINVAL)?;
+            }
+        }
+        Ok(seen)
+    }
+
+    #[test]
+    fn any_chunking_works() -> Result {
+        for size in 1..12 {
+            let mut fixed = Records::new(3)?;
+            let mut records = with_header()?;
+
+            assert_eq!(feed(&mut fixed, b"abcdefgh", size)?[..], *b"abc.def.");
+            assert!(fixed.is_partial());
+            assert_eq!(feed(&mut fixed, b"i", size)?[..], *b"ghi.");
+            assert!(!fixed.is_partial());
+
+            let stream = b"\x02ab\x00\x04cdef\x01";
+            let expected = b"\x02ab.\x00.\x04cdef.";
+            assert_eq!(feed(&mut records, stream, size)?[..], *expected);
+            assert!(records.is_partial());
+            assert_eq!(feed(&mut records, b"g", size)?[..], *b"\x01g.");
+            assert!(!records.is_partial());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn one_record_is_taken_at_a_time() -> Result {
+        let mut fixed = Records::new(3)?;
+
+        assert_eq!(fixed.feed(b"abcdefgh", |_| Ok(()))?, 3);
+        assert_eq!(fixed.feed(b"de", |_| Err(EINVAL))?, 2);
+        assert_eq!(fixed.feed(b"fgh", |_| Ok(()))?, 1);
+        Ok(())
+    }
+
+    #[test]
+    fn invalid_records_are_refused() -> Result {
+        let mut records = with_header()?;
+
+        assert!(Records::new(0).is_err());
+        assert_eq!(
+            feed(&mut records, b"\x04abcd\x05efghi", 3).err(),
+            Some(EINVAL)
+        );
+        let mut records = Records::with_header(2, |_| Ok(usize::MAX))?;
+        assert_eq!(feed(&mut records, b"abcdef", 3).err(), Some(EINVAL));
+        Ok(())
+    }
+}
+
 #[kunit_tests(vfio_mock_stream)]
 mod stream_tests {
     use super::stream::{
