@@ -278,6 +278,15 @@ def test_minimal():
     check(compared(record)["bar0"] == 1 << 16, record["compared"])
 
 
+def test_fw():
+    """vfio_fw, with slow firmware, migrates"""
+    with loaded("vfio_fw"), devices("64K", "64K", parent="vfio_fw") as pair:
+        for device in pair:
+            (DEVICES / device / "delay_ms").write_text("20")
+        record = migrate("--fill", "bar0", *pair)
+    check(compared(record)["bar0"] == 1 << 16, record["compared"])
+
+
 def test_flags():
     """devices without PRE_COPY or P2P migrate without these states"""
     for flags, states in (

@@ -61,9 +61,12 @@ create_mock()
 		--scratch "2:0:$bytes" --drops-writes --read-regions)
 }
 
-# Arguments of create_other. The scratch memory is all of BAR0 except for its two registers.
+# Arguments of create_other. The scratch memory is all of BAR0 except for the two registers
+# of vfio_minimal.
 # shellcheck disable=SC2034 # for the scripts that source this
 minimal=(vfio_minimal 64K 0:16:0xfff0)
+# shellcheck disable=SC2034 # for the scripts that source this
+firmware=(vfio_fw 64K 0:0:0x10000)
 
 # Create a device of vfio_mock and two of type $2 of the driver $1. $generic has the
 # options for vfio_migration_test, with the scratch memory $3.

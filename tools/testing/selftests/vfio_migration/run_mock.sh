@@ -3,15 +3,16 @@
 #
 # Run the tests on vfio_mock: as root, with the VFIO modules loaded. Creates and
 # removes the mediated devices for the tests, and prints KTAP with a subtest for
-# each test program. The generic tests also run on vfio_minimal, and on the driver
-# on the front page of the crate if it was built.
+# each test program. The generic tests also run on vfio_minimal, and on vfio_fw and
+# the driver on the front page of the crate if they were built.
 #
 #     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole]] [--only PROGRAM]
 #                 [option of the tests...]
 #
 # -b DIR     the directory of the test programs; by default that of this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
-#            vfio_minimal.ko, vfio_note.ko and vfio_odd.ko are in the same directory
+#            vfio_minimal.ko, vfio_fw.ko, vfio_note.ko and vfio_odd.ko are in the same
+#            directory
 # --shapes   all four migration_flags, one after the other, instead of the current
 #            ones
 # --whole    all programs, the largest devices and the exhaustive damage to streams
@@ -32,12 +33,12 @@ extent=brief
 # Programs for vfio_mock: with each of the migration_flags, or with all of them set.
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
-once=(vfio_mock_log_test vfio_mock_work_test vfio_odd_test vfio_mock_stress
-	vfio_mock_fuzz_test)
+once=(vfio_mock_log_test vfio_mock_work_test vfio_odd_test vfio_fw_test
+	vfio_mock_stress vfio_mock_fuzz_test)
 # Programs that unload it, which run without other devices.
 last=(vfio_mock_life_test vfio_mock_module_test)
 # The number of results for the other devices.
-others=2
+others=3
 only=
 while :; do
 	case ${1-} in
@@ -152,16 +153,23 @@ run_other()
 	fi
 }
 
+# The same, unless the module was not built.
+run_if_built()
+{
+	if [ -e "${module%/*}/$1.ko" ]; then
+		run_other "$@"
+	else
+		number=$((number + 1))
+		echo "ok $number - vfio_migration_test on $1 # SKIP not built"
+	fi
+}
+
 # All other devices of this repository.
 run_others()
 {
 	run_other vfio_minimal "${minimal[@]}" "$@"
-	if [ -e "${module%/*}/vfio_note.ko" ]; then
-		run_other vfio_note note 16 0:0:16 "$@"
-	else
-		number=$((number + 1))
-		echo "ok $number - vfio_migration_test on vfio_note # SKIP not built"
-	fi
+	run_if_built vfio_fw "${firmware[@]}" "$@"
+	run_if_built vfio_note note 16 0:0:16 "$@"
 }
 
 if [ -n "$only" ]; then
