@@ -27,6 +27,7 @@ create()
 	devices=()
 	case ${drivers[0]} in
 	vfio_minimal) create_other "${minimal[@]}" ;;
+	vfio_fw) create_other "${firmware[@]}" ;;
 	*) create_mock medium:2 small:2 ;;
 	esac
 }
@@ -64,6 +65,7 @@ while IFS=$'\t' read -r name module rest; do
 	echo "# $name" >"$log"
 	case $module in
 	*/vfio_minimal.ko) drivers=(vfio_minimal vfio_mock) ;;
+	*/vfio_fw.ko) drivers=(vfio_fw vfio_mock) ;;
 	*) drivers=(vfio_mock) ;;
 	esac
 	if ! said=$(load 2>&1); then
