@@ -3,8 +3,8 @@
 """Write the steps of the tutorial: steps.py DOCUMENT FIRST FOLDER
 
 FIRST is the source of the first step. Each block of the language diff in the
-document, after a comment `.. step: N`, changes the previous step into step N. The
-steps are written to FOLDER/step1.rs, step2.rs and so on. Lines @@ separate the
+document, after a comment `.. step: N`, changes the previous step into step N; with
+`.. step: N from M`, the first block of step N changes step M instead. The steps are written to FOLDER/step1.rs, step2.rs and so on. Lines @@ separate the
 hunks of a block, which are located by their context; a hunk without context is
 added at the end of the file.
 """
@@ -51,9 +51,10 @@ def main():
     for line, language, body, comments in commands.literal_blocks(text):
         if language != "diff":
             continue
-        number = next(int(text) for kind, text in comments if kind == "step")
+        words = next(text for kind, text in comments if kind == "step")
+        number, *base = map(int, words.split(" from "))
         if number == len(steps) + 1:
-            steps.append(steps[-1])
+            steps.append(steps[base[0] - 1 if base else -1])
         elif number != len(steps):
             sys.exit(f"line {line}: step {number} comes after {len(steps)}")
         steps[-1] = changed(steps[-1], body)
