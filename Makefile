@@ -90,7 +90,7 @@ test-device:		## run the conformance tests on the devices of DRIVER or M
 
 soak:			## run the long tests, some of them on the debug and strict kernels
 	$(testing)/run build soak host_fuzz_long miri mtty selftest_kernel_all \
-		mutations fresh_all stock bundle
+		mutations fresh_all stock bundle demo_more
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict
 

@@ -161,20 +161,47 @@ class Scenario:
         self.view.settle()
         return sample
 
-    def complete(self, source, target, verify=False, paused=False):
+    def half_way(self, source, target):
+        """Starts a slow migration, and waits until half of the device is sent."""
+        if "pre-copy" not in self.source_mdevs[0].features():
+            raise Failure("without pre-copy there is no half-way")
+        self.begin(source, target, self.options.slow_bandwidth)
+        whole = 0
+
+        def reached(sample):
+            nonlocal whole
+            if sample.status in ("completed", "failed"):
+                raise Failure(f"the migration is {sample.status} before half-way")
+            left = sum(sample.left) if sample.left else 0
+            whole = max(whole, left)
+            return sample.sent and 0 < left <= whole // 2
+
+        self.watch(source, target, reached)
+
+    def tell_bandwidth(self, source):
+        """Tells QEMU the bandwidth, which it measures otherwise.
+
+        A paused guest has no data to measure it with, except data that QEMU only
+        sends after the switchover.
+        """
+        bandwidth = {"avail-switchover-bandwidth": self.options.bandwidth << 20}
+        source.qmp.command("migrate-set-parameters", bandwidth)
+
+    def complete(self, source, target, verify=False, paused=False, half_way=None):
         """Migrates, compares, and continues the guest; returns the last sample.
 
         With `verify`, the guest first checks everything. With `paused`, it does
-        not run during the migration.
+        not run during the migration. `half_way` is called in mid-migration.
         """
         if paused:
-            # QEMU measures its bandwidth. A paused guest has no data to measure
-            # it with, except data that QEMU only sends after the switchover.
-            bandwidth = {
-                "avail-switchover-bandwidth": self.options.bandwidth << 20
-            }
+            self.tell_bandwidth(source)
+        if half_way:
+            self.half_way(source, target)
+            half_way()
+            bandwidth = {"max-bandwidth": self.options.bandwidth << 20}
             source.qmp.command("migrate-set-parameters", bandwidth)
-        self.begin(source, target, self.options.bandwidth)
+        else:
+            self.begin(source, target, self.options.bandwidth)
         sample = self.watch(
             source, target, lambda s: s.status in ("completed", "failed")
         )
@@ -473,20 +500,7 @@ def cancel(scenario):
     """The migration is cancelled half-way, and a second one completes."""
     source = scenario.boot()
     target = scenario.target("target")
-    if "pre-copy" not in scenario.source_mdevs[0].features():
-        raise Failure("without pre-copy there is no half-way")
-    scenario.begin(source, target, scenario.options.slow_bandwidth)
-    whole = 0
-
-    def half_way(sample):
-        nonlocal whole
-        if sample.status in ("completed", "failed"):
-            raise Failure(f"the migration is {sample.status} before half-way")
-        left = sum(sample.left) if sample.left else 0
-        whole = max(whole, left)
-        return sample.sent and 0 < left <= whole // 2
-
-    scenario.watch(source, target, half_way)
+    scenario.half_way(source, target)
     source.qmp.command("migrate_cancel")
     wait(
         [source],
@@ -528,6 +542,21 @@ def peers(scenario):
     return scenario.summary(sample)
 
 
+def stopped(scenario):
+    """The guest is stopped in mid-migration, and arrives stopped."""
+    source = scenario.boot()
+    target = scenario.target()
+
+    def stop():
+        scenario.tell_bandwidth(source)
+        source.qmp.command("stop")
+
+    sample = scenario.complete(source, target, half_way=stop)
+    scenario.verify(target)
+    scenario.quit(target)
+    return "stopped half-way, then " + scenario.summary(sample)
+
+
 # Without a feature that migration needs, QEMU must not even start.
 REQUIRED = {"enable-migration": "on"}
 
@@ -535,11 +564,12 @@ REQUIRED = {"enable-migration": "on"}
 HAVE_IOMMUFD = Path("/dev/iommu").exists()
 ANY = ["iommufd" if HAVE_IOMMUFD else "group"]
 
-# Steps of a scenario and options of QEMU for it. The backends alternate.
+# Steps of a scenario and options of QEMU for it. The backends alternate. Scenarios with
+# `more` run only if they are named.
 Plan = namedtuple(
     "Plan",
-    "play title backends kind capabilities properties devices",
-    defaults=(device.MOCK, (), REQUIRED, 1),
+    "play title backends kind capabilities properties devices more",
+    defaults=(device.MOCK, (), REQUIRED, 1, False),
 )
 
 SCENARIOS = {
@@ -568,6 +598,7 @@ SCENARIOS = {
         ["iommufd"],
         device.MINIMAL,
     ),
+    "stop": Plan(stopped, "stopped half-way, arrives stopped", ANY, more=True),
 }
 
 
@@ -648,7 +679,9 @@ def parse(argv):
         + "; ".join(f"{name}: {p.title}" for name, p in SCENARIOS.items()),
     )
     add = parser.add_argument
-    add("scenario", nargs="*", default=list(SCENARIOS), help="what to run")
+    usual = [name for name, plan in SCENARIOS.items() if not plan.more]
+    add("scenario", nargs="*", default=usual, help="scenarios to run")
+    add("--more", action="store_true", help="run all scenarios that are not the default")
     add("--kernel", required=True, help="kernel of the guest")
     add("--initramfs", required=True, help="initramfs, from initramfs.py")
     add("--append", default="", help="more options for the guest's kernel")
@@ -677,6 +710,8 @@ def parse(argv):
     add("--tap", action="store_true", help="print TAP")
     add("--columns", type=int, default=0, help="width of the terminal, if any")
     options = parser.parse_args(argv)
+    if options.more:
+        options.scenario = [name for name in SCENARIOS if name not in usual]
     for name in options.scenario:
         if name not in SCENARIOS:
             parser.error(f"no scenario {name}")
