@@ -207,6 +207,7 @@ mod compat;
 mod device;
 mod notifier;
 mod user;
+mod wait;
 
 pub mod dma;
 pub mod emulated;

@@ -1,36 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Gate for a device's work and for accesses to its BARs.
-//!
-//! C header: [`include/linux/wait.h`](srctree/include/linux/wait.h)
 
 use crate::{
-    bindings,
-    dma, //
+    bindings, dma,
+    wait::{
+        WaitQueue,
+        FOREVER,
+        KILLABLE, //
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
     new_spinlock,
     prelude::*,
+    static_lock_class,
     sync::{
         Arc,
-        LockClassKey,
         SpinLock, //
     },
     time::{
         msecs_to_jiffies,
         Delta, //
     },
-    types::Opaque, //
 };
 
-/// Sleeps until a fatal signal arrives.
-const KILLABLE: c_uint = bindings::TASK_UNINTERRUPTIBLE | bindings::TASK_WAKEKILL;
 /// Sleeps like an idle worker: does not count as load, and the system may suspend meanwhile.
 const IDLE: c_uint =
     bindings::TASK_UNINTERRUPTIBLE | bindings::TASK_NOLOAD | bindings::TASK_FREEZABLE;
-
-const FOREVER: c_long = c_long::MAX;
 
 /// Time in milliseconds that a write to the command register waits for the work under way before it
 /// makes the transfers of that work fail.
@@ -130,14 +127,8 @@ pub(crate) struct Gate {
     #[pin]
     inner: SpinLock<Inner>,
     #[pin]
-    waiters: Opaque<bindings::wait_queue_head_t>,
+    waiters: WaitQueue,
 }
-
-// SAFETY: A `struct wait_queue_head` may be used on any thread, and the rest is a `SpinLock`.
-unsafe impl Send for Gate {}
-
-// SAFETY: As above; it has a lock of its own.
-unsafe impl Sync for Gate {}
 
 impl Gate {
     /// Creates the gate of a device with memory space and bus mastering disabled.
@@ -155,18 +146,10 @@ impl Gate {
             exited: false,
             worker: None,
         };
-        let key: Pin<&'static LockClassKey> = kernel::static_lock_class!();
         Arc::pin_init(
             pin_init!(Self {
                 inner <- new_spinlock!(inner, "vfio::emulated::Gate::inner"),
-                // SAFETY: `head` is valid, and name and key live for ever.
-                waiters <- Opaque::ffi_init(|head| unsafe {
-                    bindings::__init_waitqueue_head(
-                        head,
-                        c"vfio::emulated::Gate::waiters".as_char_ptr(),
-                        key.as_ptr(),
-                    )
-                }),
+                waiters <- WaitQueue::new(c"vfio::emulated::Gate::waiters", static_lock_class!()),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -178,45 +161,15 @@ impl Gate {
     fn wait(
         &self,
         state: c_uint,
-        mut timeout: c_long,
+        timeout: c_long,
         mut done: impl FnMut(&mut Inner, bool) -> bool,
     ) -> Result {
-        let entry = Opaque::uninit();
-        let mut due = false;
-        // SAFETY: `entry` is valid memory.
-        unsafe { bindings::init_wait_entry(entry.get(), 0) };
-        let result = loop {
-            // SAFETY: Both are valid. `entry` stays here until `finish_wait()`.
-            let signalled = unsafe {
-                bindings::prepare_to_wait_event(self.waiters.get(), entry.get(), state as c_int)
-            };
-            // Checked before the signal: a condition that is true wins.
-            due |= timeout == 0;
-            if done(&mut self.inner.lock(), due) {
-                break Ok(());
-            }
-            if signalled != 0 {
-                break Err(ERESTARTSYS);
-            }
-            let left = if due { FOREVER } else { timeout };
-            // SAFETY: The task may sleep. Any timeout is valid.
-            timeout = unsafe { bindings::schedule_timeout(left) };
-        };
-        // SAFETY: Both are valid.
-        unsafe { bindings::finish_wait(self.waiters.get(), entry.get()) };
-        result
+        self.waiters
+            .wait(state, timeout, |due| done(&mut self.inner.lock(), due))
     }
 
     fn wake(&self) {
-        // SAFETY: The wait queue is valid.
-        unsafe {
-            bindings::__wake_up(
-                self.waiters.get(),
-                bindings::TASK_NORMAL,
-                0,
-                core::ptr::null_mut(),
-            )
-        };
+        self.waiters.wake();
     }
 
     /// Changes the state, and wakes all waiters.
