@@ -79,6 +79,7 @@ mod engine;
 pub mod fsm;
 mod image;
 
+pub(crate) use self::engine::file_to_ptr;
 pub use self::{
     engine::Engine,
     fsm::{

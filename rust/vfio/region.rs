@@ -31,7 +31,7 @@ pub const CONFIG: u32 = bindings::VFIO_PCI_CONFIG_REGION_INDEX;
 pub const COUNT: u32 = bindings::VFIO_PCI_NUM_REGIONS;
 
 /// Number of bits of the offset in a file position. The bits above are the region index.
-const INDEX_SHIFT: u32 = 40;
+pub(crate) const INDEX_SHIFT: u32 = 40;
 
 // For mmap(), each region must begin at a page boundary of the file.
 static_assert!(INDEX_SHIFT as usize >= PAGE_SHIFT);

@@ -12,6 +12,7 @@ use crate::{
         Open, //
     },
     emulated::device::Emulated,
+    migration::file_to_ptr,
     region::{
         self,
         Position, //
@@ -26,7 +27,6 @@ use kernel::{
     device,
     error::from_result,
     prelude::*,
-    sync::aref::ARef,
     uaccess::UserPtr, //
 };
 
@@ -238,15 +238,11 @@ impl<T: Operations> VTable<T> {
                 Device::<Open>::from_raw(vdev),
             )
         };
+        let engine = &this.private.engine;
         let file = this
             .opened()
-            .and_then(|opened| this.private.engine.set_state(&opened, device, new_state.0));
-        match file {
-            // The core takes over the reference.
-            Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
-            Ok(None) => core::ptr::null_mut(),
-            Err(e) => e.to_ptr(),
-        }
+            .and_then(|opened| engine.set_state(&opened, device, new_state.0));
+        file_to_ptr(file)
     }
 
     /// # Safety

@@ -13,6 +13,7 @@ use super::{
     State, //
 };
 use crate::{
+    bindings,
     device::{
         Device,
         Open, //
@@ -94,6 +95,16 @@ impl<M: Migratable> Current<M> {
             }
             _ => Err(EINVAL),
         }
+    }
+}
+
+/// Converts the result of [`Engine::set_state()`] to that of a `migration_set_state()`, which
+/// passes the reference on to its caller.
+pub(crate) fn file_to_ptr(file: Result<Option<ARef<File>>>) -> *mut bindings::file {
+    match file {
+        Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
+        Ok(None) => core::ptr::null_mut(),
+        Err(e) => e.to_ptr(),
     }
 }
 

@@ -11,10 +11,12 @@ use crate::{
         Device,
         Open, //
     },
+    migration::file_to_ptr,
     pci::{
         device::Variant,
         Operations, //
     },
+    region::INDEX_SHIFT,
     user::UserBuf, //
 };
 use core::marker::PhantomData;
@@ -26,19 +28,15 @@ use kernel::{
     ioctl::_IO,
     page::PAGE_SHIFT,
     prelude::*,
-    sync::aref::ARef,
     uaccess::UserPtr, //
 };
 
 /// `VFIO_DEVICE_IOEVENTFD`.
 const IOEVENTFD: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 16);
 
-/// Number of bits of the offset in a file position.
-const OFFSET_SHIFT: u32 = 40;
-
 /// Returns the index of the region at a position in the device file.
 fn index_at(pos: i64) -> u32 {
-    u32::try_from(pos >> OFFSET_SHIFT).unwrap_or(u32::MAX)
+    u32::try_from(pos >> INDEX_SHIFT).unwrap_or(u32::MAX)
 }
 
 /// The operations of driver `T` for the core.
@@ -268,15 +266,11 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call, and keeps the device open.
         let (this, device) =
             unsafe { (Variant::<T>::from_raw(vdev), Device::<Open>::from_raw(vdev)) };
+        let engine = &this.private.engine;
         let file = this
             .settled()
-            .and_then(|opened| this.private.engine.set_state(&opened, device, new_state.0));
-        match file {
-            // The core takes over the reference.
-            Ok(Some(file)) => ARef::into_raw(file).as_ptr().cast(),
-            Ok(None) => core::ptr::null_mut(),
-            Err(e) => e.to_ptr(),
-        }
+            .and_then(|opened| engine.set_state(&opened, device, new_state.0));
+        file_to_ptr(file)
     }
 
     /// # Safety
