@@ -10,16 +10,20 @@
 //!
 //! # Resets
 //!
-//! The core calls `reset_done` of a PCI driver with locks held that accesses to the device need:
-//! its `memory_lock`, and the locks of all devices on the bus. A state change, a saver or a loader
-//! may wait for `memory_lock` at the same time, while it holds a lock of the engine. So a driver
-//! must not take the same lock in `reset_done`, and must not access the device.
+//! The core calls `reset_prepare` and `reset_done` of a PCI driver with locks held that accesses to
+//! the device need: its `memory_lock`, and the locks of all devices on the bus. A state change, a
+//! saver or a loader may wait for `memory_lock` at the same time, while it holds a lock of the
+//! engine. So a driver must not take the same lock in them, and must not access the device.
 //!
-//! The crate solves this once. `reset_done` takes no mutex and calls no method of the driver. It
+//! The crate solves this once. They take no mutex and call no method of the driver. `reset_prepare`
 //! records the reset, makes all accesses of the driver fail with `ENODEV`, and wakes the users of
-//! the data_fd. The next call by the user (an ioctl, read() or write() of the device file), at the
-//! latest the end of the `VFIO_DEVICE_RESET` itself, completes the reset before it does anything
-//! else: it ends the session and calls [`Migratable::reset`], without locks of the core.
+//! the data_fd. After `reset_done`, the next call by the user (read(), write() and most ioctls of
+//! the device file), at the latest the end of the `VFIO_DEVICE_RESET` itself, completes the reset
+//! before it does anything else: it ends the session and calls [`Migratable::reset`], without locks
+//! of the core. A call during the reset waits for its end.
+//!
+//! A reset by the host does not take `memory_lock`, so it may begin while the driver accesses the
+//! device. Such an access fails, too.
 //!
 //! The order of the locks is: that of the reset to complete, those of the engine, those of
 //! [`Function`], `memory_lock`.
@@ -30,6 +34,7 @@ mod device;
 mod driver;
 mod function;
 mod memory;
+mod resets;
 mod vtable;
 
 pub use self::{
@@ -213,8 +218,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// the device is opened. May sleep.
     ///
     /// The open fails with `EINVAL`, and the log has the reason, if tracked memory is not that of
-    /// this BAR, or if a BAR that is not direct has the table of MSI-X, which is the core's. A
-    /// device with such a BAR has no ioeventfds, which would bypass the crate.
+    /// this BAR, or if a BAR that is not direct has I/O ports or the table of MSI-X, which is the
+    /// core's. A device with such a BAR has no ioeventfds, which would bypass the crate.
     fn region(_open: &Self::OpenData, _region_index: u32) -> Region<'_> {
         Region::Direct
     }

@@ -19,6 +19,7 @@ use crate::{
             BARS, //
         },
         memory::BarMemory,
+        resets::Resets,
         Operations,
         Region, //
     },
@@ -133,17 +134,17 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
-        this.function.begin_session(notifier.clone());
+        this.function.resets().begin_session(notifier.clone());
         T::OpenData::pre_copy(&this.data, notifier)
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
-        this.function.begin_session(notifier.clone());
+        this.function.resets().begin_session(notifier.clone());
         T::OpenData::save(&this.data, notifier)
     }
 
     fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader> {
-        this.function.begin_session(notifier.clone());
+        this.function.resets().begin_session(notifier.clone());
         T::OpenData::load(&this.data, notifier)
     }
 
@@ -156,7 +157,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn is_broken(&self) -> bool {
-        self.data.is_broken()
+        self.function.is_broken() || self.data.is_broken()
     }
 
     fn halt(&self) {
@@ -179,10 +180,12 @@ pub(super) struct Private<T: Operations> {
     data: T,
     #[pin]
     pub(super) engine: Engine<OpenDevice<T>>,
+    /// The resets, which may begin and end at any time.
+    resets: Arc<Resets>,
     /// Held while a reset is completed. Outside of the engine's locks.
     #[pin]
     settling: Mutex<()>,
-    /// Present while the device is open. `reset_done` may be called at any time.
+    /// Present while the device is open.
     #[pin]
     opened: SpinLock<Option<Arc<OpenDevice<T>>>>,
     /// Completed when the core has released the device.
@@ -198,6 +201,7 @@ impl<T: Operations> Private<T> {
         try_pin_init!(Self {
             data <- data,
             engine <- Engine::new(data.migration_flags()),
+            resets: Resets::new()?,
             settling <- new_mutex!((), "vfio::pci::Private::settling"),
             opened <- new_spinlock!(None, "vfio::pci::Private::opened"),
             released,
@@ -245,21 +249,20 @@ impl<T: Operations> Variant<T> {
         Ok(opened)
     }
 
-    /// Completes a reset, if there was one.
+    /// Completes a reset, if there was one. Waits for the end of a reset under way.
     pub(super) fn settle(&self, opened: &Arc<OpenDevice<T>>) -> Result {
-        let function = &opened.function;
-        if !function.is_unsettled() {
+        let resets = &self.private.resets;
+        if !resets.is_unsettled() {
             return Ok(());
         }
         let _settling = lock_killable(&self.private.settling)?;
-        while function.is_unsettled() {
-            let resets = function.resets();
+        while resets.is_unsettled() {
+            let count = resets.wait_killable()?;
             let done = self.private.engine.reset(opened);
             if done == Err(EINTR) {
                 return done;
             }
-            function.settle(resets);
-            if function.resets() == resets {
+            if resets.settle(count) {
                 // If it failed, the state is `ERROR`, until the next reset.
                 return done;
             }
@@ -267,18 +270,26 @@ impl<T: Operations> Variant<T> {
         Ok(())
     }
 
-    /// Records a reset. May be called with `memory_lock` held. Does not sleep.
+    /// Records the begin of a reset. May be called with `memory_lock` held. Does not sleep.
+    pub(super) fn reset_prepare(&self) {
+        self.private.resets.begin();
+    }
+
+    /// Records the end of a reset; see [`reset_prepare()`](Self::reset_prepare).
     pub(super) fn reset_done(&self) {
-        // Without another reference, which could be the last one.
-        if let Some(opened) = &*self.private.opened.lock() {
-            opened.function.was_reset();
-        }
+        self.private.resets.end();
+    }
+
+    /// Ends the session, because the device has reported that it cannot be accessed. The state is
+    /// `ERROR` until a reset. May sleep.
+    pub(super) fn fail(&self) {
+        self.private.engine.fail();
     }
 
     /// Returns the migration state.
     pub(super) fn state(&self) -> State {
         match self.opened() {
-            Ok(opened) if opened.function.is_unsettled() => State::Running,
+            Ok(_) if self.private.resets.is_unsettled() => State::Running,
             _ => self.private.engine.state(),
         }
     }
@@ -293,7 +304,10 @@ impl<T: Operations> Variant<T> {
         self.private.engine.open()?;
         // SAFETY: By the safety requirements. `close()` closes the function, and so does this if it
         // fails.
-        let function = unsafe { Function::new(NonNull::from(&self.core).cast()) }?;
+        let function = unsafe {
+            let core = NonNull::from(&self.core).cast();
+            Function::new(core, self.private.resets.clone())
+        }?;
         let done = self.set_up(&function);
         if done.is_err() {
             let opened = self.private.opened.lock().take();
@@ -334,6 +348,10 @@ impl<T: Operations> Variant<T> {
                     return Err(EINVAL);
                 }
             };
+            if function.is_ports(index) {
+                pr_err!("{}: BAR{} is not memory\n", T::NAME, index);
+                return Err(EINVAL);
+            }
             // SAFETY: The device is enabled, so the field does not change.
             if u32::from(unsafe { (*self.core.get()).msix_bar }) == index {
                 pr_err!("{}: BAR{} has the table of MSI-X\n", T::NAME, index);
@@ -346,25 +364,25 @@ impl<T: Operations> Variant<T> {
     /// Clears the device and drops the data of an open device, for the last close. May sleep.
     pub(super) fn close(&self) {
         self.private.engine.close();
-        let opened = self.private.opened.lock().take();
-        let Some(opened) = opened else {
+        let Ok(opened) = self.opened() else {
             return;
         };
-        opened.function.power_on();
+        let resets = &self.private.resets;
         // The sessions have ended. Another reset meanwhile makes this one fail.
-        let done = loop {
-            let resets = opened.function.resets();
+        let done = opened.function.with_power(|| loop {
+            let count = resets.wait_for_end();
             let done = opened.reset();
-            if opened.function.resets() == resets {
+            if resets.settle(count) {
                 break done;
             }
-        };
+        });
         if let Err(error) = done {
             pr_warn!("{}: a closed device is not reset: {:?}\n", T::NAME, error);
         }
         opened.function.close();
+        let published = self.private.opened.lock().take();
         // Dropped outside of the lock, because the driver's destructors may sleep.
-        drop(opened);
+        drop((published, opened));
     }
 
     /// Calls `access` after a reset is completed, and again if there is another reset meanwhile.
@@ -374,10 +392,10 @@ impl<T: Operations> Variant<T> {
         mut access: impl FnMut(&OpenDevice<T>) -> Result,
     ) -> Result {
         loop {
-            let resets = opened.function.resets();
+            let count = self.private.resets.count();
             self.settle(opened)?;
             let result = access(opened);
-            if result != Err(ENODEV) || opened.function.resets() == resets {
+            if result != Err(ENODEV) || self.private.resets.count() == count {
                 return result;
             }
         }

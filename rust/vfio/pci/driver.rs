@@ -88,7 +88,8 @@ unsafe impl<T: Driver> Send for Registration<T> {}
 
 impl<T: Driver> Registration<T> {
     const ERR_HANDLERS: bindings::pci_error_handlers = bindings::pci_error_handlers {
-        error_detected: Some(bindings::vfio_pci_core_aer_err_detected),
+        error_detected: Some(Self::error_detected),
+        reset_prepare: Some(Self::reset_prepare),
         reset_done: Some(Self::reset_done),
         ..pin_init::zeroed()
     };
@@ -222,17 +223,49 @@ impl<T: Driver> Registration<T> {
         Self::release(owned);
     }
 
+    /// Returns the device of a callback.
+    ///
+    /// # Safety
+    ///
+    /// [`probe()`](Self::probe) must have bound `pdev`, which must not be unbound before `'a` ends.
+    unsafe fn variant<'a>(pdev: *mut bindings::pci_dev) -> &'a Variant<T> {
+        // SAFETY: By the safety requirements, the driver data is a registered device.
+        unsafe {
+            let core = bindings::dev_get_drvdata(&raw const (*pdev).dev);
+            Variant::<T>::from_raw(core.cast())
+        }
+    }
+
     /// # Safety
     ///
     /// Must be called by the core with a device that [`probe()`](Self::probe) has bound. Its lock
     /// must be held, so that it is not unbound meanwhile.
+    unsafe extern "C" fn error_detected(
+        pdev: *mut bindings::pci_dev,
+        state: bindings::pci_channel_state_t,
+    ) -> bindings::pci_ers_result_t {
+        if state != bindings::pci_channel_io_normal {
+            // SAFETY: By the safety requirements.
+            unsafe { Self::variant(pdev) }.fail();
+        }
+        // SAFETY: These are the arguments of the core.
+        unsafe { bindings::vfio_pci_core_aer_err_detected(pdev, state) }
+    }
+
+    /// # Safety
+    ///
+    /// As [`error_detected()`](Self::error_detected).
+    unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::variant(pdev) }.reset_prepare();
+    }
+
+    /// # Safety
+    ///
+    /// As [`error_detected()`](Self::error_detected).
     unsafe extern "C" fn reset_done(pdev: *mut bindings::pci_dev) {
-        // SAFETY: The driver data is a registered device.
-        let this = unsafe {
-            let core = bindings::dev_get_drvdata(&raw const (*pdev).dev);
-            Variant::<T>::from_raw(core.cast())
-        };
-        this.reset_done();
+        // SAFETY: By the safety requirements.
+        unsafe { Self::variant(pdev) }.reset_done();
     }
 }
 

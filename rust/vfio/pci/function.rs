@@ -6,7 +6,7 @@
 
 use crate::{
     bindings,
-    notifier::Notifier,
+    pci::resets::Resets,
     region::Position,
     user::lock_killable, //
 };
@@ -16,16 +16,17 @@ use kernel::{
         from_err_ptr,
         to_result, //
     },
-    new_mutex, new_spinlock,
+    new_mutex,
     prelude::*,
     sync::{
         atomic::{
             Atomic,
+            AtomicFlag,
             Relaxed, //
         },
+        barrier,
         Arc,
-        Mutex,
-        SpinLock, //
+        Mutex, //
     },
 };
 
@@ -111,15 +112,23 @@ impl Enabled {
         unsafe { (*self.pdev()).error_state != bindings::pci_channel_io_normal }
     }
 
-    /// Brings the device to D0, like `vfio_pci_core_disable()` does later. May sleep.
-    fn power_on(&self) {
+    /// Returns whether the device responds, even if its removal was not reported yet.
+    fn is_present(&self) -> bool {
+        // SAFETY: By the type invariants.
+        !self.is_offline() && unsafe { bindings::pci_device_is_present(self.pdev()) }
+    }
+
+    /// Brings the device to D0, like `vfio_pci_core_disable()` does later, and keeps it there until
+    /// [`power_put()`](Self::power_put). May sleep. Returns false, without a need for that call, if
+    /// it cannot be resumed.
+    fn power_on(&self) -> bool {
         let (core, pdev) = (self.core.as_ptr(), self.pdev());
         // SAFETY: By the type invariants both are valid. `pm_save` is protected by `memory_lock`.
         // No lock is held that a runtime resume needs.
         unsafe {
             let device = &raw mut (*pdev).dev;
             if bindings::pm_runtime_resume_and_get(device) != 0 {
-                return;
+                return false;
             }
             bindings::down_write(&raw mut (*core).memory_lock);
             let slept = !self.has_power();
@@ -129,14 +138,21 @@ impl Enabled {
                 bindings::pci_restore_state(pdev);
             }
             bindings::up_write(&raw mut (*core).memory_lock);
-            bindings::pm_runtime_put(device);
         }
+        true
+    }
+
+    /// Allows the device to be suspended again. May sleep.
+    fn power_put(&self) {
+        // SAFETY: By the type invariants. The caller has a reference from `power_on()`.
+        unsafe { bindings::pm_runtime_put(&raw mut (*self.pdev()).dev) };
     }
 
     /// Calls `access` while the device has power and `memory_lock` is held, unless `may` fails with
     /// that lock held. Enables the memory BARs meanwhile, on behalf of the driver. May sleep.
     ///
-    /// Fails with `EIO` if the device cannot be accessed.
+    /// Fails with `EIO` if the device cannot be accessed, and like `may` if that fails before or
+    /// after the access.
     fn with_memory(
         &self,
         by: By,
@@ -166,7 +182,7 @@ impl Enabled {
         unsafe { bindings::down_read(lock) };
         let allowed = may();
         if allowed.is_ok() && self.has_power() && self.is_memory_enabled() {
-            let result = self.online(access);
+            let result = self.online(may, access);
             // SAFETY: The lock was taken above.
             unsafe { bindings::up_read(lock) };
             return result;
@@ -180,17 +196,22 @@ impl Enabled {
         }
     }
 
-    /// Calls `access`. Fails with `EIO` if the device was offline before or after it, so that all
-    /// ones are not taken for its content.
-    fn online(&self, access: impl FnOnce() -> Result) -> Result {
+    /// Calls `access`. Fails like `may` if that fails afterwards, and with `EIO` if the device was
+    /// offline before or after it, so that all ones are not taken for its content.
+    ///
+    /// A reset by the host does not wait for `memory_lock`, so it may begin during the access.
+    fn online(&self, may: impl Fn() -> Result, access: impl FnOnce() -> Result) -> Result {
         if self.is_offline() {
             return Err(EIO);
         }
-        access()?;
+        let done = access();
+        // What was read comes from before the check.
+        barrier::mb(barrier::Read);
+        may()?;
         if self.is_offline() {
             return Err(EIO);
         }
-        Ok(())
+        done
     }
 
     /// Calls `access` with the memory BARs enabled. The user cannot access them meanwhile, because
@@ -216,12 +237,12 @@ impl Enabled {
                 return Err(EIO);
             }
             if command & COMMAND_MEMORY != 0 {
-                return self.online(access);
+                return self.online(may, access);
             }
             // SAFETY: As above. Other bits may change meanwhile.
             unsafe {
                 bindings::pci_write_config_word(pdev, COMMAND, command | COMMAND_MEMORY);
-                let result = self.online(access);
+                let result = self.online(may, access);
                 if bindings::pci_read_config_word(pdev, COMMAND, &mut command) == 0 {
                     bindings::pci_write_config_word(pdev, COMMAND, command & !COMMAND_MEMORY);
                 }
@@ -238,7 +259,7 @@ impl Enabled {
     /// Fails with `EINVAL` if they are not inside a memory BAR, and with the error of the core if
     /// it could not map the BAR.
     fn address(&self, pos: Position, len: usize) -> Result<*mut c_void> {
-        let size = self.memory_size(pos.region_index);
+        let size = self.memory_size(pos.region_index as usize);
         let end = pos.region_offset.checked_add(len as u64).ok_or(EINVAL)?;
         if end > size {
             return Err(EINVAL);
@@ -253,25 +274,27 @@ impl Enabled {
         Ok(base.wrapping_byte_add(pos.region_offset as usize))
     }
 
+    /// Returns whether there is a BAR of this index, of the kind `flag`.
+    fn is(&self, index: usize, flag: u32) -> bool {
+        // SAFETY: By the type invariants `pdev` is valid, and it has resources for all BARs.
+        let resources = unsafe { &(*self.pdev()).resource };
+        let resource = resources.get(index).filter(|_| index < BARS);
+        resource.is_some_and(|resource| resource.flags & flag as c_ulong != 0)
+    }
+
     /// Returns the size in bytes of a memory BAR, or zero if there is none of this index.
-    fn memory_size(&self, region_index: u32) -> u64 {
-        let pdev = self.pdev();
-        if region_index as usize >= BARS {
+    fn memory_size(&self, index: usize) -> u64 {
+        if !self.is(index, bindings::IORESOURCE_MEM) {
             return 0;
         }
-        // SAFETY: By the type invariants `pdev` is valid, and it has resources for all BARs.
-        unsafe {
-            let resources = &(*pdev).resource;
-            match resources.get(region_index as usize) {
-                Some(resource) if resource.flags & bindings::IORESOURCE_MEM as c_ulong != 0 => {
-                    bindings::pci_resource_len(pdev, region_index as c_int)
-                }
-                _ => 0,
-            }
-        }
+        // SAFETY: By the type invariants `pdev` is valid, and it has a resource of this index.
+        unsafe { bindings::pci_resource_len(self.pdev(), index as c_int) }
     }
 
     /// Copies from a BAR. `memory_lock` must be held.
+    ///
+    /// Fails with `EIO` if the device does not respond. On most machines it reads as all ones then.
+    /// A large access is so slow that its check does not matter.
     fn read(&self, pos: Position, to: &mut [u8]) -> Result {
         let io = self.address(pos, to.len())?;
         let mut at = 0;
@@ -293,6 +316,10 @@ impl Enabled {
                 }
             }
             at += width;
+        }
+        let is_suspect = to.len() >= BULK || to.iter().all(|byte| *byte == 0xff);
+        if is_suspect && !to.is_empty() && !self.is_present() {
+            return Err(EIO);
         }
         Ok(())
     }
@@ -370,10 +397,10 @@ impl Enabled {
 /// memory BARs: then it enables them meanwhile. It fails with
 ///
 /// * `EIO` if the user has put the device into D3hot by the configuration space, or the device was
-///   removed or reported an error,
-/// * `ENODEV` if the device was reset and [`Migratable::reset`] has not been called since: the
-///   caller belongs to a session that the reset ends. Also after the last close, because the
-///   function may live longer than the open device.
+///   removed, reported an error or does not respond,
+/// * `ENODEV` if a reset has begun and [`Migratable::reset`] has not been called since: the caller
+///   belongs to a session that the reset ends. Also if the reset begins during the access. Also
+///   after the last close, because the function may live longer than the open device.
 ///
 /// All methods may sleep. They must not be called with `memory_lock` held, or with a lock that the
 /// holder of `memory_lock` waits for; no lock of the crate is one. Accesses of the driver to one
@@ -403,17 +430,12 @@ pub struct Function {
     stopped: Mutex<bool>,
     /// Number of writes dropped since the last reset.
     dropped: Atomic<u64>,
-    /// The notifier of the last session.
-    #[pin]
-    session: SpinLock<Option<Arc<Notifier>>>,
-    /// Number of resets that have happened, including that before the first open.
-    resets: Atomic<u32>,
-    /// The value of `resets` when the driver was last called to reset the device. Other accesses
-    /// fail while the two differ.
-    accepted: Atomic<u32>,
-    /// The value of `resets` for which that call has returned.
-    settled: Atomic<u32>,
+    /// An access since the last reset found that the device is gone.
+    broken: AtomicFlag,
+    resets: Arc<Resets>,
     sizes: [u64; BARS],
+    /// Whether each BAR is a range of I/O ports.
+    ports: [bool; BARS],
 }
 
 impl Function {
@@ -423,56 +445,67 @@ impl Function {
     ///
     /// `vfio_pci_core_enable()` must have succeeded. [`close()`](Self::close) must be called before
     /// `vfio_pci_core_disable()`.
-    pub(crate) unsafe fn new(core: NonNull<bindings::vfio_pci_core_device>) -> Result<Arc<Self>> {
+    pub(crate) unsafe fn new(
+        core: NonNull<bindings::vfio_pci_core_device>,
+        resets: Arc<Resets>,
+    ) -> Result<Arc<Self>> {
         // INVARIANT: By the safety requirements; `close()` drops it.
         let enabled = Enabled { core };
-        let sizes = core::array::from_fn(|index| enabled.memory_size(index as u32));
+        let sizes = core::array::from_fn(|index| enabled.memory_size(index));
+        let ports = core::array::from_fn(|index| enabled.is(index, bindings::IORESOURCE_IO));
+        resets.open();
         Arc::pin_init(
             pin_init!(Self {
                 enabled <- new_mutex!(Some(enabled), "vfio::pci::Function::enabled"),
                 stopped <- new_mutex!(false, "vfio::pci::Function::stopped"),
                 dropped: Atomic::new(0),
-                session <- new_spinlock!(None, "vfio::pci::Function::session"),
-                resets: Atomic::new(1),
-                accepted: Atomic::new(0),
-                settled: Atomic::new(0),
+                broken: AtomicFlag::new(false),
+                resets,
                 sizes,
+                ports,
             }),
             GFP_KERNEL_ACCOUNT,
         )
     }
 
-    /// Brings the device to D0, so that it can be accessed whatever the user has done. May sleep.
-    pub(crate) fn power_on(&self) {
-        if let Some(enabled) = &*self.enabled.lock() {
-            enabled.power_on();
+    /// Calls `wipe` with the device in D0, so that it can be accessed whatever the user has done.
+    /// May sleep.
+    pub(crate) fn with_power<R>(&self, wipe: impl FnOnce() -> R) -> R {
+        let powered = self.enabled.lock().as_ref().is_some_and(Enabled::power_on);
+        // The reference for runtime PM is held meanwhile: otherwise the device could be suspended
+        // and resumed for each access.
+        let result = wipe();
+        if let Some(enabled) = self.enabled.lock().as_ref().filter(|_| powered) {
+            enabled.power_put();
         }
+        result
     }
 
     /// Ends all access. May sleep.
     pub(crate) fn close(&self) {
         *self.enabled.lock() = None;
+        self.resets.close();
     }
 
-    /// Records the notifier of a session, whose users are woken by a reset. May sleep.
-    pub(crate) fn begin_session(&self, notifier: Arc<Notifier>) {
-        let last = self.session.lock().replace(notifier);
-        // Outside of the lock: this may be the last reference.
-        drop(last);
+    /// Returns the resets of the device.
+    pub(crate) fn resets(&self) -> &Resets {
+        &self.resets
+    }
+
+    /// Returns whether a BAR is a range of I/O ports.
+    pub(crate) fn is_ports(&self, region_index: u32) -> bool {
+        self.ports.get(region_index as usize) == Some(&true)
+    }
+
+    /// Returns whether an access since the last reset found that the device is gone. Does not
+    /// sleep.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken.load(Relaxed)
     }
 
     /// Returns the size in bytes of a memory BAR, or zero if `region_index` is not that of one.
     pub fn size(&self, region_index: u32) -> u64 {
         self.sizes.get(region_index as usize).copied().unwrap_or(0)
-    }
-
-    /// Fails with `ENODEV` between a reset and the call of the driver.
-    pub(crate) fn not_reset(&self) -> Result {
-        if self.accepted.load(Relaxed) == self.resets.load(Relaxed) {
-            Ok(())
-        } else {
-            Err(ENODEV)
-        }
     }
 
     /// Calls `access` when it is allowed.
@@ -482,7 +515,11 @@ impl Function {
             By::User => lock_killable(&self.enabled)?,
         };
         let enabled = guard.as_ref().ok_or(ENODEV)?;
-        enabled.with_memory(by, || self.not_reset(), || access(enabled))
+        let done = enabled.with_memory(by, || self.resets.not_reset(), || access(enabled));
+        if done == Err(EIO) && !enabled.is_present() {
+            self.broken.store(true, Relaxed);
+        }
+        done
     }
 
     /// Reads from a memory BAR. An access of up to 8 bytes with natural alignment is one access on
@@ -559,32 +596,9 @@ impl Function {
         self.dropped.store(0, Relaxed);
     }
 
-    /// Records a reset. Accesses fail until [`accept()`](Self::accept). Wakes readers, writers and
-    /// pollers of the session, which must notice it. Does not sleep.
-    pub(crate) fn was_reset(&self) {
-        self.resets.fetch_add(1, Relaxed);
-        if let Some(notifier) = &*self.session.lock() {
-            notifier.notify();
-        }
-    }
-
-    /// Returns the number of resets.
-    pub(crate) fn resets(&self) -> u32 {
-        self.resets.load(Relaxed)
-    }
-
-    /// Returns whether the driver must still be called after a reset. Does not sleep.
-    pub(crate) fn is_unsettled(&self) -> bool {
-        self.settled.load(Relaxed) != self.resets.load(Relaxed)
-    }
-
     /// Allows accesses after all resets so far, for the driver to reset the device.
     pub(crate) fn accept(&self) {
-        self.accepted.store(self.resets.load(Relaxed), Relaxed);
-    }
-
-    /// Records that the driver was called after the first `resets` resets.
-    pub(crate) fn settle(&self, resets: u32) {
-        self.settled.store(resets, Relaxed);
+        self.broken.store(false, Relaxed);
+        self.resets.accept();
     }
 }

@@ -113,22 +113,24 @@ impl BarMemory {
     }
 
     /// Writes bytes and marks their pages. Fails with `EINVAL` if the range is not inside the
-    /// memory.
+    /// memory. The pages are marked even if it fails: some of the bytes may have been written.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result {
-        self.0.function.write(self.position(offset), from)?;
-        self.changed(offset..offset + from.len());
-        Ok(())
+        let done = self.0.function.write(self.position(offset), from);
+        self.changed(offset, from.len());
+        done
     }
 
-    /// Writes bytes on behalf of the user, and marks their pages.
+    /// Writes bytes on behalf of the user, and marks their pages, like [`write()`](Self::write).
     pub(crate) fn user_write(&self, offset: usize, from: &[u8]) -> Result {
-        self.0.function.user_write(self.position(offset), from)?;
-        self.changed(offset..offset + from.len());
-        Ok(())
+        let done = self.0.function.user_write(self.position(offset), from);
+        self.changed(offset, from.len());
+        done
     }
 
-    fn changed(&self, range: Range<usize>) {
-        if !range.is_empty() {
+    /// Marks the pages of a range, as far as it is inside the memory.
+    fn changed(&self, offset: usize, len: usize) {
+        if len > 0 {
+            let range = offset..offset.saturating_add(len);
             self.0.tracker.lock().changed(range);
         }
     }
@@ -211,7 +213,7 @@ impl BarTracking {
     pub fn take(&self, max: usize) -> Result<Option<BarRun>> {
         let memory = &self.0;
         // A reader must notice a reset even if nothing is left.
-        memory.0.function.not_reset()?;
+        memory.0.function.resets().not_reset()?;
         let max = max.clamp(1, MAX_RUN);
         let Some((run, initial)) = memory.0.tracker.lock().take(max) else {
             return Ok(None);

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The resets of a device, and those that the driver was called for.
+
+use crate::{
+    bindings,
+    notifier::Notifier,
+    wait::{
+        WaitQueue,
+        FOREVER,
+        KILLABLE, //
+    },
+};
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    static_lock_class,
+    sync::{
+        Arc,
+        SpinLock, //
+    },
+};
+
+struct Inner {
+    /// Number of resets that have begun. Each first open counts as one.
+    count: u32,
+    /// The last one has not ended.
+    in_reset: bool,
+    /// The value of `count` when the driver was last called to reset the device. Other accesses of
+    /// the driver fail while the two differ.
+    accepted: u32,
+    /// The value of `count` for which that call has returned.
+    settled: u32,
+    /// The notifier of the last session.
+    session: Option<Arc<Notifier>>,
+}
+
+/// The resets of a device, from its creation to its removal. A reset can begin and end at any time
+/// in between, whether the device is open or not.
+#[pin_data]
+pub(crate) struct Resets {
+    #[pin]
+    inner: SpinLock<Inner>,
+    /// Tasks that wait for the end of a reset.
+    #[pin]
+    waiters: WaitQueue,
+}
+
+impl Resets {
+    /// Creates the record of a device that is not open.
+    pub(crate) fn new() -> Result<Arc<Self>> {
+        let inner = Inner {
+            count: 0,
+            in_reset: false,
+            accepted: 0,
+            settled: 0,
+            session: None,
+        };
+        Arc::pin_init(
+            pin_init!(Self {
+                inner <- new_spinlock!(inner, "vfio::pci::Resets::inner"),
+                waiters <- WaitQueue::new(c"vfio::pci::Resets::waiters", static_lock_class!()),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Records that the device is being opened, so that the driver has to reset it.
+    pub(crate) fn open(&self) {
+        let mut inner = self.inner.lock();
+        inner.count = inner.count.wrapping_add(1);
+    }
+
+    /// Forgets the session. May sleep.
+    pub(crate) fn close(&self) {
+        let last = self.inner.lock().session.take();
+        // Outside of the lock: this may be the last reference.
+        drop(last);
+    }
+
+    /// Records the notifier of a session, whose users are woken by a reset. May sleep.
+    pub(crate) fn begin_session(&self, notifier: Arc<Notifier>) {
+        let last = self.inner.lock().session.replace(notifier);
+        // Outside of the lock: this may be the last reference.
+        drop(last);
+    }
+
+    /// Records the begin of a reset. Accesses fail until [`accept()`](Self::accept) after its end.
+    /// Wakes readers, writers and pollers of the session, which must notice it. Does not sleep.
+    pub(crate) fn begin(&self) {
+        let mut inner = self.inner.lock();
+        inner.count = inner.count.wrapping_add(1);
+        inner.in_reset = true;
+        if let Some(notifier) = &inner.session {
+            notifier.notify();
+        }
+    }
+
+    /// Records the end of a reset. Does not sleep.
+    pub(crate) fn end(&self) {
+        self.inner.lock().in_reset = false;
+        self.waiters.wake();
+    }
+
+    /// Fails with `ENODEV` between the begin of a reset and the call of the driver. Does not sleep.
+    pub(crate) fn not_reset(&self) -> Result {
+        let inner = self.inner.lock();
+        if inner.accepted == inner.count && !inner.in_reset {
+            Ok(())
+        } else {
+            Err(ENODEV)
+        }
+    }
+
+    /// Returns the number of resets. Does not sleep.
+    pub(crate) fn count(&self) -> u32 {
+        self.inner.lock().count
+    }
+
+    /// Returns whether the driver must still be called after a reset. Does not sleep.
+    pub(crate) fn is_unsettled(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.settled != inner.count
+    }
+
+    fn wait(&self, state: c_uint) -> Result<u32> {
+        let mut count = 0;
+        self.waiters.wait(state, FOREVER, |_| {
+            let inner = self.inner.lock();
+            count = inner.count;
+            !inner.in_reset
+        })?;
+        Ok(count)
+    }
+
+    /// Waits for the end of a reset, if one is under way, and returns the number of resets. May
+    /// sleep.
+    pub(crate) fn wait_for_end(&self) -> u32 {
+        // No signal ends this wait.
+        self.wait(bindings::TASK_UNINTERRUPTIBLE)
+            .unwrap_or_else(|_| self.count())
+    }
+
+    /// The same on behalf of a system call. Fails with `EINTR` if the task is killed while it
+    /// waits.
+    pub(crate) fn wait_killable(&self) -> Result<u32> {
+        self.wait(KILLABLE).map_err(|_| EINTR)
+    }
+
+    /// Allows accesses after all resets so far, for the driver to reset the device.
+    pub(crate) fn accept(&self) {
+        let mut inner = self.inner.lock();
+        inner.accepted = inner.count;
+    }
+
+    /// Records that the driver was called after the first `count` resets. Returns whether there was
+    /// none since.
+    pub(crate) fn settle(&self, count: u32) -> bool {
+        let mut inner = self.inner.lock();
+        inner.settled = count;
+        inner.count == count
+    }
+}
