@@ -11,9 +11,11 @@ OPTIONs are for vfio_migration_test. Prints TAP.
 """
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
+import select
 import struct
 import subprocess
 import sys
@@ -25,16 +27,21 @@ DEVICES = Path("/sys/bus/pci/devices")
 BOCHS = ("0x1234", "0x1111", 0)
 IVSHMEM = ("0x1af4", "0x1110", 2)
 PAGE = mmap.PAGESIZE
+# The size of a record of a stream.
+RECORD = PAGE + 8
 
 # Ioctls and features of VFIO.
 VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
 VFIO_DEVICE_RESET = 0x3B6F
 VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
-SET, STATE = 1 << 17, 2
+SET, STATE, LOW_POWER = 1 << 17, 2, 3
 RUNNING, STOP_COPY, RESUMING, PRE_COPY = 2, 3, 4, 6
 COMMAND, MEMORY = 4, 2
 CONFIG = 7
+# In the configuration space: the capabilities, the PCIe capability, and the slot control register
+# in it with the bit that turns off the power.
+CAPABILITIES, PCIE, SLOT, POWER_OFF = 0x34, 0x10, 0x18, 1 << 10
 
 
 def check(condition, what):
@@ -78,6 +85,37 @@ def content(path, bar, data=None):
         found = memory[:]
     (path / "enable").write_text("0")
     return found
+
+
+def power(path, enabled):
+    """Turns the power of a device's slot on or off, unknown to the kernel."""
+    port = os.open(path.resolve().parent / "config", os.O_RDWR)
+    config = os.pread(port, 256, 0)
+    at = config[CAPABILITIES]
+    while config[at] != PCIE:
+        at = config[at + 1]
+    control = struct.unpack_from("<H", config, at + SLOT)[0] & ~POWER_OFF
+    os.pwrite(port, struct.pack("<H", control | (not enabled) * POWER_OFF), at + SLOT)
+    os.close(port)
+
+
+def start(function, *arguments):
+    """Calls a function in a thread of its own."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def finish(*threads):
+    """Waits for threads."""
+    for thread in threads:
+        thread.join(300)
+    check(not any(thread.is_alive() for thread in threads), "a thread hangs")
+
+
+def host_reset(path):
+    """Resets a device by sysfs."""
+    (path / "reset").write_text("1")
 
 
 def pattern(size, seed):
@@ -125,6 +163,10 @@ class Device:
     def reset(self):
         """Resets the device."""
         fcntl.ioctl(self.file, VFIO_DEVICE_RESET, 0)
+
+    def sleep(self):
+        """Allows runtime PM to suspend the device."""
+        fcntl.ioctl(self.file, VFIO_DEVICE_FEATURE, struct.pack("<II", 8, SET | LOW_POWER))
 
     def read(self, size=None):
         """Reads the memory."""
@@ -203,7 +245,7 @@ def moves(pair, bar):
         data = bytearray(pattern(source.size, 4))
         source.write(bytes(data))
         session = source.set_state(PRE_COPY)
-        image = stream(session, 42)
+        image = stream(session, errno.ENOMSG)
         check(len(image) > len(data), f"{len(image)} bytes of pre-copy")
         for page in (0, 5, source.size // PAGE - 1):
             data[page * PAGE + 8 : page * PAGE + 16] = b"changed!"
@@ -214,7 +256,7 @@ def moves(pair, bar):
         # The host can access memory that the guest has disabled.
         source.command(0)
         rest = stream(session, None)
-        check(len(rest) == 4 * (PAGE + 8), f"{len(rest)} bytes of three pages and the end")
+        check(len(rest) == 4 * RECORD, f"{len(rest)} bytes of three pages and the end")
         load = target.set_state(RESUMING)
         target.command(0)
         for piece in (image + rest)[:100], (image + rest)[100:]:
@@ -225,6 +267,107 @@ def moves(pair, bar):
         check(target.read() == bytes(data), "the content differs")
         os.close(session)
         os.close(load)
+
+
+def check_content(image, seed):
+    """Checks that a part of an image has pages of a pattern only, after the first record."""
+    for at in range(RECORD, len(image) - RECORD + 1, RECORD):
+        check(image[at + 8 : at + 16] == struct.pack("<Q", seed),
+              "a page is not from before the device was inaccessible")
+
+
+def wakes(pair, bar):
+    """a reset by the host wakes pollers and ends the session before it changes the device"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        session = device.set_state(PRE_COPY)
+        stream(session, errno.ENOMSG)
+        poller = select.poll()
+        poller.register(session, select.POLLIN)
+        check(not poller.poll(0), "the session is readable at the temporary end")
+        reset = start(host_reset, pair[0])
+        check(poller.poll(300_000), "the reset does not wake pollers")
+        stream(session, errno.ENODEV)
+        os.close(session)
+        finish(reset)
+        check(device.state() == RUNNING, "the device is not in RUNNING after a reset")
+        device.write(pattern(device.size, 6))
+        session = device.set_state(PRE_COPY)
+        reset, parts = start(host_reset, pair[0]), []
+        while True:
+            try:
+                parts.append(os.read(session, 1 << 16))
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    break
+                check(error.errno == errno.ENOMSG, f"read: {error}")
+                device.write(pattern(PAGE, 6))
+        finish(reset)
+        check_content(b"".join(parts), 6)
+        os.close(session)
+
+
+def closes(pair, bar):
+    """a close with a reset by the host leaves a clear device, which can be opened again"""
+    for seed in range(8):
+        bind(pair[0])
+        device = Device(pair[0], bar)
+        device.write(pattern(device.size, seed))
+        if seed & 1:
+            device.sleep()
+        # Either may begin first.
+        threads = [(host_reset, pair[0]), (device.close,)]
+        finish(*(start(*call) for call in (threads if seed & 2 else threads[::-1])))
+        unbind(pair[0])
+        found = content(pair[0], bar)
+        check(found == bytes(len(found)), f"{seed}: the host sees what the user has left")
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        device.write(pattern(device.size, 9))
+        check(device.read() == pattern(device.size, 9), "the device does not work")
+
+
+def dies(pair, bar):
+    """a device that does not respond is not saved, and can be opened again when it does"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        device.write(pattern(device.size, 10))
+        session = device.set_state(PRE_COPY)
+        part = os.read(session, 1 << 16)
+        power(pair[0], False)
+        try:
+            part += stream(session, errno.EIO)
+        finally:
+            power(pair[0], True)
+        check_content(part, 10)
+        os.close(session)
+    with Device(pair[0], bar) as device:
+        check(device.read() == bytes(device.size), "the user sees what another has left")
+        device.write(pattern(device.size, 11))
+        check(device.read() == pattern(device.size, 11), "the device does not work")
+
+
+def removes(pair, bar):
+    """a removal of an open device waits for the close, and the device is clear afterwards"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        device.write(pattern(device.size, 14))
+        session = device.set_state(PRE_COPY)
+        remove = start((pair[0] / "remove").write_text, "1")
+        # The device works until it is closed.
+        stream(session, errno.ENOMSG)
+        device.write(b"changed!")
+        check(len(stream(session, errno.ENOMSG)) == RECORD, "a page is not streamed again")
+        device.set_state(STOP_COPY)
+        stream(session, None)
+        check(remove.is_alive(), "the device is removed while it is open")
+    finish(remove)
+    stream(session, errno.ENODEV)
+    os.close(session)
+    check(not pair[0].exists(), "the device is not removed")
+    Path("/sys/bus/pci/rescan").write_text("1")
+    found = content(pair[0], bar)
+    check(found == bytes(len(found)), "the host sees what the user has left")
 
 
 def race(path, device):
@@ -254,16 +397,16 @@ def race(path, device):
         time.sleep(0.5)
         device.reset()
 
-    def host_reset():
+    def reset_by_host():
         """reset by sysfs"""
         time.sleep(1)
-        (path / "reset").write_text("1")
+        host_reset(path)
 
     def access():
         """read and write memory"""
         device.write(device.read(PAGE), PAGE)
 
-    steps = (migrate, load, reset, host_reset, access)
+    steps = (migrate, load, reset, reset_by_host, access)
 
     def repeat(step):
         """Repeats a step, which may fail at any time: a reset ends it."""
@@ -271,12 +414,7 @@ def race(path, device):
             with contextlib.suppress(OSError):
                 step()
 
-    threads = [threading.Thread(target=repeat, args=(step,), daemon=True) for step in steps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    check(not any(thread.is_alive() for thread in threads), "a thread hangs")
+    finish(*[start(repeat, step) for step in steps])
     for step in steps:
         device.reset()
         device.command(MEMORY)
@@ -293,13 +431,13 @@ def races(pair, bar):
         device.command(MEMORY)
         check(device.read() == bytes(device.size), "the memory is not clear after a reset")
         device.write(pattern(device.size, 5))
-        (pair[0] / "reset").write_text("1")
+        host_reset(pair[0])
         check(device.read() == bytes(device.size), "a reset by the host does not clear the memory")
 
 
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
-         for test in (clears, moves, races)]
+         for test in (clears, moves, wakes, closes, dies, removes, races)]
 
 
 def suite(paths, *options):
