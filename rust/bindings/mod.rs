@@ -49,6 +49,7 @@ pub(crate) use generated::{
     rust_helper_get_mem_cgroup_from_mm as get_mem_cgroup_from_mm,
     rust_helper_mem_cgroup_put as mem_cgroup_put,
     rust_helper_mutex_lock_killable as mutex_lock_killable,
+    rust_helper_page_to_pfn as page_to_pfn,
     rust_helper_pm_runtime_put as pm_runtime_put,
     rust_helper_pm_runtime_resume_and_get as pm_runtime_resume_and_get,
     rust_helper_set_active_memcg as set_active_memcg,
@@ -56,6 +57,7 @@ pub(crate) use generated::{
     rust_helper_try_to_freeze as try_to_freeze,
     rust_helper_user_backed_iter as user_backed_iter,
     rust_helper_vfio_iova_bitmap_set as vfio_iova_bitmap_set,
+    rust_helper_vfio_pci_page_prot as vfio_pci_page_prot,
     *, //
 };
 pub(crate) use kernel::bindings::*;

@@ -8,6 +8,7 @@
 #include <linux/freezer.h>
 #include <linux/iova_bitmap.h>
 #include <linux/memcontrol.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pm_runtime.h>
@@ -110,6 +111,24 @@ __rust_helper int rust_helper_pm_runtime_resume_and_get(struct device *dev)
 __rust_helper void rust_helper_pm_runtime_put(struct device *dev)
 {
 	pm_runtime_put(dev);
+}
+
+__rust_helper unsigned long rust_helper_page_to_pfn(struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+/*
+ * Protection of a page in an area made by vfio_pci_core_mmap(): of a page of the BAR,
+ * or of one of RAM instead of it.
+ */
+__rust_helper pgprot_t rust_helper_vfio_pci_page_prot(const struct vm_area_struct *vma,
+						      bool writable, bool is_io)
+{
+	pgprot_t prot = vm_get_page_prot(writable ? vma->vm_flags :
+						    vma->vm_flags & ~VM_WRITE);
+
+	return is_io ? pgprot_decrypted(pgprot_noncached(prot)) : prot;
 }
 
 /* sparse cannot evaluate the assertion in it. */

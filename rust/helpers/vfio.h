@@ -14,7 +14,9 @@ struct iova_bitmap;
 struct mem_cgroup;
 struct mm_struct;
 struct mutex;
+struct page;
 struct task_struct;
+struct vm_area_struct;
 
 void rust_helper_vfio_iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
 				      size_t length);
@@ -33,5 +35,8 @@ void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg);
 struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg);
 int rust_helper_pm_runtime_resume_and_get(struct device *dev);
 void rust_helper_pm_runtime_put(struct device *dev);
+unsigned long rust_helper_page_to_pfn(struct page *page);
+pgprot_t rust_helper_vfio_pci_page_prot(const struct vm_area_struct *vma, bool writable,
+					bool is_io);
 
 #endif

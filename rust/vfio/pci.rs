@@ -18,9 +18,10 @@
 //! The crate solves this once. They take no mutex and call no method of the driver. `reset_prepare`
 //! records the reset, makes all accesses of the driver fail with `ENODEV`, and wakes the users of
 //! the data_fd. After `reset_done`, the next call by the user (read(), write() and most ioctls of
-//! the device file), at the latest the end of the `VFIO_DEVICE_RESET` itself, completes the reset
-//! before it does anything else: it ends the session and calls [`Migratable::reset`], without locks
-//! of the core. A call during the reset waits for its end.
+//! the device file, and page faults of tracked BARs), at the latest the end of the
+//! `VFIO_DEVICE_RESET` itself, completes the reset before it does anything else: it ends the
+//! session and calls [`Migratable::reset`], without locks of the core. A call during the reset
+//! waits for its end.
 //!
 //! A reset by the host does not take `memory_lock`, so it may begin while the driver accesses the
 //! device. Such an access fails, too.
@@ -33,6 +34,7 @@
 mod device;
 mod driver;
 mod function;
+mod mapping;
 mod memory;
 mod resets;
 mod vtable;
@@ -124,7 +126,7 @@ pub enum Region<'a> {
     /// Writes are dropped while the device is stopped.
     Trapped,
     /// The BAR is memory that is part of the state. Writes are tracked, and dropped while the
-    /// device is stopped. It cannot be mapped.
+    /// device is stopped, and so are stores to its mappings.
     Tracked(&'a BarMemory),
 }
 

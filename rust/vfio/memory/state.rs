@@ -105,7 +105,7 @@ impl Tracker {
     ///
     /// Fails with `EBUSY` if it is active.
     pub(crate) fn begin(&mut self, notifier: Arc<Notifier>) -> Result {
-        if self.notifier.is_some() {
+        if self.is_active() {
             return Err(EBUSY);
         }
         self.release();
@@ -115,6 +115,11 @@ impl Tracker {
         self.reinits = 0;
         self.notifier = Some(notifier);
         Ok(())
+    }
+
+    /// Returns whether it is active.
+    pub(crate) fn is_active(&self) -> bool {
+        self.notifier.is_some()
     }
 
     /// Ends tracking. The result should be dropped without the tracker's lock: it may be the last
@@ -242,7 +247,7 @@ pub(super) struct Inner {
 impl Inner {
     /// Returns whether the memory is tracked.
     pub(super) fn is_tracked(&self) -> bool {
-        self.tracker.lock().notifier.is_some()
+        self.tracker.lock().is_active()
     }
 
     /// Marks the pages of a range, in bytes.

@@ -72,6 +72,25 @@ impl<T: Operations> OpenDevice<T> {
         matches!(self.handling(region_index), Handling::Direct)
     }
 
+    /// Returns whether a region may be mapped, if the core supports it.
+    pub(super) fn is_mappable(&self, region_index: u32) -> bool {
+        !matches!(self.handling(region_index), Handling::Trapped)
+    }
+
+    /// Returns the tracked memory in the BARs.
+    fn tracked(&self) -> impl Iterator<Item = &BarMemory> {
+        self.regions.iter().filter_map(|handling| match handling {
+            Handling::Tracked(memory) => Some(memory),
+            _ => None,
+        })
+    }
+
+    /// Passes writes and stores of the user again.
+    fn pass(&self) {
+        self.tracked().for_each(BarMemory::start);
+        self.function.start();
+    }
+
     /// Returns whether the core serves accesses to all regions.
     pub(super) fn is_all_direct(&self) -> bool {
         (0..BARS as u32).all(|index| self.is_direct(index))
@@ -124,12 +143,15 @@ impl<T: Operations> Migratable for OpenDevice<T> {
 
     fn stop(&self) -> Result {
         self.function.stop()?;
-        self.data.stop().inspect_err(|_| self.function.start())
+        self.tracked()
+            .try_for_each(BarMemory::stop)
+            .and_then(|()| self.data.stop())
+            .inspect_err(|_| self.pass())
     }
 
     fn start(&self) -> Result {
         self.data.start()?;
-        self.function.start();
+        self.pass();
         Ok(())
     }
 
@@ -162,12 +184,14 @@ impl<T: Operations> Migratable for OpenDevice<T> {
 
     fn halt(&self) {
         self.function.halt();
+        self.tracked().for_each(BarMemory::halt);
         self.data.halt();
     }
 
     fn reset(&self) -> Result {
         self.function.accept();
         self.data.reset()?;
+        self.tracked().for_each(BarMemory::start);
         self.function.reset_gate();
         Ok(())
     }
@@ -270,12 +294,19 @@ impl<T: Operations> Variant<T> {
         Ok(())
     }
 
-    /// Records the begin of a reset. May be called with `memory_lock` held. Does not sleep.
+    /// Records the begin of a reset, and unmaps all BARs from all address spaces, like
+    /// `vfio_pci_zap_bars()`. May be called with `memory_lock` held. May sleep.
     pub(super) fn reset_prepare(&self) {
         self.private.resets.begin();
+        let end = Position::start_of(BARS as u32) as bindings::loff_t;
+        // SAFETY: The device is valid, and has an inode during its whole lifetime.
+        unsafe {
+            let inode = (*self.core.get()).vdev.inode;
+            bindings::unmap_mapping_range((*inode).i_mapping, 0, end, 1);
+        }
     }
 
-    /// Records the end of a reset; see [`reset_prepare()`](Self::reset_prepare).
+    /// Records the end of a reset. May be called with `memory_lock` held. Does not sleep.
     pub(super) fn reset_done(&self) {
         self.private.resets.end();
     }
@@ -398,6 +429,35 @@ impl<T: Operations> Variant<T> {
             if result != Err(ENODEV) || self.private.resets.count() == count {
                 return result;
             }
+        }
+    }
+
+    /// Handles a page fault at a page of a region, after a reset is completed. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// Must be called in that page fault, which `vmf` describes, on an area made by
+    /// `vfio_pci_core_mmap()` for this region.
+    pub(super) unsafe fn fault(
+        &self,
+        vmf: *mut bindings::vm_fault,
+        region_index: u32,
+        page: usize,
+    ) -> bindings::vm_fault_t {
+        loop {
+            let Ok(opened) = self.settled() else {
+                return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+            };
+            let Handling::Tracked(memory) = opened.handling(region_index) else {
+                return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+            };
+            // SAFETY: By the safety requirements.
+            let result = unsafe { memory.fault(vmf, page) };
+            if !self.private.resets.is_unsettled() {
+                return result;
+            }
+            // A reset that began meanwhile may have unmapped the page before it was mapped.
+            memory.unmap(page);
         }
     }
 

@@ -17,6 +17,7 @@ use kernel::{
         to_result, //
     },
     new_mutex,
+    page::PAGE_SHIFT,
     prelude::*,
     sync::{
         atomic::{
@@ -272,6 +273,65 @@ impl Enabled {
             return Err(ENODEV);
         }
         Ok(base.wrapping_byte_add(pos.region_offset as usize))
+    }
+
+    /// Maps a page into the area of a page fault: that of a memory BAR at a position, or a page of
+    /// RAM instead of it. `writable` has no effect in a read-only area. A page that is mapped
+    /// already stays. May sleep.
+    ///
+    /// The access raises `SIGBUS` without power or memory space, like with
+    /// `vfio_pci_vmf_insert_pfn()`.
+    ///
+    /// # Safety
+    ///
+    /// Must be called in a page fault, which `vmf` describes, on an area made by
+    /// `vfio_pci_core_mmap()` for this BAR. The page of RAM must stay allocated until it is
+    /// unmapped.
+    unsafe fn insert(
+        &self,
+        vmf: *mut bindings::vm_fault,
+        pos: Position,
+        ram: Option<*mut bindings::page>,
+        writable: bool,
+    ) -> bindings::vm_fault_t {
+        let (core, bar) = (self.core.as_ptr(), pos.region_index as c_int);
+        // SAFETY: By the type invariants and the safety requirements. `memory_lock` keeps the
+        // device accessible until its page is mapped; the core unmaps it with this lock held.
+        unsafe {
+            let pfn = match ram {
+                Some(page) => bindings::page_to_pfn(page),
+                None => {
+                    let start = bindings::pci_resource_start(self.pdev(), bar);
+                    ((start + pos.region_offset) >> PAGE_SHIFT) as c_ulong
+                }
+            };
+            let (vma, address) = ((*vmf).__bindgen_anon_1.vma, (*vmf).__bindgen_anon_1.address);
+            let prot = bindings::vfio_pci_page_prot(vma, writable, ram.is_none());
+            bindings::down_read(&raw mut (*core).memory_lock);
+            let accessible =
+                !(*core).pm_runtime_engaged && self.has_power() && self.is_memory_enabled();
+            let result = if accessible {
+                bindings::vmf_insert_pfn_prot(vma, address, pfn, prot)
+            } else {
+                bindings::vm_fault_reason_VM_FAULT_SIGBUS
+            };
+            bindings::up_read(&raw mut (*core).memory_lock);
+            result
+        }
+    }
+
+    /// Unmaps bytes of a BAR from all address spaces. May sleep.
+    fn unmap(&self, pos: Position, len: usize) {
+        let start = Position::start_of(pos.region_index) + pos.region_offset;
+        // SAFETY: By the type invariants. Each device has an inode during its whole lifetime.
+        unsafe {
+            bindings::unmap_mapping_range(
+                (*(*self.core.as_ptr()).vdev.inode).i_mapping,
+                start as bindings::loff_t,
+                len as bindings::loff_t,
+                1,
+            );
+        }
     }
 
     /// Returns whether there is a BAR of this index, of the kind `flag`.
@@ -556,12 +616,43 @@ impl Function {
         self.with(By::User, |_| Ok(()))
     }
 
+    /// Maps a page into the area of a page fault; see [`Enabled::insert()`].
+    ///
+    /// # Safety
+    ///
+    /// See [`Enabled::insert()`].
+    pub(crate) unsafe fn insert(
+        &self,
+        vmf: *mut bindings::vm_fault,
+        pos: Position,
+        ram: Option<*mut bindings::page>,
+        writable: bool,
+    ) -> bindings::vm_fault_t {
+        match &*self.enabled.lock() {
+            // SAFETY: By the safety requirements.
+            Some(enabled) => unsafe { enabled.insert(vmf, pos, ram, writable) },
+            None => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+        }
+    }
+
+    /// Unmaps bytes of a BAR from all address spaces. May sleep.
+    pub(crate) fn unmap(&self, pos: Position, len: usize) {
+        if let Some(enabled) = &*self.enabled.lock() {
+            enabled.unmap(pos, len);
+        }
+    }
+
+    /// Counts a write of the user that is dropped.
+    pub(crate) fn dropped(&self) {
+        self.dropped.fetch_add(1, Relaxed);
+    }
+
     /// Calls `write`, which writes on behalf of the user. Counts the write instead if the device is
     /// stopped.
     pub(crate) fn pass(&self, write: impl FnOnce() -> Result) -> Result {
         let stopped = lock_killable(&self.stopped)?;
         if *stopped {
-            self.dropped.fetch_add(1, Relaxed);
+            self.dropped();
             return Ok(());
         }
         write()
@@ -585,7 +676,8 @@ impl Function {
     }
 
     /// Returns the number of writes to BARs that were dropped since the last reset, because the
-    /// device was stopped.
+    /// device was stopped. A mapped page with dropped stores counts once, or more often if it has
+    /// several mappings.
     pub fn dropped_writes(&self) -> u64 {
         self.dropped.load(Relaxed)
     }

@@ -3,22 +3,30 @@
 //! Memory of a device in a BAR that is part of its state, and the tracking of its changes.
 
 use crate::{
+    bindings,
     memory::{
         state::Tracker,
         Pending, //
     },
     notifier::Notifier,
-    pci::function::Function,
+    pci::{
+        function::Function,
+        mapping::Mappings, //
+    },
     region::Position,
-    user::cond_resched, //
+    user::{
+        cond_resched,
+        lock_killable, //
+    },
 };
 use core::ops::Range;
 use kernel::{
-    new_spinlock,
+    new_mutex, new_spinlock,
     page::PAGE_SIZE,
     prelude::*,
     sync::{
         Arc,
+        Mutex,
         SpinLock, //
     },
 };
@@ -31,6 +39,9 @@ struct Inner {
     function: Arc<Function>,
     region_index: u32,
     pages: usize,
+    /// Outside of `tracker` and of the locks of `function`.
+    #[pin]
+    mappings: Mutex<Mappings>,
     #[pin]
     tracker: SpinLock<Tracker>,
 }
@@ -42,8 +53,10 @@ struct Inner {
 /// the user and the driver may change it: the tracker does not notice changes by the device itself
 /// or by DMA of other devices.
 ///
-/// Writes of the user are tracked if [`Operations::region`](crate::pci::Operations::region) returns
-/// this memory. They are dropped while the device is stopped.
+/// Writes of the user, and stores to mappings of the BAR, are tracked if
+/// [`Operations::region`](crate::pci::Operations::region) returns this memory. They are dropped
+/// while the device is stopped. By that mapping, a page with a dropped store has undefined content
+/// until the device runs again.
 ///
 /// Clones refer to the same memory. All accesses may sleep, and fail like those of [`Function`].
 ///
@@ -76,12 +89,14 @@ impl BarMemory {
             return Err(EINVAL);
         }
         let pages = size / PAGE_SIZE;
+        let mappings = Mappings::new(pages)?;
         let tracker = Tracker::new(pages)?;
         Ok(Self(Arc::pin_init(
             pin_init!(Inner {
                 function,
                 region_index,
                 pages,
+                mappings <- new_mutex!(mappings, "vfio::pci::BarMemory::mappings"),
                 tracker <- new_spinlock!(tracker, "vfio::pci::BarMemory"),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -146,6 +161,62 @@ impl BarMemory {
         Ok(())
     }
 
+    /// Drops stores by mappings from now on. Fails with `EINTR`, without an effect, if the task is
+    /// killed while it waits for a page fault. May sleep.
+    pub(crate) fn stop(&self) -> Result {
+        let mut mappings = lock_killable(&self.0.mappings)?;
+        mappings.freeze(&self.0.function, self.position(0));
+        Ok(())
+    }
+
+    /// The same for a device that failed.
+    pub(crate) fn halt(&self) {
+        let mut mappings = self.0.mappings.lock();
+        mappings.freeze(&self.0.function, self.position(0));
+    }
+
+    /// Enables stores by mappings. May sleep.
+    pub(crate) fn start(&self) {
+        let mut mappings = self.0.mappings.lock();
+        mappings.thaw(&self.0.function, self.position(0));
+    }
+
+    /// Unmaps a page from all address spaces. May sleep.
+    pub(crate) fn unmap(&self, page: usize) {
+        let pos = self.position(page * PAGE_SIZE);
+        self.0.function.unmap(pos, PAGE_SIZE);
+    }
+
+    /// Handles a page fault at a page.
+    ///
+    /// # Safety
+    ///
+    /// Must be called in that page fault, which `vmf` describes, on an area made by
+    /// `vfio_pci_core_mmap()` for this BAR.
+    pub(crate) unsafe fn fault(
+        &self,
+        vmf: *mut bindings::vm_fault,
+        page: usize,
+    ) -> bindings::vm_fault_t {
+        let inner = &*self.0;
+        if page >= inner.pages {
+            return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+        }
+        // Held until the page is mapped, so that it is either both marked and writable, or neither.
+        let mut mappings = inner.mappings.lock();
+        // SAFETY: By the safety requirements.
+        unsafe {
+            mappings.fault(
+                vmf,
+                &inner.function,
+                self.position(0),
+                page,
+                || inner.tracker.lock().is_active(),
+                || self.changed(page * PAGE_SIZE, PAGE_SIZE),
+            )
+        }
+    }
+
     /// Tracks the memory until the result is dropped, with all pages still to be streamed.
     ///
     /// Notifies `notifier` when a page is to be streamed and there was none before. Fails with
@@ -207,18 +278,23 @@ impl BarTracking {
     /// Takes the next run to stream, of at most `max` pages and at most 64. Pages that were never
     /// streamed come first. Returns [`None`] if no page is to be streamed. May sleep.
     ///
-    /// Clears the marks of the pages, and reads them then. They count as streamed, so the saver
-    /// must return the content. If it fails, the pages are marked again. Fails with `ENOMEM`, or
-    /// like [`Function::read`].
+    /// Clears the marks of the pages, write-protects their mappings, and reads them then. They
+    /// count as streamed, so the saver must return the content. If it fails, the pages are marked
+    /// again. Fails with `ENOMEM`, or like [`Function::read`].
     pub fn take(&self, max: usize) -> Result<Option<BarRun>> {
         let memory = &self.0;
         // A reader must notice a reset even if nothing is left.
         memory.0.function.resets().not_reset()?;
         let max = max.clamp(1, MAX_RUN);
+        // Held until the pages are write-protected, so that a store sets the mark of its page after
+        // the mark was cleared.
+        let mut mappings = memory.0.mappings.lock();
         let Some((run, initial)) = memory.0.tracker.lock().take(max) else {
             return Ok(None);
         };
         let pages = run.first..run.first + run.count;
+        mappings.write_protect(&memory.0.function, memory.position(0), pages.clone());
+        drop(mappings);
         let content = KVVec::zeroed(run.count * PAGE_SIZE, GFP_KERNEL_ACCOUNT)
             .map_err(Error::from)
             .and_then(|mut bytes| {

@@ -39,6 +39,13 @@ fn index_at(pos: i64) -> u32 {
     u32::try_from(pos >> INDEX_SHIFT).unwrap_or(u32::MAX)
 }
 
+/// Returns the index of the region at a page of the device file, and the page in it.
+fn place(pgoff: c_ulong) -> (u32, usize) {
+    let shift = INDEX_SHIFT - PAGE_SHIFT as u32;
+    let index = u32::try_from(pgoff >> shift).unwrap_or(u32::MAX);
+    (index, pgoff & ((1 << shift) - 1))
+}
+
 /// The operations of driver `T` for the core.
 pub(super) struct VTable<T: Operations>(PhantomData<T>);
 
@@ -227,7 +234,7 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call, and `info` is valid.
         let (this, info) = unsafe { (Variant::<T>::from_raw(vdev), &mut *info) };
         if let Ok(opened) = this.opened() {
-            if !opened.is_direct(info.index) {
+            if !opened.is_mappable(info.index) {
                 info.flags &= !bindings::VFIO_REGION_INFO_FLAG_MMAP;
             }
         }
@@ -243,17 +250,45 @@ impl<T: Operations> VTable<T> {
         vma: *mut bindings::vm_area_struct,
     ) -> c_int {
         // SAFETY: The core holds a reference for the call, and `vma` is valid.
-        let (this, page) = unsafe { (Variant::<T>::from_raw(vdev), (*vma).vm_pgoff) };
+        let (this, pgoff) = unsafe { (Variant::<T>::from_raw(vdev), (*vma).vm_pgoff) };
         from_result(|| {
-            // Does not complete a reset, which would delay page faults: `mmap_lock` is held.
             let opened = this.opened()?;
-            if !opened.is_direct(index_at(i64::try_from(page << PAGE_SHIFT)?)) {
+            let (index, _) = place(pgoff);
+            if !opened.is_mappable(index) {
                 return Err(EINVAL);
             }
             // SAFETY: These are the arguments of the core.
             to_result(unsafe { bindings::vfio_pci_core_mmap(vdev, vma) })?;
+            if !opened.is_direct(index) {
+                // SAFETY: The area is undergoing its setup. The core has stored `vdev` in it.
+                unsafe { (*vma).vm_ops = &Self::VM_OPS };
+            }
             Ok(0)
         })
+    }
+
+    /// The operations of areas of tracked regions.
+    ///
+    /// With `pfn_mkwrite`, the kernel calls the fault handler before a page becomes writable.
+    const VM_OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
+        fault: Some(Self::fault),
+        pfn_mkwrite: Some(Self::fault),
+        ..pin_init::zeroed()
+    };
+
+    /// # Safety
+    ///
+    /// Must be called by the core in a page fault on an area with these operations.
+    unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+        // SAFETY: The area has a reference to the file of the device, which keeps it open.
+        let (this, pgoff) = unsafe {
+            let vma = (*vmf).__bindgen_anon_1.vma;
+            let vdev = (*vma).vm_private_data.cast();
+            (Variant::<T>::from_raw(vdev), (*vmf).__bindgen_anon_1.pgoff)
+        };
+        let (index, page) = place(pgoff);
+        // SAFETY: By the safety requirements. `mmap()` made the area for this region.
+        unsafe { this.fault(vmf, index, page) }
     }
 
     /// # Safety
