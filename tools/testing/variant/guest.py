@@ -11,11 +11,13 @@ OPTIONs are for vfio_migration_test. Prints TAP.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -35,8 +37,10 @@ VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
 VFIO_DEVICE_RESET = 0x3B6F
 VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
-SET, STATE, LOW_POWER = 1 << 17, 2, 3
-RUNNING, STOP_COPY, RESUMING, PRE_COPY = 2, 3, 4, 6
+SET, STATE, LOW_POWER_ENTRY, LOW_POWER_EXIT = 1 << 17, 2, 3, 5
+STOP, RUNNING, STOP_COPY, RESUMING = 1, 2, 3, 4
+RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
+REGION_MMAP = 1 << 2
 COMMAND, MEMORY = 4, 2
 CONFIG = 7
 # In the configuration space: the capabilities, the PCIe capability, and the slot control register
@@ -164,9 +168,18 @@ class Device:
         """Resets the device."""
         fcntl.ioctl(self.file, VFIO_DEVICE_RESET, 0)
 
-    def sleep(self):
+    def map(self):
+        """Maps the memory."""
+        check(self.flags & REGION_MMAP, "the memory cannot be mapped")
+        return mmap.mmap(self.file, self.size, offset=self.offset)
+
+    def sleep(self, feature=LOW_POWER_ENTRY):
         """Allows runtime PM to suspend the device."""
-        fcntl.ioctl(self.file, VFIO_DEVICE_FEATURE, struct.pack("<II", 8, SET | LOW_POWER))
+        fcntl.ioctl(self.file, VFIO_DEVICE_FEATURE, struct.pack("<II", 8, SET | feature))
+
+    def wake(self):
+        """Wakes the device."""
+        self.sleep(LOW_POWER_EXIT)
 
     def read(self, size=None):
         """Reads the memory."""
@@ -307,6 +320,185 @@ def wakes(pair, bar):
         os.close(session)
 
 
+def changed(session):
+    """Returns the number of pages that are streamed until the temporary end."""
+    return len(stream(session, errno.ENOMSG)) // RECORD
+
+
+def store(mapped, pages, data):
+    """Stores 8 bytes to each of some pages of a mapping."""
+    for page in pages:
+        mapped[page * PAGE + 16 : page * PAGE + 24] = data
+
+
+def tracks(pair, bar):
+    """stores to a mapping are streamed again, and only their pages"""
+    for path in pair:
+        bind(path)
+    with (Device(pair[0], bar) as source, Device(pair[1], bar) as target,
+          source.map() as mapped, target.map() as loaded):
+        last = source.size // PAGE - 1
+        mapped[:] = pattern(source.size, 12)
+        check(source.read() == pattern(source.size, 12), "a store is not in the memory")
+        session = source.set_state(PRE_COPY)
+        image = stream(session, errno.ENOMSG)
+        check(len(image) == (last + 2) * RECORD, f"{len(image)} bytes of pre-copy")
+        poller = select.poll()
+        poller.register(session, select.POLLIN)
+        for data in b"changed1", b"changed2":
+            check(mapped[:] == source.read(), "the mapping is not the memory")
+            check(not poller.poll(0), "loads are tracked as stores")
+            store(mapped, (0, 5, 6, last), data)
+            # The second store to a page does not fault.
+            store(mapped, (0, 5), data)
+            check(poller.poll(0), "a store does not wake pollers")
+            part = stream(session, errno.ENOMSG)
+            check(len(part) == 4 * RECORD, f"{len(part)} bytes of four pages")
+            image += part
+        store(mapped, (7,), b"changed3")
+        source.set_state(STOP_COPY)
+        data = source.read()
+        store(mapped, (3, 7), b"dropped!")
+        check(source.read() == data, "a stopped device is changed by a store")
+        part = stream(session, None)
+        check(len(part) == 2 * RECORD, f"{len(part)} bytes of a page and the end")
+        image += part
+        load = target.set_state(RESUMING)
+        while image:
+            image = image[os.write(load, image) :]
+        check(loaded[:] == data, "the content differs")
+        target.set_state(RUNNING)
+        store(loaded, (9,), b"running!")
+        check(target.read()[9 * PAGE + 16 :][:8] == b"running!", "a store is dropped")
+        os.close(session)
+        os.close(load)
+
+
+def states(pair, bar):
+    """stores to a mapping change the device in the states in which it runs"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device, device.map() as mapped:
+        for state in (RUNNING, RUNNING_P2P, PRE_COPY_P2P, PRE_COPY, STOP_COPY, STOP, RUNNING,
+                      RESUMING):
+            session = device.set_state(state)
+            runs = state not in (STOP, STOP_COPY, RESUMING)
+            old = device.read(PAGE)
+            data = struct.pack("<Q", 0x1234567800 + state)
+            store(mapped, (0,), data)
+            new = old[:16] + data + old[24:] if runs else old
+            check(device.read(PAGE) == new, f"wrong content in state {state}")
+            if session >= 0:
+                os.close(session)
+
+
+def child(function, *arguments):
+    """Calls a function in a child, and returns its exit code, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        function(*arguments)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def shares(pair, bar):
+    """stores of a child, to a second mapping, and after mprotect() are tracked"""
+    bind(pair[0])
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Device(pair[0], bar) as device, device.map() as mapped, device.map() as other:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+
+        def protect(prot):
+            size = ctypes.c_size_t(device.size)
+            check(libc.mprotect(ctypes.c_void_p(address), size, prot) == 0, "mprotect")
+
+        store(mapped, range(8), b"parent__")
+        session = device.set_state(PRE_COPY)
+        changed(session)
+        for data in b"child_1_", b"child_2_":
+            check(child(store, mapped, (1, 2), data) == 0, "the child dies")
+            check(changed(session) == 2, "stores of a child are not tracked")
+            store(mapped, (2,), data)
+            check(changed(session) == 1, "a store after that of a child is not tracked")
+            store(other, (2, 3), data)
+            check(changed(session) == 2, "stores to a second mapping are not tracked")
+            # The pages are writable in the parent when it forks.
+            store(mapped, (4, 5), data)
+            ready, go = os.pipe(), os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.write(ready[1], b"1")
+                os.read(go[0], 1)
+                store(mapped, (4,), b"inherit_")
+                os._exit(0)
+            os.read(ready[0], 1)
+            check(changed(session) == 2, "stores before fork() are not tracked")
+            os.write(go[1], b"1")
+            check(os.waitpid(pid, 0)[1] == 0, "the child dies")
+            check(changed(session) == 1, "stores to inherited pages are not tracked")
+            for end in (*ready, *go):
+                os.close(end)
+            store(mapped, (6, 7), data)
+            protect(mmap.PROT_READ)
+            check(changed(session) == 2, "stores before mprotect() are not tracked")
+            check(mapped[6 * PAGE + 16 :][:8] == data, "wrong content")
+            protect(mmap.PROT_READ | mmap.PROT_WRITE)
+            check(changed(session) == 0, "mprotect() is tracked as a store")
+            store(mapped, (6,), b"protect_")
+            check(changed(session) == 1, "stores after mprotect() are not tracked")
+        os.close(session)
+
+
+def remains(pair, bar):
+    """a mapping remains through resets, and raises SIGBUS without power or memory space"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device, device.map() as mapped:
+        def reset_by_user():
+            device.reset()
+            device.command(MEMORY)
+
+        for reset in reset_by_user, lambda: host_reset(pair[0]):
+            for state in (RUNNING, PRE_COPY, STOP_COPY, RESUMING, STOP):
+                device.set_state(RUNNING)
+                mapped[:] = pattern(device.size, 13)
+                session = device.set_state(state)
+                store(mapped, (0, 1), b"dropped?")
+                reset()
+                # The first access after a reset by the host completes it.
+                check(mapped[:] == bytes(device.size), "a reset does not clear the mapping")
+                check(device.state() == RUNNING, "the device is not in RUNNING after a reset")
+                store(mapped, (0, 9), b"running!")
+                check(device.read()[9 * PAGE + 16 :][:8] == b"running!", "a store is dropped")
+                if session >= 0:
+                    os.close(session)
+            session = device.set_state(PRE_COPY)
+            changed(session)
+            store(mapped, (1, 2, 3), b"tracked!")
+            check(changed(session) == 3, "stores after a reset are not tracked")
+            device.set_state(RUNNING)
+            os.close(session)
+        # Stores during a reset wait for its end.
+        resets = start(host_reset, pair[0])
+        while resets.is_alive():
+            store(mapped, range(16), b"in_reset")
+        finish(resets)
+        store(mapped, (4,), b"finished")
+        check(device.read()[4 * PAGE + 16 :][:8] == b"finished", "a store is lost")
+        device.command(0)
+        for state in (RUNNING, PRE_COPY, STOP_COPY):
+            session = device.set_state(state)
+            check(child(store, mapped, (0,), b"disabled") == -signal.SIGBUS,
+                  "a store without memory space raises no SIGBUS")
+            if session >= 0:
+                os.close(session)
+        device.command(MEMORY)
+        check(child(store, mapped, (0,), b"enabled!") == 0, "a store raises SIGBUS")
+        device.sleep()
+        check(child(store, mapped, (0,), b"asleep__") == -signal.SIGBUS,
+              "a store without power raises no SIGBUS")
+        device.wake()
+        check(child(store, mapped, (0,), b"awake___") == 0, "a store raises SIGBUS")
+
+
 def closes(pair, bar):
     """a close with a reset by the host leaves a clear device, which can be opened again"""
     for seed in range(8):
@@ -370,7 +562,7 @@ def removes(pair, bar):
     check(found == bytes(len(found)), "the host sees what the user has left")
 
 
-def race(path, device):
+def race(path, device, mapped):
     """Makes calls in several threads for a while, then each of them alone."""
     end = time.monotonic() + 15
 
@@ -406,7 +598,11 @@ def race(path, device):
         """read and write memory"""
         device.write(device.read(PAGE), PAGE)
 
-    steps = (migrate, load, reset, reset_by_host, access)
+    def access_mapping():
+        """load and store"""
+        mapped[2 * PAGE : 3 * PAGE] = mapped[:PAGE]
+
+    steps = (migrate, load, reset, reset_by_host, access, access_mapping)
 
     def repeat(step):
         """Repeats a step, which may fail at any time: a reset ends it."""
@@ -424,8 +620,8 @@ def race(path, device):
 def races(pair, bar):
     """resets by the user and by the host race with state changes, transfers and accesses"""
     bind(pair[0])
-    with Device(pair[0], bar) as device:
-        race(pair[0], device)
+    with Device(pair[0], bar) as device, device.map() as mapped:
+        race(pair[0], device, mapped)
         device.reset()
         check(device.state() == RUNNING, "the device is not in RUNNING after a reset")
         device.command(MEMORY)
@@ -437,7 +633,8 @@ def races(pair, bar):
 
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
-         for test in (clears, moves, wakes, closes, dies, removes, races)]
+         for test in (clears, moves, tracks, states, shares, remains, wakes, closes,
+                      dies, removes, races)]
 
 
 def suite(paths, *options):
