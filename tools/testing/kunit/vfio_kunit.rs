@@ -17,6 +17,8 @@ pub mod msix;
 pub mod paths;
 #[path = "../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;
+#[path = "../../../rust/vfio/soft_pci/table.rs"]
+pub mod table;
 
 mod engine;
 mod fake;
@@ -24,7 +26,7 @@ mod fake;
 module! {
     type: VfioKunit,
     name: "vfio_kunit",
-    description: "KUnit tests of VFIO migration: engine, state machine, dirty map, MSI-X, stream",
+    description: "KUnit tests of VFIO migration: engine and files that use core alone",
     license: "GPL",
 }
 
@@ -382,6 +384,110 @@ mod msix_tests {
         pending[8] = 1 << 6;
         assert!(!device.accepts_pending(&pending));
         assert!(!device.accepts_pending(pending.get(..8).ok_or(EINVAL)?));
+        Ok(())
+    }
+}
+
+#[kunit_tests(vfio_soft_pci_table)]
+mod table_tests {
+    use super::table::{
+        Access,
+        Fault,
+        MapError,
+        Memory,
+        Missing,
+        Run,
+        Spare,
+        Table,
+        FANOUT,
+        PAGES, //
+    };
+    use kernel::prelude::*;
+
+    const LEAF: u64 = FANOUT as u64;
+    const WRITE: Access = Access {
+        read: false,
+        write: true,
+    };
+
+    /// Memory of the tables, as in the software IOMMU.
+    struct Slab;
+
+    impl Memory for Slab {
+        type Box<T> = KBox<T>;
+    }
+
+    /// Maps all pages to frames of the same number.
+    fn map(table: &mut Table<Slab>, page: u64, count: u64) -> Result {
+        let mut spare = Spare::default();
+        let mut done = 0;
+
+        while done < count {
+            let page = page + done;
+            match table.map(page, page, count - done, WRITE, &mut spare) {
+                Ok(mapped) => done += mapped,
+                Err(MapError::Missing(Missing::Leaf)) => {
+                    spare.leaf = Some(KBox::zeroed(GFP_KERNEL)?);
+                }
+                Err(MapError::Missing(Missing::Lower)) => {
+                    spare.lower = Some(KBox::zeroed(GFP_KERNEL)?);
+                }
+                Err(MapError::Missing(Missing::Middle)) => {
+                    spare.middle = Some(KBox::zeroed(GFP_KERNEL)?);
+                }
+                Err(MapError::Occupied) => return Err(EEXIST),
+                Err(MapError::Range) => return Err(EINVAL),
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn pages_are_mapped_and_unmapped() -> Result {
+        let mut table = Table::new(KBox::zeroed(GFP_KERNEL)?);
+
+        for first in [0, LEAF * LEAF * LEAF - 2, PAGES - 3 * LEAF] {
+            map(&mut table, first, 3 * LEAF)?;
+            assert!(map(&mut table, first + 2 * LEAF, 1) == Err(EEXIST));
+            for page in [first, first + LEAF, first + 3 * LEAF - 1] {
+                assert_eq!(table.translate(page, true), Ok(page));
+                assert_eq!(table.translate(page, false), Err(Fault::Denied));
+                assert_eq!(table.frame(page), Some(page));
+            }
+        }
+        assert!(map(&mut table, PAGES - 1, 2) == Err(EINVAL));
+        assert_eq!(table.unmap(1, u64::MAX), LEAF - 1);
+        assert_eq!(table.unmap(1, 1), 0);
+        assert_eq!(table.translate(1, true), Err(Fault::Unmapped));
+        assert_eq!(table.translate(0, true), Ok(0));
+        map(&mut table, 1, 1)
+    }
+
+    #[test]
+    fn dirty_pages_are_taken_once() -> Result {
+        let mut table = Table::new(KBox::zeroed(GFP_KERNEL)?);
+        let mut runs = [Run::default(); 2];
+        let run = |first, count| Run { first, count };
+
+        map(&mut table, 0, 2 * LEAF)?;
+        for page in [3, 4, LEAF - 1, LEAF, LEAF + 9] {
+            table.mark(page);
+            table.mark(page);
+        }
+        table.mark(2 * LEAF);
+        assert_eq!(
+            table.take_dirty(0, PAGES, false, &mut runs),
+            (2, Some(LEAF + 9))
+        );
+        assert_eq!(
+            table.take_dirty(4, PAGES, true, &mut runs),
+            (2, Some(LEAF + 9))
+        );
+        assert_eq!(runs, [run(4, 1), run(LEAF - 1, 2)]);
+        assert_eq!(table.take_dirty(0, LEAF + 9, true, &mut runs), (1, None));
+        assert_eq!(runs[0], run(3, 1));
+        assert_eq!(table.unmap(LEAF, LEAF), LEAF);
+        assert_eq!(table.take_dirty(0, PAGES, true, &mut runs), (0, None));
         Ok(())
     }
 }

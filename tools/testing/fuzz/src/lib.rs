@@ -13,6 +13,7 @@ mod dma_log;
 mod dma_pieces;
 mod queue;
 mod stream;
+mod table;
 
 // Names that the sources of the crate use.
 extern crate self as kernel;
@@ -71,7 +72,7 @@ mod region {
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("decoder", stream::any_bytes),
     ("stream", stream::damaged_streams),
     ("queue", queue::target),
@@ -79,6 +80,7 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("dma_log", dma_log::target),
     ("dma_pieces", dma_pieces::target),
     ("config_space", config_space::target),
+    ("table", table::target),
 ];
 
 /// Reader of an input, which continues with zeros after its end.

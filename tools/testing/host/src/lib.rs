@@ -18,3 +18,5 @@ pub mod paths;
 pub mod queue;
 #[path = "../../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;
+#[path = "../../../../rust/vfio/soft_pci/table.rs"]
+pub mod table;
