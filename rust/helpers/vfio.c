@@ -6,8 +6,11 @@
 #include <linux/cgroup.h>
 #include <linux/cred.h>
 #include <linux/freezer.h>
+#include <linux/iommu.h>
 #include <linux/iova_bitmap.h>
+#include <linux/lockdep.h>
 #include <linux/memcontrol.h>
+#include <linux/memory_hotplug.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
@@ -129,6 +132,37 @@ __rust_helper pgprot_t rust_helper_vfio_pci_page_prot(const struct vm_area_struc
 						    vma->vm_flags & ~VM_WRITE);
 
 	return is_io ? pgprot_decrypted(pgprot_noncached(prot)) : prot;
+}
+
+/* The page of a frame that is memory, or NULL. */
+__rust_helper struct page *rust_helper_vfio_frame_to_page(unsigned long frame)
+{
+	struct page *page = pfn_to_online_page(frame);
+
+	return page && !PageReserved(page) ? page : NULL;
+}
+
+__rust_helper void rust_helper_vfio_iommu_dirty_bitmap_record(struct iommu_dirty_bitmap *dirty,
+							      unsigned long iova,
+							      unsigned long length)
+{
+	iommu_dirty_bitmap_record(dirty, iova, length);
+}
+
+/*
+ * iommu_fwspec_init() expects iommu_probe_device_lock, which modules cannot take. It
+ * protects dev->iommu. Nothing else uses that of a device that is just being added,
+ * except an IOMMU that registers at the same moment.
+ */
+__rust_helper int rust_helper_vfio_iommu_fwspec_init(struct device *dev,
+						     struct fwnode_handle *fwnode)
+{
+	int ret;
+
+	lockdep_off();
+	ret = iommu_fwspec_init(dev, fwnode);
+	lockdep_on();
+	return ret;
 }
 
 /* sparse cannot evaluate the assertion in it. */

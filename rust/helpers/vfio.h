@@ -10,6 +10,8 @@
 #define __rust_helper
 
 struct device;
+struct fwnode_handle;
+struct iommu_dirty_bitmap;
 struct iova_bitmap;
 struct mem_cgroup;
 struct mm_struct;
@@ -38,5 +40,9 @@ void rust_helper_pm_runtime_put(struct device *dev);
 unsigned long rust_helper_page_to_pfn(struct page *page);
 pgprot_t rust_helper_vfio_pci_page_prot(const struct vm_area_struct *vma, bool writable,
 					bool is_io);
+struct page *rust_helper_vfio_frame_to_page(unsigned long frame);
+void rust_helper_vfio_iommu_dirty_bitmap_record(struct iommu_dirty_bitmap *dirty,
+						unsigned long iova, unsigned long length);
+int rust_helper_vfio_iommu_fwspec_init(struct device *dev, struct fwnode_handle *fwnode);
 
 #endif
