@@ -70,6 +70,7 @@ struct mig_device {
 	int group;
 	int iommu;		/* the container or the iommufd */
 	__u32 ioas;		/* in the iommufd */
+	__u32 id;		/* of the device in the iommufd */
 	__u64 flags;		/* of VFIO_DEVICE_FEATURE_MIGRATION, 0: none */
 	struct vfio_device_info info;
 	char why[256];		/* reason for the failure of mig_open() */

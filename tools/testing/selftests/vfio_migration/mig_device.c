@@ -170,6 +170,7 @@ static int bind_node(struct mig_device *dev)
 	ret = do_ioctl(dev->fd, VFIO_DEVICE_BIND_IOMMUFD, &bind);
 	if (ret)
 		return complain(dev, ret, "BIND_IOMMUFD: %s", strerror(-ret));
+	dev->id = bind.out_devid;
 	ret = do_ioctl(dev->iommu, IOMMU_IOAS_ALLOC, &ioas);
 	if (ret)
 		return complain(dev, ret, "IOAS_ALLOC: %s", strerror(-ret));
