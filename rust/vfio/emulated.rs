@@ -12,6 +12,7 @@
 pub mod config_space;
 
 mod device;
+mod driver;
 mod function;
 mod gate;
 mod ioctl;
@@ -22,8 +23,16 @@ mod worker;
 
 pub use crate::region;
 
-pub(crate) use self::registration::Registration;
+pub(crate) use self::{
+    driver::Files,
+    registration::Registration, //
+};
 pub use self::{
+    driver::{
+        Attribute,
+        Driver,
+        Type, //
+    },
     function::Function,
     gate::Work, //
 };
