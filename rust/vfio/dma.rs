@@ -105,6 +105,32 @@ pub(crate) trait Interrupter {
     fn is_halted(&self) -> bool;
 }
 
+/// User memory in the address space of a device.
+pub(crate) trait Memory {
+    /// Copies bytes between kernel and user memory at `iova`, to the user if `write` is true. All
+    /// of them are in the same page of user memory. May sleep.
+    ///
+    /// Fails like `vfio_dma_rw()`: with `EINVAL` or `ENOENT` if there is no memory at that address,
+    /// with `EPERM` or `EACCES` if the user does not allow the access, and with `EFAULT` if the
+    /// memory cannot be accessed.
+    ///
+    /// # Safety
+    ///
+    /// `bytes` must be valid, for a copy to the user if `write` is true, else for a copy from the
+    /// user. The device must be open.
+    unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result;
+}
+
+/// Memory of a device without an IOMMU. The core accesses it on behalf of the user.
+impl Memory for Device<Open> {
+    unsafe fn copy(&self, iova: u64, bytes: *mut [u8], write: bool) -> Result {
+        // SAFETY: The device is open, and `bytes` is valid by the safety requirements.
+        to_result(unsafe {
+            bindings::vfio_dma_rw(self.as_raw(), iova, bytes.cast(), bytes.len(), write)
+        })
+    }
+}
+
 /// Access of an open device to the user's memory.
 ///
 /// It exists only while the device is open, and only on the device's own thread, so that an
@@ -150,21 +176,21 @@ pub(crate) trait Interrupter {
 /// }
 /// ```
 pub struct Bus<'a> {
-    device: &'a Device<Open>,
+    memory: &'a dyn Memory,
     log: &'a Log,
     interrupter: &'a dyn Interrupter,
 }
 
 impl<'a> Bus<'a> {
-    /// Creates the access of `device`. Writes are logged in `log`, and `interrupter` interrupts
-    /// transfers.
+    /// Creates the access of a device that is open as long as the result lives. Writes are logged
+    /// in `log`, and `interrupter` interrupts transfers.
     pub(crate) fn new(
-        device: &'a Device<Open>,
+        memory: &'a dyn Memory,
         log: &'a Log,
         interrupter: &'a dyn Interrupter,
     ) -> Self {
         Self {
-            device,
+            memory,
             log,
             interrupter,
         }
@@ -291,10 +317,7 @@ impl<'a> Bus<'a> {
             return Err(Cause::Interrupted);
         }
         // SAFETY: The device is open, and `bytes` is valid by the safety requirements.
-        to_result(unsafe {
-            bindings::vfio_dma_rw(self.device.as_raw(), iova, bytes.cast(), bytes.len(), write)
-        })
-        .map_err(Cause::of_core)
+        unsafe { self.memory.copy(iova, bytes, write) }.map_err(Cause::of_core)
     }
 }
 

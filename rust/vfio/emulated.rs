@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Devices without an IOMMU of their own.
+//! Devices made of software.
 //!
-//! Such a device is emulated in software. It looks like a PCI device to its user, and accesses the
-//! user's memory through VFIO. The user opens it through a group and a container, or through a
-//! character device and an iommufd.
+//! Such a device looks like a PCI device to its user, and accesses the user's memory through VFIO,
+//! or through an IOMMU made of software. The user opens it through a group and a container, or
+//! through a character device and an iommufd. The administrator creates it on the bus of a front
+//! end: [`mdev`](crate::mdev) or [`soft_pci`](crate::soft_pci).
 //!
 //! C headers: [`include/linux/vfio.h`](srctree/include/linux/vfio.h),
 //! [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
@@ -25,7 +26,10 @@ pub use crate::region;
 
 pub(crate) use self::{
     driver::Files,
-    registration::Registration, //
+    registration::{
+        Path,
+        Registration, //
+    }, //
 };
 pub use self::{
     driver::{

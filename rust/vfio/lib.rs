@@ -45,9 +45,9 @@
 //! * [`migration`]: the migration engine. A driver implements how it stops, saves and loads. The
 //!   engine owns the states, the transfer sessions and the data_fd. It does not depend on
 //!   [`emulated`] or [`mdev`].
-//! * [`emulated`]: software devices, without an IOMMU of their own, with their regions, interrupts
-//!   and PCI configuration space.
+//! * [`emulated`]: software devices with their regions, interrupts and PCI configuration space.
 //! * [`mdev`]: the mediated device bus, on which the administrator creates emulated devices.
+//! * [`soft_pci`]: emulated devices that are PCI functions, with an address and an IOMMU.
 //! * [`memory`]: device memory for concurrent accesses, also by mmap(), and the tracking of
 //!   changes.
 //! * [`pci`]: variant drivers of real PCI devices.
@@ -55,8 +55,9 @@
 //! * [`dma`]: access to the user's memory, and the log of the written pages.
 //! * [`prelude`]: items that nearly every driver uses.
 //!
-//! There are no circular imports: drivers use [`mdev`], which uses [`emulated`], which uses
-//! [`dma`], [`memory`] and [`migration`], which use [`Device`]. [`pci`] is beside [`emulated`].
+//! There are no circular imports: drivers use [`mdev`] or [`soft_pci`], which use [`emulated`],
+//! which uses [`dma`], [`memory`] and [`migration`], which use [`Device`]. [`pci`] is beside
+//! [`emulated`].
 //!
 //! # Examples
 //!
@@ -218,6 +219,8 @@ pub mod migration;
 pub mod pci;
 pub mod prelude;
 pub mod region;
+#[cfg(CONFIG_PCI)]
+pub mod soft_pci;
 
 // With 32 bits, the offset of a region does not fit into a `vm_pgoff`, and a size does not fit into
 // an `unsigned long`.

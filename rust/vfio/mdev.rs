@@ -262,7 +262,9 @@ impl<T: Driver> Registration<T> {
             let bound = unsafe { device::Device::<Bound>::from_raw(dev) };
             // SAFETY: The driver has an owner, `remove()` drops the registration, and each device
             // has only one.
-            let registration = unsafe { emulated::Registration::<T>::new(bound, T::probe(index)) }?;
+            let registration = unsafe {
+                emulated::Registration::<T>::new(bound, T::probe(index), emulated::Path::Core)
+            }?;
             let registration = KBox::new(registration, GFP_KERNEL)?;
             // SAFETY: `dev` is valid, and its driver data belongs to the driver.
             unsafe { bindings::dev_set_drvdata(dev, registration.into_foreign().cast()) };

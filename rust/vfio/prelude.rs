@@ -12,8 +12,6 @@
 //! }
 //! ```
 
-#[cfg(CONFIG_PCI)]
-pub use crate::pci;
 pub use crate::{
     emulated::{
         self,
@@ -46,4 +44,9 @@ pub use crate::{
         self,
         Position, //
     },
+};
+#[cfg(CONFIG_PCI)]
+pub use crate::{
+    pci,
+    soft_pci, //
 };

@@ -30,7 +30,9 @@ use vfio::{
     },
     mdev,
     memory::StateMemory,
-    migration::Flags, //
+    migration::Flags,
+    pci,
+    soft_pci, //
 };
 
 /// PCI ID from the range that QEMU reserves for experiments (`1af4:10f0` to `1af4:10ff`), and the
@@ -107,6 +109,12 @@ impl mdev::Driver for Mock {
             }? Error))
         })
     }
+}
+
+vfio::vfio_pci_device_table!(FUNCTIONS, [pci::DeviceId::from_id(ID.vendor, ID.device)]);
+
+impl soft_pci::Driver for Mock {
+    const ID_TABLE: pci::IdTable = &FUNCTIONS;
 }
 
 #[vtable]

@@ -3,10 +3,19 @@
 //! A migratable VFIO device without hardware.
 //!
 //! An example for driver authors, and a test device for VMM developers. The device is a PCI
-//! function: BAR0 has registers, BAR2 is the state memory. Create one with 1 MiB:
+//! function: BAR0 has registers, BAR2 is the state memory. Create one with 1 MiB, as a mediated
+//! device:
 //!
 //! ```sh
 //! echo $(uuidgen) > /sys/class/mdev_bus/vfio_mock/mdev_supported_types/vfio_mock-1M/create
+//! ```
+//!
+//! Or with an address on a PCI bus and an IOMMU:
+//!
+//! ```sh
+//! mkdir /sys/kernel/config/vfio_mock/first
+//! echo 1M > /sys/kernel/config/vfio_mock/first/type
+//! echo 1 > /sys/kernel/config/vfio_mock/first/power
 //! ```
 //!
 //! Modules:
@@ -33,7 +42,8 @@ use kernel::{
 };
 use vfio::{
     mdev,
-    migration::Flags, //
+    migration::Flags,
+    soft_pci, //
 };
 
 mod chip;
@@ -67,7 +77,9 @@ fn migration_flags() -> Option<Flags> {
 #[pin_data]
 struct MockModule {
     #[pin]
-    _registration: mdev::Registration<Mock>,
+    _mediated: mdev::Registration<Mock>,
+    #[pin]
+    _functions: soft_pci::Registration<Mock>,
 }
 
 impl InPlaceModule for MockModule {
@@ -78,7 +90,8 @@ impl InPlaceModule for MockModule {
                 return Err(EINVAL);
             }
             Ok(try_pin_init!(Self {
-                _registration <- mdev::Registration::new(),
+                _mediated <- mdev::Registration::new(),
+                _functions <- soft_pci::Registration::new(),
             }? Error))
         })
     }

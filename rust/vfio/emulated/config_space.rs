@@ -14,6 +14,9 @@ use kernel::prelude::*;
 /// The size in bytes of a conventional configuration space.
 pub const SIZE: usize = bindings::PCI_CFG_SPACE_SIZE as usize;
 
+/// The size in bytes of the configuration space of a function on a PCI Express bus.
+const EXPRESS_SIZE: u64 = bindings::PCI_CFG_SPACE_EXP_SIZE as u64;
+
 /// Offsets, named like `PCI_*`.
 const VENDOR_ID: usize = bindings::PCI_VENDOR_ID as usize;
 const COMMAND: usize = bindings::PCI_COMMAND as usize;
@@ -23,14 +26,21 @@ const BASE_ADDRESS_0: usize = bindings::PCI_BASE_ADDRESS_0 as usize;
 const SUBSYSTEM_VENDOR_ID: usize = bindings::PCI_SUBSYSTEM_VENDOR_ID as usize;
 const CAPABILITY_LIST: usize = bindings::PCI_CAPABILITY_LIST as usize;
 const INTERRUPT_LINE: usize = bindings::PCI_INTERRUPT_LINE as usize;
-/// Offset of the only capability, and of its registers.
+/// Offset of the capability MSI-X, and of its registers.
 const CAPABILITY: usize = bindings::PCI_STD_HEADER_SIZEOF as usize;
 const MSIX_FLAGS: usize = CAPABILITY + bindings::PCI_MSIX_FLAGS as usize;
 const MSIX_TABLE: usize = CAPABILITY + bindings::PCI_MSIX_TABLE as usize;
 const MSIX_PBA: usize = CAPABILITY + bindings::PCI_MSIX_PBA as usize;
+/// Offset of the capability for power management, and of its register.
+const PM: usize = CAPABILITY + 0x10;
+const PM_CTRL: usize = PM + bindings::PCI_PM_CTRL as usize;
+/// Offset of the capability PCI Express, and of its registers.
+const EXP: usize = PM + 0x10;
+const EXP_DEVCAP: usize = EXP + bindings::PCI_EXP_DEVCAP as usize;
+const EXP_DEVCTL: usize = EXP + bindings::PCI_EXP_DEVCTL as usize;
 
 /// The size of a register in bytes.
-const REGISTER: usize = size_of::<u32>();
+pub(crate) const REGISTER: usize = size_of::<u32>();
 
 /// The writable bits of the command register.
 const COMMAND_WRITABLE: u32 = bindings::PCI_COMMAND_MEMORY
@@ -42,6 +52,24 @@ const COMMAND_WRITABLE: u32 = bindings::PCI_COMMAND_MEMORY
 const MSIX_WRITABLE: u32 = bindings::PCI_MSIX_FLAGS_ENABLE | bindings::PCI_MSIX_FLAGS_MASKALL;
 /// The maximum number of vectors: the message control register has the number minus one.
 const MAX_VECTORS: u32 = bindings::PCI_MSIX_FLAGS_QSIZE + 1;
+/// Version 3 of power management, and the states D0 and D3hot, without wake-up events.
+const PM_VERSION: u32 = 3;
+/// The value and the writable bits of the control register of power management. The device keeps
+/// its state when it returns from D3hot.
+const PM_STATE: u32 = bindings::PCI_PM_CTRL_STATE_MASK;
+const PM_KEEPS_STATE: u32 = bindings::PCI_PM_CTRL_NO_SOFT_RESET;
+/// Version 2 of the capability PCI Express, of an endpoint in the root complex: there is no link.
+const EXP_FLAGS: u32 = bindings::PCI_EXP_TYPE_RC_END << 4 | 2;
+/// The writable bits of the device control register. The device can neither be reset by it, nor
+/// has it tags or functions to extend.
+const EXP_WRITABLE: u32 = bindings::PCI_EXP_DEVCTL_CERE
+    | bindings::PCI_EXP_DEVCTL_NFERE
+    | bindings::PCI_EXP_DEVCTL_FERE
+    | bindings::PCI_EXP_DEVCTL_URRE
+    | bindings::PCI_EXP_DEVCTL_RELAX_EN
+    | bindings::PCI_EXP_DEVCTL_PAYLOAD
+    | bindings::PCI_EXP_DEVCTL_NOSNOOP_EN
+    | bindings::PCI_EXP_DEVCTL_READRQ;
 /// The writable bits of registers of one byte that the device ignores.
 const BYTE_WRITABLE: u32 = u8::MAX as u32;
 
@@ -90,12 +118,18 @@ fn word(content: &Content, offset: usize) -> u32 {
 
 /// Returns whether memory space is enabled: accesses to BARs reach the device.
 pub(crate) fn is_decoding(content: &Content) -> bool {
-    word(content, COMMAND) & bindings::PCI_COMMAND_MEMORY != 0
+    word(content, COMMAND) & bindings::PCI_COMMAND_MEMORY != 0 && !is_asleep(content)
 }
 
 /// Returns whether bus mastering is enabled: the device may do DMA and send messages.
 pub(crate) fn is_master(content: &Content) -> bool {
-    word(content, COMMAND) & bindings::PCI_COMMAND_MASTER != 0
+    word(content, COMMAND) & bindings::PCI_COMMAND_MASTER != 0 && !is_asleep(content)
+}
+
+/// Returns whether the device has the capability for power management, and is not in D0.
+fn is_asleep(content: &Content) -> bool {
+    // Without the capability, the register does not exist and is zero.
+    word(content, PM_CTRL) & PM_STATE != 0
 }
 
 /// Reads bytes. Bytes after the end read as zero.
@@ -135,6 +169,8 @@ pub struct ConfigSpace {
     /// The BARs 0, 2 and 4.
     bars: [Bar; bindings::PCI_STD_NUM_BARS as usize / 2],
     msix: Msix,
+    /// Whether it is that of a function on a PCI Express bus.
+    express: bool,
 }
 
 impl ConfigSpace {
@@ -144,6 +180,16 @@ impl ConfigSpace {
             id,
             bars: Default::default(),
             msix: Msix::default(),
+            express: false,
+        }
+    }
+
+    /// Adds the capabilities of a function on a PCI Express bus, and the extended configuration
+    /// space, which has no capabilities.
+    pub(crate) fn express(self) -> Self {
+        Self {
+            express: true,
+            ..self
         }
     }
 
@@ -236,6 +282,7 @@ impl ConfigSpace {
     /// Returns the size in bytes of a region of the device; zero if it has no such region.
     pub(crate) fn region_size(&self, region_index: u32) -> u64 {
         match region_index {
+            region::CONFIG if self.express => EXPRESS_SIZE,
             region::CONFIG => SIZE as u64,
             index => self.bar_size(index as usize),
         }
@@ -248,15 +295,24 @@ impl ConfigSpace {
 
     /// Returns the value of a register at power on, and its writable bits. `offset` is a multiple
     /// of [`REGISTER`].
-    fn register(&self, offset: usize) -> (u32, u32) {
-        let Self { id, msix, .. } = self;
+    pub(crate) fn register(&self, offset: usize) -> (u32, u32) {
+        let Self {
+            id, msix, express, ..
+        } = *self;
         let has_msix = msix.vectors > 0;
+        // The list of capabilities.
+        let after_msix = if express { PM as u32 } else { 0 };
+        let first = if has_msix {
+            CAPABILITY as u32
+        } else {
+            after_msix
+        };
         match offset {
             VENDOR_ID | SUBSYSTEM_VENDOR_ID => {
                 (u32::from(id.device) << 16 | u32::from(id.vendor), 0)
             }
             COMMAND => {
-                let status = if has_msix {
+                let status = if first != 0 {
                     bindings::PCI_STATUS_CAP_LIST
                 } else {
                     0
@@ -268,13 +324,21 @@ impl ConfigSpace {
             }
             CLASS_REVISION => (id.class << 8 | 1, 0),
             CACHE_LINE_SIZE | INTERRUPT_LINE => (0, BYTE_WRITABLE),
-            CAPABILITY_LIST if has_msix => (CAPABILITY as u32, 0),
+            CAPABILITY_LIST => (first, 0),
             CAPABILITY if has_msix => (
-                (msix.vectors - 1) << 16 | bindings::PCI_CAP_ID_MSIX,
+                (msix.vectors - 1) << 16 | after_msix << 8 | bindings::PCI_CAP_ID_MSIX,
                 MSIX_WRITABLE << 16,
             ),
             MSIX_TABLE if has_msix => (msix.table | msix.bar, 0),
             MSIX_PBA if has_msix => (msix.pending | msix.bar, 0),
+            PM if express => (
+                PM_VERSION << 16 | (EXP as u32) << 8 | bindings::PCI_CAP_ID_PM,
+                0,
+            ),
+            PM_CTRL if express => (PM_KEEPS_STATE, PM_STATE),
+            EXP if express => (EXP_FLAGS << 16 | bindings::PCI_CAP_ID_EXP, 0),
+            EXP_DEVCAP if express => (bindings::PCI_EXP_DEVCAP_RBER, 0),
+            EXP_DEVCTL if express => (0, EXP_WRITABLE),
             _ => self.base_address(offset),
         }
     }

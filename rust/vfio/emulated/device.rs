@@ -16,7 +16,8 @@ use crate::{
     },
     dma::{
         self,
-        Bus, //
+        Bus,
+        Memory, //
     },
     emulated::{
         config_space::ConfigSpace,
@@ -52,6 +53,9 @@ use kernel::{
     },
 };
 
+/// User memory behind an IOMMU.
+pub(super) type SharedMemory = dyn Memory + Send + Sync;
+
 /// The work of a device, for its worker.
 ///
 /// # Invariants
@@ -59,6 +63,7 @@ use kernel::{
 /// `device` is open during the lifetime of this value.
 struct DeviceWork<T: Operations> {
     device: NonNull<bindings::vfio_device>,
+    memory: Option<Arc<SharedMemory>>,
     opened: Arc<OpenDevice<T>>,
 }
 
@@ -72,13 +77,17 @@ impl<T: Operations> worker::Job for DeviceWork<T> {
     fn work(&self) -> Work {
         // SAFETY: By the type invariants.
         let device = unsafe { Device::<Open>::from_raw(self.device.as_ptr()) };
+        let memory: &dyn Memory = match &self.memory {
+            Some(memory) => &**memory,
+            None => device,
+        };
         let OpenDevice {
             data,
             function,
             log,
             ..
         } = &*self.opened;
-        T::work(data, &Bus::new(device, log, &*function.gate))
+        T::work(data, &Bus::new(memory, log, &*function.gate))
     }
 }
 
@@ -88,6 +97,8 @@ pub(super) struct Private<T: Operations> {
     #[pin]
     pub(super) data: T,
     config: ConfigSpace,
+    /// Present if the device is behind an IOMMU.
+    memory: Option<Arc<SharedMemory>>,
     #[pin]
     pub(super) engine: Engine<OpenDevice<T>>,
     /// Present while the device is open. Callbacks take a reference, because `request` may be
@@ -105,11 +116,21 @@ impl<T: Operations> Private<T> {
     /// Creates the private data of a device that is not open.
     pub(super) fn new(
         data: impl PinInit<T, Error>,
+        memory: Option<Arc<SharedMemory>>,
         released: Arc<Completion>,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             data <- data,
-            config: data.config_space()?,
+            config: {
+                let config = data.config_space()?;
+                // Only a function on a PCI bus is behind an IOMMU.
+                if memory.is_some() {
+                    config.express()
+                } else {
+                    config
+                }
+            },
+            memory,
             engine <- Engine::new(data.migration_flags()),
             opened <- new_spinlock!(None, "vfio::emulated::Private::opened"),
             worker <- new_mutex!(None, "vfio::emulated::Private::worker"),
@@ -122,7 +143,7 @@ impl<T: Operations> Private<T> {
 ///
 /// # Invariants
 ///
-/// `private` is initialised once `dev.ops` is [`VTable::OPS`](super::vtable::VTable::OPS).
+/// `private` is initialised once `dev.ops` has `release`.
 #[repr(C)]
 pub(super) struct Emulated<T: Operations> {
     pub(super) dev: Device,
@@ -167,6 +188,7 @@ impl<T: Operations> Emulated<T> {
             // closed.
             let job = DeviceWork {
                 device: NonNull::from(&self.dev).cast(),
+                memory: self.private.memory.clone(),
                 opened: opened.clone(),
             };
             let gate = opened.function.gate.clone();

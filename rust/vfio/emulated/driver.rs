@@ -110,6 +110,8 @@ pub trait Driver: Operations {
     /// Returns an initializer for the data of a new device of the type `TYPES[type_index]`.
     ///
     /// Called when an administrator creates the device. An error is returned to the administrator.
+    /// A function of [`soft_pci`](crate::soft_pci) exists without its driver: the crate calls this
+    /// once for the configuration space, and again whenever the driver is bound to the function.
     /// May sleep.
     fn probe(type_index: usize) -> impl PinInit<Self, Error>;
 }

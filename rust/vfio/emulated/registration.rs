@@ -12,7 +12,8 @@ use crate::{
     emulated::{
         device::{
             Emulated,
-            Private, //
+            Private,
+            SharedMemory, //
         },
         vtable::VTable, //
     },
@@ -43,6 +44,20 @@ use kernel::{
     },
 };
 
+/// The way from a device to the memory of its user.
+pub(crate) enum Path {
+    /// The core accesses the memory on behalf of the device, which has an IOMMU group of its own
+    /// that stands for no hardware.
+    Core,
+    /// The device is in the IOMMU group of its parent.
+    Iommu {
+        /// The memory that the IOMMU maps for the device.
+        memory: Arc<SharedMemory>,
+        /// Whether the device has a DMA log of its own.
+        dma_log: bool,
+    },
+}
+
 /// The registration of an emulated device.
 ///
 /// Dropping it removes the device: it asks the user to release the device, and waits until that has
@@ -59,6 +74,7 @@ impl<T: Operations> Registration<T> {
     fn allocate(
         parent: &device::Device<Bound>,
         data: impl PinInit<T, Error>,
+        path: Path,
     ) -> Result<(ARef<Device>, Arc<Completion>)> {
         const {
             assert!(offset_of!(Emulated<T>, dev) == 0);
@@ -66,6 +82,10 @@ impl<T: Operations> Registration<T> {
             assert!(align_of::<Emulated<T>>() <= PAGE_SIZE);
         }
 
+        let (ops, memory, dma_log) = match path {
+            Path::Core => (&VTable::<T>::OPS, None, true),
+            Path::Iommu { memory, dma_log } => (&VTable::<T>::IOMMU_OPS, Some(memory), dma_log),
+        };
         let released = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
 
         // SAFETY: `parent` is valid, the operations live for ever, and they have neither `init`
@@ -89,16 +109,16 @@ impl<T: Operations> Registration<T> {
         unsafe {
             pin_init::raw_try_init(
                 &raw mut (*raw.cast::<Emulated<T>>()).private,
-                Private::new(data, released.clone()),
+                Private::new(data, memory, released.clone()),
             )?
         };
         // INVARIANT: `private` has just been initialised.
         // SAFETY: `raw` is valid and not shared.
         unsafe {
-            (*raw).ops = &VTable::<T>::OPS;
+            (*raw).ops = ops;
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
             // The core can report the log only with the bitmaps of iommufd.
-            if cfg!(CONFIG_IOMMUFD_DRIVER) {
+            if dma_log && cfg!(CONFIG_IOMMUFD_DRIVER) {
                 (*raw).log_ops = &VTable::<T>::LOG_OPS;
             }
         }
@@ -125,8 +145,13 @@ impl<T: Operations> Registration<T> {
     pub(crate) unsafe fn new(
         parent: &device::Device<Bound>,
         data: impl PinInit<T, Error>,
+        path: Path,
     ) -> Result<Self> {
-        let (dev, released) = Self::allocate(parent, data)?;
+        let register = match path {
+            Path::Core => bindings::vfio_register_emulated_iommu_dev,
+            Path::Iommu { .. } => bindings::vfio_register_group_dev,
+        };
+        let (dev, released) = Self::allocate(parent, data, path)?;
         let raw = dev.as_raw();
         // SAFETY: `allocate()` allocated and finished it, and `dev` is a reference.
         let this = unsafe { Emulated::<T>::from_raw(raw) };
@@ -134,7 +159,7 @@ impl<T: Operations> Registration<T> {
         unsafe { (*raw).migration_flags = this.private.engine.flags().as_raw() as u32 };
         // SAFETY: `raw` is valid, the parent's driver has an owner, and the operations are
         // complete.
-        to_result(unsafe { bindings::vfio_register_emulated_iommu_dev(raw) })?;
+        to_result(unsafe { register(raw) })?;
         Ok(Self {
             dev: Some(dev),
             released,

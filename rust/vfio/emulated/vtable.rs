@@ -40,7 +40,20 @@ impl<T: Operations> VTable<T> {
         ..Self::OPS
     };
 
-    /// The operations of a device that is initialised.
+    /// The operations of a device behind an IOMMU that is initialised.
+    pub(super) const IOMMU_OPS: bindings::vfio_device_ops = bindings::vfio_device_ops {
+        #[cfg(CONFIG_IOMMUFD)]
+        bind_iommufd: Some(bindings::vfio_iommufd_physical_bind),
+        #[cfg(CONFIG_IOMMUFD)]
+        unbind_iommufd: Some(bindings::vfio_iommufd_physical_unbind),
+        #[cfg(CONFIG_IOMMUFD)]
+        attach_ioas: Some(bindings::vfio_iommufd_physical_attach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        detach_ioas: Some(bindings::vfio_iommufd_physical_detach_ioas),
+        ..Self::OPS
+    };
+
+    /// The operations of a device without an IOMMU that is initialised.
     pub(super) const OPS: bindings::vfio_device_ops = bindings::vfio_device_ops {
         name: core::ptr::from_ref(T::NAME).cast::<c_char>().cast_mut(),
         release: Some(Self::release),

@@ -55,6 +55,24 @@ mod bindings {
     pub(crate) const PCI_MSIX_FLAGS_ENABLE: u32 = 0x8000;
     pub(crate) const PCI_MSIX_TABLE: u32 = 4;
     pub(crate) const PCI_MSIX_PBA: u32 = 8;
+    pub(crate) const PCI_CFG_SPACE_EXP_SIZE: u32 = 4096;
+    pub(crate) const PCI_CAP_ID_PM: u32 = 0x01;
+    pub(crate) const PCI_CAP_ID_EXP: u32 = 0x10;
+    pub(crate) const PCI_PM_CTRL: u32 = 4;
+    pub(crate) const PCI_PM_CTRL_STATE_MASK: u32 = 0x0003;
+    pub(crate) const PCI_PM_CTRL_NO_SOFT_RESET: u32 = 0x0008;
+    pub(crate) const PCI_EXP_TYPE_RC_END: u32 = 0x9;
+    pub(crate) const PCI_EXP_DEVCAP: u32 = 0x04;
+    pub(crate) const PCI_EXP_DEVCAP_RBER: u32 = 0x8000;
+    pub(crate) const PCI_EXP_DEVCTL: u32 = 0x08;
+    pub(crate) const PCI_EXP_DEVCTL_CERE: u32 = 0x0001;
+    pub(crate) const PCI_EXP_DEVCTL_NFERE: u32 = 0x0002;
+    pub(crate) const PCI_EXP_DEVCTL_FERE: u32 = 0x0004;
+    pub(crate) const PCI_EXP_DEVCTL_URRE: u32 = 0x0008;
+    pub(crate) const PCI_EXP_DEVCTL_RELAX_EN: u32 = 0x0010;
+    pub(crate) const PCI_EXP_DEVCTL_PAYLOAD: u32 = 0x00e0;
+    pub(crate) const PCI_EXP_DEVCTL_NOSNOOP_EN: u32 = 0x0800;
+    pub(crate) const PCI_EXP_DEVCTL_READRQ: u32 = 0x7000;
 }
 
 mod emulated {

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! PCI functions made of software, behind an IOMMU made of software.
+//!
+//! A driver of [emulated] devices gets a host bridge of its own. On its bus, an
+//! administrator plugs and unplugs functions at run time. Each has an address (a BDF) and an IOMMU
+//! group of its own, so that programs which take only PCI devices can use it. It does DMA through
+//! an IOMMU that tracks dirty pages, and is opened like a device that is bound to `vfio-pci`: by
+//! its group in a container, or by its character device in an iommufd.
+//!
+//! # Creating functions
+//!
+//! In configfs, like with `gpio-sim` and `null_blk`. A function needs settings before it exists,
+//! and a script needs its address afterwards:
+//!
+//! ```sh
+//! mkdir /sys/kernel/config/vfio_mock/first
+//! echo 1M >/sys/kernel/config/vfio_mock/first/type
+//! echo 1 >/sys/kernel/config/vfio_mock/first/power
+//! cat /sys/kernel/config/vfio_mock/first/address
+//! ```
+//!
+//! | file | content |
+//! |---|---|
+//! | `type` | the name of its type, one of [`Driver::TYPES`](emulated::Driver::TYPES) |
+//! | `dma_log` | whether it has the feature `VFIO_DEVICE_FEATURE_DMA_LOGGING_*`, by default 1 |
+//! | `bind` | whether it is bound to its driver when it is plugged, by default 1 |
+//! | `power` | 1 while it is plugged |
+//! | `address` | its address while it is plugged; otherwise reading fails with `ENODEV` |
+//!
+//! The settings cannot be changed while the function is plugged. Writing 0 to `power`, or removing
+//! the directory, asks the user to release the function and waits until that has happened. Each
+//! directory keeps the module of the driver loaded.
+//!
+//! # Drivers
+//!
+//! The function belongs to the driver by its `driver_override`. It can be bound and unbound in
+//! sysfs, and libvirt and driverctl find the driver by its alias, which begins with `vfio_pci:`.
+//! The [settings](emulated::Attribute) of the device are in the directory of the function in sysfs
+//! while the driver is bound.
+//!
+//! Nothing answers at the addresses in BARs, and the interrupts of a function are eventfds only. No
+//! other driver can use it.
+//!
+//! # Supported systems
+//!
+//! x86 with an IOMMU driver, MSI and configfs in the kernel. On others, [`Registration`] does
+//! nothing.
+
+/// Declares the items of systems that support functions, and of those that do not.
+macro_rules! supported {
+    ($condition:meta { $($item:item)* } else { $($other:item)* }) => {
+        $(#[cfg($condition)] $item)*
+        $(#[cfg(not($condition))] $other)*
+    };
+}
+
+supported! {
+    all(CONFIG_X86_64, CONFIG_PCI_MSI, CONFIG_IOMMU_API, CONFIG_CONFIGFS_FS) {
+        mod bridge;
+        mod configfs;
+        mod driver;
+        mod host;
+        mod iommu;
+        // Public for tests, which build the file as a crate of its own.
+        #[allow(unreachable_pub)]
+        mod table;
+
+        pub use self::driver::Registration;
+    } else {
+        mod absent;
+
+        pub use self::absent::Registration;
+    }
+}
+
+use crate::{
+    emulated,
+    pci, //
+};
+
+/// A driver of functions; see [`emulated::Driver`].
+pub trait Driver: emulated::Driver {
+    /// The identities of the functions, for the aliases of the module. See
+    /// [`vfio_pci_device_table!`](crate::vfio_pci_device_table).
+    const ID_TABLE: pci::IdTable;
+}
