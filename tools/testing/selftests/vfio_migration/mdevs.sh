@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
 #
-# Mediated devices for the scripts in this directory.
+# Devices for the scripts in this directory: mediated devices, or PCI functions if
+# $functions is not empty.
+functions=
 
-# The UUIDs of the existing devices.
+# The UUIDs of the existing devices, and the directories of functions.
 devices=()
+
+# Create a function of type $2 of the driver $1 with the name $3.
+create_function()
+{
+	local directory=/sys/kernel/config/$1/$3
+
+	mkdir "$directory" && devices+=("$directory") && echo "$2" >"$directory/type" &&
+		echo 1 >"$directory/power" &&
+		paths+=" /sys/bus/pci/devices/$(cat "$directory/address")"
+}
 
 # Create $3 devices of type $2 of the driver $1; $paths are their paths.
 create_devices()
@@ -14,6 +26,10 @@ create_devices()
 	paths=
 	for ((i = 0; i < $3; i++)); do
 		read -r uuid </proc/sys/kernel/random/uuid
+		if [ -n "$functions" ]; then
+			create_function "$1" "$2" "$uuid" || return
+			continue
+		fi
 		echo "$uuid" >"/sys/class/mdev_bus/$1/mdev_supported_types/$1-$2/create" ||
 			return
 		devices+=("$uuid")
@@ -85,7 +101,10 @@ remove_devices()
 	local uuid
 
 	for uuid in "${devices[@]}"; do
-		echo 1 >"/sys/bus/mdev/devices/$uuid/remove"
+		case $uuid in
+		/*) rmdir "$uuid" ;;
+		*) echo 1 >"/sys/bus/mdev/devices/$uuid/remove" ;;
+		esac
 	done
 	devices=()
 }

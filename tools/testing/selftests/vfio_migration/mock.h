@@ -7,6 +7,7 @@
 #define MOCK_H
 
 #include <limits.h>
+#include <sys/stat.h>
 
 #include "mig_test.h"
 #include "vfio_mock.h"
@@ -138,13 +139,20 @@ static inline int mock_open(struct mock *m, const char *name, int which,
 	return mock_open_path(m, path, backend);
 }
 
-/* The size of the state memory by the name of the type, such as "vfio_mock-64K"; or 0. */
+/*
+ * The size of the state memory by the name of the type, such as "vfio_mock-64K", or by
+ * BAR2 of a PCI function; or 0.
+ */
 static inline __u64 mock_type_size(const struct mock *m)
 {
 	char path[PATH_MAX + 16], type[PATH_MAX] = "", unit = 0;
 	unsigned long long size = 0;
 	const char *name;
+	struct stat bar;
 
+	snprintf(path, sizeof(path), "%s/resource2", m->path);
+	if (!stat(path, &bar))
+		return bar.st_size;
 	snprintf(path, sizeof(path), "%s/mdev_type", m->path);
 	if (readlink(path, type, sizeof(type) - 1) < 0)
 		return 0;
@@ -493,6 +501,8 @@ struct guest {
 	struct mig_device dev;
 	char path[64];
 	char remove[80];
+	/* Of a PCI function, in configfs. */
+	char directory[80];
 	pthread_t remover;
 	int ret;
 };
@@ -514,14 +524,51 @@ static inline int mock_create(struct guest *g, const char *type)
 	return write_word(create, uuid);
 }
 
+/* Creates a PCI function with the memory size @size; 0 or -errno. */
+static inline int mock_create_function(struct guest *g, __u64 size)
+{
+	static const char units[] = "KMG";
+	char path[128], type[16], address[32] = "";
+	int fd, ret, unit = 0;
+
+	*g = (struct guest){ .dev.fd = -1 };
+	for (size >>= 10; size >= 1024 && units[unit + 1]; size >>= 10)
+		unit++;
+	snprintf(type, sizeof(type), "%llu%c", (unsigned long long)size, units[unit]);
+	snprintf(g->directory, sizeof(g->directory), "/sys/kernel/config/vfio_mock/test-%d",
+		 getpid());
+	if (mkdir(g->directory, 0755))
+		return -errno;
+	snprintf(path, sizeof(path), "%s/type", g->directory);
+	ret = write_word(path, type);
+	snprintf(path, sizeof(path), "%s/power", g->directory);
+	ret = ret ?: write_word(path, "1");
+	snprintf(path, sizeof(path), "%s/address", g->directory);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (ret || fd < 0 || read(fd, address, sizeof(address) - 1) < 0)
+		ret = ret ?: -errno;
+	if (fd >= 0)
+		close(fd);
+	if (ret)
+		rmdir(g->directory);
+	address[strcspn(address, "\n")] = 0;
+	snprintf(g->path, sizeof(g->path), "/sys/bus/pci/devices/%s", address);
+	return ret;
+}
+
 static inline void create_guest(struct __test_metadata *_metadata,
 				struct guest *g, const struct mock *like)
 {
 	char type[PATH_MAX + 16];
 
 	snprintf(type, sizeof(type), "%s/mdev_type", like->path);
-	ASSERT_EQ(0, mock_create(g, type))
-		STEP("create a device like %s", like->path);
+	if (access(type, F_OK)) {
+		ASSERT_EQ(0, mock_create_function(g, mock_type_size(like)))
+			STEP("create a function like %s", like->path);
+	} else {
+		ASSERT_EQ(0, mock_create(g, type))
+			STEP("create a device like %s", like->path);
+	}
 	ASSERT_EQ(0, mig_open(&g->dev, g->path, like->dev.backend))
 		STEP("open the new device: %s", g->dev.why);
 }
@@ -549,7 +596,10 @@ static inline void *remover_main(void *arg)
 {
 	struct guest *g = arg;
 
-	g->ret = write_word(g->remove, "1");
+	if (g->directory[0])
+		g->ret = rmdir(g->directory) ? -errno : 0;
+	else
+		g->ret = write_word(g->remove, "1");
 	return NULL;
 }
 

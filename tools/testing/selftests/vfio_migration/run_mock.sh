@@ -6,8 +6,8 @@
 # each test program. The generic tests also run on vfio_minimal, and on vfio_fw and
 # the driver on the front page of the crate if they were built.
 #
-#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole]] [--only PROGRAM]
-#                 [option of the tests...]
+#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole] | --functions]
+#                 [--only PROGRAM] [option of the tests...]
 #
 # -b DIR     the directory of the test programs; by default that of this script
 # -m FILE    the module; by default vfio_mock.ko at the top of the repository;
@@ -17,6 +17,9 @@
 #            ones
 # --whole    all programs, the largest devices and the exhaustive damage to streams
 #            for each of them, instead of only for the last one
+# --functions
+#            PCI functions instead of mediated devices, without the tests that create
+#            mediated devices
 # --only     only this program, without loading the module again
 #
 # The options of the tests are those of kselftest_harness.h, such as "-t NAME", and
@@ -46,6 +49,7 @@ while :; do
 	-m) module=$2; shift 2 ;;
 	--shapes) shapes='1 3 5 7'; shift ;;
 	--whole) extent=whole; shift ;;
+	--functions) functions=1; shift ;;
 	--only) only=$2; shift 2 ;;
 	*) break ;;
 	esac
@@ -172,6 +176,10 @@ run_others()
 	run_if_built vfio_note note 16 0:0:16 "$@"
 }
 
+if [ -n "$functions" ]; then
+	once=(vfio_mock_iommu_test vfio_mock_log_test vfio_mock_stress vfio_mock_fuzz_test)
+	last=() others=0
+fi
 if [ -n "$only" ]; then
 	shapes='' each=() most=() others=0
 	case " ${last[*]} " in
