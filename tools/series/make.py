@@ -262,8 +262,9 @@ config RUST_VFIO_ABSTRACTIONS
 	select VFIO_MDEV
 	help
 	  This enables the Rust abstractions for VFIO drivers: emulated
-	  devices on the bus of mediated devices, and the engine that
-	  migrates them, which drivers of other devices can use as well.
+	  devices, as mediated devices or PCI functions, and the engine
+	  that migrates them, which drivers of other devices can use as
+	  well.
 
 	  If unsure, say N.
 
@@ -271,11 +272,12 @@ config RUST_VFIO_ABSTRACTIONS
 
 
 def emulated(step):
-    """rust: vfio: add emulated PCI devices, mediated devices and variant drivers
+    """rust: vfio: add emulated PCI devices and variant drivers
 
     A device that is made of software needs regions, interrupts, the
     configuration space of a PCI function and a bus on which the
-    administrator creates it. A variant driver of a real device needs
+    administrator creates it: that of mediated devices, or one of PCI
+    functions behind an IOMMU that is made of software, too. A variant driver of a real device needs
     vfio_pci_core, and access to the device that excludes resets. Add them
     beside the migration engine, so that a whole driver is safe code and
     short.
@@ -339,9 +341,9 @@ def add_sample(step, name, target, what):
     kconfig = f"""\
 config {option}
 	tristate "{name.capitalize()} migratable VFIO device"
-	depends on RUST_VFIO_ABSTRACTIONS
+	depends on RUST_VFIO_ABSTRACTIONS && PCI
 	help
-	  This option builds the driver of a mediated device that can be
+	  This option builds the driver of a device that can be
 	  live-migrated and is made of software: {what}.
 
 	  To compile this as a module, choose M here:
@@ -405,7 +407,7 @@ def documents(step):
 
     Describe the registers, the migration and the stream format of
     vfio_mock, for its users and for authors of similar drivers, and its
-    files in sysfs.
+    files in sysfs and configfs.
     """
     text = (TOP / "Documentation/vfio_mock.rst").read_text()
     # Comments for the tests of the documents.
@@ -415,11 +417,12 @@ def documents(step):
         r"(?ms)^(Virtual machine monitors|Speed)\n=+\n.*?(?=^[^\n]+\n=+\n)", "", text
     )
     text = re.sub(r"(?m)^(.+\n)*.*``make demo.*\n(.+\n)*\n", "", text)
-    abi = "Documentation/ABI/testing/sysfs-vfio_mock"
-    step.write(abi, (TOP / abi).read_text())
+    abi = [f"Documentation/ABI/testing/{fs}-vfio_mock" for fs in ("configfs", "sysfs")]
+    for file in abi:
+        step.write(file, (TOP / file).read_text())
     step.write("Documentation/driver-api/vfio-mock.rst", text)
     step.insert("Documentation/driver-api/index.rst", "   vfio", "   vfio-mock")
-    step.maintain(abi, "Documentation/driver-api/vfio-mock.rst")
+    step.maintain(*abi, "Documentation/driver-api/vfio-mock.rst")
 
 
 STEPS = (libvfio, bindings, engine, emulated, minimal, mock, selftests, documents)
