@@ -197,6 +197,20 @@ static inline bool mock_has_log(void)
 	return !access("/dev/iommu", F_OK);
 }
 
+/* Whether the device is behind an IOMMU, which maps pinned memory. */
+static inline bool mock_has_iommu(const struct mock *m)
+{
+	char path[PATH_MAX + 16];
+
+	snprintf(path, sizeof(path), "%s/iommu", m->path);
+	return !access(path, F_OK);
+}
+
+#define NEED_FAULTS(m) do {							\
+	if (mock_has_iommu(m))							\
+		SKIP(return, "memory that is mapped for the device is pinned");	\
+} while (0)
+
 #define NEED_IOMMUFD_FOR_LOG() do {						\
 	if (!mock_has_log())							\
 		SKIP(return, "a kernel without iommufd has no DMA log");	\

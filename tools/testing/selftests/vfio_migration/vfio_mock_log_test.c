@@ -36,7 +36,7 @@ MIG_EACH_BACKEND(log);
 
 FIXTURE_SETUP(log)
 {
-	const __u64 windows[] = {
+	__u64 windows[] = {
 		0, (1ULL << 32) - WINDOW / 2, -2 * WINDOW, 0x7000000000ULL,
 	};
 	static const unsigned int in_no_order[] = { 2, 0, 1, 3 };
@@ -49,13 +49,16 @@ FIXTURE_SETUP(log)
 	int ret;
 
 	NEED_IOMMUFD_FOR_LOG();
+	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
+	/* An IOMMU has 48 bits of addresses. */
+	if (mock_has_iommu(&self->m))
+		windows[2] += 1ULL << 48;
 	memcpy(self->windows, windows, sizeof(windows));
 	memcpy(self->like_qemu, like_qemu, sizeof(like_qemu));
 	for (i = 0; i < WINDOWS; i++) {
 		self->each_window[i].iova = windows[in_no_order[i]];
 		self->each_window[i].length = WINDOW;
 	}
-	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
 	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			 -1, 0);
 	ASSERT_NE(MAP_FAILED, self->mem);
@@ -317,6 +320,7 @@ TEST_F(log, failed_page_is_not_logged)
 /* A copy that faults may have written part of the page. */
 TEST_F(log, faulting_page_is_logged)
 {
+	NEED_FAULTS(&self->m);
 	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
 	ASSERT_EQ(0, mprotect(self->mem + 12 * PAGE, PAGE, PROT_NONE));
 	EXPECT_TRUE(log_transfer(_metadata, self, FILL, 1, 10 * PAGE + 3, 5 * PAGE));
