@@ -557,6 +557,9 @@ TEST_F_TIMEOUT(fail, dma, 120)
 	ram_make(_metadata, &ram, 1ULL << 32, 16 * PAGE);
 	ram_map(_metadata, &ram, m);
 	for (i = 0; i < ARRAY_SIZE(ops); i++) {
+		/* A WRITE to pinned memory allocates nothing. */
+		if (ops[i] == WRITE && mock_has_iommu(m))
+			continue;
 		for_each_failure(nth, names[i]) {
 			d = (struct dma_desc){
 				.op = ops[i], .iova = ram.iova + 1000, .addr = 2 * PAGE + 7,
