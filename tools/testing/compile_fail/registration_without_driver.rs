@@ -5,6 +5,6 @@
 include!(env!("DRIVER"));
 
 fn register() -> impl PinInit<mdev::Registration<Chip>, Error> {
-    //~ error[E0277]: the trait bound `Chip: vfio::mdev::Driver` is not satisfied
+    //~ error[E0277]: the trait bound `Chip: vfio::emulated::Driver` is not satisfied
     mdev::Registration::new()
 }
