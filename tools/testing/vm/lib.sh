@@ -227,6 +227,25 @@ copy_sources()
 		rsync -a --files-from=- --from0 --ignore-missing-args "$vm_top/" "$1/"
 }
 
+# Set the array pci_machine to the options of `run` for a machine with an IOMMU and the
+# named devices of QEMU. Each is below a port of its own, whose bus can be reset. QEMU
+# without KVM can abort if several CPUs access the devices while their addresses change.
+pci_machine()
+{
+	local port=0 device
+
+	pci_machine=(-c 1 -a intel_iommu=on -q '-device intel-iommu')
+	for device; do
+		port=$((port + 1))
+		if [ "$device" = ivshmem-plain ]; then
+			pci_machine+=(-q "-object memory-backend-memfd,id=shm$port,size=1M,share=on")
+			device+=,memdev=shm$port
+		fi
+		pci_machine+=(-q "-device pcie-root-port,id=port$port,chassis=$port"
+			-q "-device $device,bus=port$port")
+	done
+}
+
 tap_number=0 tap_failed=0
 
 tap_plan()
