@@ -4,9 +4,10 @@
 
 FIRST is the source of the first step. Each block of the language diff in the
 document, after a comment `.. step: N`, changes the previous step into step N; with
-`.. step: N from M`, the first block of step N changes step M instead. The steps are written to FOLDER/step1.rs, step2.rs and so on. Lines @@ separate the
-hunks of a block, which are located by their context; a hunk without context is
-added at the end of the file.
+`.. step: N from M`, the first block of step N changes step M instead, or an empty file
+if M is 0. The steps are written to FOLDER/step1.rs, step2.rs and so on. Lines @@
+separate the hunks of a block, which are located by their context; a hunk without
+context is added at the end of the file.
 """
 
 import sys
@@ -47,18 +48,19 @@ def main():
         "//! A step of the tutorial.",
         "",
     ]
-    steps = [head + first.rstrip("\n").split("\n")]
+    # Step 0 is empty.
+    steps = [head, head + first.rstrip("\n").split("\n")]
     for line, language, body, comments in commands.literal_blocks(text):
         if language != "diff":
             continue
         words = next(text for kind, text in comments if kind == "step")
         number, *base = map(int, words.split(" from "))
-        if number == len(steps) + 1:
-            steps.append(steps[base[0] - 1 if base else -1])
-        elif number != len(steps):
-            sys.exit(f"line {line}: step {number} comes after {len(steps)}")
+        if number == len(steps):
+            steps.append(steps[base[0] if base else -1])
+        elif number != len(steps) - 1:
+            sys.exit(f"line {line}: step {number} comes after {len(steps) - 1}")
         steps[-1] = changed(steps[-1], body)
-    for number, lines in enumerate(steps, 1):
+    for number, lines in enumerate(steps[1:], 1):
         path = Path(sys.argv[3]) / f"step{number}.rs"
         path.write_text("\n".join(lines) + "\n")
         print(path.stem)
