@@ -8,18 +8,24 @@ use super::host::{
     Host,
     Plugged, //
 };
-use crate::emulated::Driver;
-use core::marker::PhantomData;
+use crate::{
+    bindings,
+    emulated::Driver, //
+};
+use core::{
+    marker::PhantomData,
+    mem::offset_of, //
+};
 use kernel::{
     configfs::{
         Attribute,
         AttributeList,
         AttributeOperations,
         Group,
-        GroupOperations,
-        ItemType,
-        Subsystem, //
+        HasGroup,
+        ItemType, //
     },
+    error::to_result,
     fmt,
     module::this_module,
     new_mutex,
@@ -31,8 +37,10 @@ use kernel::{
     },
     sync::{
         Arc,
+        ArcBorrow,
         Mutex, //
     },
+    types::Opaque, //
 };
 
 /// Identifiers of the files in the directory of a function.
@@ -44,23 +52,6 @@ const ADDRESS: u64 = 4;
 
 /// Number of the files, and of the null at the end of their list.
 const FILES: usize = 6;
-
-/// Data of the driver's directory, in which mkdir() creates a function.
-pub(super) struct Functions<T: Driver> {
-    host: Arc<Host>,
-    item_type: &'static ItemType<Group<Settings<T>>, Settings<T>>,
-}
-
-#[vtable]
-impl<T: Driver> GroupOperations for Functions<T> {
-    type OwnerModule = T::OwnerModule;
-    type Child = Settings<T>;
-
-    fn make_group(&self, name: &CStr) -> Result<impl PinInit<Group<Settings<T>>, Error>> {
-        let settings = Settings::new(self.host.clone());
-        Ok(Group::new(name.try_into()?, self.item_type, settings))
-    }
-}
 
 /// Settings of a function. They are constant while it is plugged.
 struct Choice {
@@ -228,11 +219,9 @@ impl<T: Driver> AttributeOperations<ADDRESS> for Settings<T> {
     }
 }
 
-/// The files in the directories.
+/// The files in the directory of a function.
 struct Files<T: Driver> {
-    /// The driver's directory has none.
-    none: AttributeList<1, Functions<T>>,
-    all: AttributeList<FILES, Settings<T>>,
+    list: AttributeList<FILES, Settings<T>>,
     type_name: Attribute<TYPE, Settings<T>, Settings<T>>,
     dma_log: Attribute<DMA_LOG, Settings<T>, Settings<T>>,
     bind: Attribute<BIND, Settings<T>, Settings<T>>,
@@ -240,10 +229,29 @@ struct Files<T: Driver> {
     address: Attribute<ADDRESS, Settings<T>, Settings<T>>,
 }
 
-/// The kinds of directories. They cannot be statics, which must not depend on `T`.
-struct ItemTypes<T: Driver> {
-    functions: ItemType<Subsystem<Functions<T>>, Functions<T>>,
-    settings: ItemType<Group<Settings<T>>, Settings<T>>,
+impl<T: Driver> Files<T> {
+    fn new() -> Result<KBox<Self>> {
+        let files = Self {
+            // SAFETY: The list is filled below, like by `configfs_attrs!`.
+            list: unsafe { AttributeList::new() },
+            type_name: Attribute::new(c"type"),
+            dma_log: Attribute::new(c"dma_log"),
+            bind: Attribute::new(c"bind"),
+            power: Attribute::new(c"power"),
+            address: Attribute::new(c"address"),
+        };
+        let files = KBox::new(files, GFP_KERNEL)?;
+        // SAFETY: The list is not shared yet, and is dropped together with the files.
+        unsafe {
+            let this = extend(&files);
+            this.list.add::<0, TYPE, _>(&this.type_name);
+            this.list.add::<1, DMA_LOG, _>(&this.dma_log);
+            this.list.add::<2, BIND, _>(&this.bind);
+            this.list.add::<3, POWER, _>(&this.power);
+            this.list.add::<4, ADDRESS, _>(&this.address);
+        }
+        Ok(files)
+    }
 }
 
 /// Extends a borrow.
@@ -257,78 +265,153 @@ unsafe fn extend<V>(value: &KBox<V>) -> &'static V {
     unsafe { &*value }
 }
 
+/// The type of the directories of functions.
+type SettingsType<T> = ItemType<Group<Settings<T>>, Settings<T>>;
+
+/// A `struct configfs_subsystem`, and the data of its directory.
+///
+/// `kernel::configfs::Subsystem` unregisters a subsystem that it could not register.
+#[repr(C)]
+struct Subsystem<T: Driver> {
+    raw: bindings::configfs_subsystem,
+    host: *const Host,
+    settings: *const SettingsType<T>,
+}
+
 /// The driver's directory in configfs, named like the driver.
 ///
 /// Each directory in it keeps the module of the driver loaded.
-#[pin_data]
+///
+/// # Invariants
+///
+/// `subsystem` is registered. It points to the other fields.
+#[pin_data(PinnedDrop)]
 pub(super) struct Directory<T: Driver> {
     #[pin]
-    _subsystem: Subsystem<Functions<T>>,
-    // configfs refers to these until the subsystem is unregistered.
-    _item_types: KBox<ItemTypes<T>>,
+    subsystem: Opaque<Subsystem<T>>,
+    _item_type: KBox<Opaque<bindings::config_item_type>>,
+    _settings: KBox<SettingsType<T>>,
     _files: KBox<Files<T>>,
+    _host: Arc<Host>,
 }
 
+// SAFETY: A shared reference allows no operations.
+unsafe impl<T: Driver> Sync for Directory<T> {}
+
+// SAFETY: The subsystem may be unregistered from any thread.
+unsafe impl<T: Driver> Send for Directory<T> {}
+
 impl<T: Driver> Directory<T> {
+    const GROUP_OPS: bindings::configfs_group_operations = bindings::configfs_group_operations {
+        make_group: Some(Self::make_group),
+        ..pin_init::zeroed()
+    };
+
     /// Creates the directory. May sleep. Functions can be created before this returns.
     pub(super) fn new(host: Arc<Host>) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
-            let files = Self::files()?;
-            // SAFETY: The subsystem is dropped before the files and the item types. A directory in
-            // it keeps the module loaded, and thus this value, until it is removed.
-            let lists = unsafe { extend(&files) };
             let owner = this_module::<T::OwnerModule>();
-            let item_types = KBox::new(
-                ItemTypes::<T> {
-                    functions: ItemType::<Subsystem<Functions<T>>, _>::new_with_child_ctor::<1, _>(
-                        owner,
-                        &lists.none,
-                    ),
-                    settings: ItemType::<Group<Settings<T>>, _>::new(owner, &lists.all),
-                },
-                GFP_KERNEL,
-            )?;
-            // SAFETY: As above.
-            let types = unsafe { extend(&item_types) };
-            let functions = Functions {
-                host,
-                item_type: &types.settings,
+            let files = Files::<T>::new()?;
+            // SAFETY: The type is dropped before the files. A directory keeps the module loaded,
+            // and thus both, until it is removed.
+            let list = unsafe { &extend(&files).list };
+            let settings = KBox::new(SettingsType::<T>::new(owner, list), GFP_KERNEL)?;
+            let item_type = bindings::config_item_type {
+                ct_owner: owner.as_ptr(),
+                ct_group_ops: &Self::GROUP_OPS,
+                ..pin_init::zeroed()
             };
+            let item_type = KBox::new(Opaque::new(item_type), GFP_KERNEL)?;
+            let raw_type = item_type.get();
+            let subsystem = Subsystem::<T> {
+                raw: pin_init::zeroed(),
+                host: &raw const *host,
+                settings: &raw const *settings,
+            };
+            // INVARIANT: The initialiser of `subsystem` registers it. Moving the fields does not
+            // move what they point to.
             Ok(try_pin_init!(Self {
                 _files: files,
-                _item_types: item_types,
-                _subsystem <- Subsystem::new(
-                    T::NAME,
-                    &types.functions,
-                    Ok::<_, Error>(functions)
-                ),
+                _settings: settings,
+                _item_type: item_type,
+                _host: host,
+                subsystem <- Opaque::try_ffi_init(move |this: *mut Subsystem<T>| {
+                    // SAFETY: `this` is valid for writes, and pinned until it is unregistered. The
+                    // item type is dropped later.
+                    unsafe {
+                        this.write(subsystem);
+                        Self::register(&raw mut (*this).raw, raw_type)
+                    }
+                }),
             }? Error))
         })
     }
 
-    /// Creates the lists of files.
-    fn files() -> Result<KBox<Files<T>>> {
-        // SAFETY: The lists are filled below, like by `configfs_attrs!`. An empty one is complete.
-        let (none, all) = unsafe { (AttributeList::new(), AttributeList::new()) };
-        let files = Files {
-            none,
-            all,
-            type_name: Attribute::new(c"type"),
-            dma_log: Attribute::new(c"dma_log"),
-            bind: Attribute::new(c"bind"),
-            power: Attribute::new(c"power"),
-            address: Attribute::new(c"address"),
-        };
-        let files = KBox::new(files, GFP_KERNEL)?;
-        // SAFETY: The list is not shared yet, and it is dropped together with the files.
+    /// Registers a subsystem that is zeroed.
+    ///
+    /// # Safety
+    ///
+    /// `subsystem` must be pinned, and `item_type` must live, until it is unregistered.
+    unsafe fn register(
+        subsystem: *mut bindings::configfs_subsystem,
+        item_type: *const bindings::config_item_type,
+    ) -> Result {
+        // SAFETY: By the safety requirements.
         unsafe {
-            let this = extend(&files);
-            this.all.add::<0, TYPE, _>(&this.type_name);
-            this.all.add::<1, DMA_LOG, _>(&this.dma_log);
-            this.all.add::<2, BIND, _>(&this.bind);
-            this.all.add::<3, POWER, _>(&this.power);
-            this.all.add::<4, ADDRESS, _>(&this.address);
+            bindings::config_group_init_type_name(
+                &raw mut (*subsystem).su_group,
+                T::NAME.as_char_ptr(),
+                item_type,
+            );
+            bindings::__mutex_init(
+                &raw mut (*subsystem).su_mutex,
+                c"vfio::soft_pci::Directory".as_char_ptr(),
+                kernel::static_lock_class!().as_ptr(),
+            );
+            to_result(bindings::configfs_register_subsystem(subsystem))
         }
-        Ok(files)
+    }
+
+    /// Creates the directory of a function.
+    ///
+    /// # Safety
+    ///
+    /// Must be called by the core with the group of such a subsystem, and with a string.
+    unsafe extern "C" fn make_group(
+        group: *mut bindings::config_group,
+        name: *const c_char,
+    ) -> *mut bindings::config_group {
+        const {
+            assert!(offset_of!(bindings::configfs_subsystem, su_group) == 0);
+            assert!(offset_of!(Subsystem<T>, raw) == 0);
+        };
+        let make = || {
+            // SAFETY: The group is at the start of a registered subsystem, whose pointers are
+            // valid. The host is in an `Arc`.
+            let (host, settings, name) = unsafe {
+                let subsystem = &*group.cast::<Subsystem<T>>();
+                (
+                    ArcBorrow::from_raw(subsystem.host),
+                    &*subsystem.settings,
+                    CStr::from_char_ptr(name),
+                )
+            };
+            let data = Settings::<T>::new(host.into());
+            Arc::pin_init(Group::new(name.try_into()?, settings, data), GFP_KERNEL)
+        };
+        match make() {
+            // SAFETY: The pointer is valid. The release of the group takes back the reference.
+            Ok(made) => unsafe { Group::group(Arc::into_raw(made)) }.cast_mut(),
+            Err(error) => error.to_ptr(),
+        }
+    }
+}
+
+#[pinned_drop]
+impl<T: Driver> PinnedDrop for Directory<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariants, the subsystem is registered. It is the first field, and
+        // has no directories, as they keep the module loaded.
+        unsafe { bindings::configfs_unregister_subsystem(self.subsystem.get().cast()) };
     }
 }

@@ -80,12 +80,20 @@ static void expect_gone(struct __test_metadata *_metadata)
 	}
 }
 
-/* A module that failed to load leaves nothing behind, and can be loaded. */
+/*
+ * A module that failed to load leaves nothing behind, and can be loaded. The PCI core (7.3)
+ * puts a reference to a host bridge twice if the device of its bus cannot be added, and
+ * does not check an allocation for the numbers of buses. So none fails there.
+ */
 TEST_F_TIMEOUT(module, load, 1200)
 {
 	struct nth *nth = &self->nth;
+	const char *why;
 	int ret;
 
+	why = fail_spare("failslab", "pci_scan_root_bus_bridge");
+	if (why)
+		SKIP(return, "%s", why);
 	for_each_failure(nth, "loading the module") {
 		/* From the driver core without a directory for the module's drivers. */
 		nth->also = -EINVAL;
