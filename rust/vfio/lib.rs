@@ -25,7 +25,7 @@
 //! 3. Copy `samples/vfio_minimal`, a driver in one file. Its device continues to run while it is
 //!    saved, and it uses [`StateMemory`](memory::StateMemory) to track changes.
 //!    `samples/vfio_mock` also has interrupts, DMA, mmap(), a checksum of the stream and a slow
-//!    saver.
+//!    saver. `samples/vfio_fw` is for a device whose state comes from firmware.
 //! 4. Build it in a folder of its own, which `tools/new-driver` creates, and run the conformance
 //!    suite in `tools/testing/selftests/vfio_migration` on it. It tests any migratable VFIO device.
 //!

@@ -24,6 +24,7 @@ OWN_STATEMENT = re.compile(rf"^ *let (\w+) = {SCAFFOLD}::\w+\(\1\);\n", re.MULTI
 PLACES = (
     ("samples/vfio_minimal", "samples/rust/vfio_minimal"),
     ("samples/vfio_mock", "samples/rust/vfio_mock"),
+    ("samples/vfio_fw", "samples/rust/vfio_fw"),
     ("rust/vfio/", "rust/kernel/vfio/"),
     ("in a folder of its own, which `tools/new-driver` creates", "in `samples/rust/Makefile`"),
     ("The crate implements", "The module implements"),

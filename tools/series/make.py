@@ -310,22 +310,37 @@ def mock(step):
     end-of-stream rules, and registers that make it slow or busy. Developers
     of virtual machine monitors can migrate it.
     """
-    folder = "samples/rust/vfio_mock"
+    add_folder(step, "mock", "registers, interrupts, DMA and state memory")
+
+
+def firmware(step):
+    """samples: rust: add a migratable VFIO driver for a device with firmware
+
+    The state of many devices is accessible to their firmware alone, which
+    saves and loads it in bulk, takes time, and fails. Add a template for
+    drivers of such devices, with a simulation of one. It handles each failure
+    of the firmware, and waits for the firmware without delaying other tasks.
+    """
+    add_folder(step, "fw", "memory that simulated firmware saves and loads")
+
+
+def add_folder(step, name, what):
+    """A sample with a folder of its own."""
+    module = f"vfio_{name}"
+    folder = f"samples/rust/{module}"
     files = []
-    for file in sorted((TOP / "samples/vfio_mock").rglob("*.rs")):
-        name = file.relative_to(TOP / "samples/vfio_mock")
-        name = Path("vfio_mock.rs") if str(name) == "main.rs" else name
-        step.write(f"{folder}/{name}", intree.driver_source(file.read_text()))
-        files.append(step.tree / folder / name)
+    for file in sorted((TOP / "samples" / module).rglob("*.rs")):
+        path = file.relative_to(TOP / "samples" / module)
+        path = Path(f"{module}.rs") if str(path) == "main.rs" else path
+        step.write(f"{folder}/{path}", intree.driver_source(file.read_text()))
+        files.append(step.tree / folder / path)
     rustfmt(step.tree, files)
     step.write(
         f"{folder}/Makefile",
         "# SPDX-License-Identifier: GPL-2.0\n\n"
-        "obj-$(CONFIG_SAMPLE_RUST_VFIO_MOCK) += vfio_mock.o\n",
+        f"obj-$(CONFIG_SAMPLE_RUST_VFIO_{name.upper()}) += {module}.o\n",
     )
-    add_sample(
-        step, "mock", "vfio_mock/", "registers, interrupts, DMA and state memory"
-    )
+    add_sample(step, name, f"{module}/", what)
     step.maintain(f"{folder}/")
 
 
@@ -425,7 +440,17 @@ def documents(step):
     step.maintain(*abi, "Documentation/driver-api/vfio-mock.rst")
 
 
-STEPS = (libvfio, bindings, engine, emulated, minimal, mock, selftests, documents)
+STEPS = (
+    libvfio,
+    bindings,
+    engine,
+    emulated,
+    minimal,
+    firmware,
+    mock,
+    selftests,
+    documents,
+)
 
 
 def base(source, tree):
