@@ -252,7 +252,8 @@ def crate_line(line, example):
 
 def driver_line(line):
     """Converts a line of a driver that is not part of a `use` declaration."""
-    line = re.sub(r"(?<![\w:])vfio::(module_mdev_driver!)", r"kernel::\1", line)
+    line = re.sub(r"(?<![\w:])vfio::(module_mdev_driver!|vfio_pci_device_table!)",
+                  r"kernel::\1", line)
     return re.sub(r"(?<![\w:\"])vfio::(?=[a-zA-Z{])", "kernel::vfio::", line)
 
 
