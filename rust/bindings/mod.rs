@@ -56,11 +56,15 @@ pub(crate) use generated::{
     rust_helper_set_freezable as set_freezable,
     rust_helper_try_to_freeze as try_to_freeze,
     rust_helper_user_backed_iter as user_backed_iter,
-    rust_helper_vfio_frame_to_page as vfio_frame_to_page,
-    rust_helper_vfio_iommu_dirty_bitmap_record as vfio_iommu_dirty_bitmap_record,
-    rust_helper_vfio_iommu_fwspec_init as vfio_iommu_fwspec_init,
     rust_helper_vfio_iova_bitmap_set as vfio_iova_bitmap_set,
     rust_helper_vfio_pci_page_prot as vfio_pci_page_prot,
     *, //
+};
+// Only `soft_pci` uses these, and not every system supports it.
+#[allow(unused_imports)]
+pub(crate) use generated::{
+    rust_helper_vfio_frame_to_page as vfio_frame_to_page,
+    rust_helper_vfio_iommu_dirty_bitmap_record as vfio_iommu_dirty_bitmap_record,
+    rust_helper_vfio_iommu_fwspec_init as vfio_iommu_fwspec_init, //
 };
 pub(crate) use kernel::bindings::*;

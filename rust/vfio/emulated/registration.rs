@@ -49,7 +49,9 @@ pub(crate) enum Path {
     /// The core accesses the memory on behalf of the device, which has an IOMMU group of its own
     /// that stands for no hardware.
     Core,
-    /// The device is in the IOMMU group of its parent.
+    /// The device is in the IOMMU group of its parent. Only `soft_pci` has such devices, and not
+    /// every system supports it.
+    #[allow(dead_code)]
     Iommu {
         /// The memory that the IOMMU maps for the device.
         memory: Arc<SharedMemory>,
