@@ -4,9 +4,12 @@
 //!
 //! C header: [`include/linux/configfs.h`](srctree/include/linux/configfs.h)
 
-use super::host::{
-    Host,
-    Plugged, //
+use super::{
+    bridge::Address,
+    host::{
+        Host,
+        Plugged, //
+    },
 };
 use crate::{
     bindings,
@@ -53,15 +56,22 @@ const ADDRESS: u64 = 4;
 /// Number of the files, and of the null at the end of their list.
 const FILES: usize = 6;
 
-/// Settings of a function. They are constant while it is plugged.
+/// Whether a function is on the bus.
+enum Power {
+    Off,
+    On(Plugged),
+    /// A task waits until the user of the device has released it.
+    Unplugging(Address),
+}
+
+/// Settings of a function. They are constant while it is on the bus.
 struct Choice {
     type_index: usize,
     /// Whether it has a DMA log of its own.
     dma_log: bool,
     /// Whether it is bound to its driver when it is plugged.
     bind: bool,
-    /// Present while the function is plugged.
-    plugged: Option<Plugged>,
+    power: Power,
 }
 
 /// Data of the directory of a function. Dropping it unplugs the function.
@@ -88,7 +98,7 @@ impl<T: Driver> Settings<T> {
                     type_index: 0,
                     dma_log: true,
                     bind: true,
-                    plugged: None,
+                    power: Power::Off,
                 },
                 "vfio::soft_pci::Settings::choice"
             ),
@@ -96,35 +106,47 @@ impl<T: Driver> Settings<T> {
         }? Error)
     }
 
-    /// Changes a setting. Fails with `EBUSY` while the function is plugged.
+    /// Changes a setting. Fails with `EBUSY` while the function is on the bus.
     fn change(&self, change: impl FnOnce(&mut Choice)) -> Result {
         let mut choice = self.choice.lock();
-        if choice.plugged.is_some() {
+        if !matches!(choice.power, Power::Off) {
             return Err(EBUSY);
         }
         change(&mut choice);
         Ok(())
     }
 
-    /// Plugs or unplugs the function.
-    fn power(&self, on: bool) -> Result {
+    /// Plugs the function. Fails with `EBUSY` while it is being unplugged.
+    fn plug(&self) -> Result {
         let mut choice = self.choice.lock();
-        if !on {
-            let plugged = choice.plugged.take();
-            // Unplugging waits for the user of the device.
-            drop(choice);
-            drop(plugged);
-            return Ok(());
+        match choice.power {
+            Power::On(_) => return Ok(()),
+            Power::Unplugging(_) => return Err(EBUSY),
+            Power::Off => {}
         }
-        if choice.plugged.is_none() {
-            let plugged = Host::plug::<T>(
-                &self.host,
-                choice.type_index,
-                choice.dma_log,
-                choice.bind, //
-            )?;
-            choice.plugged = Some(plugged);
-        }
+        let plugged = Host::plug::<T>(
+            &self.host,
+            choice.type_index,
+            choice.dma_log,
+            choice.bind, //
+        )?;
+        choice.power = Power::On(plugged);
+        Ok(())
+    }
+
+    /// Unplugs the function. Fails with `EBUSY` while another task does.
+    fn unplug(&self) -> Result {
+        let mut choice = self.choice.lock();
+        let address = match &choice.power {
+            Power::Off => return Ok(()),
+            Power::Unplugging(_) => return Err(EBUSY),
+            Power::On(plugged) => plugged.address(),
+        };
+        let plugged = core::mem::replace(&mut choice.power, Power::Unplugging(address));
+        // Unplugging waits for the user of the device, and the files can be read meanwhile.
+        drop(choice);
+        drop(plugged);
+        self.choice.lock().power = Power::Off;
         Ok(())
     }
 }
@@ -196,14 +218,16 @@ impl<T: Driver> AttributeOperations<POWER> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        line(
-            page,
-            fmt!("{}", u8::from(this.choice.lock().plugged.is_some())),
-        )
+        let is_on = !matches!(this.choice.lock().power, Power::Off);
+        line(page, fmt!("{}", u8::from(is_on)))
     }
 
     fn store(this: &Self, page: &[u8]) -> Result {
-        this.power(kstrtobool_bytes(page)?)
+        if kstrtobool_bytes(page)? {
+            this.plug()
+        } else {
+            this.unplug()
+        }
     }
 }
 
@@ -213,9 +237,12 @@ impl<T: Driver> AttributeOperations<ADDRESS> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        let choice = this.choice.lock();
-        let plugged = choice.plugged.as_ref().ok_or(ENODEV)?;
-        line(page, fmt!("{}", plugged.address()))
+        let address = match &this.choice.lock().power {
+            Power::Off => return Err(ENODEV),
+            Power::On(plugged) => plugged.address(),
+            Power::Unplugging(address) => *address,
+        };
+        line(page, fmt!("{address}"))
     }
 }
 

@@ -281,9 +281,14 @@ def removals():
             check(two.path.exists(), "two")
         time.sleep(0.5)
         check(waiter.is_alive() and path.exists(), "unplugging does not wait for the user")
+        check(one.get("power") == "1" and one.path == path, "it has left the bus too early")
+        for key, value in ("power", 0), ("power", 1), ("bind", 0):
+            with refused(errno.EBUSY):
+                one.set(key, value)
         device.close()
         waiter.join(60)
         check(not waiter.is_alive(), "unplugging hangs")
+        check(one.get("power") == "0" and not path.exists(), "it is not unplugged")
     check(not list(CONFIG.iterdir()), "directories are left")
 
 
