@@ -29,8 +29,9 @@
 //! | `address` | its address while it is plugged; otherwise reading fails with `ENODEV` |
 //!
 //! The settings cannot be changed while the function is plugged. Writing 0 to `power`, or removing
-//! the directory, asks the user to release the function and waits until that has happened. Each
-//! directory keeps the module of the driver loaded.
+//! the directory, asks the user to release the function and waits until that has happened. While a
+//! removal waits, no directory of the driver can be created or removed. Each directory keeps the
+//! module of the driver loaded.
 //!
 //! # Drivers
 //!
