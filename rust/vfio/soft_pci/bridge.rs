@@ -540,7 +540,6 @@ impl Bridge {
         }
         // SAFETY: The device is on the bus, and is not removed before the lock is released.
         unsafe {
-            bindings::pci_dev::set_non_mappable_bars_raw(pdev, 1);
             bindings::pci_bus_assign_resources(bus);
             if let Some(name) = driver {
                 let len = name.count_bytes();

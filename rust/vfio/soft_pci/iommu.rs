@@ -692,7 +692,7 @@ impl SoftIommu {
         }
     }
 
-    /// Assigns devices on the bus to this IOMMU.
+    /// Assigns devices on the bus to this IOMMU, whether they are plugged or found by a scan.
     ///
     /// # Safety
     ///
@@ -707,14 +707,16 @@ impl SoftIommu {
         }
         let dev = data.cast::<bindings::device>();
         // SAFETY: The notifier is in a `SoftIommu`, and the device in a `struct pci_dev`.
-        let (this, bus) = unsafe {
+        let (this, pdev) = unsafe {
             let this = kernel::container_of!(Opaque::cast_from(notifier), Self, notifier);
-            (
-                &*this,
-                (*kernel::container_of!(dev, bindings::pci_dev, dev)).bus,
-            )
+            (&*this, kernel::container_of!(dev, bindings::pci_dev, dev))
         };
+        // SAFETY: The device is being added, so that no driver is bound to it yet.
+        let bus = unsafe { (*pdev).bus };
         if bus == this.bus {
+            // There is nothing at the addresses in BARs.
+            // SAFETY: As above.
+            unsafe { bindings::pci_dev::set_non_mappable_bars_raw(pdev, 1) };
             // SAFETY: The device is being added, and the node is that of a registered IOMMU.
             let error = unsafe { bindings::vfio_iommu_fwspec_init(dev, this.fwnode.get()) };
             if error != 0 {

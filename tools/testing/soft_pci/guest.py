@@ -238,13 +238,16 @@ def others():
     subprocess.run(["modprobe", "vfio-pci"], check=True)
     with Function("one") as one:
         (one.path / "driver/unbind").write_text(one.path.name)
-        (one.path / "driver_override").write_text("vfio-pci")
-        Path("/sys/bus/pci/drivers_probe").write_text(one.path.name)
-        check(one.driver() == "vfio-pci", "vfio-pci does not bind")
-        with Device(one) as device:
-            os.pwrite(device.file, b"\2\0", device.region(REGION)[1] + COMMAND)
-            with refused(errno.ENODEV):
-                os.pread(device.file, 4, device.region(0)[1])
+        for found in "plugged", "scanned":
+            (one.path / "driver_override").write_text("vfio-pci")
+            Path("/sys/bus/pci/drivers_probe").write_text(one.path.name)
+            check(one.driver() == "vfio-pci", f"{found}: vfio-pci does not bind")
+            with Device(one) as device:
+                os.pwrite(device.file, b"\2\0", device.region(REGION)[1] + COMMAND)
+                with refused(errno.ENODEV):
+                    os.pread(device.file, 4, device.region(0)[1])
+            (one.path / "remove").write_text("1")
+            Path("/sys/bus/pci/rescan").write_text("1")
 
 
 def logs():
