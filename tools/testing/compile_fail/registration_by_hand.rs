@@ -5,7 +5,7 @@
 include!(env!("DRIVER"));
 
 fn register(parent: &kernel::device::Device<kernel::device::Bound>) -> Result {
-    drop(emulated::Registration::<Note>::new(parent, Ok(Note), todo!())?);
+    let _ = emulated::Registration::<Note>::new(parent, Ok(Note), todo!())?;
     //~ error[E0603]: struct `Registration` is private
     //~ error[E0624]: associated function `new` is private
     Ok(())
