@@ -86,7 +86,7 @@ selftest-mutations:	## check that the kselftests notice each fault in mutations.
 test-device:		## run the conformance tests on the devices of DRIVER or M
 	[ -n "$(M)$(DRIVER)" ] || { echo "Usage: make test-device M=folder" >&2; exit 2; }
 	$(testing)/device/run $(if $(DRIVER),--driver $(DRIVER)) $(if $(TYPE),--type $(TYPE)) \
-		$(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
+		$(if $(OPS),--ops $(OPS)) $(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
 
 soak:			## run the long tests, some of them on the debug and strict kernels
 	$(testing)/run build soak host_fuzz_long miri mtty selftest_kernel_all \
@@ -126,6 +126,7 @@ help:			## print this
 	echo 'M=folder          modules, clean, test-device: drivers in a folder of their own'
 	echo 'DRIVER=name       test-device: only this module'
 	echo 'TYPE=name         test-device: only mediated devices of this type'
+	echo 'OPS=file.c        test-device: how these devices do DMA and raise interrupts'
 	echo 'TESTFLAGS="..."   test-device: options of vfio_migration_test'
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'

@@ -74,7 +74,8 @@ create_mock()
 	# All of BAR2, which is the state memory; reads have no side effects.
 	# shellcheck disable=SC2034 # for the scripts that source this
 	[ -z "$small" ] || generic=("${small% *}" "${small#* }" --other "${medium%% *}"
-		--scratch "2:0:$bytes" --drops-writes --read-regions)
+		--scratch "2:0:$bytes" --drops-writes --read-regions
+		--device-ops vfio_mock)
 }
 
 # Arguments of create_other. The scratch memory is all of BAR0 except for the two registers

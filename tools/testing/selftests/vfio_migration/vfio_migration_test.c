@@ -15,15 +15,18 @@
  * "-V iommufd" excludes a backend, "-t NAME" selects a test, "-l" lists them.
  *
  * The tests are in the files in device/, by subject: the harness has one list of tests
- * for each file that is compiled. They contain no knowledge of a specific device.
+ * for each file that is compiled. They contain no knowledge of a specific device: how to
+ * make one do DMA and raise interrupts is in ops/, for --device-ops.
  */
 #include <limits.h>
 #include <sched.h>
+#include <sys/eventfd.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 
 #include <linux/pci_regs.h>
 
+#include "mig_ops.h"
 #include "mig_test.h"
 
 #define FEATURE_MIGRATION	VFIO_DEVICE_FEATURE_MIGRATION
@@ -44,6 +47,19 @@ static const __u32 set_state_values[] = {
 /* The device, and the target if there is one. */
 static const char *paths[2];
 
+/* Those of --device-ops, or NULL. */
+static const struct mig_ops *ops;
+
+/* Is this a device of these operations? */
+static bool has_ids_of_ops(const struct mig_device *dev)
+{
+	__u16 ids[2];
+
+	return mig_region_read(dev, VFIO_PCI_CONFIG_REGION_INDEX, PCI_VENDOR_ID, ids,
+			       sizeof(ids)) == sizeof(ids) &&
+	       ids[0] == ops->vendor && ids[1] == ops->device;
+}
+
 FIXTURE(device)
 {
 	struct mig_device dev;
@@ -57,6 +73,9 @@ FIXTURE_SETUP(device)
 	ASSERT_EQ(0, mig_scratch_parse(mig_option("scratch"), &self->scratch))
 		STEP("read --scratch, which is REGION:OFFSET:LENGTH");
 	OPEN_OR_SKIP(&self->dev, paths[0], variant->backend);
+	if (ops)
+		ASSERT_TRUE(has_ids_of_ops(&self->dev))
+			STEP("use --device-ops %s: the device has other IDs", ops->name);
 	go_home(_metadata, &self->dev);
 }
 
@@ -161,6 +180,8 @@ static void *page_before_a_hole(void)
 #include "device/concurrency.c"
 #include "device/content.c"
 #include "device/config.c"
+#include "device/dma.c"
+#include "device/irq.c"
 #include "device/dma_log.c"
 #include "draft/device.c"
 
@@ -171,6 +192,8 @@ static struct mig_option options[] = {
 	{ .name = "drops-writes",
 	  .help = "the device drops writes to this memory while it is stopped" },
 	{ .name = "read-regions", .help = "reading all regions has no side effects" },
+	{ .name = "device-ops", .argument = "NAME",
+	  .help = "how the device does DMA and raises interrupts: vfio_mock, or a file" },
 	{}
 };
 
@@ -181,7 +204,9 @@ static void print_untested(void)
 
 	if (!ksft_test_num())
 		return;
-	ksft_print_msg("Not tested: DMA, interrupts, the effect of registers%s%s%s%s%s\n",
+	ksft_print_msg("Not tested: the effect of registers%s%s%s%s%s%s%s\n",
+		       ops && ops->copy ? "" : ", DMA (--device-ops)",
+		       ops && ops->interrupt ? "" : ", interrupts (--device-ops)",
 		       scratch ? "" : ", content (--scratch)",
 		       scratch && mig_option("drops-writes") ? "" :
 		       ", writes while it is stopped (--scratch, --drops-writes)",
@@ -195,6 +220,11 @@ int main(int argc, char **argv)
 	int i, n = 1, nr = 0;
 
 	argc = mig_take_options(argc, argv, options);
+	if (mig_option("device-ops")) {
+		ops = mig_ops_find(mig_option("device-ops"));
+		if (!ops)
+			return 1;
+	}
 	for (i = 1; i < argc; i++) {
 		if (argv[i][0] == '/')
 			paths[nr++ ? 1 : 0] = argv[i];

@@ -209,3 +209,96 @@ TEST_F(device, dma_logging_bad_bitmap)
 		PROMISE("a REPORT works after one that failed: %s", strerror(-ret));
 	EXPECT_EQ(0, mig_log_stop(&self->dev));
 }
+
+/* The log of the memory that the device copies from and to. */
+struct copied_log {
+	__u64 bitmap[64];
+	__u64 pages;
+};
+
+static bool is_logged(const struct copied_log *log, __u64 page)
+{
+	return log->bitmap[page / 64] >> page % 64 & 1;
+}
+
+static void start_copied_log(struct __test_metadata *_metadata,
+			     const struct mig_device *dev, const struct copied *c,
+			     struct copied_log *log)
+{
+	__u64 page_size = mig_page_size();
+
+	log->pages = copied_size(c) / mig_page_size();
+	ASSERT_GE(sizeof(log->bitmap) * 8, log->pages);
+	ASSERT_EQ(0, start_log_of(dev, COPY_IOVA, copied_size(c), &page_size));
+}
+
+static void report_copied_log(struct __test_metadata *_metadata,
+			      const struct mig_device *dev, const struct copied *c,
+			      struct copied_log *log)
+{
+	memset(log->bitmap, 0, sizeof(log->bitmap));
+	ASSERT_EQ(0, mig_log_report(dev, COPY_IOVA, copied_size(c), mig_page_size(),
+				    log->bitmap));
+}
+
+/* More pages may be in it than the device has written. */
+TEST_F(device, dma_logging_reports_written_pages)
+{
+	struct copied_log log;
+	struct copied c;
+	__u64 page, i;
+
+	NEED_LOGGING(&self->dev);
+	NEED_COPY(&self->dev);
+	c = make_copied(_metadata, &self->dev);
+	start_copied_log(_metadata, &self->dev, &c, &log);
+	for (i = 0; i < 2; i++) {
+		start_copy(_metadata, &self->dev, &c, false, -1);
+		wait_for_copy(_metadata, &self->dev, &c, "during logging");
+		report_copied_log(_metadata, &self->dev, &c, &log);
+		for (page = c.len / mig_page_size(); page < log.pages - 1; page++) {
+			EXPECT_TRUE(is_logged(&log, page))
+				PROMISE("page %llu, which the device has written, is in the log",
+					page);
+		}
+		report_copied_log(_metadata, &self->dev, &c, &log);
+		for (page = 0; page < log.pages; page++) {
+			EXPECT_FALSE(is_logged(&log, page))
+				PROMISE("during querying the log is cleared for the IOVA range (page %llu)",
+					page);
+		}
+	}
+}
+
+/* The purpose of the log: to copy what was written since the last report. */
+TEST_F_TIMEOUT(device, copy_by_dma_log_is_complete, 60)
+{
+	unsigned int rounds = mig_times(40), i;
+	struct copied_log log;
+	struct copied c;
+	__u64 page, at;
+	__u8 *copy;
+
+	NEED_LOGGING(&self->dev);
+	NEED_COPY(&self->dev);
+	c = make_copied(_metadata, &self->dev);
+	copy = malloc(copied_size(&c));
+	ASSERT_NE(NULL, copy);
+	start_repeated_copy(_metadata, &self->dev, &c);
+	start_copied_log(_metadata, &self->dev, &c, &log);
+	memcpy(copy, c.from, copied_size(&c));
+	for (i = 0; i <= rounds; i++) {
+		renew(&c);
+		if (i == rounds)
+			ASSERT_EQ(0, mig_set_state(&self->dev, MIG_STOP, NULL));
+		report_copied_log(_metadata, &self->dev, &c, &log);
+		for (page = c.len / mig_page_size(); page < log.pages; page++) {
+			at = page * mig_page_size();
+			if (is_logged(&log, page))
+				memcpy(copy + at, c.from + at, mig_page_size());
+		}
+	}
+	EXPECT_EQ(0, memcmp(copy + c.len, c.to, c.len))
+		PROMISE("a page that the device has written is in the next report");
+	free(copy);
+}
