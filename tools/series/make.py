@@ -187,6 +187,27 @@ def libvfio(step):
     git(step.tree, "apply", TOP / "tools/series/libvfio.patch")
 
 
+def pci_remove(step):
+    """PCI/sysfs: Lock out other removals before a write to "remove"
+
+    remove_store() calls device_remove_file_self() and then waits for
+    pci_rescan_remove_lock. If another task, such as a hotplug driver, removes
+    the device with this lock held, there are two faults:
+
+    - The file is removed, so that the removal does not wait for
+      remove_store(). The device is freed, and remove_store() uses it
+      afterwards: a NULL pointer dereference in device_del().
+    - The removal waits in kernfs_drain() for the file, whose active reference
+      device_remove_file_self() restores, while remove_store() waits for the
+      lock: a deadlock.
+
+    Take the lock first. As the owner of the lock may wait for the file, do not
+    wait for the lock, but restart the system call, like
+    lock_device_hotplug_sysfs().
+    """
+    git(step.tree, "apply", TOP / "tools/series/pci_remove.patch")
+
+
 CONSTANT_BEFORE = "const fop_flags_t RUST_CONST_HELPER_FOP_UNSIGNED_OFFSET = FOP_UNSIGNED_OFFSET;"
 
 
@@ -442,6 +463,7 @@ def documents(step):
 
 STEPS = (
     libvfio,
+    pci_remove,
     bindings,
     engine,
     emulated,
@@ -459,6 +481,7 @@ def base(source, tree):
         ".rustfmt.toml",
         "Documentation/driver-api/index.rst",
         "MAINTAINERS",
+        "drivers/pci/pci-sysfs.c",
         "drivers/vfio/Kconfig",
         "rust/bindgen_parameters",
         "rust/bindings/bindings_helper.h",
