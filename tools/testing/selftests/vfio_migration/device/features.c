@@ -171,3 +171,77 @@ TEST_F(device, get_state_returns_no_fd)
 				mig_state_name(state));
 	}
 }
+
+#ifdef __x86_64__
+/* ioctl() of a 32-bit task. @arg must have an address of 32 bits. */
+static int ioctl32(int fd, unsigned int cmd, void *arg)
+{
+	long ret;
+
+	asm volatile("int $0x80" : "=a" (ret)
+		     : "a" (54), "b" (fd), "c" (cmd), "d" (arg)
+		     : "memory", "cc", "r8", "r9", "r10", "r11");
+	return (int)ret;
+}
+
+/* Without CONFIG_IA32_EMULATION, the system call is a fault. */
+static bool has_ioctl32(void)
+{
+	int status;
+	pid_t child = fork();
+
+	if (!child) {
+		signal(SIGSEGV, SIG_DFL);
+		_exit(ioctl32(-1, 0, NULL) != -EBADF);
+	}
+	return child > 0 && waitpid(child, &status, 0) == child && !status;
+}
+
+TEST_F(device, ioctls_of_32_bit_tasks)
+{
+	struct {
+		struct vfio_device_feature feature;
+		union {
+			struct vfio_device_feature_migration migration;
+			struct vfio_device_feature_mig_state state;
+		};
+	} *arg;
+	struct vfio_precopy_info *info, native;
+	__u32 state;
+	int fd;
+
+	if (!has_ioctl32())
+		SKIP(return, "the kernel has no system calls of 32-bit tasks");
+	arg = mmap(NULL, mig_page_size(), PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	ASSERT_NE(MAP_FAILED, (void *)arg);
+	info = (void *)(arg + 1);
+
+	arg->feature.argsz = sizeof(arg->feature) + sizeof(arg->migration);
+	arg->feature.flags = MIG_GET | FEATURE_MIGRATION;
+	EXPECT_EQ(0, ioctl32(self->dev.fd, VFIO_DEVICE_FEATURE, arg));
+	EXPECT_EQ(self->dev.flags, arg->migration.flags)
+		PROMISE("a 32-bit task gets the same migration flags");
+
+	state = mig_fsm_exists(self->dev.flags, MIG_PRE_COPY) ? MIG_PRE_COPY : MIG_STOP;
+	arg->feature.argsz = sizeof(arg->feature) + sizeof(arg->state);
+	arg->feature.flags = MIG_SET | FEATURE_STATE;
+	arg->state.device_state = state;
+	ASSERT_EQ(0, ioctl32(self->dev.fd, VFIO_DEVICE_FEATURE, arg))
+		PROMISE("a 32-bit task can change the state to %s", mig_state_name(state));
+	fd = arg->state.data_fd;
+	expect_state(_metadata, &self->dev, state, "after SET_STATE by a 32-bit task");
+
+	NEED_PRE_COPY(&self->dev);
+	*info = (struct vfio_precopy_info){ .argsz = sizeof(*info) };
+	ASSERT_EQ(0, ioctl32(fd, VFIO_MIG_GET_PRECOPY_INFO, info))
+		PROMISE("a 32-bit task gets the pre-copy information");
+	ASSERT_EQ(0, mig_precopy_info(fd, &native));
+	EXPECT_EQ(native.initial_bytes, info->initial_bytes)
+		PROMISE("a 32-bit task gets the same initial_bytes");
+	EXPECT_ERRNO(ENOTTY, ioctl(fd, NO_SUCH_IOCTL, info));
+	EXPECT_EQ(-ENOTTY, ioctl32(fd, NO_SUCH_IOCTL, info))
+		PROMISE("an ioctl that the data_fd does not support is ENOTTY");
+	close(fd);
+}
+#endif
