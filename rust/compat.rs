@@ -22,12 +22,11 @@ impl<Ctx: device::DeviceContext> AsRaw for device::Device<Ctx> {
     }
 }
 
-/// Number of `VFIO_MIG_GET_PRECOPY_INFO` in the first proposal of pre-copy. The argument is the
-/// same.
+/// Number of `VFIO_MIG_GET_PRECOPY_INFO` in the first proposal of pre-copy, with the same argument.
 const DRAFT_PRECOPY_INFO: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 22);
 
-/// Returns the number in mainline of an ioctl of a data_fd. Users of the proposal still use its
-/// number.
+/// Translates the number of an ioctl of a data_fd from the proposal to mainline: users of the
+/// proposal still pass the old number.
 pub(crate) fn mainline_ioctl(cmd: u32) -> u32 {
     match cmd {
         DRAFT_PRECOPY_INFO => bindings::VFIO_MIG_GET_PRECOPY_INFO,

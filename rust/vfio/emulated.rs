@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Devices made of software.
+//! Software devices.
 //!
 //! Such a device looks like a PCI device to its user, and accesses the user's memory through VFIO,
-//! or through an IOMMU made of software. The user opens it through a group and a container, or
+//! or through a software IOMMU. The user opens it through a group and a container, or
 //! through a character device and an iommufd. The administrator creates it on the bus of a front
 //! end: [`mdev`](crate::mdev) or [`soft_pci`](crate::soft_pci).
 //!
@@ -69,8 +69,8 @@ use kernel::{
 /// belongs in [`OpenData`](Self::OpenData) instead, which is created by the first open and dropped
 /// by the last close, so that the next user cannot see it.
 ///
-/// [`read`](Self::read) and [`write`](Self::write) may be called by any number of threads at the
-/// same time, and beside the methods of [`Migratable`].
+/// Any number of threads may call [`read`](Self::read) and [`write`](Self::write) at the same time,
+/// also while a method of [`Migratable`] runs.
 ///
 /// # Examples
 ///
@@ -127,7 +127,7 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Returns the migration states that the device supports. Called once, before it is registered.
     /// May sleep.
     ///
-    /// By default, all states that the open data supports. It must not be more.
+    /// By default, all states that the open data supports. A driver may return fewer, but not more.
     fn migration_flags(&self) -> Flags {
         Self::OpenData::FLAGS
     }
@@ -152,8 +152,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// both wait for the calls under way, like in `vfio-pci`. So neither this nor
     /// [`write`](Self::write) may wait for [`work`](Self::work).
     ///
-    /// May sleep. Called without access to user memory: the bytes are copied afterwards. A failure
-    /// is returned from the read(), unless a part of it was served before.
+    /// May sleep. The bytes are copied to the user after this has returned. A failure is returned
+    /// from the read(), unless a part of it was served before.
     fn read(open: &Self::OpenData, pos: Position, to: &mut [u8]) -> Result;
 
     /// Writes to a BAR. The whole range is inside the BAR. The [`Function`] has handled writes to
@@ -163,9 +163,9 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// see [`Function::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are
     /// called after the writes under way have returned.
     ///
-    /// May sleep. Called without access to user memory: the bytes were copied before. An access of
-    /// 1 to 8 bytes is passed as a whole, like on a bus. A longer one is passed in blocks of at
-    /// most 64 KiB. A failure is returned from the write(), unless a part of it was served before.
+    /// May sleep. The bytes were copied from the user before the call. An access of 1 to 8 bytes is
+    /// passed as a whole, like on a bus. A longer one is passed in blocks of at most 64 KiB. A
+    /// failure is returned from the write(), unless a part of it was served before.
     fn write(open: &Self::OpenData, pos: Position, from: &[u8]) -> Result;
 
     /// Returns the memory that is the content of a BAR and may be mapped by mmap(), if any.
@@ -220,8 +220,9 @@ struct OpenDevice<T: Operations> {
     log: dma::Log,
 }
 
-/// The device as the engine sees it: calls the driver, and does the front end's part. While the
-/// device is stopped, interrupts are pending and stores to mappings are dropped.
+/// Forwards the engine's calls to the driver, and quiesces the parts of the device that the crate
+/// implements. While the device is stopped, interrupts are pending and stores to mappings are
+/// dropped.
 #[vtable]
 impl<T: Operations> Migratable for OpenDevice<T> {
     type OwnerModule = <T::OpenData as Migratable>::OwnerModule;

@@ -56,8 +56,8 @@
 //! * [`prelude`]: items that nearly every driver uses.
 //!
 //! There are no circular imports: drivers use [`mdev`] or [`soft_pci`], which use [`emulated`],
-//! which uses [`dma`], [`memory`] and [`migration`], which use [`Device`]. [`pci`] is beside
-//! [`emulated`].
+//! which uses [`dma`], [`memory`] and [`migration`], which use [`Device`]. [`pci`] is on the level
+//! of [`emulated`].
 //!
 //! # Examples
 //!

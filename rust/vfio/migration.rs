@@ -135,8 +135,8 @@ static_assert!(
 /// Implemented by the data of an open device, which exists from the first open to the last close,
 /// and which a [`Saver`] or [`Loader`] may share.
 ///
-/// No two methods run at the same time on one device. The methods of its [`Saver`] or [`Loader`]
-/// may run beside them. All may sleep. None is called with a lock held that is also held during a
+/// No two methods run at the same time on one device. Methods of its [`Saver`] or [`Loader`] may
+/// run concurrently. All may sleep. None is called with a lock held that is also held during a
 /// user copy.
 ///
 /// A method that fails leaves the device unchanged, unless [`is_broken`](Self::is_broken) returns
@@ -235,12 +235,12 @@ pub trait Migratable: Send + Sync + 'static {
     /// `PRE_COPY_P2P`.
     ///
     /// When this returns, no transfer to another device is under way, and none starts. A device
-    /// with `VFIO_MIGRATION_P2P` that does no DMA implements this without doing anything.
+    /// with `VFIO_MIGRATION_P2P` that does no DMA implements this as a no-op.
     fn quiesce_p2p(&self) -> Result {
         Ok(())
     }
 
-    /// Allows peer-to-peer DMA again, for the arcs back, and to undo
+    /// Allows peer-to-peer DMA again, for the opposite arcs, and to undo
     /// [`quiesce_p2p`](Self::quiesce_p2p) on an arc that fails.
     fn resume_p2p(&self) -> Result {
         Ok(())

@@ -83,8 +83,8 @@ pub enum Phase {
 /// ```
 #[pin_data]
 pub struct Notifier {
-    /// In a box of its own, which is dropped without waiting: dropping a plain `PollCondVar` would
-    /// delay close() and state changes by a grace period of RCU.
+    /// Boxed, so that it is dropped without waiting: dropping a plain `PollCondVar` would delay
+    /// close() and state changes by an RCU grace period.
     pub(crate) wait: PollCondVarBox,
     /// The number of notifications. Waiters compare it under the lock, so that a notification
     /// before they sleep is not lost.

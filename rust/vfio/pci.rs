@@ -13,15 +13,16 @@
 //! The core calls `reset_prepare` and `reset_done` of a PCI driver with locks held that accesses to
 //! the device need: its `memory_lock`, and the locks of all devices on the bus. A state change, a
 //! saver or a loader may wait for `memory_lock` at the same time, while it holds a lock of the
-//! engine. So a driver must not take the same lock in them, and must not access the device.
+//! engine. So these callbacks must not take the same lock of the engine, and must not access the
+//! device.
 //!
-//! The crate solves this once. They take no mutex and call no method of the driver. `reset_prepare`
-//! records the reset, makes all accesses of the driver fail with `ENODEV`, and wakes the users of
-//! the data_fd. After `reset_done`, the next call by the user (read(), write() and most ioctls of
-//! the device file, and page faults of tracked BARs), at the latest the end of the
-//! `VFIO_DEVICE_RESET` itself, completes the reset before it does anything else: it ends the
-//! session and calls [`Migratable::reset`], without locks of the core. A call during the reset
-//! waits for its end.
+//! The crate implements both callbacks for all drivers. They take no mutex and call no method of
+//! the driver. `reset_prepare` records the reset, makes all accesses of the driver fail with
+//! `ENODEV`, and wakes the users of the data_fd. The reset is completed after `reset_done`, by the
+//! next call of the user: read(), write() and most ioctls of the device file, and page faults of
+//! tracked BARs. `VFIO_DEVICE_RESET` completes its own reset before it returns. To complete a reset
+//! is to end the session and to call [`Migratable::reset`], without locks of the core, before
+//! anything else. A call during the reset waits for its end.
 //!
 //! A reset by the host does not take `memory_lock`, so it may begin while the driver accesses the
 //! device. Such an access fails, too.
@@ -204,7 +205,7 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Returns the migration states that the device supports. Called once, before it is registered.
     /// May sleep.
     ///
-    /// By default, all states that the open data supports. It must not be more.
+    /// By default, all states that the open data supports. A driver may return fewer, but not more.
     fn migration_flags(&self) -> Flags {
         Self::OpenData::FLAGS
     }
@@ -220,16 +221,16 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// the device is opened. May sleep.
     ///
     /// The open fails with `EINVAL`, and the log has the reason, if tracked memory is not that of
-    /// this BAR, or if a BAR that is not direct has I/O ports or the table of MSI-X, which is the
-    /// core's. A device with such a BAR has no ioeventfds, which would bypass the crate.
+    /// this BAR, or if a BAR that is not direct has I/O ports or the MSI-X table, which belongs to
+    /// the core. A device with such a BAR has no ioeventfds: they would bypass the crate.
     fn region(_open: &Self::OpenData, _region_index: u32) -> Region<'_> {
         Region::Direct
     }
 
     /// Reads from a [trapped](Region::Trapped) BAR. The whole range is inside the BAR.
     ///
-    /// Called in any migration state. May sleep. Called without access to user memory. By default,
-    /// it reads from the device.
+    /// Called in any migration state. May sleep. The bytes are copied to the user after this has
+    /// returned. By default, it reads from the device.
     fn read(_open: &Self::OpenData, _pos: Position, _to: &mut [u8]) -> Result {
         Err(EINVAL)
     }
@@ -237,8 +238,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Writes to a [trapped](Region::Trapped) BAR. The whole range is inside the BAR.
     ///
     /// Not called while the device is stopped. [`Migratable::stop`] is called after the write under
-    /// way has returned; there is at most one. May sleep. Called without access to user memory. By
-    /// default, it writes to the device.
+    /// way has returned; there is at most one. May sleep. The bytes were copied from the user
+    /// before the call. By default, it writes to the device.
     fn write(_open: &Self::OpenData, _pos: Position, _from: &[u8]) -> Result {
         Err(EINVAL)
     }

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! PCI functions made of software, behind an IOMMU made of software.
+//! Software PCI functions behind a software IOMMU.
 //!
-//! A driver of [emulated] devices gets a host bridge of its own. On its bus, an
-//! administrator plugs and unplugs functions at run time. Each has an address (a BDF) and an IOMMU
-//! group of its own, so that programs which take only PCI devices can use it. It does DMA through
-//! an IOMMU that tracks dirty pages, and is opened like a device that is bound to `vfio-pci`: by
-//! its group in a container, or by its character device in an iommufd.
+//! Each driver of [emulated] devices has its own host bridge. On its bus, an administrator plugs
+//! and unplugs functions at run time. A function has an address (a BDF) and its own IOMMU group, so
+//! that programs that accept only PCI devices can use it. It does DMA through an IOMMU that tracks
+//! dirty pages, and is opened like a device that is bound to `vfio-pci`: by its group in a
+//! container, or by its character device in an iommufd.
 //!
 //! # Creating functions
 //!
-//! In configfs, like with `gpio-sim` and `null_blk`. A function needs settings before it exists,
-//! and a script needs its address afterwards:
+//! Functions are created in configfs, like the devices of `gpio-sim` and `null_blk`: a function
+//! needs settings before it exists, and a script needs its address afterwards.
 //!
 //! ```sh
 //! mkdir /sys/kernel/config/vfio_mock/first
@@ -29,14 +29,14 @@
 //! | `address` | its address while it is plugged; otherwise reading fails with `ENODEV` |
 //!
 //! The settings cannot be changed while the function is plugged. Writing 0 to `power`, or removing
-//! the directory, asks the user to release the function and waits until that has happened. While a
-//! removal waits, no directory of the driver can be created or removed. Each directory keeps the
-//! module of the driver loaded.
+//! the directory, asks the user to release the function and waits for that. While a removal waits,
+//! no directory of the driver can be created or removed. Each directory keeps the module of the
+//! driver loaded.
 //!
 //! # Drivers
 //!
-//! The function belongs to the driver by its `driver_override`. It can be bound and unbound in
-//! sysfs, and libvirt and driverctl find the driver by its alias, which begins with `vfio_pci:`.
+//! `driver_override` of a function selects the driver. The function can be bound and unbound in
+//! sysfs. libvirt and driverctl find the driver by its alias, which begins with `vfio_pci:`.
 //! The [settings](emulated::Attribute) of the device are in the directory of the function in sysfs
 //! while the driver is bound.
 //!
@@ -45,8 +45,8 @@
 //!
 //! # Supported systems
 //!
-//! x86 with an IOMMU driver, MSI and configfs in the kernel. On others, [`Registration`] does
-//! nothing.
+//! x86 with an IOMMU driver, MSI and configfs in the kernel. On other systems, [`Registration`]
+//! does nothing.
 
 /// Declares the items of systems that support functions, and of those that do not.
 macro_rules! supported {

@@ -60,8 +60,8 @@ const PM_STATE: u32 = bindings::PCI_PM_CTRL_STATE_MASK;
 const PM_KEEPS_STATE: u32 = bindings::PCI_PM_CTRL_NO_SOFT_RESET;
 /// Version 2 of the capability PCI Express, of an endpoint in the root complex: there is no link.
 const EXP_FLAGS: u32 = bindings::PCI_EXP_TYPE_RC_END << 4 | 2;
-/// The writable bits of the device control register. The device can neither be reset by it, nor
-/// has it tags or functions to extend.
+/// The writable bits of the device control register. The device has no function level reset, no
+/// extended tags and no phantom functions.
 const EXP_WRITABLE: u32 = bindings::PCI_EXP_DEVCTL_CERE
     | bindings::PCI_EXP_DEVCTL_NFERE
     | bindings::PCI_EXP_DEVCTL_FERE

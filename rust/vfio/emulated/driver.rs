@@ -20,7 +20,7 @@ use kernel::{
 
 /// A type of device.
 pub struct Type {
-    /// The name. The administrator selects the type by it.
+    /// The name, with which the administrator selects the type.
     pub name: &'static CStr,
     /// A name to display.
     pub pretty_name: &'static CStr,
@@ -31,8 +31,8 @@ pub struct Type {
 /// A setting of a device on its host: a file with a number in the device's directory in sysfs.
 ///
 /// The administrator and `mdevctl` can read and write it from before the first open to the removal
-/// of the device, or of its driver. The guest cannot access it. Writing anything but a number of 64
-/// bits fails with `EINVAL` and does not call the driver.
+/// of the device, or of its driver. The guest cannot access it. Writing anything other than a
+/// 64-bit number fails with `EINVAL` and does not call the driver.
 pub struct Attribute<T> {
     /// The name of the file.
     pub name: &'static CStr,

@@ -201,8 +201,8 @@ impl Irqs {
         self.inner.lock().msix.signal(vector as usize);
     }
 
-    /// Requests for the `count`th time that the user releases the device, which is being removed.
-    /// Logs what the removal waits for, like `vfio-pci`.
+    /// Asks the user for the `count`th time to release the device, which is being removed. Logs
+    /// that the removal waits, like `vfio-pci`.
     pub(crate) fn request(&self, dev: &Device, count: u32) {
         let inner = self.inner.lock();
         if let Some(eventfd) = &inner.request {

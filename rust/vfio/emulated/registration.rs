@@ -44,7 +44,7 @@ use kernel::{
     },
 };
 
-/// The way from a device to the memory of its user.
+/// Access path from a device to the memory of its user.
 pub(crate) enum Path {
     /// The core accesses the memory on behalf of the device, which has an IOMMU group of its own
     /// that stands for no hardware.
@@ -62,8 +62,7 @@ pub(crate) enum Path {
 
 /// The registration of an emulated device.
 ///
-/// Dropping it removes the device: it asks the user to release the device, and waits until that has
-/// happened.
+/// Dropping it removes the device: it asks the user to release the device, and waits for that.
 pub(crate) struct Registration<T: Operations> {
     /// Present until the registration is dropped.
     dev: Option<ARef<Device>>,

@@ -105,7 +105,7 @@ unsafe impl<J: Sync> Sync for Shared<J> {}
 ///
 /// The task that creates the worker pays for it: the thread is in the cgroups of that task, and its
 /// allocations with `__GFP_ACCOUNT` are charged there. Its CPU time counts against the quota of
-/// that cgroup, but the kernel throttles no kthread, only the other threads of the group.
+/// that cgroup, but the kernel does not throttle kthreads, only the other threads of the group.
 ///
 /// It is not a thread of that process, unlike those of `vhost_task_create()`: these are killed with
 /// the process and by its `execve()`, but a device file may be passed to another process.

@@ -398,9 +398,9 @@ impl StateMemory {
         }
     }
 
-    /// Drops stores of users by mappings from now on. May sleep.
+    /// Drops stores of users through mappings from now on. May sleep.
     ///
-    /// By that mapping, a page with a dropped store has undefined content until
+    /// Through that mapping, a page with a dropped store has undefined content until
     /// [`thaw()`](Self::thaw). Writes of the driver are not affected.
     ///
     /// Waits about 0.1 s while the kernel has references to pages that were mapped writable: it may

@@ -119,7 +119,7 @@ impl<T: Operations> OpenDevice<T> {
     }
 }
 
-/// The device as the engine sees it: calls the driver, and drops writes while the device is
+/// Forwards the engine's calls to the driver, and drops the user's writes while the device is
 /// stopped.
 #[vtable]
 impl<T: Operations> Migratable for OpenDevice<T> {
@@ -266,7 +266,7 @@ impl<T: Operations> Variant<T> {
     /// Returns the data of the open device, after a reset is completed. May sleep.
     ///
     /// Fails with `ENODEV` if it is not open, with `EINTR` if the task is killed while it waits,
-    /// and once with the error of the driver.
+    /// and, in the call that completes a reset, with the error of the driver.
     pub(super) fn settled(&self) -> Result<Arc<OpenDevice<T>>> {
         let opened = self.opened()?;
         self.settle(&opened)?;
@@ -294,7 +294,7 @@ impl<T: Operations> Variant<T> {
         Ok(())
     }
 
-    /// Records the begin of a reset, and unmaps all BARs from all address spaces, like
+    /// Records the start of a reset, and unmaps all BARs from all address spaces, like
     /// `vfio_pci_zap_bars()`. May be called with `memory_lock` held. May sleep.
     pub(super) fn reset_prepare(&self) {
         self.private.resets.begin();

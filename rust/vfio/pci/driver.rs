@@ -50,7 +50,7 @@ use kernel::{
 /// The registration of a variant driver.
 ///
 /// Dropping it unbinds the driver from its devices: it asks their users to release them, and waits
-/// until that has happened.
+/// for that.
 ///
 /// # Examples
 ///

@@ -452,18 +452,18 @@ impl Enabled {
 /// The PCI function of an open device: the driver's access to its BARs and its configuration
 /// space.
 ///
-/// An access has the device in power (runtime PM), and excludes a reset by the user and changes of
-/// the command register, because it holds `memory_lock`. It works even if the user has disabled the
-/// memory BARs: then it enables them meanwhile. It fails with
+/// An access keeps the device powered (runtime PM), and excludes a reset by the user and changes of
+/// the command register, because it holds `memory_lock`. If the user has disabled the memory BARs,
+/// it enables them temporarily. It fails with
 ///
 /// * `EIO` if the user has put the device into D3hot by the configuration space, or the device was
 ///   removed, reported an error or does not respond,
 /// * `ENODEV` if a reset has begun and [`Migratable::reset`] has not been called since: the caller
-///   belongs to a session that the reset ends. Also if the reset begins during the access. Also
-///   after the last close, because the function may live longer than the open device.
+///   belongs to a session that the reset ends. The same error is returned if the reset begins
+///   during the access, and after the last close, because the function may outlive the open device.
 ///
 /// All methods may sleep. They must not be called with `memory_lock` held, or with a lock that the
-/// holder of `memory_lock` waits for; no lock of the crate is one. Accesses of the driver to one
+/// holder of `memory_lock` waits for; the crate has no such lock. Accesses of the driver to one
 /// device exclude each other.
 ///
 /// [`Migratable::reset`]: crate::migration::Migratable::reset
@@ -499,7 +499,7 @@ pub struct Function {
 }
 
 impl Function {
-    /// Creates the function of a device that is being opened. It is to be reset.
+    /// Creates the function of a device that is being opened, and that must be reset before use.
     ///
     /// # Safety
     ///

@@ -11,9 +11,9 @@
 //! the lock of the mappings held. If the core made it writable after `pfn_mkwrite` has returned, it
 //! could do so after the page was streamed and mapped read-only again.
 //!
-//! The core unmaps all BARs when the device loses power or memory space, and at the begin of
-//! `VFIO_DEVICE_RESET`. The crate does so at the begin of any reset. A page fault after that
-//! completes the reset first, like any other access.
+//! The core unmaps all BARs when the device loses power or memory space, and at the start of
+//! `VFIO_DEVICE_RESET`. The crate does so at the start of any reset. A later page fault completes
+//! the reset first, like any other access.
 
 use crate::{
     bindings,

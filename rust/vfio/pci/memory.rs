@@ -55,8 +55,8 @@ struct Inner {
 ///
 /// Writes of the user, and stores to mappings of the BAR, are tracked if
 /// [`Operations::region`](crate::pci::Operations::region) returns this memory. They are dropped
-/// while the device is stopped. By that mapping, a page with a dropped store has undefined content
-/// until the device runs again.
+/// while the device is stopped. Through that mapping, a page with a dropped store has undefined
+/// content until the device runs again.
 ///
 /// Clones refer to the same memory. All accesses may sleep, and fail like those of [`Function`].
 ///
@@ -278,7 +278,7 @@ impl BarTracking {
     /// Takes the next run to stream, of at most `max` pages and at most 64. Pages that were never
     /// streamed come first. Returns [`None`] if no page is to be streamed. May sleep.
     ///
-    /// Clears the marks of the pages, write-protects their mappings, and reads them then. They
+    /// Clears the marks of the pages, write-protects their mappings, and then reads them. They
     /// count as streamed, so the saver must return the content. If it fails, the pages are marked
     /// again. Fails with `ENOMEM`, or like [`Function::read`].
     pub fn take(&self, max: usize) -> Result<Option<BarRun>> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The resets of a device, and those that the driver was called for.
+//! Record of the resets of a device, and of those that the driver has handled.
 
 use crate::{
     bindings,
@@ -85,7 +85,7 @@ impl Resets {
         drop(last);
     }
 
-    /// Records the begin of a reset. Accesses fail until [`accept()`](Self::accept) after its end.
+    /// Records the start of a reset. Accesses fail until [`accept()`](Self::accept) after its end.
     /// Wakes readers, writers and pollers of the session, which must notice it. Does not sleep.
     pub(crate) fn begin(&self) {
         let mut inner = self.inner.lock();
@@ -102,7 +102,7 @@ impl Resets {
         self.waiters.wake();
     }
 
-    /// Fails with `ENODEV` between the begin of a reset and the call of the driver. Does not sleep.
+    /// Fails with `ENODEV` between the start of a reset and the call of the driver. Does not sleep.
     pub(crate) fn not_reset(&self) -> Result {
         let inner = self.inner.lock();
         if inner.accepted == inner.count && !inner.in_reset {
@@ -153,8 +153,8 @@ impl Resets {
         inner.accepted = inner.count;
     }
 
-    /// Records that the driver was called after the first `count` resets. Returns whether there was
-    /// none since.
+    /// Records that the driver was called after the first `count` resets. Returns whether no other
+    /// reset has begun since.
     pub(crate) fn settle(&self, count: u32) -> bool {
         let mut inner = self.inner.lock();
         inner.settled = count;

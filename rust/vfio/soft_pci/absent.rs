@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stands in for functions made of software on systems that do not support them.
+//! Stands in for software functions on systems that do not support them.
 
 use super::Driver;
 use core::marker::PhantomData;

@@ -562,8 +562,8 @@ impl Bridge {
             // SAFETY: By the type invariants, the bus is valid.
             NonNull::new(unsafe { bindings::pci_get_slot(self.bus.as_ptr(), devfn) })
         };
-        // Without the lock, as the user of a device may delay this: other functions can be plugged
-        // meanwhile.
+        // Without the lock, because the user of a device may delay this: other functions can be
+        // plugged meanwhile.
         if let Some(pdev) = find() {
             // SAFETY: `pdev` is a reference.
             unsafe {
@@ -585,7 +585,7 @@ impl Bridge {
         }
     }
 
-    /// Returns the type of the function that a device is, and whether it has a DMA log.
+    /// Returns the type of a function, and whether it has a DMA log.
     ///
     /// Fails with `ENODEV` if the device is not on the bus.
     ///

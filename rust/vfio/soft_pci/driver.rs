@@ -50,7 +50,7 @@ struct RawDriver {
 /// A registered driver of functions.
 ///
 /// Dropping it unbinds the driver from its functions: it asks their users to release them, and
-/// waits until that has happened.
+/// waits for that.
 ///
 /// # Invariants
 ///

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host side of functions: the bridge, the IOMMU, and what is plugged.
+//! The host side of functions: the bridge, the IOMMU, and the plugged functions.
 
 use super::{
     bridge::{

@@ -459,7 +459,7 @@ impl Endpoint {
 
     /// Returns the endpoint of a function.
     ///
-    /// Fails with `ENODEV` if the device is no function behind this IOMMU.
+    /// Fails with `ENODEV` if the device is not a function behind this IOMMU.
     pub(super) fn of(device: &device::Device<Bound>) -> Result<Arc<Self>> {
         let dev = device.as_raw();
         // SAFETY: The device is bound to a driver. The core of the subsystem sets these fields when
@@ -527,8 +527,8 @@ impl Memory for Endpoint {
     }
 }
 
-/// The operations of firmware nodes. There are none, but their address tells the nodes of this
-/// IOMMU from others.
+/// The operations of firmware nodes. They are empty, but their address distinguishes the nodes of
+/// this IOMMU from others.
 static FWNODE_OPS: bindings::fwnode_operations = pin_init::zeroed();
 
 /// A software IOMMU for the functions on one bus.
@@ -561,7 +561,7 @@ unsafe impl Send for SoftIommu {}
 unsafe impl Sync for SoftIommu {}
 
 impl SoftIommu {
-    /// Of the domains without page table.
+    /// The operations of domains without a page table.
     const STATIC_OPS: bindings::iommu_domain_ops = bindings::iommu_domain_ops {
         attach_dev: Some(Self::block),
         ..pin_init::zeroed()
@@ -574,7 +574,7 @@ impl SoftIommu {
     ///
     /// # Safety
     ///
-    /// `bus` must be valid until the result is dropped, and must have no devices now and then.
+    /// `bus` must be valid until the result is dropped. It must have no devices then, and none now.
     pub(super) unsafe fn new(
         bus: *mut bindings::pci_bus,
         module: &'static ThisModule,
@@ -714,7 +714,7 @@ impl SoftIommu {
         // SAFETY: The device is being added, so that no driver is bound to it yet.
         let bus = unsafe { (*pdev).bus };
         if bus == this.bus {
-            // There is nothing at the addresses in BARs.
+            // Nothing answers at the addresses in BARs, so they must not be mapped.
             // SAFETY: As above.
             unsafe { bindings::pci_dev::set_non_mappable_bars_raw(pdev, 1) };
             // SAFETY: The device is being added, and the node is that of a registered IOMMU.
