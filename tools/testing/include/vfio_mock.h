@@ -96,7 +96,6 @@ struct vfio_mock_dma_desc {
 #define VFIO_MOCK_DMA_REFUSED_INDEX	1	/* no such descriptor */
 #define VFIO_MOCK_DMA_REFUSED_BUSY	2	/* in use by the device */
 
-#define VFIO_MOCK_STATUS_BUSY		0x1
 #define VFIO_MOCK_STATUS_DONE		0x2
 #define VFIO_MOCK_STATUS_ERROR		0x4
 

@@ -20,7 +20,6 @@
 
 /* small and medium are the smallest types with this number of kernel pages. */
 #define SMALL_PAGES	16
-#define MEDIUM_PAGES	256
 
 /* Options of the programs for vfio_mock. Each program accepts all of them. */
 static struct mig_option mock_options[] = {

@@ -17,8 +17,6 @@
 
 #include "mock_dma.h"
 
-#define work_data	FIXTURE_DATA(work)
-
 #define IOVA	0x40000000ULL
 
 /* Upper bound for the distance of two IOVAs in the same zone of the log. */
