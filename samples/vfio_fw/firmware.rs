@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A simulated device with firmware. Of VFIO, it knows only the handler of its interrupt.
+//! A simulated device with firmware. It depends on VFIO only for the handler of its interrupt.
 //!
 //! The device has [`SIZE`] bytes of memory. Only the firmware can save and load its state, in
 //! images with a format of its own. A command takes time and ends with an interrupt, may be
-//! refused, and may never end. The host decides which, see [`Faults`].
+//! refused, and may never end. The host selects these faults, see [`Faults`].
 
 use kernel::{
     impl_has_hr_timer, new_mutex,
@@ -69,7 +69,7 @@ fn checksum(image: &[u8]) -> u64 {
 /// Maximum of a time that the host sets, in milliseconds.
 const MAX_MS: u64 = 3_600_000;
 
-/// What the host can make the firmware do.
+/// Delays and failures of the firmware, which the host selects.
 pub(crate) struct Faults {
     delay_ms: Atomic<u64>,
     timeout_ms: Atomic<u64>,
@@ -160,18 +160,18 @@ enum Kind {
 /// A part of the device that can be suspended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
-    /// What accesses other devices. It is suspended first and resumed last.
+    /// The part that accesses other devices. It is suspended first and resumed last.
     Initiator,
     /// The rest. While it is suspended, writes to the device are lost.
     Responder,
 }
 
-/// What an image contains.
+/// The content of an image.
 #[derive(Clone, Copy)]
 pub(crate) enum Content {
     /// The whole state.
     All,
-    /// What has changed since the last image, or since [`Firmware::track()`].
+    /// The changes since the last image, or since [`Firmware::track()`].
     Changes,
 }
 
@@ -194,7 +194,7 @@ struct State {
 }
 
 impl State {
-    /// Makes an image of what has changed.
+    /// Makes an image of the changes.
     fn save(&mut self) -> Result<KVVec<u8>> {
         let mut image = KVVec::with_capacity(image_size(self.changed), GFP_KERNEL_ACCOUNT)?;
         image.extend_from_slice(&MAGIC.to_le_bytes(), GFP_KERNEL_ACCOUNT)?;
@@ -354,7 +354,7 @@ impl Firmware {
         })
     }
 
-    /// Posts SAVE, which makes an image of what has changed. The last image of a device is refused
+    /// Posts SAVE, which makes an image of the changes. The last image of a device is refused
     /// unless the device is suspended. `on_end` handles the interrupt at the end of the command.
     pub(crate) fn save(
         &self,
@@ -380,7 +380,7 @@ impl Firmware {
         })
     }
 
-    /// Posts a command. What it does is done here; its end is when the timer expires.
+    /// Posts a command. Executes it here, but reports its end only when the timer expires.
     fn post<T>(
         &self,
         kind: Kind,

@@ -2,18 +2,18 @@
 
 //! A migratable VFIO device with firmware, which saves and loads the state in bulk.
 //!
-//! A template for drivers of devices whose firmware takes time and fails. The driver asks it by
-//! commands, like mlx5:
+//! A template for drivers of devices with firmware that is slow and may fail. The driver sends it
+//! commands, like that of mlx5:
 //!
 //! * QUERY returns the size of the next image.
 //! * SUSPEND and RESUME stop and start a part of the device.
-//! * SAVE makes an image of what has changed. The first one has the whole state.
+//! * SAVE makes an image of the changes. The first one has the whole state.
 //! * LOAD loads an image.
 //!
 //! The driver waits for SAVE and LOAD without holding up anything: their interrupt wakes the user
 //! of the data_fd. It waits for the other commands in its methods, for a limited time. A command
-//! that is refused changes nothing. If the end of one is unknown, the device is broken until it is
-//! reset.
+//! that is refused changes nothing. If the result of a command is unknown, the device is broken
+//! until it is reset.
 //!
 //! The stream has a record for each image, and a last record with the configuration space. A record
 //! has a header, with a tag and the length of the rest, both of 64 bits.
@@ -353,7 +353,7 @@ impl Saver for FwSaver {
     }
 
     fn seal(&mut self) -> Result {
-        // The state change fails if the firmware cannot save what is left.
+        // The state change fails if the firmware cannot save the rest.
         self.chip
             .execute(|firmware| firmware.query(Content::Changes))?;
         Ok(())

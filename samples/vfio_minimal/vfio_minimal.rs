@@ -32,7 +32,7 @@ static_assert!(SIZE % PAGE_SIZE == 0);
 // There is a bit for each page in `MinimalLoader::loaded`.
 static_assert!(PAGES < u32::BITS as usize);
 
-/// What the register at 0 reads as.
+/// Value of the register at 0.
 const MAGIC: u64 = u64::from_be_bytes(*b"MINIMAL\0");
 const MAGIC_REGISTER: usize = 0;
 const WRITES_REGISTER: usize = 8;

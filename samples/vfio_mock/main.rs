@@ -28,7 +28,7 @@
 //!
 //! Three paths through them:
 //!
-//! * A byte that the guest writes to BAR2 gets to the target by `device`, `chip` and the crate's
+//! * A byte that the guest writes to BAR2 reaches the target by `device`, `chip` and the crate's
 //!   `memory`, which marks the page; `migration::save` and the crate's data_fd; then
 //!   `migration::load`, [`migration::stream`] and `chip` of the target.
 //! * An interrupt: the worker calls `device`, `chip` and `dma`, which takes the vectors of ended

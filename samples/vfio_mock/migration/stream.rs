@@ -605,7 +605,7 @@ pub trait Sink {
     fn registers(&mut self, bytes: &[u8]) -> Result<(), Error>;
 }
 
-/// What a [`Decoder`] expects next.
+/// The part of the stream that a [`Decoder`] expects next.
 #[derive(Clone, Copy)]
 enum Expect {
     /// The header of a record.

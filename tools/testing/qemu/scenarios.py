@@ -449,7 +449,7 @@ def follow(what, machine, way, view):
         state for _, state in machine.states if state not in device.STATES
     )
     if foreign:
-        view.say(f"{what}'s QEMU also tells of {', '.join(foreign)}")
+        view.say(f"{what}'s QEMU also reports {', '.join(foreign)}")
     for number, _ in enumerate(machine.mdevs):
         went = [state for n, state in known if n == number]
         # A state that is reported twice was entered once.
@@ -514,7 +514,7 @@ def cancel(scenario):
     scenario.work_on(source)
     follow("source", source, ["PRE_COPY", "RUNNING"], scenario.view)
     source.excuse()
-    scenario.view.say("cancelled half-way, the source goes on")
+    scenario.view.say("cancelled half-way, the source continues")
     scenario.verify(source)
 
     target = scenario.target("second-target")

@@ -3,7 +3,7 @@
 //! Calls of the VFIO uAPI that `vfio-ioctls` lacks, or whose result it does not return in full.
 //!
 //! This is the only module with `unsafe` and the only one that uses the generated bindings.
-//! `Documentation/vfio-migrate.rst` lists its content as proposals for that crate.
+//! `Documentation/vfio_vmms.rst` lists the gaps of that crate.
 
 #![allow(unsafe_code)]
 

@@ -490,7 +490,7 @@ fn queue_migrates() {
         3
     );
     let fill = first.iter().find(|piece| piece.op == Op::Fill);
-    assert_eq!(fill.map(|piece| piece.pos), Some(3000), "it goes on");
+    assert_eq!(fill.map(|piece| piece.pos), Some(3000), "it continues");
     assert_eq!(target.done(), 4);
 }
 

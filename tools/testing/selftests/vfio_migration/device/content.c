@@ -95,7 +95,7 @@ TEST_F(device, memory_works_on_the_target)
 	expect_scratch(_metadata, to, &self->scratch, want, "written on the target");
 }
 
-/* The source goes on after a cancelled migration, with its content. */
+/* The source continues after a cancelled migration, with its content. */
 TEST_F(device, memory_works_after_every_state)
 {
 	struct mig_stream image = {};
