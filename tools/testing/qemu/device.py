@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""One mediated device: its entries in sysfs, and its content while a VMM has it open.
+"""One device: its entries in sysfs, and its content while a VMM has it open.
 
 A device can be opened by one VMM only. This module duplicates its file descriptors
 (pidfd_getfd) to read the content of the device and the size of its pending data.
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 BUS = Path("/sys/class/mdev_bus")
 DEVICES = Path("/sys/bus/mdev/devices")
+PCI = Path("/sys/bus/pci/")
 DEBUGFS = Path("/sys/kernel/debug/vfio")
 
 SYS_PIDFD_GETFD = 438
@@ -56,10 +57,10 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Kind(NamedTuple):
-    """Properties of the devices of one parent."""
+    """Properties of the devices of one parent, or of one PCI driver."""
 
     parent: str
-    type: str
+    type: str | None
     # The BARs that must be equal on both sides, by name of their content.
     bars: dict
     # The register that counts the writes dropped in a stopped state, if any.
@@ -80,33 +81,22 @@ DMA_ACTIVE = 2
 # Smaller, because a guest has two of them, and each one exists on both sides.
 PEER = MOCK._replace(type="vfio_mock-1M")
 MINIMAL = Kind("vfio_minimal", "vfio_minimal-64K", {"memory": 0}, None, False)
+# The bochs-display devices of the test machine.
+DISPLAY = Kind("vfio_membar", None, {"memory": 0, "registers": 2}, None, False)
+DISPLAY_ID = ("0x1234", "0x1111")
 
 
 class Device:
-    """A mediated device of a parent's type, from creation to removal."""
+    """A device, named by the UUID of a mediated device or the address of another one."""
 
-    def __init__(self, parent, mdev_type):
-        types = BUS / parent / "mdev_supported_types"
-        self.uuid = str(uuid.uuid4())
-        self.path = DEVICES / self.uuid
+    def __init__(self, name, path):
+        self.name = name
+        self.path = path
         # The process that has the device open.
         self.holder = None
-        (types / mdev_type / "create").write_text(self.uuid)
-
-    def remove(self, timeout=10):
-        """Removes the device. One that is still in use is removed a moment later."""
-        deadline = time.monotonic() + timeout
-        while self.path.exists():
-            try:
-                (self.path / "remove").write_text("1")
-            except OSError as error:
-                busy = error.errno in (errno.EAGAIN, errno.EBUSY)
-                if not busy or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.01)
 
     def _debugfs(self, name):
-        return (DEBUGFS / self.uuid / "migration" / name).read_text()
+        return (DEBUGFS / self.name / "migration" / name).read_text()
 
     def _feature(self, number, layout):
         """Returns the values of a feature, which any process with the file can get."""
@@ -138,6 +128,60 @@ class Device:
         return []
 
 
+class Mdev(Device):
+    """A mediated device of a parent's type, from creation to removal."""
+
+    def __init__(self, parent, mdev_type):
+        name = str(uuid.uuid4())
+        super().__init__(name, DEVICES / name)
+        types = BUS / parent / "mdev_supported_types"
+        (types / mdev_type / "create").write_text(name)
+
+    def qemu(self):
+        """Returns the property with which QEMU finds the device."""
+        return {"sysfsdev": str(self.path)}
+
+    def remove(self, timeout=10):
+        """Removes the device. One that is still in use is removed a moment later."""
+        deadline = time.monotonic() + timeout
+        while self.path.exists():
+            try:
+                (self.path / "remove").write_text("1")
+            except OSError as error:
+                busy = error.errno in (errno.EAGAIN, errno.EBUSY)
+                if not busy or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
+
+
+class Display(Device):
+    """A display of the test machine, while it is bound to a variant driver."""
+
+    def __init__(self, driver, path):
+        super().__init__(path.name, path)
+        (path / "driver_override").write_text(driver)
+        (PCI / "drivers_probe").write_text(self.name)
+
+    def qemu(self):
+        """Returns the property with which QEMU finds the device."""
+        return {"host": self.name}
+
+    def remove(self):
+        """Releases the device. One that is still in use is released after that."""
+        (self.path / "driver/unbind").write_text(self.name)
+        (self.path / "driver_override").write_text("\n")
+
+
+def find_displays():
+    """Returns the displays of the test machine, in the order of their addresses."""
+    return [
+        path
+        for path in sorted((PCI / "devices").iterdir())
+        if tuple((path / name).read_text().strip() for name in ("vendor", "device"))
+        == DISPLAY_ID
+    ]
+
+
 @contextlib.contextmanager
 def borrow(pid, number):
     """Duplicates file descriptor `number` of process `pid`.
@@ -166,12 +210,12 @@ def find_files(pid, pattern):
 
 
 def find_device(pid, mdev):
-    """Returns the descriptor of the mediated device in process `pid`."""
+    """Returns the descriptor of a device in process `pid`."""
     for number in find_files(pid, DEVICE_FILE):
         info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
-        if re.search(f"^vfio-device-syspath:.*/{mdev.uuid}$", info, re.MULTILINE):
+        if re.search(f"^vfio-device-syspath:.*/{mdev.name}$", info, re.MULTILINE):
             return number
-    raise OSError(errno.ENODEV, f"process {pid} has not got {mdev.uuid}")
+    raise OSError(errno.ENODEV, f"process {pid} has not got {mdev.name}")
 
 
 def bytes_left(pid):

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Program that a guest of the demo runs as its /init. It keeps its vfio_mock or
- * vfio_minimal devices busy, and has a model of their content in its own memory.
+ * Program that a guest of the demo runs as its /init. It keeps its vfio_mock,
+ * vfio_minimal or bochs-display devices busy, and has a model of their content in its
+ * own memory.
  * The model migrates with the memory of the guest, the devices with their own
  * migration. If both agree on the target, the devices have migrated completely.
- * Two vfio_mock devices also do DMA, see peers.c.
+ * Two vfio_mock devices also do DMA, see peers.c. A display shows a picture, see
+ * display.c.
  *
  * It reports on the second serial port. Each line has a word with an @, followed
  * by key=value pairs. It accepts commands there: "verify" compares the whole
@@ -46,9 +48,13 @@
 #define HEADER_WRITES	8
 
 static const struct kind kinds[] = {
-	{ .id = VFIO_MOCK_DEVICE_ID, .bar = 2, .engine = true },
+	{ .vendor = VFIO_MOCK_VENDOR_ID, .id = VFIO_MOCK_DEVICE_ID, .bar = 2,
+	  .engine = true },
 	/* vfio_minimal: the magic is "MINIMAL", starting at the top byte. */
-	{ .id = 0x10f1, .bar = 0, .header = 16, .magic = 0x4d494e494d414c00 },
+	{ .vendor = VFIO_MOCK_VENDOR_ID, .id = 0x10f1, .bar = 0, .header = 16,
+	  .magic = 0x4d494e494d414c00 },
+	/* bochs-display */
+	{ .vendor = 0x1234, .id = 0x1111, .bar = 0, .display = true },
 	{}
 };
 
@@ -184,12 +190,11 @@ static __u64 model_word(const struct device *d, __u64 offset,
 	return word;
 }
 
-/* Writes @width bytes of the pattern of this generation at @offset. */
-static void mem_write(struct device *d, __u64 offset, unsigned int width)
+/* Writes the first @width bytes of @word at @offset. */
+void mem_store(struct device *d, __u64 offset, unsigned int width, __u64 word)
 {
-	__u64 word = 0, writes;
+	__u64 writes;
 
-	vfio_mock_pattern(&word, d->generation, offset, width);
 	mmio_write(d->mem + offset, width, word);
 	d->count.written += width;
 	if (offset >= d->kind->header)
@@ -198,6 +203,15 @@ static void mem_write(struct device *d, __u64 offset, unsigned int width)
 		writes = model_word(d, HEADER_WRITES, 8) + 1;
 		memcpy(d->model + HEADER_WRITES, &writes, 8);
 	}
+}
+
+/* Writes @width bytes of the pattern of this generation at @offset. */
+static void mem_write(struct device *d, __u64 offset, unsigned int width)
+{
+	__u64 word = 0;
+
+	vfio_mock_pattern(&word, d->generation, offset, width);
+	mem_store(d, offset, width, word);
 }
 
 static void mem_check(struct device *d, __u64 offset, unsigned int width)
@@ -339,6 +353,8 @@ static void generation(struct device *d)
 	write_pages(d);
 	if (d->kind->engine)
 		use_engine(d);
+	if (d->kind->display)
+		display_turn(d);
 	read_back(d);
 }
 
@@ -353,6 +369,8 @@ static void first_generation(struct device *d)
 	}
 	for (offset = 0; offset < d->size; offset += 8)
 		mem_write(d, offset, 8);
+	if (d->kind->display)
+		display_draw(d);
 }
 
 static void check_registers(struct device *d)
@@ -393,13 +411,13 @@ static __u64 bad_pages(struct device *d)
 }
 
 /*
- * Reads whole pages: all pages of a small device; of other devices the hot pages,
- * the last written ones, and some more.
+ * Reads whole pages: all pages of a device that is small or has no checksums; of other
+ * devices the hot pages, the last written ones, and some more.
  */
 static __u64 read_back_pages(struct device *d)
 {
 	__u64 pages = d->size / d->page, page, offset;
-	bool all = pages <= READBACK_PAGES;
+	bool all = pages <= READBACK_PAGES || !d->kind->engine;
 	unsigned int i;
 
 	for (i = 0; i < (all ? pages : READBACK_PAGES); i++) {
@@ -447,6 +465,8 @@ static void verify(void)
 			summed += d->size;
 			bad += verify_engine(d);
 		}
+		if (d->kind->display)
+			display_verify(d);
 		mismatches += d->count.mismatches;
 	}
 	for_each_device(d)
@@ -528,10 +548,9 @@ static const struct kind *find_kind(const char *dir)
 {
 	const struct kind *kind;
 
-	if (read_number(dir, "vendor") != VFIO_MOCK_VENDOR_ID)
-		return NULL;
 	for (kind = kinds; kind->id; kind++) {
-		if (read_number(dir, "device") == kind->id)
+		if (read_number(dir, "vendor") == kind->vendor &&
+		    read_number(dir, "device") == kind->id)
 			return kind;
 	}
 	return NULL;
@@ -579,7 +598,7 @@ static void await_devices(void)
 	write_file("/sys/bus/pci/rescan", "1");
 }
 
-static void *map_bar(struct device *d, unsigned int bar, __u64 *size)
+void *map_bar(struct device *d, unsigned int bar, __u64 *size)
 {
 	struct stat st;
 	char path[512];
@@ -724,6 +743,8 @@ static void open_device(struct device *d)
 	memcpy(d->model, &d->kind->magic, sizeof(d->kind->magic));
 	if (d->kind->engine)
 		check_registers(d);
+	if (d->kind->display)
+		display_open(d);
 }
 
 /* The build step numbers the modules in order of dependency. */

@@ -16,11 +16,12 @@
 
 /* Features of a device. */
 struct kind {
-	__u16 id;		/* PCI device id */
+	__u16 vendor, id;	/* of the PCI device */
 	unsigned int bar;	/* the one that is the memory */
 	__u64 header;		/* read-only bytes at the memory's start */
 	__u64 magic;		/* the first word of the header */
 	bool engine;		/* has registers, commands and interrupts */
+	bool display;		/* shows a part of its memory */
 };
 
 struct counters {
@@ -54,7 +55,8 @@ struct device {
 	__u8 *regs;
 	__u8 *mem;
 	__u64 size;
-	__u64 work;		/* what of it is not left to DMA */
+	__u64 work;		/* what of it is not left to DMA or the picture */
+	__u64 picture;		/* where that begins */
 	__u64 page;		/* bytes: of the host's kernel, if a register tells */
 	__u8 *model;
 	struct registers want;
@@ -89,6 +91,7 @@ extern FILE *report;
 void end_line(void);
 noreturn void halt(int error);
 
+void *map_bar(struct device *d, unsigned int bar, __u64 *size);
 __u64 now_ms(void);
 __u64 pick(const struct device *d, __u64 salt, __u64 limit);
 void leave_guest(void);
@@ -96,6 +99,7 @@ __u64 mmio_read(const void *p, unsigned int width);
 void mmio_write(void *p, unsigned int width, __u64 value);
 void check(struct device *d, const char *where, __u64 offset, __u64 want,
 	   __u64 got);
+void mem_store(struct device *d, __u64 offset, unsigned int width, __u64 word);
 void check_reg(struct device *d, const char *name, unsigned int reg,
 	       unsigned int width, __u64 want);
 __u64 take_irqs(struct device *d, unsigned int vector);
@@ -103,6 +107,11 @@ void await_irq(struct device *d, unsigned int vector);
 
 /* The page size of the kernel of the guest. */
 __u64 guest_page(void);
+
+void display_open(struct device *d);
+void display_draw(struct device *d);
+void display_turn(struct device *d);
+void display_verify(struct device *d);
 
 void peers_open(struct device *one, struct device *other);
 void peers_start(struct device *d);

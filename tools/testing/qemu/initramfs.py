@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = (HERE / "guest.c", HERE / "peers.c")
+SOURCES = (HERE / "guest.c", HERE / "display.c", HERE / "peers.c")
 HEADERS = (HERE / "guest.h", HERE.parent / "include" / "vfio_mock.h")
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 

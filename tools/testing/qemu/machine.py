@@ -106,7 +106,7 @@ class Machine:
     """A QEMU process, from start to close()."""
 
     def __init__(self, name, options, devices=(), backend=None, guest=None):
-        """`devices` has the mediated device and the properties of each device.
+        """`devices` has each device and its properties.
 
         The guest boots, or is restored from a file, or migrates to this machine.
         """
@@ -235,6 +235,12 @@ class Machine:
         reason = self.shutdown()
         if reason:
             raise Failure(f"the {self.name} guest ended by itself: {reason}")
+        self._receive()
+        if self.process.poll() is not None:
+            raise Failure(self.fate())
+
+    def _receive(self):
+        """Processes output of the guest."""
         while True:
             try:
                 data = self.report.recv(65536)
@@ -244,8 +250,6 @@ class Machine:
                 break
             if self.guest:
                 self.guest.feed(data)
-        if self.process.poll() is not None:
-            raise Failure(self.fate())
 
     def shutdown(self):
         """Returns the reason for the guest's shutdown, or None."""
@@ -310,6 +314,7 @@ class Machine:
     def diagnostics(self):
         """Returns the last lines of output of QEMU and of its guest."""
         self.qmp.poll()
+        self._receive()
         yield self.fate()
         for event in self.qmp.events:
             what, data = event["event"], event.get("data", {})
@@ -336,9 +341,8 @@ def vfio_device(number, mdev, properties, backend):
         "driver": "vfio-pci",
         "id": f"device{number}",
         "bus": f"port{number}",
-        "sysfsdev": str(mdev.path),
         "migration-events": True,
-    }
+    } | mdev.qemu()
     if backend == "iommufd":
         vfio["iommufd"] = "iommufd0"
     return vfio | properties

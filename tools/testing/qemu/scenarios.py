@@ -26,6 +26,7 @@ sys.dont_write_bytecode = True
 
 import device
 from machine import Failure, Guest, Machine, wait
+from outside import Outside, write_png
 from qmp import QmpError
 from view import View, size
 
@@ -44,8 +45,10 @@ PAUSES = 10
 # Number of transfers after which no earlier one is under way on any device.
 TRANSFERS = 64
 
-# Interval between polls of a migration in seconds. Polls take CPU time from the guest.
+# Interval between polls of a migration in seconds. Polls take CPU time from the guest,
+# but at most one part of this number.
 LOOK_INTERVAL = 0.05
+LOOK_SHARE = 4
 
 HEADER = (
     f"{'time':>6} {'source':12} {'target':11} {'initial':>10} "
@@ -71,12 +74,21 @@ class Scenario:
         """Ends what the scenario started, and removes its devices."""
         self.stack.close()
 
+    def _displays(self):
+        kind = self.plan.kind
+        displays = []
+        for path in device.find_displays():
+            displays.append([device.Display(kind.parent, path)])
+            self.stack.callback(displays[-1][0].remove)
+        expect("displays of the machine", len(displays), 2)
+        return displays
+
     def _mdevs(self):
         kind = self.plan.kind
         mdev_type = self.options.type if kind is device.MOCK else kind.type
         mdevs = []
         for _ in range(self.plan.devices):
-            mdev = device.Device(kind.parent, mdev_type)
+            mdev = device.Mdev(kind.parent, mdev_type)
             self.stack.callback(mdev.remove)
             mdevs.append(mdev)
         return mdevs
@@ -104,8 +116,11 @@ class Scenario:
     def boot(self):
         """Starts the source and waits until its guest works."""
         start = time.monotonic()
-        self.source_mdevs = self._mdevs()
-        self.target_mdevs = self._mdevs()
+        if self.plan.kind is device.DISPLAY:
+            self.source_mdevs, self.target_mdevs = self._displays()
+        else:
+            self.source_mdevs = self._mdevs()
+            self.target_mdevs = self._mdevs()
         source = self._machine("source", self.source_mdevs, self.guest)
         source.run()
         wait(
@@ -141,20 +156,21 @@ class Scenario:
 
     def watch(self, source, target, until):
         """Shows the migration until `until` returns true."""
-        start = time.monotonic()
-        last = None
+        start = following = time.monotonic()
         self.view.say(HEADER)
 
         def look():
-            nonlocal last
-            if last and time.monotonic() < last + LOOK_INTERVAL:
+            nonlocal following
+            now = time.monotonic()
+            if now < following:
                 return None
-            last = time.monotonic()
             sample = Sample(source, target)
             self.view.follow(
                 (sample.state, sample.target_state),
-                f"{last - start:4.1f} s {sample} {self.guest.count('gen'):8}",
+                f"{now - start:4.1f} s {sample} {self.guest.count('gen'):8}",
             )
+            took = time.monotonic() - now
+            following = now + max(LOOK_INTERVAL, LOOK_SHARE * took)
             return sample if until(sample) else None
 
         sample = wait([source, target], look, MIGRATE_TIMEOUT, "migration")
@@ -187,11 +203,20 @@ class Scenario:
         bandwidth = {"avail-switchover-bandwidth": self.options.bandwidth << 20}
         source.qmp.command("migrate-set-parameters", bandwidth)
 
-    def complete(self, source, target, verify=False, paused=False, half_way=None):
+    def complete(
+        self,
+        source,
+        target,
+        verify=False,
+        paused=False,
+        half_way=None,
+        at_switchover=None,
+    ):
         """Migrates, compares, and continues the guest; returns the last sample.
 
         With `verify`, the guest first checks everything. With `paused`, it does
-        not run during the migration. `half_way` is called in mid-migration.
+        not run during the migration. `half_way` is called in mid-migration, and
+        `at_switchover` while the devices on both sides are stopped.
         """
         if paused:
             self.tell_bandwidth(source)
@@ -218,6 +243,8 @@ class Scenario:
             expect("state of the source's device", mdev.state(), "STOP")
         digest = self.compare(source, target)
         self.view.say(f"devices at switchover: equal, sha256 {digest[:16]}")
+        if at_switchover:
+            at_switchover()
 
         target.guest, source.guest = self.guest, None
         known = len(self.guest.verdicts)
@@ -557,6 +584,44 @@ def stopped(scenario):
     return "stopped half-way, then " + scenario.summary(sample)
 
 
+def variant(scenario):
+    """The picture of a display moves to another one, seen from outside."""
+    outside = Outside(scenario.options.pictures)
+    scenario.stack.callback(outside.close)
+    pictures = []
+
+    def look():
+        """Takes screenshots of both displays."""
+        pictures.append([outside.screen(f"display{number}") for number in (1, 2)])
+
+    source = scenario.boot()
+    look()
+    expect_picture(*pictures[0])
+    target = scenario.target()
+    sample = scenario.complete(source, target, at_switchover=look)
+    one, other = pictures[1]
+    if one != other:
+        raise Failure("the displays differ at switchover, seen from outside")
+    scenario.view.say(
+        f"displays at switchover: the same picture of {one.width}x{one.height} "
+        f"with {one.colours()} colours"
+    )
+    scenario.verify(target)
+    look()
+    expect_picture(*reversed(pictures[2]))
+    write_png(scenario.options.pictures / "displays.png", pictures)
+    scenario.quit(target)
+    return "the picture moves, " + scenario.summary(sample)
+
+
+def expect_picture(shown, other):
+    """Fails unless the first of two displays shows a picture, and the other one none."""
+    if shown.colours() < 1000:
+        raise Failure("a display shows no picture")
+    if other.colours() > 10:
+        raise Failure("a display shows a picture that it must not")
+
+
 # Without a feature that migration needs, QEMU must not even start.
 REQUIRED = {"enable-migration": "on"}
 
@@ -599,6 +664,16 @@ SCENARIOS = {
         device.MINIMAL,
     ),
     "stop": Plan(stopped, "stopped half-way, arrives stopped", ANY, more=True),
+    "variant": Plan(
+        variant,
+        "variant driver of a PCI device, its picture moves from display to display",
+        ["group", "iommufd"],
+        device.DISPLAY,
+        # The IOMMU has no log of DMA: QEMU takes all memory for written. It must not
+        # do that in each round, or there is no end to them.
+        properties=REQUIRED | {"x-pre-copy-dirty-page-tracking": "off"},
+        more=True,
+    ),
 }
 
 
@@ -659,7 +734,7 @@ def ended(scenario):
 def diagnose(scenario, view):
     """Shows all information that may explain a failure."""
     for mdev in (*scenario.source_mdevs, *scenario.target_mdevs):
-        view.say(f"device {mdev.uuid}: {mdev.state()}")
+        view.say(f"device {mdev.name}: {mdev.state()}")
     for machine in scenario.machines:
         for line in machine.diagnostics():
             view.say(line)
@@ -682,6 +757,12 @@ def parse(argv):
     usual = [name for name, plan in SCENARIOS.items() if not plan.more]
     add("scenario", nargs="*", default=usual, help="scenarios to run")
     add("--more", action="store_true", help="run all scenarios that are not the default")
+    add(
+        "--machine",
+        choices=("plain", "displays"),
+        help="run those of the scenarios that are for this kind of machine",
+    )
+    add("--list", action="store_true", help="only print the names of the scenarios")
     add("--kernel", required=True, help="kernel of the guest")
     add("--initramfs", required=True, help="initramfs, from initramfs.py")
     add("--append", default="", help="more options for the guest's kernel")
@@ -707,6 +788,7 @@ def parse(argv):
         metavar="FILE",
         help="plug the devices into the guest in a file, instead of booting one",
     )
+    add("--pictures", type=Path, help="folder for screenshots of the test machine")
     add("--tap", action="store_true", help="print TAP")
     add("--columns", type=int, default=0, help="width of the terminal, if any")
     options = parser.parse_args(argv)
@@ -715,6 +797,13 @@ def parse(argv):
     for name in options.scenario:
         if name not in SCENARIOS:
             parser.error(f"no scenario {name}")
+    if options.machine:
+        displays = options.machine == "displays"
+        options.scenario = [
+            name
+            for name in options.scenario
+            if (SCENARIOS[name].kind is device.DISPLAY) == displays
+        ]
     if not shutil.which(options.qemu):
         parser.error(f"{options.qemu}: not found")
     return options
@@ -725,6 +814,9 @@ def main(argv):
     options = parse(argv)
     # End QEMU, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.list:
+        print(*options.scenario)
+        return 0
     if options.save:
         return save(options)
     names = options.scenario

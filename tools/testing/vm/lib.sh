@@ -237,13 +237,26 @@ pci_machine()
 	pci_machine=(-c 1 -a intel_iommu=on -q '-device intel-iommu')
 	for device; do
 		port=$((port + 1))
-		if [ "$device" = ivshmem-plain ]; then
+		case $device in
+		ivshmem-plain*)
 			pci_machine+=(-q "-object memory-backend-memfd,id=shm$port,size=1M,share=on")
 			device+=,memdev=shm$port
-		fi
+			;;
+		esac
 		pci_machine+=(-q "-device pcie-root-port,id=port$port,chassis=$port"
 			-q "-device $device,bus=port$port")
 	done
+}
+
+# Add to pci_machine a port of the machine that is the monitor of its QEMU, which can
+# write files to the folder $1. qemu/outside.py is for the other end.
+pci_monitor()
+{
+	pci_machine+=(-o "$1" -q '-device virtio-serial-pci,id=outside'
+		-q "-chardev socket,id=monitor,path=$1/monitor,server=on,wait=off"
+		-q '-mon chardev=monitor,mode=control'
+		-q "-chardev socket,id=port,path=$1/monitor"
+		-q '-device virtserialport,bus=outside.0,name=vfio.monitor,chardev=port')
 }
 
 tap_number=0 tap_failed=0
