@@ -1326,43 +1326,6 @@ TEST_F_TIMEOUT(dma, reset_ends_all_transfers, 120)
 	}
 }
 
-TEST_F_TIMEOUT(dma, close_ends_all_transfers, 120)
-{
-	struct engine power_on = see_engine(_metadata, &self->m), now;
-	static const __u32 states[] = { MIG_RUNNING, MIG_PRE_COPY, MIG_RUNNING_P2P, MIG_STOP };
-	struct mock *m = &self->m;
-	struct dma_desc d;
-	unsigned int i;
-
-	for (i = 0; i < ARRAY_SIZE(states); i++) {
-		if (!mig_fsm_exists(m->dev.flags, states[i]))
-			continue;
-		scatter(_metadata, self);
-		start_all_kinds(_metadata, self);
-		ASSERT_EQ(0, mig_set_state(&m->dev, states[i], NULL));
-		d = (struct dma_desc){
-			.op = FILL, .len = m->size, .iova = IOVA + m->size,
-			.irq_vector = VFIO_MOCK_IRQ_NONE,
-		};
-		dma_set(_metadata, m, 9, &d);
-		set32(m, DMA_DOORBELL, 9);
-		mig_close_device(&m->dev);
-		memcpy(self->ram.want, self->ram.mem, self->ram.size);
-		usleep(LOOK_US);
-		expect_ram(_metadata, &self->ram, "after close");
-		ASSERT_EQ(0, mig_reopen_device(&m->dev))
-			STEP("reopen the device: %s", m->dev.why);
-		now = see_engine(_metadata, m);
-		EXPECT_EQ(0, memcmp(&power_on, &now, sizeof(now)))
-			PROMISE("the next user gets the engine in its power-on state");
-		if (variant->backend == MIG_IOMMUFD)
-			ram_map(_metadata, &self->ram, m);
-		usleep(LOOK_US);
-		expect_ram(_metadata, &self->ram, "for the next user");
-		expect_zero_memory(_metadata, m, "for the next user");
-	}
-}
-
 /* ---- Stalled page faults ---- */
 
 /* Resolves the fault if nothing else ends the wait for it. */

@@ -400,31 +400,18 @@ TEST_F(irq, waits_while_stopped)
 	mig_stream_free(&image);
 }
 
-TEST_F(irq, delivered_in_all_running_states)
+/* STOP -> RUNNING_P2P: interrupts do not wait for RUNNING. */
+TEST_F(irq, pending_interrupts_are_delivered_in_running_p2p)
 {
-	static const __u32 states[] = {
-		MIG_RUNNING, MIG_RUNNING_P2P, MIG_PRE_COPY, MIG_PRE_COPY_P2P,
-	};
 	struct mock *m = &self->m;
-	unsigned int i;
 
+	NEED_P2P(&m->dev);
 	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
-	for (i = 0; i < ARRAY_SIZE(states); i++) {
-		if (!mig_fsm_exists(m->dev.flags, states[i]))
-			continue;
-		close(go(_metadata, &m->dev, states[i]));
-		raise_irq(_metadata, m, 1);
-		EXPECT_EQ(10U, all_signals(self->fds))
-			PROMISE("a device in %s delivers interrupts", mig_state_name(states[i]));
-	}
-	/* STOP -> RUNNING_P2P: interrupts do not wait for RUNNING. */
 	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
 	ASSERT_EQ(0, set_none(m, TRIGGER, 3, 1));
-	if (mig_fsm_exists(m->dev.flags, MIG_RUNNING_P2P)) {
-		ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING_P2P, NULL));
-		EXPECT_EQ(1000U, all_signals(self->fds))
-			PROMISE("pending interrupts are delivered as soon as the device runs");
-	}
+	ASSERT_EQ(0, mig_set_state(&m->dev, MIG_RUNNING_P2P, NULL));
+	EXPECT_EQ(1000U, all_signals(self->fds))
+		PROMISE("pending interrupts are delivered as soon as the device runs");
 }
 
 TEST_F(irq, reset_clears_only_device_state)
@@ -631,29 +618,6 @@ TEST_F(irq, waits_without_bus_mastering)
 	EXPECT_EQ(1010U, all_signals(self->fds))
 		PROMISE("pending interrupts are delivered once when bus mastering is enabled");
 	EXPECT_EQ(0U, pending(_metadata, m));
-}
-
-TEST_F(irq, next_user_gets_no_old_interrupt)
-{
-	struct mock *m = &self->m;
-	int i;
-
-	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
-	ASSERT_EQ(0, set_none(m, MASK, 0, VECTORS));
-	for (i = 0; i < VECTORS; i++)
-		raise_irq(_metadata, m, i);
-	mock_close(m);
-	EXPECT_EQ(0U, all_signals(self->fds))
-		PROMISE("closing the device delivers nothing");
-	MOCK_OPEN_OR_SKIP(m, "small", 0, variant->backend);
-	EXPECT_EQ(0U, pending(_metadata, m));
-	EXPECT_EQ(-EINVAL, set_none(m, TRIGGER, 0, 1))
-		PROMISE("MSI-X is off when the device is opened");
-	ASSERT_EQ(0, set_eventfds(m, 0, VECTORS, self->fds));
-	for (i = 0; i < VECTORS; i++)
-		raise_irq(_metadata, m, i);
-	EXPECT_EQ(1111U, all_signals(self->fds))
-		PROMISE("no vector is masked when the device is opened");
 }
 
 /* ---- Arguments of SET_IRQS ---- */

@@ -548,46 +548,4 @@ TEST_F(log, report_arguments)
 	}
 }
 
-/*
- * The purpose of the log: copying each reported page after the report results in an
- * identical copy, although the device writes all the time.
- */
-TEST_F_TIMEOUT(log, copy_by_log_is_complete, 120)
-{
-	const __u64 base = self->windows[1];
-	unsigned int rounds = mig_times(40), i, n;
-	__u8 *copy = malloc(WINDOW);
-	struct mock *m = &self->m;
-	__u64 bitmap[WINDOW_PAGES / 64], page;
-
-	ASSERT_NE(NULL, copy);
-	fill(_metadata, m, 0, m->size, 77);
-	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
-	memcpy(copy, self->mem, WINDOW);
-	for (i = 0; i < 8; i++) {
-		struct dma_desc d = {
-			.op = i % 2 ? FILL : WRITE, .iova = base + i * 61 * PAGE + i,
-			.len = 60 * PAGE, .step = 100 + 1000 * i, .period = 1 + i,
-			.seed = (__u64)i << 32, .addr = i * PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE,
-		};
-
-		dma_set(_metadata, m, i, &d);
-		dma_ring(_metadata, m, i);
-	}
-	for (i = 0; i <= rounds; i++) {
-		if (i == rounds) {
-			for (n = 0; n < 8; n++)
-				dma_wait_moved(_metadata, m, n, PAGE);
-			ASSERT_EQ(0, mig_set_state(&m->dev, MIG_STOP, NULL));
-		}
-		memset(bitmap, 0, sizeof(bitmap));
-		ASSERT_EQ(0, mig_log_report(&m->dev, base, WINDOW, PAGE, bitmap));
-		for (page = 0; page < WINDOW_PAGES; page++)
-			if (bitmap[page / 64] >> (page % 64) & 1)
-				memcpy(copy + page * PAGE, self->mem + page * PAGE, PAGE);
-	}
-	expect_bytes(_metadata, self->mem, copy, WINDOW, "the copy made with the log");
-	free(copy);
-}
-
 MIG_HARNESS_MAIN(mock_options)
