@@ -323,4 +323,46 @@ static inline void mark(__u8 *dirty, __u64 at, __u64 len)
 		dirty[page] = 1;
 }
 
+#define GUARD	0x5555555555555555ULL
+
+/* An empty bitmap between two guards. */
+static inline __u64 *bitmap_make(struct __test_metadata *_metadata, __u64 bits)
+{
+	size_t words = (bits + 63) / 64;
+	__u64 *bitmap = calloc(words + 2, sizeof(*bitmap));
+
+	ASSERT_NE(NULL, bitmap);
+	bitmap[0] = GUARD;
+	bitmap[words + 1] = GUARD;
+	return bitmap + 1;
+}
+
+/*
+ * Expects a bitmap to have exactly the pages of [@at, @at + @len) marked in @pages, and
+ * frees it. If @clear, also clears the marks.
+ */
+static inline void expect_bitmap(struct __test_metadata *_metadata, __u64 *bitmap,
+				 __u8 *pages, __u64 at, __u64 len, __u64 page_size, bool clear)
+{
+	__u64 bits = len / page_size, words = (bits + 63) / 64, i, page;
+	bool want, got;
+
+	EXPECT_TRUE(bitmap[-1] == GUARD && bitmap[words] == GUARD)
+		PROMISE("only the bitmap is written to");
+	for (i = 0; i < words * 64; i++) {
+		want = false;
+		for (page = (at + i * page_size) / PAGE;
+		     i < bits && page < (at + (i + 1) * page_size) / PAGE; page++) {
+			want |= pages[page];
+			if (clear)
+				pages[page] = 0;
+		}
+		got = bitmap[i / 64] >> (i % 64) & 1;
+		EXPECT_EQ(want, got)
+			PROMISE("exactly the written pages are reported: bit %llu from %#llx by %#llx",
+				i, at, page_size);
+	}
+	free(bitmap - 1);
+}
+
 #endif /* MOCK_DMA_H */

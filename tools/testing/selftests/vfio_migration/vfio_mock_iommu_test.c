@@ -191,43 +191,16 @@ static struct dma_desc transfer(struct __test_metadata *_metadata, iommu_data *s
 	return d;
 }
 
-#define GUARD	0x5555555555555555ULL
-
 /* Takes a part of a window, which must be exact, and clears it in the model. */
 static void expect_dirty(struct __test_metadata *_metadata, iommu_data *self,
 			 unsigned int window, __u64 at, __u64 len, __u64 page_size, bool clear)
 {
-	__u64 bits = len / page_size, i, page, *bitmap;
-	size_t words = (bits + 63) / 64;
-	bool want, got;
+	__u64 *bitmap = bitmap_make(_metadata, len / page_size);
 
-	bitmap = calloc(words + 2, sizeof(*bitmap));
-	ASSERT_NE(NULL, bitmap);
-	bitmap[0] = GUARD;
-	bitmap[words + 1] = GUARD;
 	ASSERT_EQ(0, get_dirty(&self->m, self->hwpt,
 			       clear ? 0 : IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
-			       self->windows[window] + at, len, page_size, bitmap + 1));
-	EXPECT_EQ(GUARD, bitmap[0])
-		PROMISE("GET_DIRTY_BITMAP writes only to the bitmap");
-	EXPECT_EQ(GUARD, bitmap[words + 1])
-		PROMISE("GET_DIRTY_BITMAP writes only to the bitmap");
-	for (i = 0; i < words * 64; i++) {
-		want = false;
-		if (i < bits) {
-			for (page = (at + i * page_size) / PAGE;
-			     page < (at + (i + 1) * page_size) / PAGE; page++) {
-				want |= self->truth[window][page];
-				if (clear)
-					self->truth[window][page] = 0;
-			}
-		}
-		got = bitmap[1 + i / 64] >> (i % 64) & 1;
-		EXPECT_EQ(want, got)
-			PROMISE("exactly the written pages are dirty: bit %llu of [%#llx, +%#llx) by %#llx",
-				i, self->windows[window] + at, len, page_size);
-	}
-	free(bitmap);
+			       self->windows[window] + at, len, page_size, bitmap));
+	expect_bitmap(_metadata, bitmap, self->truth[window], at, len, page_size, clear);
 }
 
 static void expect_all_dirty(struct __test_metadata *_metadata, iommu_data *self)

@@ -109,41 +109,15 @@ static bool log_transfer(struct __test_metadata *_metadata, log_data *self,
 	return d.status != VFIO_MOCK_DMA_COMPLETE;
 }
 
-#define GUARD	0x5555555555555555ULL
-
 /* Reports a part of a window, which must be exact, and clears it in the model. */
 static void expect_report(struct __test_metadata *_metadata, log_data *self,
 			  unsigned int window, __u64 at, __u64 len, __u64 page_size)
 {
-	__u64 bits = len / page_size, i, page, *bitmap;
-	size_t words = (bits + 63) / 64;
-	bool want, got;
+	__u64 *bitmap = bitmap_make(_metadata, len / page_size);
 
-	bitmap = calloc(words + 2, sizeof(*bitmap));
-	ASSERT_NE(NULL, bitmap);
-	bitmap[0] = GUARD;
-	bitmap[words + 1] = GUARD;
 	ASSERT_EQ(0, mig_log_report(&self->m.dev, self->windows[window] + at, len, page_size,
-				    bitmap + 1));
-	EXPECT_EQ(GUARD, bitmap[0])
-		PROMISE("REPORT writes only to the bitmap");
-	EXPECT_EQ(GUARD, bitmap[words + 1])
-		PROMISE("REPORT writes only to the bitmap");
-	for (i = 0; i < words * 64; i++) {
-		want = false;
-		if (i < bits) {
-			for (page = (at + i * page_size) / PAGE;
-			     page < (at + (i + 1) * page_size) / PAGE; page++) {
-				want |= self->truth[window][page];
-				self->truth[window][page] = 0;
-			}
-		}
-		got = bitmap[1 + i / 64] >> (i % 64) & 1;
-		EXPECT_EQ(want, got)
-			PROMISE("the log has exactly the written pages: bit %llu of REPORT of [%#llx, +%#llx) by %#llx, logged by %#llx",
-				i, self->windows[window] + at, len, page_size, self->granule);
-	}
-	free(bitmap);
+				    bitmap));
+	expect_bitmap(_metadata, bitmap, self->truth[window], at, len, page_size, true);
 }
 
 /* START of @nr ranges, with an empty model. */
