@@ -81,6 +81,26 @@ TEST_F(device, content_survives_migration)
 		       "after a migration by STOP_COPY");
 }
 
+/* The second session has all of the state, not only what changed since the first one. */
+TEST_F(device, content_survives_migration_after_a_cancelled_one)
+{
+	struct mig_device second = { .fd = -1 }, *to;
+	struct mig_stream image = {};
+	__u8 *want;
+	int fd;
+
+	NEED_SCRATCH(self);
+	to = open_target(_metadata, &self->dev, &second);
+	want = scribble(_metadata, &self->dev, &self->scratch, 55);
+	fd = go(_metadata, &self->dev, MIG_STOP_COPY);
+	ASSERT_EQ(0, mig_save(fd, &image, stream_limit(&self->dev)));
+	close(fd);
+	move_on(_metadata, &self->dev, MIG_RUNNING);
+	image.len = 0;
+	finish_migration(_metadata, &self->dev, to, -1, &image);
+	expect_scratch(_metadata, to, &self->scratch, want, "after the second session");
+}
+
 TEST_F(device, memory_works_on_the_target)
 {
 	struct mig_device second = { .fd = -1 }, *to;
