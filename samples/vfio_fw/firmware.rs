@@ -394,11 +394,8 @@ impl Firmware {
         } else {
             execute(&mut self.state.lock())
         };
-        let (time, answer) = if delay > timeout || self.faults.hanging() & kind as u64 != 0 {
-            (timeout, Err(ETIMEDOUT))
-        } else {
-            (delay, answer)
-        };
+        let times_out = delay > timeout || self.faults.hanging() & kind as u64 != 0;
+        let time = if times_out { timeout } else { delay };
         let alarm = Arc::pin_init(
             pin_init!(Alarm {
                 timer <- HrTimer::new(),
@@ -411,6 +408,7 @@ impl Firmware {
         Ok(Command {
             alarm,
             _timer: timer,
+            times_out,
             answer,
         })
     }
@@ -421,6 +419,8 @@ pub(crate) struct Command<T> {
     alarm: Arc<Alarm>,
     /// Cancels the timer when dropped.
     _timer: Option<ArcHrTimerHandle<Alarm>>,
+    /// The mailbox gives up on it.
+    times_out: bool,
     answer: Result<T>,
 }
 
@@ -433,7 +433,10 @@ impl<T> Command<T> {
     /// Returns the answer to a command that has ended. It is `EIO` if the firmware has refused the
     /// command, and `ETIMEDOUT` if the mailbox has given up.
     pub(crate) fn answer(self) -> Result<T> {
-        self.answer
+        match self.times_out {
+            true => Err(ETIMEDOUT),
+            false => self.answer,
+        }
     }
 }
 

@@ -495,6 +495,8 @@ TEST_F_TIMEOUT(fw, nothing_waits_for_save, 60)
 	ASSERT_EQ(0, fcntl(fd, F_SETFL, 0));
 	begin(_metadata, &reader, fd, read_main);
 	EXPECT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_LT((__u64)MEMORY, info.initial_bytes)
+		PROMISE("an image that the firmware has not finished is announced");
 	EXPECT_EQ(0, mig_set_state(&g->dev, MIG_PRE_COPY_P2P, NULL));
 	EXPECT_EQ(0, mig_set_state(&g->dev, MIG_STOP_COPY, NULL));
 	EXPECT_FALSE(atomic_load(&reader.poller.done));
