@@ -543,8 +543,8 @@ TEST_F(iommu, hardware_info_has_dirty_tracking)
 	NEED_IOMMUFD();
 	ASSERT_EQ(0, call(self->m.dev.iommu, IOMMU_GET_HW_INFO, &info))
 		PROMISE("GET_HW_INFO answers");
-	EXPECT_EQ(IOMMU_HW_INFO_TYPE_NONE, info.out_data_type);
-	EXPECT_EQ(IOMMU_HW_CAP_DIRTY_TRACKING | IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED,
+	EXPECT_EQ((__u32)IOMMU_HW_INFO_TYPE_NONE, info.out_data_type);
+	EXPECT_EQ((__u64)IOMMU_HW_CAP_DIRTY_TRACKING | IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED,
 		  info.out_capabilities);
 	EXPECT_EQ(0, info.out_max_pasid_log2);
 }

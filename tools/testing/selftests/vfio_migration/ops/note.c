@@ -35,7 +35,9 @@ static int copy_status(const struct mig_device *dev)
 
 	if (ret < 0)
 		return ret;
-	return control & FAILED ? -EIO : control & COPY;
+	if (control & FAILED)
+		return -EIO;
+	return control & COPY;
 }
 
 static int interrupt(const struct mig_device *dev, unsigned int vector)
