@@ -3,11 +3,13 @@
 """Test the variant driver vfio_membar with devices of QEMU.
 
 guest.py PROGRAMS MODULE [OPTION...]
+guest.py PROGRAMS MODULE --only TEST...
 
 Runs in the test machine as root. PROGRAMS is the folder of the built kselftests,
 MODULE is vfio_membar.ko. The machine has an IOMMU, two bochs-display and two
 ivshmem-plain devices, each below a port of its own, so that the bus can reset them.
-OPTIONs are for vfio_migration_test. Prints TAP.
+vfio_pci_error.ko is in this folder. OPTIONs are for vfio_migration_test. Prints TAP.
+With --only, runs only the functions TEST of this file.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ import threading
 import time
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
 DEVICES = Path("/sys/bus/pci/devices")
 BOCHS = ("0x1234", "0x1111", 0)
 IVSHMEM = ("0x1af4", "0x1110", 2)
@@ -38,8 +41,12 @@ VFIO_DEVICE_RESET = 0x3B6F
 VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
 SET, STATE, LOW_POWER_ENTRY, LOW_POWER_EXIT = 1 << 17, 2, 3, 5
-STOP, RUNNING, STOP_COPY, RESUMING = 1, 2, 3, 4
+ERROR, STOP, RUNNING, STOP_COPY, RESUMING = 0, 1, 2, 3, 4
 RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
+ALL_STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RESUMING)
+# The states of a PCI device, for vfio_pci_error.
+IO_NORMAL, IO_FROZEN, IO_PERM_FAILURE = 0, 1, 2
+REPORT = Path("/sys/module/vfio_pci_error/parameters/report")
 REGION_MMAP = 1 << 2
 COMMAND, MEMORY = 4, 2
 CONFIG = 7
@@ -122,6 +129,20 @@ def host_reset(path):
     (path / "reset").write_text("1")
 
 
+def report(path, state):
+    """Reports an error of a device to its driver, like AER."""
+    REPORT.write_text(f"{path.name} {state}")
+
+
+def fails(function, *arguments):
+    """Returns the error with which a call fails, or None."""
+    try:
+        function(*arguments)
+    except OSError as error:
+        return error.errno
+    return None
+
+
 def pattern(size, seed):
     """Returns bytes that differ from page to page."""
     pages = (struct.pack("<QQ", seed, page) * (PAGE // 16) for page in range(size // PAGE))
@@ -136,7 +157,11 @@ class Device:
         self.iommu = os.open("/dev/iommu", os.O_RDWR)
         self.file = os.open(f"/dev/vfio/devices/{node}", os.O_RDWR)
         bind_iommufd = bytearray(struct.pack("<IIiI", 16, 0, self.iommu, 0))
-        fcntl.ioctl(self.file, VFIO_DEVICE_BIND_IOMMUFD, bind_iommufd)
+        try:
+            fcntl.ioctl(self.file, VFIO_DEVICE_BIND_IOMMUFD, bind_iommufd)
+        except OSError:
+            self.close()
+            raise
         self.size, self.offset, self.flags = self.region(bar)
         self.command(MEMORY)
 
@@ -562,6 +587,123 @@ def removes(pair, bar):
     check(found == bytes(len(found)), "the host sees what the user has left")
 
 
+def check_ended(session, state):
+    """Checks that the session of a state ends, perhaps in the middle, and closes it."""
+    if state == RESUMING:
+        check(fails(os.write, session, b"1") == errno.ENODEV, "the session has not ended")
+    else:
+        stream(session, errno.ENODEV)
+    os.close(session)
+
+
+def reports(pair, bar):
+    """a fatal error ends the session and leads to ERROR until a reset"""
+    bind(pair[0])
+    try:
+        reports_errors(pair[0], bar)
+    finally:
+        with contextlib.suppress(OSError):
+            report(pair[0], IO_NORMAL)
+
+
+def reports_errors(path, bar):
+    """Is that test, except for its end: the last report may be of an error."""
+    with Device(path, bar) as device:
+        for reset in device.reset, lambda: host_reset(path):
+            for state in ALL_STATES:
+                device.write(pattern(device.size, 17))
+                session = device.set_state(state)
+                report(path, IO_NORMAL)
+                check(device.state() == state, "an error that is not fatal has an effect")
+                report(path, IO_FROZEN)
+                check(device.state() == ERROR, "the device is not in ERROR")
+                if session >= 0:
+                    check_ended(session, state)
+                check(fails(device.set_state, RUNNING) == errno.EINVAL, "ERROR can be left")
+                check(fails(device.read) == errno.EIO, "the device can be read")
+                report(path, IO_NORMAL)
+                check(device.state() == ERROR, "the device is not in ERROR")
+                reset()
+                check(device.state() == RUNNING, "the device is not in RUNNING")
+                device.command(MEMORY)
+                check(device.read() == bytes(device.size), "the memory is not clear")
+        device.write(pattern(device.size, 18))
+        report(path, IO_PERM_FAILURE)
+        check(fails(device.reset) is not None, "a device that is gone is reset")
+        check(device.state() == ERROR, "the device is not in ERROR")
+        check(fails(device.set_state, STOP_COPY) == errno.EINVAL, "it is saved")
+    check(fails(Device, path, bar) is not None, "a device that is gone is opened")
+    (path / "remove").write_text("1")
+    Path("/sys/bus/pci/rescan").write_text("1")
+    bind(path)
+    with Device(path, bar) as device:
+        check(device.read() == bytes(device.size), "the user sees what another has left")
+
+
+def resets(pair, bar):
+    """a reset by the user or by the host in any state leads to RUNNING and a clear device"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        for reset in device.reset, lambda: host_reset(pair[0]):
+            for state in ALL_STATES:
+                device.write(pattern(device.size, 19))
+                session = device.set_state(state)
+                # In the middle of a record.
+                if state == RESUMING:
+                    os.write(session, b"MEMBAR")
+                elif session >= 0:
+                    os.read(session, 100)
+                reset()
+                check(device.state() == RUNNING, "the device is not in RUNNING")
+                # The first call that notices the reset is a read() of the session, or this.
+                if state == RESUMING:
+                    device.command(MEMORY)
+                if session >= 0:
+                    check_ended(session, state)
+                # And here it is a state change.
+                reset()
+                os.close(device.set_state(STOP_COPY))
+                check(device.state() == STOP_COPY, "the device is not in STOP_COPY")
+                device.set_state(RUNNING)
+                device.command(MEMORY)
+                check(device.read() == bytes(device.size), "the memory is not clear")
+
+
+def sleeps(pair, bar):
+    """a suspended device wakes for its driver, in any state"""
+    for path in pair:
+        bind(path)
+    with Device(pair[0], bar) as source, Device(pair[1], bar) as target:
+        source.write(pattern(source.size, 20))
+        session = source.set_state(PRE_COPY)
+        image = os.read(session, 100)
+        source.sleep()
+        image += stream(session, errno.ENOMSG)
+        source.set_state(STOP_COPY)
+        source.wake()
+        source.sleep()
+        image += stream(session, None)
+        os.close(session)
+        target.sleep()
+        load = target.set_state(RESUMING)
+        while image:
+            image = image[os.write(load, image) :]
+        os.close(load)
+        target.set_state(RUNNING)
+        target.wake()
+        check(target.read() == pattern(target.size, 20), "the content differs")
+        for state in ALL_STATES:
+            session = target.set_state(state)
+            target.sleep()
+            host_reset(pair[1])
+            check(target.state() == RUNNING, "the device is not in RUNNING")
+            target.wake()
+            check(target.read() == bytes(target.size), "the memory is not clear")
+            if session >= 0:
+                os.close(session)
+            target.write(pattern(target.size, 21))
+
+
 def race(path, device, mapped):
     """Makes calls in several threads for a while, then each of them alone."""
     end = time.monotonic() + 15
@@ -633,8 +775,22 @@ def races(pair, bar):
 
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
-         for test in (clears, moves, tracks, states, shares, remains, wakes, closes,
-                      dies, removes, races)]
+         for test in (clears, moves, tracks, states, shares, remains, wakes, resets, sleeps,
+                      closes, dies, reports, removes, races)]
+
+
+def attempt(test, kind):
+    """Runs a test, and prints why it fails. Returns whether it passes."""
+    try:
+        try:
+            test(find(kind), kind[2])
+        finally:
+            for path in find(kind):
+                unbind(path)
+    except (AssertionError, OSError) as error:
+        print(f"# {error!r}")
+        return False
+    return True
 
 
 def suite(paths, *options):
@@ -656,27 +812,25 @@ def main():
         file = Path(f"/sys/module/{module}/parameters/allow_unsafe_interrupts")
         file.write_text("1")
     subprocess.run(["modprobe", "vfio-pci-core"], check=True)
+    subprocess.run(["insmod", HERE / "vfio_pci_error.ko"], check=True)
     subprocess.run(["insmod", sys.argv[2]], check=True)
+    only = sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else None
+    tests = [entry for entry in [(aliases, BOCHS, "vfio_membar"), *TESTS]
+             if only is None or entry[0].__name__ in only]
     print("TAP version 13")
-    print(f"1..{len(TESTS) + 1}")
+    print(f"1..{len(tests)}")
     failed = False
-    for number, (test, kind, label) in enumerate([(aliases, BOCHS, "vfio_membar"), *TESTS], 1):
-        try:
-            try:
-                test(find(kind), kind[2])
-            finally:
-                for path in find(kind):
-                    unbind(path)
-            print(f"ok {number} - {label}: {test.__doc__}", flush=True)
-        except (AssertionError, OSError) as error:
-            print(f"# {error!r}\nnot ok {number} - {label}: {test.__doc__}", flush=True)
-            failed = True
-    scratch = f"{PAGE}:{16 * PAGE}"
-    pair = find(BOCHS)
-    failed |= suite(pair, "--scratch", f"0:{scratch}")
-    # Without a second device: the addresses in the configuration space differ.
-    failed |= suite(pair[:1], "--read-regions", "-t", "regions_survive_migration")
-    subprocess.run(["rmmod", "vfio_membar"], check=True)
+    for number, (test, kind, label) in enumerate(tests, 1):
+        passes = attempt(test, kind)
+        failed |= not passes
+        print(f"{'' if passes else 'not '}ok {number} - {label}: {test.__doc__}", flush=True)
+    if only is None:
+        scratch = f"{PAGE}:{16 * PAGE}"
+        pair = find(BOCHS)
+        failed |= suite(pair, "--scratch", f"0:{scratch}")
+        # Without a second device: the addresses in the configuration space differ.
+        failed |= suite(pair[:1], "--read-regions", "-t", "regions_survive_migration")
+    subprocess.run(["rmmod", "vfio_membar", "vfio_pci_error"], check=True)
     sys.exit(failed)
 
 
