@@ -295,12 +295,11 @@ config RUST_VFIO_ABSTRACTIONS
 def emulated(step):
     """rust: vfio: add emulated PCI devices and variant drivers
 
-    A device that is made of software needs regions, interrupts, the
-    configuration space of a PCI function and a bus on which the
-    administrator creates it: that of mediated devices, or one of PCI
-    functions behind an IOMMU that is made of software, too. A variant
-    driver of a real device needs vfio_pci_core, and access to the device
-    that excludes resets. Add them beside the migration engine, so that a
+    A software device needs regions, interrupts, the configuration space
+    of a PCI function and a bus on which the administrator creates it:
+    that of mediated devices, or one of PCI functions behind a software
+    IOMMU. A variant driver of a real device needs vfio_pci_core, and
+    access to the device that excludes resets. Add them beside the migration engine, so that a
     whole driver is safe code and short.
     """
     there = engine_modules()
@@ -380,7 +379,7 @@ config {option}
 	depends on RUST_VFIO_ABSTRACTIONS && PCI
 	help
 	  This option builds the driver of a device that can be
-	  live-migrated and is made of software: {what}.
+	  live-migrated and has no hardware: {what}.
 
 	  To compile this as a module, choose M here:
 	  the module will be called vfio_{name}.

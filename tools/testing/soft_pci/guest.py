@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Test PCI functions made of software.
+"""Test software PCI functions.
 
 guest.py PROGRAMS MODULE [OPTION...]
 
