@@ -375,6 +375,22 @@ impl Drop for RescanRemove {
     }
 }
 
+/// Removes a file of a device from sysfs. Waits for writers of the file. May sleep.
+///
+/// # Safety
+///
+/// `dev` must be a device that is in sysfs until this returns.
+unsafe fn remove_file(dev: *mut bindings::device, name: &'static CStr) {
+    let attribute = bindings::attribute {
+        name: name.as_char_ptr(),
+        ..pin_init::zeroed()
+    };
+    // SAFETY: The device is in sysfs by the safety requirements, and only the name is used.
+    unsafe {
+        bindings::sysfs_remove_file_ns(&raw mut (*dev).kobj, &attribute, core::ptr::null());
+    }
+}
+
 /// The address of a function.
 #[derive(Clone, Copy)]
 pub(super) struct Address {
@@ -614,6 +630,9 @@ impl Bridge {
 
 impl Drop for Bridge {
     fn drop(&mut self) {
+        // A writer of this file waits for the lock, under which the core would wait for the writer.
+        // SAFETY: By the type invariants, the bus is registered.
+        unsafe { remove_file(&raw mut (*self.bus.as_ptr()).dev, c"rescan") };
         let _lock = RescanRemove::lock();
         // SAFETY: By the type invariants, the bus is registered. It is empty: each function has a
         // reference to the bridge.

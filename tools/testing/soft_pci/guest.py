@@ -308,15 +308,29 @@ def limits():
 
 
 def unload():
-    """directories keep the module loaded"""
+    """directories keep the module loaded, and scans of the bus do not"""
     with Function("one", power=False):
         done = subprocess.run(["rmmod", "vfio_mock"], check=False, capture_output=True)
         check(done.returncode != 0, "the module is unloaded")
-    for _ in range(3):
-        subprocess.run(["rmmod", "vfio_mock"], check=True)
-        subprocess.run(["insmod", MODULE], check=True)
-        with Function("one") as one:
-            check(one.driver() == "vfio_mock", "it is not bound")
+    end = threading.Event()
+
+    def scan():
+        while not end.is_set():
+            for bus in Path("/sys/class/pci_bus").glob("1*:00"):
+                with contextlib.suppress(OSError):
+                    (bus / "rescan").write_text("1")
+
+    thread = threading.Thread(target=scan)
+    thread.start()
+    try:
+        for _ in range(3):
+            subprocess.run(["rmmod", "vfio_mock"], check=True)
+            subprocess.run(["insmod", MODULE], check=True)
+            with Function("one") as one:
+                check(one.driver() == "vfio_mock", "it is not bound")
+    finally:
+        end.set()
+        thread.join()
 
 
 def races():
