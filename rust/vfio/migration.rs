@@ -482,10 +482,11 @@ pub trait Loader: Send + Unpin + 'static {
 
     /// Returns whether [`write`](Self::write) would take bytes now.
     ///
-    /// Called for poll(), and by write() before it copies bytes from the user. Without this method,
-    /// poll() reports the data_fd as writable until `write` has taken none. It must answer from the
-    /// driver's data, without querying firmware, and must not sleep. When it becomes true, the
-    /// loader calls [`Notifier::notify()`], and stays ready until it gets bytes.
+    /// Called for poll(), and by write() before each call of [`write`](Self::write), which is not
+    /// called if this returns false. Without this method, poll() reports the data_fd as writable
+    /// until `write` has taken none. It must answer from the driver's data, without querying
+    /// firmware, and must not sleep. When it becomes true, the loader calls [`Notifier::notify()`],
+    /// and stays ready until it gets bytes.
     fn is_ready(&self) -> bool {
         true
     }
