@@ -235,11 +235,11 @@ class Machine:
         reason = self.shutdown()
         if reason:
             raise Failure(f"the {self.name} guest ended by itself: {reason}")
-        self._receive()
+        self.receive()
         if self.process.poll() is not None:
             raise Failure(self.fate())
 
-    def _receive(self):
+    def receive(self):
         """Processes output of the guest."""
         while True:
             try:
@@ -314,7 +314,7 @@ class Machine:
     def diagnostics(self):
         """Returns the last lines of output of QEMU and of its guest."""
         self.qmp.poll()
-        self._receive()
+        self.receive()
         yield self.fate()
         for event in self.qmp.events:
             what, data = event["event"], event.get("data", {})

@@ -404,9 +404,13 @@ class Scenario:
     def quit(self, machine):
         """Makes the guest power off."""
         machine.send("quit")
-        reason = wait(
-            [], machine.shutdown, QUIT_TIMEOUT, "the guest turns off"
-        )
+
+        def turned_off():
+            # The guest waits until its reports are read.
+            machine.receive()
+            return machine.shutdown()
+
+        reason = wait([], turned_off, QUIT_TIMEOUT, "the guest turns off")
         expect("why the guest ended", reason, "guest-shutdown")
         self._drop(machine)
 
