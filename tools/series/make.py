@@ -299,8 +299,8 @@ def emulated(step):
     of a PCI function and a bus on which the administrator creates it:
     that of mediated devices, or one of PCI functions behind a software
     IOMMU. A variant driver of a real device needs vfio_pci_core, and
-    access to the device that excludes resets. Add them beside the migration engine, so that a
-    whole driver is safe code and short.
+    access to the device that excludes resets. Add them beside the
+    migration engine, so that a whole driver is safe code and short.
     """
     there = engine_modules()
     add_modules(step, [name for name in modules() if name not in there])
