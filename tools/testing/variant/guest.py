@@ -4,12 +4,16 @@
 
 guest.py PROGRAMS MODULE [OPTION...]
 guest.py PROGRAMS MODULE --only TEST...
+guest.py --mutants LOGS PLAN
 
 Runs in the test machine as root. PROGRAMS is the folder of the built kselftests,
 MODULE is vfio_membar.ko. The machine has an IOMMU, two bochs-display and two
 ivshmem-plain devices, each below a port of its own, so that the bus can reset them.
 vfio_pci_error.ko is in this folder. OPTIONs are for vfio_migration_test. Prints TAP.
 With --only, runs only the functions TEST of this file.
+
+With --mutants, tests broken variants of the driver on bochs-display devices, for
+tools/testing/mutate: LOGS and PLAN are those of run_mutants.sh.
 """
 
 import contextlib
@@ -793,6 +797,24 @@ def attempt(test, kind):
     return True
 
 
+def mutants(logs, plan):
+    """Runs tests on broken variants of the driver."""
+    known = {test.__name__: test for test, kind, _ in TESTS if kind is BOCHS}
+
+    def run(log, names):
+        with log.open("w") as file, contextlib.redirect_stdout(file):
+            for number, name in enumerate(names, 1):
+                passes = attempt(known[name], BOCHS)
+                print(f"{'' if passes else 'not '}ok {number} - variant.{name}", flush=True)
+
+    for line in Path(plan).read_text(encoding="utf-8").splitlines():
+        name, module, command = line.split("\t")
+        subprocess.run(["insmod", module], check=True)
+        # A test that fails leaves files open.
+        child(run, Path(logs, f"{name}.log"), command.split()[1:])
+        subprocess.run(["rmmod", "vfio_membar"], check=True)
+
+
 def suite(paths, *options):
     """Runs the conformance suite, and returns whether it fails."""
     other = find(IVSHMEM)[0]
@@ -812,6 +834,9 @@ def main():
         file = Path(f"/sys/module/{module}/parameters/allow_unsafe_interrupts")
         file.write_text("1")
     subprocess.run(["modprobe", "vfio-pci-core"], check=True)
+    if sys.argv[1] == "--mutants":
+        mutants(*sys.argv[2:])
+        return
     subprocess.run(["insmod", HERE / "vfio_pci_error.ko"], check=True)
     subprocess.run(["insmod", sys.argv[2]], check=True)
     only = sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else None
