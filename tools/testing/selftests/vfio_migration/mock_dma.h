@@ -6,8 +6,10 @@
 #ifndef MOCK_DMA_H
 #define MOCK_DMA_H
 
+#include <linux/mman.h>
 #include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 
 #include "mock.h"
 #include "mock_image.h"
@@ -175,6 +177,37 @@ static inline void ram_make(struct __test_metadata *_metadata, struct ram *ram,
 	ASSERT_NE(MAP_FAILED, ram->mem);
 	ram->want = calloc(1, size);
 	ASSERT_NE(NULL, ram->want);
+}
+
+#define HUGE_PAGE	(2ULL << 20)
+
+/*
+ * Shared memory in huge pages, like that of a guest, or NULL if the kernel has no such
+ * pages. @size is a multiple of HUGE_PAGE. No pages need to be set aside before.
+ */
+static inline __u8 *huge_memory(struct __test_metadata *_metadata, __u64 size)
+{
+	FILE *file = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages",
+			   "r+");
+	unsigned long long before;
+	__u8 *mem;
+
+	if (!file)
+		return NULL;
+	ASSERT_EQ(1, fscanf(file, "%llu", &before));
+	rewind(file);
+	ASSERT_LT(0, fprintf(file, "%llu", before + size / HUGE_PAGE));
+	ASSERT_EQ(0, fflush(file))
+		STEP("allow more huge pages: %s", strerror(errno));
+	mem = mmap(NULL, size, PROT_READ | PROT_WRITE,
+		   MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB, -1, 0);
+	ASSERT_NE(MAP_FAILED, mem)
+		STEP("get %llu bytes in huge pages: %s", size, strerror(errno));
+	/* The mapping has reserved its pages. */
+	rewind(file);
+	fprintf(file, "%llu", before);
+	fclose(file);
+	return mem;
 }
 
 /* Maps all of it for a device. */

@@ -176,6 +176,39 @@ TEST_F_TIMEOUT(dma, transfers_of_any_shape, 1800)
 		PROMISE("all descriptors belong to software now");
 }
 
+/* The range for DMA starts in the middle of a huge page, and IOVAs are aligned otherwise. */
+TEST_F_TIMEOUT(dma, huge_pages_hold_any_transfer, 600)
+{
+	unsigned int count = mig_times(100), i;
+	struct ram *ram = &self->ram;
+	struct mock *m = &self->m;
+	struct dma_desc d;
+	__u8 *huge;
+
+	huge = huge_memory(_metadata, ram->size + HUGE_PAGE);
+	if (!huge)
+		SKIP(return, "the kernel has no huge pages of 2 MiB");
+	ASSERT_EQ(0, mig_dma_unmap(&m->dev, ram->iova, ram->size));
+	ASSERT_EQ(0, munmap(ram->mem, ram->size));
+	ram->mem = huge + HUGE_PAGE / 2;
+	ram_map(_metadata, ram, m);
+	scatter(_metadata, self);
+	for (i = 0; i < count; i++) {
+		d = pick_transfer(self, m->size);
+		d.iova += pick(self, ram->size - m->size + 1);
+		d = dma_run(_metadata, m, 0, &d);
+		expect_complete(_metadata, &d, "a transfer in huge pages");
+		apply(self, m, &d, d.len);
+		expect_ram(_metadata, ram, "after a transfer in huge pages");
+		ASSERT_NE(KSFT_FAIL, _metadata->exit_code);
+	}
+	expect_all(_metadata, self, m, "after transfers in huge pages");
+	for (i = 0; i < HUGE_PAGE / 2; i++) {
+		ASSERT_EQ(0, huge[i] | ram->mem[ram->size + i])
+			PROMISE("nothing is written around the range for DMA");
+	}
+}
+
 /* Queued descriptors; @order is the order of their doorbells. */
 struct queue {
 	struct dma_desc desc[DESCS];

@@ -34,6 +34,19 @@ FIXTURE(log)
 
 MIG_EACH_BACKEND(log);
 
+static void map_windows(struct __test_metadata *_metadata, log_data *self)
+{
+	unsigned int i;
+	int ret;
+
+	for (i = 0; i < WINDOWS; i++) {
+		ret = mig_dma_map(&self->m.dev, self->windows[i], self->mem, WINDOW,
+				  i == READ_ONLY ? MIG_DMA_READ : RW);
+		ASSERT_EQ(0, ret)
+			STEP("map memory at %#llx: %s", self->windows[i], strerror(-ret));
+	}
+}
+
 FIXTURE_SETUP(log)
 {
 	__u64 windows[] = {
@@ -46,7 +59,6 @@ FIXTURE_SETUP(log)
 		{ .iova = 1ULL << 63, .length = (1ULL << 63) - WINDOW },
 	};
 	unsigned int i;
-	int ret;
 
 	NEED_IOMMUFD_FOR_LOG();
 	MOCK_OPEN_OR_SKIP(&self->m, "medium", 0, variant->backend);
@@ -62,12 +74,7 @@ FIXTURE_SETUP(log)
 	self->mem = mmap(NULL, WINDOW, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 			 -1, 0);
 	ASSERT_NE(MAP_FAILED, self->mem);
-	for (i = 0; i < WINDOWS; i++) {
-		ret = mig_dma_map(&self->m.dev, windows[i], self->mem, WINDOW,
-				  i == READ_ONLY ? MIG_DMA_READ : RW);
-		ASSERT_EQ(0, ret)
-			STEP("map memory at %#llx: %s", windows[i], strerror(-ret));
-	}
+	map_windows(_metadata, self);
 }
 
 FIXTURE_TEARDOWN(log)
@@ -209,6 +216,28 @@ TEST_F_TIMEOUT(log, equals_written_pages, 7200)
 	many[1].length = 384 * PAGE;
 	log_start(_metadata, self, many, 2, 128 * PAGE);
 	log_random(_metadata, self, count * 2 / 10);
+}
+
+/* Guests often have memory in huge pages. A window has the size of some of them. */
+TEST_F_TIMEOUT(log, huge_page_is_logged_by_small_pages, 600)
+{
+	unsigned int i;
+	__u8 *huge;
+
+	huge = huge_memory(_metadata, WINDOW);
+	if (!huge)
+		SKIP(return, "the kernel has no huge pages of 2 MiB");
+	for (i = 0; i < WINDOWS; i++)
+		ASSERT_EQ(0, mig_dma_unmap(&self->m.dev, self->windows[i], WINDOW));
+	ASSERT_EQ(0, munmap(self->mem, WINDOW));
+	self->mem = huge;
+	map_windows(_metadata, self);
+	log_start(_metadata, self, self->like_qemu, ARRAY_SIZE(self->like_qemu), PAGE);
+	log_random(_metadata, self, mig_times(100));
+	ASSERT_EQ(0, mig_log_stop(&self->m.dev));
+	log_start(_metadata, self, self->each_window, ARRAY_SIZE(self->each_window),
+		  16 * PAGE);
+	log_random(_metadata, self, mig_times(100));
 }
 
 TEST_F(log, pages_larger_than_memory)
