@@ -81,8 +81,75 @@ use crate::{
 };
 
 /// A driver of functions; see [`emulated::Driver`].
+/// [`module_emulated_driver!`](crate::module_emulated_driver) implements it.
 pub trait Driver: emulated::Driver {
     /// The identities of the functions, for the aliases of the module. See
     /// [`vfio_pci_device_table!`](crate::vfio_pci_device_table).
     const ID_TABLE: pci::IdTable;
+}
+
+/// Declares a kernel module with a driver of emulated devices, which can be created as mediated
+/// devices and as PCI functions.
+///
+/// Loading the module fails like [`mdev::Registration::new()`](crate::mdev::Registration::new) and
+/// [`soft_pci::Registration::new()`](crate::soft_pci::Registration::new).
+///
+/// # Examples
+///
+/// The driver is a type that implements [`emulated::Driver`](crate::emulated::Driver). `id` is the
+/// identity of the functions. All other fields are passed to the kernel's `module!`.
+///
+/// ```
+/// # type MyDriver = Note;
+/// const ID: config_space::Id = config_space::Id {
+///     vendor: 0x1af4,
+///     device: 0x10f2,
+///     class: 0xff_0000,
+/// };
+///
+/// vfio::module_emulated_driver! {
+///     type: MyDriver,
+///     id: ID,
+///     name: "my_driver",
+///     authors: ["Author name"],
+///     description: "What it is",
+///     license: "GPL",
+/// }
+/// ```
+#[macro_export]
+macro_rules! module_emulated_driver {
+    (type: $driver:ty, id: $id:expr, $($info:tt)*) => {
+        $crate::vfio_pci_device_table!(
+            FUNCTIONS,
+            [$crate::pci::DeviceId::from_id($id.vendor, $id.device)]
+        );
+
+        impl $crate::soft_pci::Driver for $driver {
+            const ID_TABLE: $crate::pci::IdTable = &FUNCTIONS;
+        }
+
+        #[::kernel::prelude::pin_data]
+        struct DriverModule {
+            #[pin]
+            _mediated: $crate::mdev::Registration<$driver>,
+            #[pin]
+            _functions: $crate::soft_pci::Registration<$driver>,
+        }
+
+        impl ::kernel::InPlaceModule for DriverModule {
+            fn init(
+                _module: &'static ::kernel::ThisModule,
+            ) -> impl ::pin_init::PinInit<Self, ::kernel::error::Error> {
+                ::kernel::try_pin_init!(Self {
+                    _mediated <- $crate::mdev::Registration::new(),
+                    _functions <- $crate::soft_pci::Registration::new(),
+                })
+            }
+        }
+
+        ::kernel::prelude::module! {
+            type: DriverModule,
+            $($info)*
+        }
+    };
 }

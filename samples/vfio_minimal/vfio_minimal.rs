@@ -45,8 +45,16 @@ const TAG: u64 = MAGIC + PAGE_SIZE as u64;
 /// The size of a record in bytes.
 const RECORD: usize = size_of::<u64>() + PAGE_SIZE;
 
-vfio::module_mdev_driver! {
+/// The identity on the PCI bus. The device id is from the range that QEMU keeps for experiments.
+const ID: config_space::Id = config_space::Id {
+    vendor: 0x1af4,
+    device: 0x10f1,
+    class: 0xff_0000,
+};
+
+vfio::module_emulated_driver! {
     type: Minimal,
+    id: ID,
     name: "vfio_minimal",
     authors: ["The vfio_mock authors"],
     description: "The smallest migratable VFIO device",
@@ -56,8 +64,8 @@ vfio::module_mdev_driver! {
 /// A device, from its creation to its removal. It has no data.
 struct Minimal;
 
-impl mdev::Driver for Minimal {
-    const TYPES: &'static [mdev::Type] = &[mdev::Type {
+impl emulated::Driver for Minimal {
+    const TYPES: &'static [emulated::Type] = &[emulated::Type {
         name: c"64K",
         pretty_name: c"Minimal device",
         description: c"The smallest migratable PCI device, 64 KiB of memory",
@@ -94,13 +102,7 @@ impl emulated::Operations for Minimal {
     const NAME: &'static CStr = c"vfio_minimal";
 
     fn config_space(&self) -> Result<ConfigSpace> {
-        // The device id is from the range that QEMU keeps for experiments.
-        ConfigSpace::new(config_space::Id {
-            vendor: 0x1af4,
-            device: 0x10f1,
-            class: 0xff_0000,
-        })
-        .memory_bar(region::BAR0 as usize, SIZE as u64, false)
+        ConfigSpace::new(ID).memory_bar(region::BAR0 as usize, SIZE as u64, false)
     }
 
     fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {

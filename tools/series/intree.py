@@ -12,6 +12,7 @@ import textwrap
 # Names that are in the kernel crate itself and not in `kernel::vfio`.
 AT_TOP = (
     "bindings",
+    "module_emulated_driver",
     "module_mdev_driver",
     "module_vfio_pci_driver",
     "vfio_pci_device_table",
@@ -252,7 +253,7 @@ def crate_line(line, example):
 
 def driver_line(line):
     """Converts a line of a driver that is not part of a `use` declaration."""
-    line = re.sub(r"(?<![\w:])vfio::(module_mdev_driver!|vfio_pci_device_table!)",
+    line = re.sub(r"(?<![\w:])vfio::(module_(?:emulated|mdev)_driver!|vfio_pci_device_table!)",
                   r"kernel::\1", line)
     return re.sub(r"(?<![\w:\"])vfio::(?=[a-zA-Z{])", "kernel::vfio::", line)
 
