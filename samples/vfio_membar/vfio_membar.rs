@@ -2,14 +2,12 @@
 
 //! A variant driver of PCI devices whose whole state is in their BARs.
 //!
-//! Every QEMU has such devices: `bochs-display`, with video memory in BAR0 and registers in BAR2,
-//! and `ivshmem-plain`, with memory in BAR2 and registers in BAR0. They do no DMA and have no
+//! Every QEMU has such devices: `bochs-display` and `ivshmem-plain`. They do no DMA and have no
 //! hidden state, and no reset clears them. The driver adds live migration, and clears them.
 //!
-//! The stream consists of records of one size: a tag of 64 bits and a page. The first record
-//! identifies the device. Then there is a record for each page of the memory, and another one
-//! whenever a page changes after it was sent. The last record has a checksum of all records before
-//! it, and the registers.
+//! The stream consists of records of one size: a tag of 64 bits and a page. The first identifies
+//! the device. Then there is one for each page of the memory, and another whenever a page changes
+//! after it was sent. The last has a checksum of all others, and the registers.
 
 use core::ops::Range;
 use kernel::{
@@ -70,13 +68,12 @@ impl pci::Operations for Driver {
     const NAME: &'static CStr = c"vfio_membar";
 
     fn open(&self, function: Arc<pci::Function>) -> impl PinInit<Chip, Error> {
-        // ivshmem-doorbell has it: other machines write to its memory.
-        let is_shared = function.size(region::BAR1) != 0;
         try_init!(Chip {
             model: self.0,
-            memory: match is_shared {
-                true => Err(ENODEV),
-                false => pci::BarMemory::new(function.clone(), self.0.bars.0),
+            memory: match function.size(region::BAR1) {
+                0 => pci::BarMemory::new(function.clone(), self.0.bars.0),
+                // That of ivshmem-doorbell: other machines write to its memory.
+                _ => Err(ENODEV),
             }?,
             function,
         }? Error)
@@ -95,9 +92,8 @@ impl pci::Driver for Driver {
     const ID_TABLE: pci::IdTable = &TABLE;
 
     fn probe(device: &kernel::pci::Device<kernel::device::Bound>) -> impl PinInit<Self, Error> {
-        let model = [&BOCHS, &IVSHMEM]
-            .into_iter()
-            .find(|model| model.id.matches(device));
+        let mut models = [&BOCHS, &IVSHMEM].into_iter();
+        let model = models.find(|model| model.id.matches(device));
         model.map(Self).ok_or(ENODEV)
     }
 }
@@ -116,8 +112,7 @@ impl Chip {
         page_of([VERSION, id, PAGE_SIZE as u64, self.memory.size() as u64])
     }
 
-    /// Returns the position of each register, its place in the last record, and its value at power
-    /// on.
+    /// Returns the position, the place in the last record, and the initial value of each register.
     fn registers(&self) -> impl Iterator<Item = (Position, Range<usize>, u32)> {
         let bar = self.model.bars.1;
         let saved = self.model.saved.iter();
@@ -187,10 +182,9 @@ impl Migratable for Chip {
 
     fn reset(&self) -> Result {
         self.memory.clear()?;
-        for (pos, at, value) in self.registers() {
-            self.function.write(pos, &value.to_le_bytes()[..at.len()])?;
-        }
-        Ok(())
+        self.registers().try_for_each(|(pos, at, value)| {
+            self.function.write(pos, &value.to_le_bytes()[..at.len()])
+        })
     }
 }
 
@@ -287,9 +281,8 @@ impl Loader for BarLoader {
                     if expected[..] != *page || self.loaded.contains(&false) {
                         return Err(EINVAL);
                     }
-                    for (pos, at, _) in chip.registers() {
-                        chip.function.write(pos, &page[at])?;
-                    }
+                    chip.registers()
+                        .try_for_each(|(pos, at, _)| chip.function.write(pos, &page[at]))?;
                     self.ended = true;
                 }
                 _ => {
@@ -301,8 +294,7 @@ impl Loader for BarLoader {
             self.sum = Some(add(self.sum, tag, page));
             Ok(())
         })?;
-        (!self.ended || !self.records.is_partial())
-            .then_some(taken)
-            .ok_or(EINVAL)
+        let is_whole = !self.ended || !self.records.is_partial();
+        is_whole.then_some(taken).ok_or(EINVAL)
     }
 }
