@@ -92,6 +92,8 @@ pub struct Notifier {
     events: SpinLockIrq<u32>,
     /// The device of the session is stopped. Set under the session's lock.
     stopped: AtomicFlag,
+    /// The session has ended, although its content remains.
+    ended: AtomicFlag,
 }
 
 impl Notifier {
@@ -100,6 +102,7 @@ impl Notifier {
         Arc::pin_init(
             try_pin_init!(Self {
                 stopped: AtomicFlag::new(phase == Phase::StopCopy),
+                ended: AtomicFlag::new(false),
                 wait: PollCondVarBox::new(c"vfio::migration::Notifier", static_lock_class!())?,
                 events <- new_spinlock_irq!(0, "vfio::migration::Notifier::events"),
             }? Error),
@@ -121,6 +124,19 @@ impl Notifier {
         *events = events.wrapping_add(1);
         drop(events);
         self.wait.notify_all();
+    }
+
+    /// Makes all later calls on the data_fd fail with `ENODEV`, and wakes the waiters. For a caller
+    /// that must not wait for the session's lock: the session is ended later. Does not sleep.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Relaxed);
+        self.notify();
+    }
+
+    /// Returns the content of the session. Fails with `ENODEV` if the session has ended.
+    pub(crate) fn live<'a, T>(&self, content: &'a mut Option<T>) -> Result<&'a mut T> {
+        let ended = self.ended.load(Relaxed);
+        content.as_mut().filter(|_| !ended).ok_or(ENODEV)
     }
 
     /// Returns the phase of the session.

@@ -275,7 +275,7 @@ impl<M: Migratable> SaveSession<M> {
     fn claim(&self, nonblock: bool) -> Result {
         let mut guard = lock_killable(&self.saving)?;
         loop {
-            let saving = (*guard).as_mut().ok_or(ENODEV)?;
+            let saving = self.notifier.live(&mut *guard)?;
             if !saving.reading {
                 saving.reading = true;
                 return Ok(());
@@ -301,7 +301,7 @@ impl<M: Migratable> SaveSession<M> {
     fn next(&self, nonblock: bool, first: bool) -> Result<Option<(Chunk, usize)>> {
         loop {
             let mut guard = self.saving.lock();
-            let saving = (*guard).as_mut().ok_or(ENODEV)?;
+            let saving = self.notifier.live(&mut *guard)?;
             if saving.chunk.is_none() && !matches!(saving.answer, Answer::Failed(_)) {
                 saving.ask(&self.notifier);
             }
@@ -327,7 +327,7 @@ impl<M: Migratable> SaveSession<M> {
     /// Records the position in the chunk that [`next()`](Self::next) returned.
     fn advance(&self, chunk: Chunk, pos: usize) -> Result {
         let mut guard = self.saving.lock();
-        let saving = (*guard).as_mut().ok_or(ENODEV)?;
+        let saving = self.notifier.live(&mut *guard)?;
         saving.pos = pos;
         if pos < saving.len {
             saving.chunk = Some(chunk);
@@ -370,12 +370,12 @@ impl<M: Migratable> SaveSession<M> {
     /// Serves poll(): readable if read() would not wait. Calls no method of the driver.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
-        match self.saving.lock().as_ref() {
-            None => bindings::POLLIN | bindings::POLLRDNORM | bindings::POLLRDHUP,
-            Some(saving) if saving.is_readable(&self.notifier) => {
+        match self.notifier.live(&mut *self.saving.lock()) {
+            Err(_) => bindings::POLLIN | bindings::POLLRDNORM | bindings::POLLRDHUP,
+            Ok(saving) if saving.is_readable(&self.notifier) => {
                 bindings::POLLIN | bindings::POLLRDNORM
             }
-            Some(_) => 0,
+            Ok(_) => 0,
         }
     }
 
@@ -393,7 +393,7 @@ impl<M: Migratable> SaveSession<M> {
         }
 
         let mut guard = lock_killable(&self.saving)?;
-        let saving = (*guard).as_mut().ok_or(ENODEV)?;
+        let saving = self.notifier.live(&mut *guard)?;
         if self.notifier.phase() != Phase::PreCopy {
             return Err(EINVAL);
         }
@@ -557,7 +557,7 @@ impl<M: Migratable> LoadSession<M> {
     fn claim(&self, nonblock: bool) -> Result<Block> {
         let mut guard = lock_killable(&self.loading)?;
         loop {
-            let loading = (*guard).as_mut().ok_or(ENODEV)?;
+            let loading = self.notifier.live(&mut *guard)?;
             if let Some(block) = loading.block.take() {
                 return Ok(block);
             }
@@ -576,8 +576,9 @@ impl<M: Migratable> LoadSession<M> {
         loop {
             // Read before the loader is called, so that a notification meanwhile is not missed.
             let seen = self.notifier.events();
-            let guard = self.loading.lock();
-            if guard.as_ref().ok_or(ENODEV)?.is_ready(&self.notifier) {
+            let mut guard = self.loading.lock();
+            let loading = self.notifier.live(&mut *guard)?;
+            if loading.is_ready(&self.notifier) {
                 return Ok(true);
             }
             if !first {
@@ -601,7 +602,7 @@ impl<M: Migratable> LoadSession<M> {
     /// Hands bytes to the loader, and returns the number of bytes that it has taken.
     fn load(&self, bytes: &[u8]) -> Result<usize> {
         let mut guard = self.loading.lock();
-        let loading = (*guard).as_mut().ok_or(ENODEV)?;
+        let loading = self.notifier.live(&mut *guard)?;
         loading.load(bytes, &self.notifier)
     }
 
@@ -649,10 +650,10 @@ impl<M: Migratable> LoadSession<M> {
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         let events = bindings::POLLOUT | bindings::POLLWRNORM;
-        match self.loading.lock().as_ref() {
-            Some(loading) if loading.block.is_some() && loading.is_ready(&self.notifier) => events,
-            Some(_) => 0,
-            None => events | bindings::POLLERR,
+        match self.notifier.live(&mut *self.loading.lock()) {
+            Ok(loading) if loading.block.is_some() && loading.is_ready(&self.notifier) => events,
+            Ok(_) => 0,
+            Err(_) => events | bindings::POLLERR,
         }
     }
 }

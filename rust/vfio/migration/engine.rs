@@ -555,8 +555,14 @@ impl<M: Migratable> Engine<M> {
     /// device is [gone](Self::fence), and with `EINTR`, without a reset, if the task is killed
     /// while it waits.
     pub fn reset(&self, driver: &Arc<M>) -> Result {
+        self.reset_from(driver, |_| ())
+    }
+
+    /// The same, and passes the state that the reset leaves to `from`.
+    pub(crate) fn reset_from(&self, driver: &Arc<M>, from: impl FnOnce(State)) -> Result {
         self.try_with_current(|current| {
             current.present()?;
+            from(current.state());
             // The session ends first, so that nothing of it reaches the device after the reset.
             current.leave(Current::Error);
             // If the device died before, it is reset now.

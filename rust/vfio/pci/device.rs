@@ -38,6 +38,10 @@ use kernel::{
     new_spinlock,
     prelude::*,
     sync::{
+        atomic::{
+            AtomicFlag,
+            Relaxed, //
+        },
         Arc,
         Completion,
         Mutex,
@@ -209,6 +213,8 @@ pub(super) struct Private<T: Operations> {
     /// Held while a reset is completed. Outside of the engine's locks.
     #[pin]
     settling: Mutex<()>,
+    /// A reset by the host has discarded the state of a stopped device, and the user was not told.
+    lost: AtomicFlag,
     /// Present while the device is open.
     #[pin]
     opened: SpinLock<Option<Arc<OpenDevice<T>>>>,
@@ -227,6 +233,7 @@ impl<T: Operations> Private<T> {
             engine <- Engine::new(data.migration_flags()),
             resets: Resets::new()?,
             settling <- new_mutex!((), "vfio::pci::Private::settling"),
+            lost: AtomicFlag::new(false),
             opened <- new_spinlock!(None, "vfio::pci::Private::opened"),
             released,
         }? Error)
@@ -282,9 +289,13 @@ impl<T: Operations> Variant<T> {
         let _settling = lock_killable(&self.private.settling)?;
         while resets.is_unsettled() {
             let count = resets.wait_killable()?;
-            let done = self.private.engine.reset(opened);
+            let mut from = State::Running;
+            let done = self.private.engine.reset_from(opened, |state| from = state);
             if done == Err(EINTR) {
                 return done;
+            }
+            if done.is_ok() && matches!(from, State::Stop | State::StopCopy | State::Resuming) {
+                self.private.lost.store(true, Relaxed);
             }
             if resets.settle(count) {
                 // If it failed, the state is `ERROR`, until the next reset.
@@ -292,6 +303,20 @@ impl<T: Operations> Variant<T> {
             }
         }
         Ok(())
+    }
+
+    /// Fails with `ECANCELED`, once, if a reset has discarded the state of a stopped device and the
+    /// user did not request it: a state change would run a device that is cleared.
+    pub(super) fn report_lost(&self) -> Result {
+        match self.private.lost.xchg(false, Relaxed) {
+            true => Err(ECANCELED),
+            false => Ok(()),
+        }
+    }
+
+    /// Records that the user has requested the last reset.
+    pub(super) fn reset_by_user(&self) {
+        self.private.lost.store(false, Relaxed);
     }
 
     /// Records the start of a reset, and unmaps all BARs from all address spaces, like
@@ -333,6 +358,7 @@ impl<T: Operations> Variant<T> {
     /// must be called before `vfio_pci_core_disable()`.
     pub(super) unsafe fn open(&self) -> Result {
         self.private.engine.open()?;
+        self.private.lost.store(false, Relaxed);
         // SAFETY: By the safety requirements. `close()` closes the function, and so does this if it
         // fails.
         let function = unsafe {

@@ -35,6 +35,13 @@ struct Inner {
     session: Option<Arc<Notifier>>,
 }
 
+impl Inner {
+    /// Returns whether the driver may access the device.
+    fn is_accepted(&self) -> bool {
+        self.accepted == self.count && !self.in_reset
+    }
+}
+
 /// The resets of a device, from its creation to its removal. A reset can begin and end at any time
 /// in between, whether the device is open or not.
 #[pin_data]
@@ -78,21 +85,27 @@ impl Resets {
         drop(last);
     }
 
-    /// Records the notifier of a session, whose users are woken by a reset. May sleep.
+    /// Records the notifier of a session, which a reset ends. May sleep.
     pub(crate) fn begin_session(&self, notifier: Arc<Notifier>) {
-        let last = self.inner.lock().session.replace(notifier);
+        let mut inner = self.inner.lock();
+        // Nothing else ends the session of a state change that the last reset interrupts.
+        if !inner.is_accepted() {
+            notifier.end();
+        }
+        let last = inner.session.replace(notifier);
+        drop(inner);
         // Outside of the lock: this may be the last reference.
         drop(last);
     }
 
     /// Records the start of a reset. Accesses fail until [`accept()`](Self::accept) after its end.
-    /// Wakes readers, writers and pollers of the session, which must notice it. Does not sleep.
+    /// All calls on the data_fd of the session fail from now on, too. Does not sleep.
     pub(crate) fn begin(&self) {
         let mut inner = self.inner.lock();
         inner.count = inner.count.wrapping_add(1);
         inner.in_reset = true;
         if let Some(notifier) = &inner.session {
-            notifier.notify();
+            notifier.end();
         }
     }
 
@@ -104,12 +117,7 @@ impl Resets {
 
     /// Fails with `ENODEV` between the start of a reset and the call of the driver. Does not sleep.
     pub(crate) fn not_reset(&self) -> Result {
-        let inner = self.inner.lock();
-        if inner.accepted == inner.count && !inner.in_reset {
-            Ok(())
-        } else {
-            Err(ENODEV)
-        }
+        self.inner.lock().is_accepted().then_some(()).ok_or(ENODEV)
     }
 
     /// Returns the number of resets. Does not sleep.

@@ -34,6 +34,12 @@ use kernel::{
 /// `VFIO_DEVICE_IOEVENTFD`.
 const IOEVENTFD: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 16);
 
+/// `VFIO_DEVICE_RESET` and `VFIO_DEVICE_PCI_HOT_RESET`.
+const RESETS: [u32; 2] = [
+    bindings::VFIO_DEVICE_RESET,
+    _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 13),
+];
+
 /// Returns the index of the region at a position in the device file.
 fn index_at(pos: i64) -> u32 {
     u32::try_from(pos >> INDEX_SHIFT).unwrap_or(u32::MAX)
@@ -215,6 +221,9 @@ impl<T: Operations> VTable<T> {
             let settled = this.settle(&opened);
             if done == 0 {
                 settled?;
+                if RESETS.contains(&cmd) {
+                    this.reset_by_user();
+                }
             }
             Ok(done)
         })
@@ -302,9 +311,10 @@ impl<T: Operations> VTable<T> {
         let (this, device) =
             unsafe { (Variant::<T>::from_raw(vdev), Device::<Open>::from_raw(vdev)) };
         let engine = &this.private.engine;
-        let file = this
-            .settled()
-            .and_then(|opened| engine.set_state(&opened, device, new_state.0));
+        let file = this.settled().and_then(|opened| {
+            this.report_lost()?;
+            engine.set_state(&opened, device, new_state.0)
+        });
         file_to_ptr(file)
     }
 

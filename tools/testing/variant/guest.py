@@ -44,10 +44,12 @@ VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
 VFIO_DEVICE_RESET = 0x3B6F
 VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
+VFIO_MIG_GET_PRECOPY_INFO = 0x3B79
 SET, STATE, LOW_POWER_ENTRY, LOW_POWER_EXIT = 1 << 17, 2, 3, 5
 ERROR, STOP, RUNNING, STOP_COPY, RESUMING = 0, 1, 2, 3, 4
 RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
 ALL_STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RESUMING)
+STOPPED = (STOP_COPY, STOP, RESUMING)
 # The states of a PCI device, for vfio_pci_error.
 IO_NORMAL, IO_FROZEN, IO_PERM_FAILURE = 0, 1, 2
 REPORT = Path("/sys/module/vfio_pci_error/parameters/report")
@@ -145,6 +147,16 @@ def fails(function, *arguments):
     except OSError as error:
         return error.errno
     return None
+
+
+def check_told(device, state):
+    """Checks that a state change tells of the reset by the host of a device in a state.
+
+    Only once, and only if it was stopped: its state is lost.
+    """
+    if state in STOPPED:
+        check(fails(device.set_state, RUNNING) == errno.ECANCELED, "a cleared device runs")
+    device.set_state(RUNNING)
 
 
 def pattern(size, seed):
@@ -481,17 +493,16 @@ def remains(pair, bar):
     """a mapping remains through resets, and raises SIGBUS without power or memory space"""
     bind(pair[0])
     with Device(pair[0], bar) as device, device.map() as mapped:
-        def reset_by_user():
-            device.reset()
-            device.command(MEMORY)
-
-        for reset in reset_by_user, lambda: host_reset(pair[0]):
+        for by_user in True, False:
             for state in (RUNNING, PRE_COPY, STOP_COPY, RESUMING, STOP):
-                device.set_state(RUNNING)
                 mapped[:] = pattern(device.size, 13)
                 session = device.set_state(state)
                 store(mapped, (0, 1), b"dropped?")
-                reset()
+                if by_user:
+                    device.reset()
+                    device.command(MEMORY)
+                else:
+                    host_reset(pair[0])
                 # The first access after a reset by the host completes it.
                 check(mapped[:] == bytes(device.size), "a reset does not clear the mapping")
                 check(device.state() == RUNNING, "the device is not in RUNNING after a reset")
@@ -499,6 +510,9 @@ def remains(pair, bar):
                 check(device.read()[9 * PAGE + 16 :][:8] == b"running!", "a store is dropped")
                 if session >= 0:
                     os.close(session)
+                if not by_user:
+                    check_told(device, state)
+                device.set_state(RUNNING)
             session = device.set_state(PRE_COPY)
             changed(session)
             store(mapped, (1, 2, 3), b"tracked!")
@@ -591,12 +605,25 @@ def removes(pair, bar):
     check(found == bytes(len(found)), "the host sees what the user has left")
 
 
-def check_ended(session, state):
-    """Checks that the session of a state ends, perhaps in the middle, and closes it."""
+def begin(session, state):
+    """Uses the session of a state, if there is one, to the middle of a record."""
     if state == RESUMING:
-        check(fails(os.write, session, b"1") == errno.ENODEV, "the session has not ended")
-    else:
-        stream(session, errno.ENODEV)
+        os.write(session, b"MEMBAR")
+    elif session >= 0:
+        os.read(session, 100)
+
+
+def check_ended(session, state):
+    """Checks that the session of a state has ended, and closes it."""
+    call = (os.write, session, b"1") if state == RESUMING else (os.read, session, 1)
+    check(fails(*call) == errno.ENODEV, "the session has not ended")
+    if state in (PRE_COPY, PRE_COPY_P2P):
+        info = bytearray(struct.pack("<IIQQ", 24, 0, 0, 0))
+        error = fails(fcntl.ioctl, session, VFIO_MIG_GET_PRECOPY_INFO, info)
+        check(error == errno.ENODEV, "the session has a size")
+    poller = select.poll()
+    poller.register(session, select.POLLIN | select.POLLOUT)
+    check(poller.poll(0), "a session that has ended is not ready")
     os.close(session)
 
 
@@ -648,24 +675,20 @@ def resets(pair, bar):
     """a reset by the user or by the host in any state leads to RUNNING and a clear device"""
     bind(pair[0])
     with Device(pair[0], bar) as device:
-        for reset in device.reset, lambda: host_reset(pair[0]):
+        for by_user, reset in (True, device.reset), (False, lambda: host_reset(pair[0])):
             for state in ALL_STATES:
                 device.write(pattern(device.size, 19))
                 session = device.set_state(state)
-                # In the middle of a record.
-                if state == RESUMING:
-                    os.write(session, b"MEMBAR")
-                elif session >= 0:
-                    os.read(session, 100)
+                begin(session, state)
                 reset()
                 check(device.state() == RUNNING, "the device is not in RUNNING")
-                # The first call that notices the reset is a read() of the session, or this.
-                if state == RESUMING:
-                    device.command(MEMORY)
+                # The first call after the reset is one of the session.
                 if session >= 0:
                     check_ended(session, state)
                 # And here it is a state change.
                 reset()
+                if not by_user:
+                    check_told(device, state)
                 os.close(device.set_state(STOP_COPY))
                 check(device.state() == STOP_COPY, "the device is not in STOP_COPY")
                 device.set_state(RUNNING)
@@ -703,6 +726,7 @@ def sleeps(pair, bar):
             check(target.state() == RUNNING, "the device is not in RUNNING")
             target.wake()
             check(target.read() == bytes(target.size), "the memory is not clear")
+            check_told(target, state)
             if session >= 0:
                 os.close(session)
             target.write(pattern(target.size, 21))
