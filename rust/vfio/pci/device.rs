@@ -137,15 +137,21 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     const HAS_RESUME_P2P: bool = <T::OpenData as Migratable>::HAS_RESUME_P2P;
     const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
 
+    // Each arc that calls the driver fails if the device is gone. Otherwise an arc that needs no
+    // access, or writes that are posted, would succeed.
+
     fn quiesce_p2p(&self) -> Result {
+        self.function.check()?;
         self.data.quiesce_p2p()
     }
 
     fn resume_p2p(&self) -> Result {
+        self.function.check()?;
         self.data.resume_p2p()
     }
 
     fn stop(&self) -> Result {
+        self.function.check()?;
         self.function.stop()?;
         self.tracked()
             .try_for_each(BarMemory::stop)
@@ -154,27 +160,32 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn start(&self) -> Result {
+        self.function.check()?;
         self.data.start()?;
         self.pass();
         Ok(())
     }
 
     fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        this.function.check()?;
         this.function.resets().begin_session(notifier.clone());
         T::OpenData::pre_copy(&this.data, notifier)
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Saver> {
+        this.function.check()?;
         this.function.resets().begin_session(notifier.clone());
         T::OpenData::save(&this.data, notifier)
     }
 
     fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<Self::Loader> {
+        this.function.check()?;
         this.function.resets().begin_session(notifier.clone());
         T::OpenData::load(&this.data, notifier)
     }
 
     fn loaded(&self, loader: &mut Self::Loader) -> Result {
+        self.function.check()?;
         self.data.loaded(loader)
     }
 
@@ -195,6 +206,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     fn reset(&self) -> Result {
         self.function.accept();
         self.data.reset()?;
+        self.function.check()?;
         self.tracked().for_each(BarMemory::start);
         self.function.reset_gate();
         Ok(())

@@ -149,6 +149,30 @@ impl Enabled {
         unsafe { bindings::pm_runtime_put(&raw mut (*self.pdev()).dev) };
     }
 
+    /// Returns whether the device is present, in any state of power that it can be brought to. May
+    /// sleep.
+    fn responds(&self) -> bool {
+        // SAFETY: By the type invariants.
+        let (device, lock) = unsafe {
+            (
+                &raw mut (*self.pdev()).dev,
+                &raw mut (*self.core.as_ptr()).memory_lock,
+            )
+        };
+        // SAFETY: As above. No lock is held that a runtime resume needs. With `memory_lock` held,
+        // no reset by the user is under way.
+        unsafe {
+            if bindings::pm_runtime_resume_and_get(device) != 0 {
+                return false;
+            }
+            bindings::down_read(lock);
+            let present = self.is_present();
+            bindings::up_read(lock);
+            bindings::pm_runtime_put(device);
+            present
+        }
+    }
+
     /// Calls `access` while the device has power and `memory_lock` is held, unless `may` fails with
     /// that lock held. Enables the memory BARs meanwhile, on behalf of the driver. May sleep.
     ///
@@ -555,6 +579,23 @@ impl Function {
     /// Returns whether a BAR is a range of I/O ports.
     pub(crate) fn is_ports(&self, region_index: u32) -> bool {
         self.ports.get(region_index as usize) == Some(&true)
+    }
+
+    /// Fails with `EIO` if the device is gone. May sleep.
+    ///
+    /// Does not fail during a reset, in which a device need not respond.
+    pub(crate) fn check(&self) -> Result {
+        let guard = self.enabled.lock();
+        if guard.as_ref().ok_or(ENODEV)?.responds() {
+            return Ok(());
+        }
+        // The device was asked before the check.
+        barrier::mb(barrier::Read);
+        if self.resets.not_reset().is_err() {
+            return Ok(());
+        }
+        self.broken.store(true, Relaxed);
+        Err(EIO)
     }
 
     /// Returns whether an access since the last reset found that the device is gone. Does not

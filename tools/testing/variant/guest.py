@@ -563,7 +563,7 @@ def closes(pair, bar):
 
 
 def dies(pair, bar):
-    """a device that does not respond is not saved, and can be opened again when it does"""
+    """a device that does not respond is neither saved nor run, until it is opened again"""
     bind(pair[0])
     with Device(pair[0], bar) as device:
         device.write(pattern(device.size, 10))
@@ -576,6 +576,19 @@ def dies(pair, bar):
             power(pair[0], True)
         check_content(part, 10)
         os.close(session)
+    for state in ALL_STATES:
+        with Device(pair[0], bar) as device:
+            session = device.set_state(state)
+            begin(session, state)
+            power(pair[0], False)
+            try:
+                target = RUNNING if state in (STOP_COPY, RESUMING) else STOP_COPY
+                check(fails(device.set_state, target) == errno.EIO, "it runs or is saved")
+                check(device.state() == ERROR, "the device is not in ERROR")
+                if session >= 0:
+                    check_ended(session, state)
+            finally:
+                power(pair[0], True)
     with Device(pair[0], bar) as device:
         check(device.read() == bytes(device.size), "the user sees what another has left")
         device.write(pattern(device.size, 11))
