@@ -482,21 +482,21 @@ impl<T: Operations> Variant<T> {
         region_index: u32,
         page: usize,
     ) -> bindings::vm_fault_t {
-        loop {
-            let Ok(opened) = self.settled() else {
-                return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
-            };
-            let Handling::Tracked(memory) = opened.handling(region_index) else {
-                return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
-            };
-            // SAFETY: By the safety requirements.
-            let result = unsafe { memory.fault(vmf, page) };
-            if !self.private.resets.is_unsettled() {
-                return result;
-            }
-            // A reset that began meanwhile may have unmapped the page before it was mapped.
-            memory.unmap(page);
+        let Ok(opened) = self.settled() else {
+            return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+        };
+        let Handling::Tracked(memory) = opened.handling(region_index) else {
+            return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+        };
+        // SAFETY: By the safety requirements.
+        let result = unsafe { memory.fault(vmf, page) };
+        if !self.private.resets.is_unsettled() {
+            return result;
         }
+        // A reset that began meanwhile may have unmapped the page before it was mapped. The same
+        // access faults again, unless the task is killed.
+        memory.unmap(page);
+        bindings::vm_fault_reason_VM_FAULT_NOPAGE
     }
 
     /// Serves a read() of a region that is not direct. May sleep.
