@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
 """The QEMU that runs the test machine, from inside: its monitor is a port of it."""
 
-import contextlib
 import os
 import struct
 import time
@@ -94,11 +93,17 @@ class Outside:
         """Plugs in a device."""
         self.qmp.command("device_add", properties, TIMEOUT)
 
-    @contextlib.contextmanager
-    def unplugged(self, name):
-        """Asks for a device to be released, and waits afterwards until it is gone."""
+    def add_memory(self, name, size):
+        """Creates shared memory for a device."""
+        properties = {"qom-type": "memory-backend-memfd", "share": True}
+        self.qmp.command("object-add", properties | {"id": name, "size": size}, TIMEOUT)
+
+    def unplug(self, name):
+        """Asks the machine to release a device."""
         self.qmp.command("device_del", {"id": name}, TIMEOUT)
-        yield
+
+    def wait_unplugged(self, name):
+        """Waits until the machine has released a device."""
         deadline = time.monotonic() + TIMEOUT
         while not any(
             event.get("device") == name

@@ -8,7 +8,8 @@ guest.py --mutants LOGS PLAN
 
 Runs in the test machine as root. PROGRAMS is the folder of the built kselftests,
 MODULE is vfio_membar.ko. The machine has an IOMMU, two bochs-display and two
-ivshmem-plain devices, each below a port of its own, so that the bus can reset them.
+ivshmem-plain devices, each below a port of its own, so that the bus can reset them, and
+a port that is the monitor of its QEMU.
 vfio_pci_error.ko is in this folder. OPTIONs are for vfio_migration_test. Prints TAP.
 With --only, runs only the functions TEST of this file.
 
@@ -20,6 +21,8 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
+import itertools
 import mmap
 import os
 import select
@@ -32,9 +35,18 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "qemu"))
+from outside import Outside
+from qmp import QmpError
+
 DEVICES = Path("/sys/bus/pci/devices")
 BOCHS = ("0x1234", "0x1111", 0)
 IVSHMEM = ("0x1af4", "0x1110", 2)
+# The properties with which QEMU plugs in an ivshmem-plain in place of the first one, see part
+# variant of tools/testing/run.
+PLUG = {"driver": "ivshmem-plain", "id": "ivshmem1", "bus": "port3"}
+# For the names of the memory of devices that are plugged in.
+numbers = itertools.count()
 # The time limit of a test of a broken variant, in seconds.
 MUTANT_LIMIT = 200
 PAGE = mmap.PAGESIZE
@@ -140,6 +152,21 @@ def host_reset(path):
 def report(path, state):
     """Reports an error of a device to its driver, like AER."""
     REPORT.write_text(f"{path.name} {state}")
+
+
+def wait_for(condition, what):
+    """Waits until a condition holds."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(what)
+
+
+@functools.cache
+def outside():
+    """Returns the monitor of the QEMU that runs this machine, which can be opened once."""
+    return Outside(None)
 
 
 def fails(function, *arguments):
@@ -642,6 +669,46 @@ def check_ended(session, state):
     os.close(session)
 
 
+def replug(path):
+    """Plugs in a device after the one in its place is gone."""
+    outside().wait_unplugged(PLUG["id"])
+    check(not path.exists(), "the device is not removed")
+    # QEMU 10.0 aborts if the memory of an unplugged device is used again.
+    memory = f"memory{next(numbers)}"
+    outside().add_memory(memory, 1 << 20)
+    outside().plug(PLUG | {"memdev": memory})
+    wait_for(path.exists, "no device is plugged in")
+    # Waits until it is complete.
+    Path("/sys/bus/pci/rescan").write_text("1")
+
+
+def unplugs(pair, bar):
+    """an unplugged device works until its close, in any state, and one in its place migrates"""
+    path = pair[0]
+    for state in ALL_STATES:
+        bind(path)
+        with Device(path, bar) as device:
+            device.write(pattern(device.size, 23))
+            session = device.set_state(state)
+            begin(session, state)
+            outside().unplug(PLUG["id"])
+            wait_for(lambda: not (path / "vfio-dev").exists(), "it is not being removed")
+            check(device.state() == state, "the unplugged device has another state")
+            check(device.read() == pattern(device.size, 23), "it has another content")
+            if state in (PRE_COPY, PRE_COPY_P2P):
+                stream(session, errno.ENOMSG)
+                device.set_state(STOP_COPY)
+            if state in (PRE_COPY, PRE_COPY_P2P, STOP_COPY):
+                stream(session, None)
+        replug(path)
+        if session >= 0:
+            check_ended(session, RESUMING if state == RESUMING else STOP_COPY)
+    moves(pair, bar)
+    # That of a device that is not open does not wait.
+    outside().unplug(PLUG["id"])
+    replug(path)
+
+
 def reports(pair, bar):
     """a fatal error ends the session and leads to ERROR until a reset"""
     bind(pair[0])
@@ -819,7 +886,9 @@ def races(pair, bar):
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
          for test in (clears, moves, tracks, states, shares, remains, wakes, resets, sleeps,
-                      closes, dies, reports, removes, races)]
+                      closes, dies, reports, removes, unplugs, races)
+         # QEMU 10.0 does not tell when it has unplugged a bochs-display.
+         if test is not unplugs or kind is IVSHMEM]
 
 
 def attempt(test, kind):
@@ -830,8 +899,9 @@ def attempt(test, kind):
         finally:
             for path in find(kind):
                 unbind(path)
-    except (AssertionError, OSError) as error:
-        print(f"# {error!r}")
+    except (AssertionError, OSError, QmpError) as error:
+        # The first error is that of the test.
+        print(f"# {error.__context__ or error!r}")
         return False
     return True
 
