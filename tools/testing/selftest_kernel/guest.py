@@ -49,6 +49,23 @@ class Pci:
         (path / "driver_override").write_text("\n")
 
 
+class Function:
+    """A software PCI function, bound to its driver."""
+
+    def __init__(self, driver, kind):
+        self.directory = Path("/sys/kernel/config") / driver / "test"
+        self.kind = kind
+
+    @contextlib.contextmanager
+    def ready(self):
+        """Creates the function and returns the start of a command and the address."""
+        self.directory.mkdir()
+        for file, value in ("type", self.kind), ("power", "1"):
+            (self.directory / file).write_text(value)
+        yield [], (self.directory / "address").read_text().strip()
+        self.directory.rmdir()
+
+
 class Mdev:
     """A mediated device. The programs find devices by the address of a PCI device.
 
@@ -84,6 +101,7 @@ DEVICES = {
     "ivshmem-plain/vfio_membar": Pci(0x1AF4, 0x1110, "vfio_membar"),
     "ivshmem-plain/vfio-pci": Pci(0x1AF4, 0x1110, "vfio-pci"),
     "igb/vfio-pci": Pci(0x8086, 0x10C9, "vfio-pci"),
+    "function/vfio_mock": Function("vfio_mock", "1M"),
     "mdev/vfio_mock": Mdev("vfio_mock", "1M", 0x1AF4, 0x10F0),
     "mdev/vfio_minimal": Mdev("vfio_minimal", "64K", 0x1AF4, 0x10F1),
     "mdev/mtty": Mdev("mtty", "1", 0x4348, 0x3253),
@@ -96,6 +114,8 @@ def load(modules):
         # The machine has no interrupt remapping.
         file = Path(f"/sys/module/{module}/parameters/allow_unsafe_interrupts")
         file.write_text("1")
+    if not os.path.ismount("/sys/kernel/config"):
+        subprocess.run(["mount", "-t", "configfs", "none", "/sys/kernel/config"], check=True)
     for command in (("modprobe", "mtty"), ("modprobe", "vfio-pci"),
                     ("insmod", f"{modules}/vfio_membar.ko"),
                     ("insmod", f"{modules}/vfio_mock.ko"),
