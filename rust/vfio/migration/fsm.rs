@@ -25,6 +25,11 @@
 //!
 //! C header: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
+use core::{
+    ffi::CStr,
+    fmt, //
+};
+
 /// A state of the migration state machine.
 ///
 /// Corresponds to the C `enum vfio_device_mig_state`.
@@ -89,6 +94,20 @@ impl State {
         self as u32
     }
 
+    /// Returns the name, like that in the uAPI without its prefix.
+    pub const fn name(self) -> &'static CStr {
+        match self {
+            Self::Error => c"ERROR",
+            Self::Stop => c"STOP",
+            Self::Running => c"RUNNING",
+            Self::StopCopy => c"STOP_COPY",
+            Self::Resuming => c"RESUMING",
+            Self::RunningP2p => c"RUNNING_P2P",
+            Self::PreCopy => c"PRE_COPY",
+            Self::PreCopyP2p => c"PRE_COPY_P2P",
+        }
+    }
+
     /// Returns whether the state belongs to the saving group.
     ///
     /// The states of the saving group share one data transfer session.
@@ -107,6 +126,12 @@ impl State {
             self,
             Self::Running | Self::RunningP2p | Self::PreCopy | Self::PreCopyP2p
         )
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name().to_str().unwrap_or_default())
     }
 }
 

@@ -20,3 +20,5 @@ pub mod queue;
 pub mod stream;
 #[path = "../../../../rust/vfio/soft_pci/table.rs"]
 pub mod table;
+#[path = "../../../../rust/vfio/migration/verdict.rs"]
+pub mod verdict;

@@ -1,0 +1,472 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of the verdict: each rule, with a client that breaks it and with clients that do not.
+
+use vfio_host_tests::{
+    fsm::State::{
+        self,
+        *, //
+    },
+    verdict::{
+        Read,
+        Rule,
+        Verdict,
+        FRUITLESS,
+        PAUSE, //
+    },
+};
+
+const MS: u64 = 1_000_000;
+
+/// A device whose time advances by a millisecond with each event.
+struct Rig {
+    verdict: Verdict,
+    now: u64,
+    generation: u32,
+}
+
+impl Rig {
+    /// A device that was just opened.
+    fn new() -> Self {
+        let mut rig = Self {
+            verdict: Verdict::default(),
+            now: 1000 * MS,
+            generation: 0,
+        };
+        rig.verdict.open(rig.now);
+        rig
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.now += MS;
+        self.now
+    }
+
+    /// Walks along states. A session begins where the uAPI says.
+    fn go(&mut self, states: &[State]) {
+        for &to in states {
+            let now = self.tick();
+            let from = self.verdict_state();
+            let saves = to.is_saving() && !from.is_saving();
+            if saves || to == Resuming {
+                self.generation = self.verdict.begin(now);
+            }
+            self.verdict.enter(now, to);
+        }
+    }
+
+    /// The state, by the time that passes in it.
+    fn verdict_state(&self) -> State {
+        let mut later = self.verdict.clone();
+        later.account(self.now + 1);
+        *State::ALL
+            .iter()
+            .find(|&&state| {
+                later.statistics().times[state as usize]
+                    != self.verdict.statistics().times[state as usize]
+            })
+            .expect("the device is open")
+    }
+
+    fn read(&mut self, read: Read) {
+        let now = self.tick();
+        self.verdict.read(now, read);
+    }
+
+    fn close_fd(&mut self) {
+        self.verdict.closed(self.generation);
+    }
+
+    fn close(&mut self) {
+        let now = self.tick();
+        self.verdict.close(now);
+        self.verdict.enter(now, Running);
+    }
+
+    /// Checks that only this rule is broken, once, or none.
+    fn expect(&self, rule: Option<Rule>) {
+        for other in Rule::ALL {
+            let count = self.verdict.broken(other).count;
+            assert_eq!(count, u64::from(Some(other) == rule), "{other:?}");
+        }
+        let text = self.verdict.to_string();
+        match rule {
+            None => assert_eq!(text, "clean\n"),
+            Some(rule) => {
+                assert_eq!(text.lines().count(), 1, "{text}");
+                assert!(text.starts_with(&format!("{}: count 1, first in ", rule.name())));
+                assert!(text.ends_with(&format!("\"{}\"\n", rule.text())), "{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn names_and_order_of_rules_agree() {
+    for (index, rule) in Rule::ALL.into_iter().enumerate() {
+        assert_eq!(rule as usize, index);
+        assert!(rule
+            .name()
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b == b'_'));
+        assert!(rule.text().ends_with('.'));
+    }
+}
+
+#[test]
+fn whole_migration_is_clean() {
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy]);
+    let now = rig.tick();
+    rig.verdict.precopy_info(now, 100, false);
+    rig.read(Read::Bytes(100));
+    rig.read(Read::TemporaryEnd);
+    rig.go(&[PreCopyP2p, StopCopy]);
+    rig.read(Read::Bytes(7));
+    rig.read(Read::End);
+    rig.go(&[Stop]);
+    rig.close_fd();
+    rig.close();
+    rig.expect(None);
+
+    let statistics = rig.verdict.statistics();
+    assert_eq!(statistics.sessions, 1);
+    assert_eq!((statistics.reads, statistics.read_bytes), (3, 107));
+    assert_eq!((statistics.largest_read, statistics.enomsg), (100, 1));
+    assert_eq!(statistics.precopy_infos, 1);
+    // Running, PreCopy with three events, PreCopyP2p, StopCopy with two, Stop.
+    assert_eq!(statistics.times[Running as usize], MS);
+    assert_eq!(statistics.times[PreCopy as usize], 4 * MS);
+    assert_eq!(statistics.times[PreCopyP2p as usize], MS);
+    assert_eq!(statistics.times[StopCopy as usize], 3 * MS);
+    assert_eq!(statistics.times[Stop as usize], MS);
+    let text = statistics.to_string();
+    assert!(text.contains("\nread_bytes 107\n"), "{text}");
+    assert!(text.contains("\nSTOP_COPY_us 3000\n"), "{text}");
+}
+
+#[test]
+fn loading_is_clean() {
+    let mut rig = Rig::new();
+    rig.go(&[RunningP2p, Stop, Resuming]);
+    rig.verdict.write(10);
+    rig.verdict.write(5);
+    rig.go(&[Stop, RunningP2p, Running]);
+    rig.close_fd();
+    rig.close();
+    rig.expect(None);
+    assert_eq!(rig.verdict.statistics().writes, 2);
+    assert_eq!(rig.verdict.statistics().written_bytes, 15);
+}
+
+#[test]
+fn stream_abandoned() {
+    // Closed in STOP_COPY, closed in STOP, or loaded afterwards.
+    for states in [
+        &[StopCopy][..],
+        &[StopCopy, Stop],
+        &[StopCopy, Stop, Resuming],
+    ] {
+        let mut rig = Rig::new();
+        rig.go(&[RunningP2p, Stop]);
+        for &state in states {
+            rig.go(&[state]);
+            rig.read(Read::Bytes(1));
+            if state == StopCopy {
+                rig.close_fd();
+            }
+        }
+        rig.close_fd();
+        rig.close();
+        rig.expect(Some(Rule::StreamAbandoned));
+    }
+    // Cancelled, or reset in STOP.
+    let mut rig = Rig::new();
+    rig.go(&[RunningP2p, Stop, StopCopy]);
+    rig.close_fd();
+    rig.go(&[Stop, RunningP2p, Running]);
+    rig.close();
+    rig.expect(None);
+    // The second session counts.
+    let mut rig = Rig::new();
+    rig.go(&[RunningP2p, Stop, StopCopy]);
+    rig.close_fd();
+    rig.go(&[Stop, StopCopy]);
+    rig.read(Read::End);
+    rig.close_fd();
+    rig.go(&[Stop]);
+    rig.close();
+    rig.expect(None);
+}
+
+#[test]
+fn stream_is_read_in_each_session() {
+    for reads in [false, true] {
+        let mut rig = Rig::new();
+        rig.go(&[RunningP2p, Stop, StopCopy]);
+        rig.read(Read::End);
+        rig.close_fd();
+        rig.go(&[Stop, StopCopy]);
+        if reads {
+            rig.read(Read::End);
+        }
+        rig.close_fd();
+        rig.close();
+        rig.expect((!reads).then_some(Rule::StreamAbandoned));
+    }
+}
+
+#[test]
+fn loading_does_not_excuse_an_abandoned_stream() {
+    let mut rig = Rig::new();
+    rig.go(&[RunningP2p, Stop, StopCopy]);
+    rig.close_fd();
+    rig.go(&[Stop, Resuming]);
+    rig.close_fd();
+    rig.go(&[Stop, RunningP2p, Running]);
+    rig.close();
+    rig.expect(Some(Rule::StreamAbandoned));
+}
+
+#[test]
+fn first_violation_is_reported() {
+    let mut rig = Rig::new();
+    for state in [PreCopy, PreCopyP2p] {
+        rig.go(&[state]);
+        rig.close_fd();
+        let now = rig.tick();
+        rig.verdict.reset(now);
+        rig.go(&[Running]);
+    }
+    let broken = rig.verdict.broken(Rule::ResetInSession);
+    assert_eq!((broken.count, broken.state), (2, Some(PreCopy)));
+    assert_eq!(broken.time, 2 * MS);
+}
+
+#[test]
+fn failed_device_is_not_an_abandoned_stream() {
+    let mut rig = Rig::new();
+    rig.go(&[RunningP2p, Stop, StopCopy]);
+    rig.close_fd();
+    rig.go(&[Error]);
+    rig.close();
+    rig.expect(None);
+}
+
+#[test]
+fn image_incomplete() {
+    let mut rig = Rig::new();
+    rig.go(&[RunningP2p, Stop, Resuming]);
+    let now = rig.tick();
+    rig.verdict.incomplete(now);
+    rig.expect(Some(Rule::ImageIncomplete));
+    assert_eq!(
+        rig.verdict.to_string(),
+        "image_incomplete: count 1, first in RESUMING after 4 ms: \"To abort a RESUMING \
+         session the device must be reset.\"\n"
+    );
+}
+
+#[test]
+fn initial_bytes_ignored() {
+    // Bytes that are left, after the events.
+    let cases: [(&[Read], bool); 6] = [
+        (&[], true),
+        (&[Read::Bytes(99)], true),
+        (&[Read::NotReady], true),
+        (&[Read::Bytes(100)], false),
+        (&[Read::Bytes(60), Read::Bytes(60)], false),
+        (&[Read::Bytes(60), Read::TemporaryEnd], false),
+    ];
+    for path in [&[StopCopy][..], &[PreCopyP2p, StopCopy]] {
+        for (reads, broken) in cases {
+            let mut rig = Rig::new();
+            rig.go(&[PreCopy]);
+            let now = rig.tick();
+            rig.verdict.precopy_info(now, 100, false);
+            for &read in reads {
+                rig.read(read);
+            }
+            rig.go(path);
+            rig.expect(broken.then_some(Rule::InitialBytesIgnored));
+        }
+    }
+    // Cancelled; then a session without a question.
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy]);
+    let now = rig.tick();
+    rig.verdict.precopy_info(now, 100, false);
+    rig.go(&[Running]);
+    rig.close_fd();
+    rig.go(&[PreCopy, StopCopy]);
+    rig.expect(None);
+}
+
+#[test]
+fn busy_polling() {
+    for read in [Read::TemporaryEnd, Read::NotReady] {
+        // The interval, and what happens between two reads.
+        for (interval, polls, reads, broken) in [
+            (1, false, false, true),
+            (PAUSE, false, false, true),
+            (PAUSE + 1, false, false, false),
+            (1, true, false, false),
+            (1, false, true, false),
+        ] {
+            let mut rig = Rig::new();
+            rig.go(&[PreCopy]);
+            for _ in 0..FRUITLESS {
+                rig.expect(None);
+                rig.now += interval;
+                if polls {
+                    rig.verdict.poll();
+                }
+                if reads {
+                    rig.verdict.read(rig.now, Read::Bytes(1));
+                }
+                rig.verdict.read(rig.now, read);
+            }
+            rig.expect(broken.then_some(Rule::BusyPolling));
+        }
+    }
+}
+
+#[test]
+fn reinit_not_seen() {
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy]);
+    let now = rig.tick();
+    rig.verdict.precopy_info(now, 0, false);
+    rig.expect(None);
+    rig.verdict.precopy_info(now, 0, true);
+    rig.expect(Some(Rule::ReinitNotSeen));
+}
+
+#[test]
+fn reset_in_session() {
+    for state in State::ALL {
+        let mut rig = Rig::new();
+        match state {
+            Error => continue,
+            Running => (),
+            Resuming | StopCopy => rig.go(&[Stop, state]),
+            _ => rig.go(&[state]),
+        }
+        rig.close_fd();
+        let now = rig.tick();
+        rig.verdict.reset(now);
+        rig.go(&[Running]);
+        rig.close();
+        rig.expect(state.is_saving().then_some(Rule::ResetInSession));
+        assert_eq!(rig.verdict.statistics().resets, 1);
+    }
+}
+
+#[test]
+fn data_fd_leaked() {
+    // At close, and once even if it is closed later.
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy, Running]);
+    rig.expect(None);
+    rig.close();
+    rig.close_fd();
+    rig.expect(Some(Rule::DataFdLeaked));
+    // At the next session.
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy, Running]);
+    let old = rig.generation;
+    rig.go(&[PreCopy]);
+    rig.expect(Some(Rule::DataFdLeaked));
+    // The old one is not mistaken for the new one.
+    rig.verdict.closed(old);
+    rig.go(&[Running]);
+    rig.close();
+    assert_eq!(rig.verdict.broken(Rule::DataFdLeaked).count, 2);
+}
+
+#[test]
+fn stopped_device_written() {
+    for state in State::ALL {
+        let mut rig = Rig::new();
+        rig.verdict.enter(rig.now, state);
+        let now = rig.tick();
+        rig.verdict.dropped_write(now);
+        let stopped = matches!(state, Stop | StopCopy | Resuming);
+        rig.expect(stopped.then_some(Rule::StoppedDeviceWritten));
+        let dropped = rig.verdict.statistics().dropped_writes;
+        assert_eq!(dropped, u64::from(stopped));
+    }
+}
+
+#[test]
+fn log_not_stopped() {
+    let mut rig = Rig::new();
+    rig.verdict.log_start();
+    rig.verdict.log_report();
+    rig.verdict.log_end(true, false);
+    rig.close();
+    rig.expect(None);
+    assert_eq!(rig.verdict.statistics().log_reports, 1);
+
+    let mut rig = Rig::new();
+    rig.verdict.log_start();
+    rig.verdict.log_end(false, false);
+    rig.close();
+    rig.expect(Some(Rule::LogNotStopped));
+}
+
+#[test]
+fn log_not_reported() {
+    // Stopped by the client before or after it stops the device, with pages or without.
+    for (stop, pages, back) in [
+        (true, true, false),
+        (true, false, false),
+        (false, true, false),
+        (true, true, true),
+    ] {
+        let mut rig = Rig::new();
+        rig.verdict.log_start();
+        if stop {
+            rig.go(&[RunningP2p, Stop]);
+        }
+        rig.verdict.log_end(true, pages);
+        if back {
+            rig.go(&[RunningP2p, Running]);
+        }
+        rig.close();
+        rig.expect((stop && pages && !back).then_some(Rule::LogNotReported));
+    }
+}
+
+#[test]
+fn next_client_is_not_blamed() {
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy, StopCopy]);
+    rig.close();
+    assert_ne!(rig.verdict.to_string(), "clean\n");
+    let closed = rig.verdict.statistics().to_string();
+    rig.now += 1000 * MS;
+    rig.verdict.account(rig.now);
+    assert_eq!(rig.verdict.statistics().to_string(), closed);
+
+    let old = rig.generation;
+    rig.verdict.open(rig.now);
+    rig.expect(None);
+    assert_eq!(rig.verdict.statistics().sessions, 0);
+    rig.verdict.closed(old);
+    rig.close();
+    rig.expect(None);
+}
+
+#[test]
+fn data_fd_of_the_former_client_is_not_that_of_the_next() {
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy, Running]);
+    let old = rig.generation;
+    rig.close();
+    rig.verdict.open(rig.now);
+    rig.go(&[PreCopy, Running]);
+    rig.verdict.closed(old);
+    rig.close();
+    rig.expect(Some(Rule::DataFdLeaked));
+}
