@@ -7,6 +7,7 @@
 #
 # A module consists of the crate of the driver and of the crate `vfio`, which has no
 # module of its own, so that no symbols need exporting. Everything is built in $(obj).
+# Only the tracepoints are compiled for each module, because they have its name.
 
 vfio_rust := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 
@@ -14,9 +15,12 @@ vfio_rust := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 vfio_driver = $(eval $(call vfio_driver_rules,$(strip $(1)),$(2),$(obj)/$(firstword $(2))))
 define vfio_driver_rules
 obj-m += $(1).o
-$(1)-y := $(2) vfio.o vfio_helpers.o
+$(1)-y := $(2) vfio.o vfio_helpers.o $(1)_trace.o
 $(3): private rustflags-y += --crate-name $(1) --extern vfio=$(obj)/libvfio.rmeta
 $(3): $(obj)/vfio.o
+CFLAGS_$(1)_trace.o := -DVFIO_TRACE_SYSTEM=$(1) -I$(vfio_rust)/helpers
+$(obj)/$(1)_trace.o: $(vfio_rust)/helpers/vfio_trace.c FORCE
+	$$(call if_changed_rule,cc_o_c)
 endef
 
 # Bindings of the headers that the kernel's own Rust bindings leave out, with

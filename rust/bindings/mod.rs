@@ -58,6 +58,16 @@ pub(crate) use generated::{
     rust_helper_user_backed_iter as user_backed_iter,
     rust_helper_vfio_iova_bitmap_set as vfio_iova_bitmap_set,
     rust_helper_vfio_pci_page_prot as vfio_pci_page_prot,
+    rust_helper_vfio_trace_arc as vfio_trace_arc,
+    rust_helper_vfio_trace_log_report as vfio_trace_log_report,
+    rust_helper_vfio_trace_log_start as vfio_trace_log_start,
+    rust_helper_vfio_trace_log_stop as vfio_trace_log_stop,
+    rust_helper_vfio_trace_precopy_info as vfio_trace_precopy_info,
+    rust_helper_vfio_trace_read as vfio_trace_read,
+    rust_helper_vfio_trace_reset as vfio_trace_reset,
+    rust_helper_vfio_trace_session_begin as vfio_trace_session_begin,
+    rust_helper_vfio_trace_session_end as vfio_trace_session_end,
+    rust_helper_vfio_trace_write as vfio_trace_write,
     *, //
 };
 // Only `soft_pci` uses these, and not every system supports it.

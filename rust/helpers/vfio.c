@@ -23,6 +23,7 @@
 #include <linux/uio.h>
 
 #include "vfio.h"
+#include "vfio_trace.h"
 
 /*
  * Has a name of its own: generic code is compiled as a part of a driver, which would
@@ -163,6 +164,60 @@ __rust_helper int rust_helper_vfio_iommu_fwspec_init(struct device *dev,
 	ret = iommu_fwspec_init(dev, fwnode);
 	lockdep_on();
 	return ret;
+}
+
+/* The tracepoints of the module. */
+__rust_helper void rust_helper_vfio_trace_arc(const char *device, const char *from,
+					      const char *to, int result, u64 ns)
+{
+	trace_vfio_arc(device, from, to, result, ns);
+}
+
+__rust_helper void rust_helper_vfio_trace_reset(const char *device, const char *from,
+						int result)
+{
+	trace_vfio_reset(device, from, result);
+}
+
+__rust_helper void rust_helper_vfio_trace_session_begin(const char *device, const char *state)
+{
+	trace_vfio_session_begin(device, state);
+}
+
+__rust_helper void rust_helper_vfio_trace_session_end(const char *device, const char *state)
+{
+	trace_vfio_session_end(device, state);
+}
+
+__rust_helper void rust_helper_vfio_trace_read(const char *device, s64 result)
+{
+	trace_vfio_read(device, result);
+}
+
+__rust_helper void rust_helper_vfio_trace_write(const char *device, s64 result)
+{
+	trace_vfio_write(device, result);
+}
+
+__rust_helper void rust_helper_vfio_trace_precopy_info(const char *device, u64 initial,
+						       u64 dirty, u32 flags)
+{
+	trace_vfio_precopy_info(device, initial, dirty, flags);
+}
+
+__rust_helper void rust_helper_vfio_trace_log_start(const char *device, int result)
+{
+	trace_vfio_log_start(device, result);
+}
+
+__rust_helper void rust_helper_vfio_trace_log_report(const char *device, int result)
+{
+	trace_vfio_log_report(device, result);
+}
+
+__rust_helper void rust_helper_vfio_trace_log_stop(const char *device, int result)
+{
+	trace_vfio_log_stop(device, result);
 }
 
 /* sparse cannot evaluate the assertion in it. */

@@ -44,5 +44,17 @@ struct page *rust_helper_vfio_frame_to_page(unsigned long frame);
 void rust_helper_vfio_iommu_dirty_bitmap_record(struct iommu_dirty_bitmap *dirty,
 						unsigned long iova, unsigned long length);
 int rust_helper_vfio_iommu_fwspec_init(struct device *dev, struct fwnode_handle *fwnode);
+void rust_helper_vfio_trace_arc(const char *device, const char *from, const char *to,
+				int result, u64 ns);
+void rust_helper_vfio_trace_reset(const char *device, const char *from, int result);
+void rust_helper_vfio_trace_session_begin(const char *device, const char *state);
+void rust_helper_vfio_trace_session_end(const char *device, const char *state);
+void rust_helper_vfio_trace_read(const char *device, s64 result);
+void rust_helper_vfio_trace_write(const char *device, s64 result);
+void rust_helper_vfio_trace_precopy_info(const char *device, u64 initial, u64 dirty,
+					 u32 flags);
+void rust_helper_vfio_trace_log_start(const char *device, int result);
+void rust_helper_vfio_trace_log_report(const char *device, int result);
+void rust_helper_vfio_trace_log_stop(const char *device, int result);
 
 #endif

@@ -27,6 +27,7 @@ PLACES = (
     ("samples/vfio_mock", "samples/rust/vfio_mock"),
     ("samples/vfio_fw", "samples/rust/vfio_fw"),
     ("rust/vfio/", "rust/kernel/vfio/"),
+    ("rust/helpers/vfio_trace.h", "include/trace/events/vfio_migration.h"),
     ("in a folder of its own, which `tools/new-driver` creates", "in `samples/rust/Makefile`"),
     ("The crate implements", "The module implements"),
     ("on the crate `vfio`", "on `kernel::vfio`"),

@@ -230,7 +230,17 @@ def bindings(step):
         )
     text = (TOP / "rust/helpers/vfio.c").read_text()
     text = re.sub(r'#include (<linux/module.h>|"vfio.h")\n|\n/\* sparse (.*\n)*', "", text)
+    # The module has them only if it is configured, which the next step adds.
+    text = text.replace('#include "vfio_trace.h"', "#include <trace/events/vfio_migration.h>")
+    start = text.index("/* The tracepoints")
+    text = f"{text[:start]}#ifdef CONFIG_RUST_VFIO_ABSTRACTIONS\n{text[start:].rstrip()}\n#endif\n"
     step.write("rust/helpers/vfio.c", re.sub(r"\n{3,}", "\n\n", text))
+    text = (TOP / "rust/helpers/vfio_trace.h").read_text()
+    text = re.sub(r"#undef TRACE_INCLUDE_.*\n|#define TRACE_INCLUDE_.*\n", "", text)
+    text = text.replace(" Each module that the crate is linked into has\n * its own, in a system with the name of the module.", "")
+    text = text.replace("VFIO_TRACE_SYSTEM", "vfio_migration")
+    text = text.replace("RUST_HELPERS_VFIO_TRACE_H", "_TRACE_VFIO_MIGRATION_H")
+    step.write("include/trace/events/vfio_migration.h", text)
     step.sort_in("rust/helpers/helpers.c", '#include "vfio.c"', r'#include "[e-z]')
     kbuild = (TOP / "rust/vfio.mk").read_text()
     enums = re.findall(r"--newtype-enum (\w+) .*\n.*-enum=\1='\\(.*)' ", kbuild)
@@ -242,7 +252,7 @@ def bindings(step):
             f"--with-attribute-custom-enum={name}='{encoding}'\n",
             before=True,
         )
-    step.maintain("rust/helpers/vfio.c")
+    step.maintain("rust/helpers/vfio.c", "include/trace/events/vfio_migration.h")
 
 
 def engine(step):
@@ -270,6 +280,19 @@ def engine(step):
         "#[cfg(CONFIG_RUST_VFIO_ABSTRACTIONS)]\npub mod vfio;",
         before=True,
     )
+    step.insert(
+        "drivers/vfio/Makefile",
+        "vfio-$(CONFIG_VFIO_DEBUGFS) += debugfs.o",
+        "\nobj-$(CONFIG_RUST_VFIO_ABSTRACTIONS) += rust_trace.o",
+    )
+    text = (TOP / "rust/helpers/vfio_trace.c").read_text()
+    text = text.replace('"vfio_trace.h"', "<trace/events/vfio_migration.h>")
+    text = text.replace(
+        "Defines the tracepoints of a module. VFIO_TRACE_SYSTEM is the name of the module.",
+        "Defines the tracepoints of drivers in Rust.",
+    )
+    step.write("drivers/vfio/rust_trace.c", text)
+    step.maintain("drivers/vfio/rust_trace.c")
     step.maintain(*add_modules(step, engine_modules()))
 
 
@@ -482,6 +505,7 @@ def base(source, tree):
         "MAINTAINERS",
         "drivers/pci/pci-sysfs.c",
         "drivers/vfio/Kconfig",
+        "drivers/vfio/Makefile",
         "rust/bindgen_parameters",
         "rust/bindings/bindings_helper.h",
         "rust/helpers/helpers.c",
