@@ -89,6 +89,13 @@ impl<Ctx: DeviceContext> Device<Ctx> {
 }
 
 impl Device<Open> {
+    /// Returns the name of the device on its bus.
+    pub(crate) fn parent_name(&self) -> &CStr {
+        // SAFETY: By the type invariants the device is valid and open, so its parent exists and
+        // is not renamed.
+        unsafe { device::Device::<device::Normal>::from_raw((*self.as_raw()).dev) }.name()
+    }
+
     /// Returns the next state on the path from `cur` to `target`, or `cur` if they are equal.
     /// All are values of `enum vfio_device_mig_state`.
     ///

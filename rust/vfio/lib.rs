@@ -205,6 +205,7 @@ mod bindings;
 #[path = "../compat.rs"]
 mod compat;
 
+mod debugfs;
 mod device;
 mod notifier;
 mod user;

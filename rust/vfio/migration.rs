@@ -78,8 +78,15 @@ mod data_file;
 mod engine;
 pub mod fsm;
 mod image;
+mod ledger;
+// Public for tests, which build the file as a crate of its own.
+#[allow(unreachable_pub)]
+mod verdict;
 
-pub(crate) use self::engine::file_to_ptr;
+pub(crate) use self::{
+    engine::file_to_ptr,
+    ledger::Ledger, //
+};
 pub use self::{
     engine::Engine,
     fsm::{

@@ -67,6 +67,11 @@ impl Log {
         Ok(page_size)
     }
 
+    /// Returns whether logging is on and there are pages to report. May sleep.
+    pub(crate) fn has_pages(&self) -> bool {
+        self.with(|written| !written.is_empty()).unwrap_or(false)
+    }
+
     /// Stops logging, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`. Does nothing if it is off.
     ///
     /// May sleep.

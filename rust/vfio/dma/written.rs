@@ -148,6 +148,11 @@ impl Written {
         })
     }
 
+    /// Returns whether no page is marked.
+    pub(super) fn is_empty(&self) -> bool {
+        self.count == 0 && self.rest.count == 0
+    }
+
     /// Marks the pages of `first..=last`, in bytes, that are in a range.
     pub(super) fn mark(&mut self, first: u64, last: u64) {
         let start = self.ranges.partition_point(|range| range.1 < first);

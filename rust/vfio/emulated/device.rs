@@ -235,6 +235,11 @@ impl<T: Operations> Emulated<T> {
         let worker = self.private.worker.lock().take();
         // Waits for the work under way.
         drop(worker);
+        if let Ok(opened) = self.opened() {
+            let unreported = opened.log.has_pages();
+            let ledger = self.private.engine.ledger();
+            ledger.note(|verdict, _| verdict.log_end(false, unreported));
+        }
         self.private.engine.close();
         let opened = self.private.opened.lock().take();
         // A driver may still hold the `Function`, but the eventfds belong to the user.
@@ -306,10 +311,19 @@ impl<T: Operations> Emulated<T> {
                     opened.function.write_config(offset, from, enable);
                     Ok(())
                 }
-                _ => opened.function.gate.write(|| {
-                    opened.function.write_msix(pos, from);
-                    T::write(&opened.data, pos, from)
-                }),
+                _ => {
+                    let mut passed = false;
+                    opened.function.gate.write(|| {
+                        passed = true;
+                        opened.function.write_msix(pos, from);
+                        T::write(&opened.data, pos, from)
+                    })?;
+                    if !passed {
+                        let ledger = self.private.engine.ledger();
+                        ledger.note(|verdict, now| verdict.dropped_write(now));
+                    }
+                    Ok(())
+                }
             },
         )
     }

@@ -8,6 +8,7 @@ use super::Operations;
 use crate::{
     bindings,
     compat::AsRaw,
+    debugfs,
     device::Device,
     emulated::{
         device::{
@@ -17,6 +18,7 @@ use crate::{
         },
         vtable::VTable, //
     },
+    migration::Ledger, //
 };
 use core::{
     marker::PhantomData,
@@ -68,6 +70,14 @@ pub(crate) struct Registration<T: Operations> {
     dev: Option<ARef<Device>>,
     released: Arc<Completion>,
     _driver: PhantomData<T>,
+}
+
+// SAFETY: The ledger is that of the device.
+unsafe impl<T: Operations> debugfs::Watched for Emulated<T> {
+    unsafe fn ledger<'a>(vdev: *mut bindings::vfio_device) -> &'a Ledger {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::from_raw(vdev) }.private.engine.ledger()
+    }
 }
 
 impl<T: Operations> Registration<T> {
@@ -161,6 +171,8 @@ impl<T: Operations> Registration<T> {
         // SAFETY: `raw` is valid, the parent's driver has an owner, and the operations are
         // complete.
         to_result(unsafe { register(raw) })?;
+        // SAFETY: The device is registered, and only the drop of the result unregisters it.
+        unsafe { debugfs::create::<Emulated<T>>(raw) };
         Ok(Self {
             dev: Some(dev),
             released,

@@ -320,7 +320,10 @@ impl<T: Operations> VTable<T> {
                 // SAFETY: The node is valid.
                 node = unsafe { bindings::rb_next(node) };
             }
-            *page_size = opened.log.start(list, *page_size)?;
+            let started = opened.log.start(list, *page_size);
+            let ledger = this.private.engine.ledger();
+            ledger.log_start(started.map(|_| ()));
+            *page_size = started?;
             Ok(0)
         })
     }
@@ -332,7 +335,9 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call.
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         from_result(|| {
-            this.opened()?.log.stop();
+            let log = &this.opened()?.log;
+            this.private.engine.ledger().log_stop(log.has_pages());
+            log.stop();
             Ok(0)
         })
     }
@@ -354,11 +359,12 @@ impl<T: Operations> VTable<T> {
                 .and_then(|more| iova.checked_add(more))
                 .ok_or(EINVAL)?;
             let opened = this.opened()?;
-            opened.log.report(iova as u64, last as u64, |first, len| {
+            let done = opened.log.report(iova as u64, last as u64, |first, len| {
                 // SAFETY: The bitmap is valid, and no lock is held.
                 unsafe { bindings::vfio_iova_bitmap_set(dirty, first as c_ulong, len as usize) };
-            })?;
-            Ok(0)
+            });
+            this.private.engine.ledger().log_report(done);
+            done.map(|()| 0)
         })
     }
 }

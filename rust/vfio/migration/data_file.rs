@@ -6,6 +6,7 @@
 //! device. After the end of the session, every call on it fails with `ENODEV`.
 
 use super::{
+    ledger::Ledger,
     Chunk,
     Loader,
     Migratable,
@@ -13,7 +14,8 @@ use super::{
     Notifier,
     Phase,
     Remaining,
-    Saver, //
+    Saver,
+    State, //
 };
 use crate::{
     bindings, compat,
@@ -177,18 +179,25 @@ impl<M: Migratable> Saving<M> {
 #[pin_data]
 pub(super) struct SaveSession<M: Migratable> {
     notifier: Arc<Notifier>,
+    ledger: Arc<Ledger>,
+    generation: u32,
     /// [`None`] when the session has ended.
     #[pin]
     saving: Mutex<Option<Saving<M>>>,
 }
 
 impl<M: Migratable> SaveSession<M> {
-    /// Begins a session.
+    /// Begins a session in a state.
     pub(super) fn begin(
         driver: &Arc<M>,
         device: &Device<Open>,
-        phase: Phase,
+        state: State,
+        ledger: &Arc<Ledger>,
     ) -> Result<(Arc<Self>, ARef<File>)> {
+        let phase = match state {
+            State::StopCopy => Phase::StopCopy,
+            _ => Phase::PreCopy,
+        };
         let notifier = Notifier::new(phase)?;
         let mut saver = match phase {
             Phase::PreCopy => M::pre_copy(driver, notifier.clone()),
@@ -215,6 +224,8 @@ impl<M: Migratable> SaveSession<M> {
         let session = Arc::pin_init(
             pin_init!(Self {
                 notifier,
+                generation: ledger.begin(state),
+                ledger: ledger.clone(),
                 saving <- new_mutex!(Some(saving), "vfio::migration::SaveSession"),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -224,7 +235,8 @@ impl<M: Migratable> SaveSession<M> {
             &SaveFile::<M>::FOPS,
             session.clone(),
             bindings::O_RDONLY,
-        )?;
+        )
+        .inspect_err(|_| session.closed())?;
         Ok((session, file))
     }
 
@@ -248,6 +260,10 @@ impl<M: Migratable> SaveSession<M> {
         // Dropped outside of the lock: the saver's destructor is the driver's.
         drop(saving);
         self.notifier.notify();
+        self.ledger.end(match self.notifier.phase() {
+            Phase::PreCopy => State::PreCopy,
+            Phase::StopCopy => State::StopCopy,
+        });
     }
 
     /// Returns the number of bytes left to stream, or [`None`] if the session has ended.
@@ -338,6 +354,7 @@ impl<M: Migratable> SaveSession<M> {
     /// Serves read(): `ENOMSG` at a temporary end of stream, zero at the permanent one.
     fn read(&self, user: &mut IovIterDest<'_>, nonblock: bool) -> Result<usize> {
         self.claim(nonblock)?;
+        let is_empty = user.is_empty();
         let mut done = 0;
         let result = loop {
             if user.is_empty() {
@@ -361,15 +378,20 @@ impl<M: Migratable> SaveSession<M> {
             }
         };
         self.unclaim();
-        if done > 0 {
-            return Ok(done);
+        let result = match result {
+            Err(e) if done == 0 => Err(e),
+            _ => Ok(done),
+        };
+        if !is_empty {
+            self.ledger.read(result);
         }
-        result.map(|()| 0)
+        result
     }
 
     /// Serves poll(): readable if read() would not wait. Calls no method of the driver.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
+        self.ledger.note(|verdict, _| verdict.poll());
         match self.notifier.live(&mut *self.saving.lock()) {
             Err(_) => bindings::POLLIN | bindings::POLLRDNORM | bindings::POLLRDHUP,
             Ok(saving) if saving.is_readable(&self.notifier) => {
@@ -400,6 +422,7 @@ impl<M: Migratable> SaveSession<M> {
         let mut remaining = saving.ask_remaining(&self.notifier)?;
         let reinits = remaining.reinits;
         let v2 = saving.device.precopy_info_v2();
+        let missed = !v2 && reinits != saving.reported_reinits;
         if v2 {
             // Without the opt-in the field stays as the user left it.
             flags = 0;
@@ -428,6 +451,7 @@ impl<M: Migratable> SaveSession<M> {
         dirty = dirty.saturating_add(initial - shown);
         saving.reported_initial = shown;
         drop(guard);
+        self.ledger.precopy_info(shown, dirty, flags, missed);
 
         let written = writer
             .write(&argsz)
@@ -497,6 +521,8 @@ impl<M: Migratable> Loading<M> {
 #[pin_data]
 pub(super) struct LoadSession<M: Migratable> {
     notifier: Arc<Notifier>,
+    ledger: Arc<Ledger>,
+    generation: u32,
     /// [`None`] when the session has ended.
     #[pin]
     loading: Mutex<Option<Loading<M>>>,
@@ -504,7 +530,7 @@ pub(super) struct LoadSession<M: Migratable> {
 
 impl<M: Migratable> LoadSession<M> {
     /// Begins a session.
-    pub(super) fn begin(driver: &Arc<M>) -> Result<(Arc<Self>, ARef<File>)> {
+    pub(super) fn begin(driver: &Arc<M>, ledger: &Arc<Ledger>) -> Result<(Arc<Self>, ARef<File>)> {
         let notifier = Notifier::new(Phase::StopCopy)?;
         let loading = Loading {
             block: Some(Block::default()),
@@ -515,6 +541,8 @@ impl<M: Migratable> LoadSession<M> {
         let session = Arc::pin_init(
             pin_init!(Self {
                 notifier,
+                generation: ledger.begin(State::Resuming),
+                ledger: ledger.clone(),
                 loading <- new_mutex!(Some(loading), "vfio::migration::LoadSession"),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -524,7 +552,8 @@ impl<M: Migratable> LoadSession<M> {
             &LoadFile::<M>::FOPS,
             session.clone(),
             bindings::O_WRONLY,
-        )?;
+        )
+        .inspect_err(|_| session.closed())?;
         Ok((session, file))
     }
 
@@ -538,6 +567,9 @@ impl<M: Migratable> LoadSession<M> {
         driver.loaded(&mut loading.loader).inspect_err(|e| {
             // The rest of an image that is not complete may still come.
             loading.failed = Some(*e).filter(|e| *e != EINVAL);
+            if loading.failed.is_none() {
+                self.ledger.note(|verdict, now| verdict.incomplete(now));
+            }
         })?;
         // Under the same lock, so that no write() reaches the loader afterwards.
         let loading = guard.take();
@@ -551,6 +583,7 @@ impl<M: Migratable> LoadSession<M> {
         let loading = self.loading.lock().take();
         drop(loading);
         self.notifier.notify();
+        self.ledger.end(State::Resuming);
     }
 
     /// Waits for the turn of this writer, and returns the buffer, which represents the turn.
@@ -640,10 +673,12 @@ impl<M: Migratable> LoadSession<M> {
             }
         };
         self.unclaim(block);
-        if done > 0 {
-            return Ok(done);
-        }
-        result.map(|()| 0)
+        let result = match result {
+            Err(e) if done == 0 => Err(e),
+            _ => Ok(done),
+        };
+        self.ledger.write(result);
+        result
     }
 
     /// Serves poll(): writable if write() would not wait, and an error after the session has ended.
@@ -655,6 +690,26 @@ impl<M: Migratable> LoadSession<M> {
             Ok(_) => 0,
             Err(_) => events | bindings::POLLERR,
         }
+    }
+}
+
+/// The part of a session that its file has to tell.
+trait Session: 'static {
+    /// Notes that the file was closed.
+    fn closed(&self);
+}
+
+impl<M: Migratable> Session for SaveSession<M> {
+    fn closed(&self) {
+        self.ledger
+            .note(|verdict, _| verdict.closed(self.generation));
+    }
+}
+
+impl<M: Migratable> Session for LoadSession<M> {
+    fn closed(&self) {
+        self.ledger
+            .note(|verdict, _| verdict.closed(self.generation));
     }
 }
 
@@ -701,12 +756,13 @@ unsafe fn borrow<'a, S: 'static>(file: *mut bindings::file) -> (&'a File, ArcBor
 /// # Safety
 ///
 /// Must be called by the core as the release() of a file made by [`new_file()`] with an `Arc<S>`.
-unsafe extern "C" fn release<S: 'static>(
+unsafe extern "C" fn release<S: Session>(
     _inode: *mut bindings::inode,
     file: *mut bindings::file,
 ) -> c_int {
     // SAFETY: `private_data` comes from `into_foreign()`, and the file is not used any more.
-    drop(unsafe { Arc::<S>::from_foreign((*file).private_data.cast()) });
+    let session = unsafe { Arc::<S>::from_foreign((*file).private_data.cast()) };
+    session.closed();
     0
 }
 

@@ -7,9 +7,9 @@ use super::{
         LoadSession,
         SaveSession, //
     },
+    ledger::Ledger,
     Flags,
     Migratable,
-    Phase,
     State, //
 };
 use crate::{
@@ -23,7 +23,8 @@ use crate::{
 use core::mem;
 use kernel::{
     fs::File,
-    new_mutex, new_spinlock,
+    new_mutex,
+    new_spinlock,
     prelude::*,
     sync::{
         aref::ARef,
@@ -36,6 +37,7 @@ use kernel::{
         Mutex,
         SpinLock, //
     },
+    time::Instant, //
 };
 
 /// The state of a device, with the session that belongs to it.
@@ -194,6 +196,7 @@ pub struct Engine<M: Migratable> {
     event: SpinLock<Option<Event>>,
     /// A copy of the state in `current`, for readers that must not wait for it.
     state: Atomic<u32>,
+    ledger: Arc<Ledger>,
 }
 
 impl<M: Migratable> Engine<M> {
@@ -216,7 +219,7 @@ impl<M: Migratable> Engine<M> {
 
     /// Creates the engine of a device that supports `flags`. The device is in `RUNNING`.
     ///
-    /// Fails with `EINVAL` if the flags are not within [`Migratable::FLAGS`].
+    /// Fails with `EINVAL` if the flags are not within [`Migratable::FLAGS`], and with `ENOMEM`.
     pub fn new(flags: Flags) -> impl PinInit<Self, Error> {
         const { Self::COMPLETE };
         try_pin_init!(Self {
@@ -224,12 +227,18 @@ impl<M: Migratable> Engine<M> {
             current <- new_mutex!(Current::Running, "vfio::migration::Engine::current"),
             event <- new_spinlock!(None, "vfio::migration::Engine::event"),
             state: Atomic::new(State::Running.as_raw()),
+            ledger: Ledger::new()?,
         }? Error)
     }
 
     /// Returns the flags that the device supports.
     pub fn flags(&self) -> Flags {
         self.flags
+    }
+
+    /// Returns the tracepoints, statistics and verdict of the device.
+    pub(crate) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
     }
 
     /// Returns the state, for `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE` and for debugfs.
@@ -295,7 +304,9 @@ impl<M: Migratable> Engine<M> {
 
     /// Publishes the state for [`state()`](Self::state).
     fn publish(&self, current: &Current<M>) {
-        self.state.store(current.state().as_raw(), Relaxed);
+        let state = current.state();
+        self.state.store(state.as_raw(), Relaxed);
+        self.ledger.note(|verdict, now| verdict.enter(now, state));
     }
 
     /// Reports that the device has died. Its state becomes `ERROR`, its session ends with `ENODEV`,
@@ -358,6 +369,7 @@ impl<M: Migratable> Engine<M> {
         target: u32,
     ) -> Result<Option<ARef<File>>> {
         let target = State::from_raw(target).ok_or(EINVAL)?;
+        self.ledger.set_name(device);
         self.try_with_current(|current| self.walk(driver, device, current, target))
     }
 
@@ -395,7 +407,14 @@ impl<M: Migratable> Engine<M> {
             if let Some(happened) = *self.event.lock() {
                 return Err(happened.error());
             }
-            let done = Self::arc(driver, device, current, next);
+            let start = Instant::now();
+            let done = self.arc(driver, device, current, next);
+            self.ledger.arc(
+                state,
+                next,
+                start,
+                done.as_ref().map(|_| ()).map_err(|e| *e),
+            );
             if done.is_err() && driver.is_broken() {
                 current.leave(Current::Error);
             }
@@ -416,6 +435,7 @@ impl<M: Migratable> Engine<M> {
     /// If it fails, the state is unchanged, unless undoing fails too or the device is broken. Then
     /// the state is `ERROR`.
     fn arc(
+        &self,
         driver: &Arc<M>,
         device: &Device<Open>,
         current: &mut Current<M>,
@@ -449,12 +469,12 @@ impl<M: Migratable> Engine<M> {
                 current.leave(Current::Running);
             }
             (State::Running, State::PreCopy) => {
-                let (session, file) = SaveSession::begin(driver, device, Phase::PreCopy)?;
+                let (session, file) = SaveSession::begin(driver, device, to, &self.ledger)?;
                 current.leave(Current::PreCopy(session));
                 return Ok(Some(file));
             }
             (State::RunningP2p, State::PreCopyP2p) => {
-                let (session, file) = SaveSession::begin(driver, device, Phase::PreCopy)?;
+                let (session, file) = SaveSession::begin(driver, device, to, &self.ledger)?;
                 current.leave(Current::PreCopyP2p(session));
                 return Ok(Some(file));
             }
@@ -487,13 +507,13 @@ impl<M: Migratable> Engine<M> {
                 *current = Current::StopCopy(session);
             }
             (State::Stop, State::StopCopy) => {
-                let (session, file) = SaveSession::begin(driver, device, Phase::StopCopy)?;
+                let (session, file) = SaveSession::begin(driver, device, to, &self.ledger)?;
                 current.leave(Current::StopCopy(session));
                 return Ok(Some(file));
             }
             (State::StopCopy, State::Stop) => current.leave(Current::Stop),
             (State::Stop, State::Resuming) => {
-                let (session, file) = LoadSession::begin(driver)?;
+                let (session, file) = LoadSession::begin(driver, &self.ledger)?;
                 current.leave(Current::Resuming(session));
                 return Ok(Some(file));
             }
@@ -562,7 +582,9 @@ impl<M: Migratable> Engine<M> {
     pub(crate) fn reset_from(&self, driver: &Arc<M>, from: impl FnOnce(State)) -> Result {
         self.try_with_current(|current| {
             current.present()?;
-            from(current.state());
+            let state = current.state();
+            from(state);
+            self.ledger.note(|verdict, now| verdict.reset(now));
             // The session ends first, so that nothing of it reaches the device after the reset.
             current.leave(Current::Error);
             // If the device died before, it is reset now.
@@ -574,6 +596,7 @@ impl<M: Migratable> Engine<M> {
                 driver.halt();
             }
             self.publish(current);
+            self.ledger.reset(state, done);
             if *self.event.lock() == Some(Event::Failed) {
                 return done.and(Err(ENODEV));
             }
@@ -592,6 +615,7 @@ impl<M: Migratable> Engine<M> {
             current.present()?;
             *self.event.lock() = None;
             current.leave(Current::Running);
+            self.ledger.note(|verdict, now| verdict.open(now));
             self.publish(current);
             Ok(())
         })
@@ -604,6 +628,7 @@ impl<M: Migratable> Engine<M> {
     pub fn close(&self) {
         self.with_current(|current| {
             *self.event.lock() = None;
+            self.ledger.note(|verdict, now| verdict.close(now));
             if current.present().is_ok() {
                 current.leave(Current::Running);
             }

@@ -9,8 +9,9 @@
 //! [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use crate::{
-    bindings,
+    bindings, debugfs,
     device::Device,
+    migration::Ledger,
     pci::{
         device::{
             Private,
@@ -85,6 +86,14 @@ unsafe impl<T: Driver> Sync for Registration<T> {}
 
 // SAFETY: The driver may be unregistered from any thread.
 unsafe impl<T: Driver> Send for Registration<T> {}
+
+// SAFETY: The ledger is that of the device.
+unsafe impl<T: Driver> debugfs::Watched for Variant<T> {
+    unsafe fn ledger<'a>(vdev: *mut bindings::vfio_device) -> &'a Ledger {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::from_raw(vdev) }.private.engine.ledger()
+    }
+}
 
 impl<T: Driver> Registration<T> {
     const ERR_HANDLERS: bindings::pci_error_handlers = bindings::pci_error_handlers {
@@ -203,6 +212,8 @@ impl<T: Driver> Registration<T> {
                 Self::release(owned);
                 return Err(error);
             }
+            // SAFETY: The device is registered, and `remove()` is not called before this returns.
+            unsafe { debugfs::create::<Variant<T>>(owned.as_raw()) };
             // `remove()` takes it back.
             let _ = ARef::into_raw(owned);
             Ok(0)

@@ -275,5 +275,7 @@ pub(crate) fn target(data: &[u8]) {
                 model.check(first, last, &got);
             }
         }
+        let empty = model.pages.is_empty() && model.rest.is_empty();
+        assert_eq!(log.is_empty(), empty);
     }
 }

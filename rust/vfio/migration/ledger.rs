@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tracepoints, statistics and verdict of a device.
+//!
+//! C header: `rust/helpers/vfio_trace.h`
+
+use super::{
+    verdict::{
+        Read,
+        Verdict, //
+    },
+    State, //
+};
+use crate::{
+    bindings,
+    device::{
+        Device,
+        Open, //
+    },
+};
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    seq_file::SeqFile,
+    sync::{
+        Arc,
+        SetOnce,
+        SpinLock, //
+    },
+    time::{
+        Instant,
+        Monotonic, //
+    },
+};
+
+/// Maximum length of the name of a device in a trace, with its null. A UUID has 37.
+const NAME: usize = 40;
+
+/// Calls a tracepoint with the name of the device.
+macro_rules! trace {
+    ($ledger:expr, $event:ident $(, $argument:expr)*) => {
+        // SAFETY: All pointers are strings that live as long as the ledger, or for ever.
+        unsafe { bindings::$event($ledger.name() $(, $argument)*) }
+    };
+}
+
+/// Returns the value of a result in a trace.
+fn errno(result: Result) -> c_int {
+    result.map_or_else(Error::to_errno, |()| 0)
+}
+
+/// Returns the return value of read() or write() in a trace.
+fn count(result: Result<usize>) -> i64 {
+    result.map_or_else(|error| error.to_errno().into(), |count| count as i64)
+}
+
+/// The tracepoints, statistics and verdict of a device. Lives as long as the device or a data_fd.
+#[pin_data]
+pub(crate) struct Ledger {
+    created: Instant<Monotonic>,
+    /// Name of the parent, set by the first state change.
+    name: SetOnce<[u8; NAME]>,
+    /// Nested inside all other locks.
+    #[pin]
+    verdict: SpinLock<Verdict>,
+}
+
+impl Ledger {
+    pub(super) fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                created: Instant::now(),
+                name: SetOnce::new(),
+                verdict <- new_spinlock!(Verdict::default(), "vfio::migration::Ledger::verdict"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Sets the name, unless it is set.
+    pub(super) fn set_name(&self, device: &Device<Open>) {
+        if self.name.as_ref().is_none() {
+            let mut name = [0; NAME];
+            for (to, from) in name[..NAME - 1]
+                .iter_mut()
+                .zip(device.parent_name().to_bytes())
+            {
+                *to = *from;
+            }
+            self.name.populate(name);
+        }
+    }
+
+    /// Returns the name as a C string.
+    fn name(&self) -> *const c_char {
+        self.name
+            .as_ref()
+            .map_or(c"".as_char_ptr(), |name| name.as_ptr().cast())
+    }
+
+    /// Calls `note` with the verdict and the time. Does not sleep.
+    pub(crate) fn note<R>(&self, note: impl FnOnce(&mut Verdict, u64) -> R) -> R {
+        let now = self.created.elapsed().as_nanos() as u64;
+        note(&mut self.verdict.lock(), now)
+    }
+
+    /// Notes an arc that began at `start`.
+    pub(super) fn arc(&self, from: State, to: State, start: Instant<Monotonic>, result: Result) {
+        let ns = start.elapsed().as_nanos() as u64;
+        let (from, to) = (from.name().as_char_ptr(), to.name().as_char_ptr());
+        trace!(self, vfio_trace_arc, from, to, errno(result), ns);
+    }
+
+    /// Notes the end of a reset.
+    pub(super) fn reset(&self, from: State, result: Result) {
+        let from = from.name().as_char_ptr();
+        trace!(self, vfio_trace_reset, from, errno(result));
+    }
+
+    /// Notes the begin of a session. Returns its generation.
+    pub(super) fn begin(&self, state: State) -> u32 {
+        trace!(self, vfio_trace_session_begin, state.name().as_char_ptr());
+        self.note(|verdict, now| verdict.begin(now))
+    }
+
+    /// Notes the end of a session.
+    pub(super) fn end(&self, state: State) {
+        trace!(self, vfio_trace_session_end, state.name().as_char_ptr());
+    }
+
+    /// Notes a read() of the data_fd into a buffer that is not empty.
+    pub(super) fn read(&self, result: Result<usize>) {
+        trace!(self, vfio_trace_read, count(result));
+        let read = match result {
+            Ok(0) => Read::End,
+            Ok(bytes) => Read::Bytes(bytes as u64),
+            Err(ENOMSG) => Read::TemporaryEnd,
+            Err(EAGAIN) => Read::NotReady,
+            Err(_) => return,
+        };
+        self.note(|verdict, now| verdict.read(now, read));
+    }
+
+    /// Notes a write() to the data_fd.
+    pub(super) fn write(&self, result: Result<usize>) {
+        trace!(self, vfio_trace_write, count(result));
+        if let Ok(bytes) = result {
+            self.note(|verdict, _| verdict.write(bytes as u64));
+        }
+    }
+
+    /// Notes a pre-copy info, and whether the client has missed that the device began again.
+    pub(super) fn precopy_info(&self, initial: u64, dirty: u64, flags: u32, missed: bool) {
+        trace!(self, vfio_trace_precopy_info, initial, dirty, flags);
+        self.note(|verdict, now| verdict.precopy_info(now, initial, missed));
+    }
+
+    /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`.
+    pub(crate) fn log_start(&self, result: Result) {
+        trace!(self, vfio_trace_log_start, errno(result));
+        if result.is_ok() {
+            self.note(|verdict, _| verdict.log_start());
+        }
+    }
+
+    /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`.
+    pub(crate) fn log_report(&self, result: Result) {
+        trace!(self, vfio_trace_log_report, errno(result));
+        if result.is_ok() {
+            self.note(|verdict, _| verdict.log_report());
+        }
+    }
+
+    /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`, and whether there are pages to report.
+    pub(crate) fn log_stop(&self, unreported: bool) {
+        trace!(self, vfio_trace_log_stop, 0);
+        self.note(|verdict, _| verdict.log_end(true, unreported));
+    }
+
+    /// Returns a copy of the verdict, with all times up to now.
+    fn snapshot(&self) -> Verdict {
+        self.note(|verdict, now| {
+            verdict.account(now);
+            verdict.clone()
+        })
+    }
+
+    /// Prints the verdict.
+    pub(crate) fn show_verdict(&self, file: &SeqFile) {
+        file.call_printf(format_args!("{}", self.snapshot()));
+    }
+
+    /// Prints the statistics.
+    pub(crate) fn show_statistics(&self, file: &SeqFile) {
+        file.call_printf(format_args!("{}", self.snapshot().statistics()));
+    }
+}
