@@ -34,7 +34,7 @@ module=$here/../../../../vfio_mock.ko
 shapes=
 extent=brief
 # Programs for vfio_mock: with each of the migration_flags, or with all of them set.
-each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test)
+each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test vfio_mock_verdict_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
 once=(vfio_mock_log_test vfio_mock_work_test vfio_odd_test vfio_fw_test
 	vfio_mock_stress vfio_mock_fuzz_test)
