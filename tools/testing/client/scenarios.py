@@ -97,6 +97,12 @@ def way(record, device):
     return [s["state"] for s in record["states"] if s["device"] == device]
 
 
+def clean(record):
+    """Checks that the client has broken no rule of the uAPI."""
+    for device in ("source", "target"):
+        check(record[device]["verdict"] == "clean", record[device]["verdict"])
+
+
 def compared(record):
     """Returns the number of bytes compared of each equal region."""
     return {r["region"]: r["bytes"] for r in record["compared"] if not r["different"]}
@@ -130,6 +136,7 @@ def whole(backend):
         )
     check(record["source"]["backend"] == backend, record["source"])
     check(record["outcome"] == "completed", record["error"])
+    clean(record)
     states = ["PRE_COPY", "PRE_COPY_P2P", "STOP_COPY", "STOP"]
     check(way(record, "source") == states, way(record, "source"))
     states = ["RESUMING", "STOP", "RUNNING_P2P", "RUNNING"]
@@ -180,6 +187,7 @@ def test_cancel():
     check(len(record["rounds"]) == 2, record["rounds"])
     check(way(record, "source") == ["PRE_COPY", "RUNNING"], way(record, "source"))
     check(way(record, "target") == ["RESUMING", "RUNNING"], way(record, "target"))
+    clean(record)
     check(record["downtime_ms"] is None, record["downtime_ms"])
 
 
@@ -208,6 +216,7 @@ def test_slow():
         (DEVICES / pair[0] / "save_delay_us").write_text("20000")
         record = migrate(*pair)
     check(record["outcome"] == "completed", record["error"])
+    clean(record)
 
 
 def test_ignore():
@@ -276,6 +285,7 @@ def test_minimal():
     with loaded("vfio_minimal"), devices("64K", "64K", parent="vfio_minimal") as pair:
         record = migrate("--fill", "bar0", *pair)
     check(compared(record)["bar0"] == 1 << 16, record["compared"])
+    clean(record)
 
 
 def test_fw():
@@ -285,6 +295,7 @@ def test_fw():
             (DEVICES / device / "delay_ms").write_text("20")
         record = migrate("--fill", "bar0", *pair)
     check(compared(record)["bar0"] == 1 << 16, record["compared"])
+    clean(record)
 
 
 def test_flags():
@@ -297,6 +308,7 @@ def test_flags():
         shape = loaded("vfio_mock", f"migration_flags={flags}")
         with shape, devices("64K", "64K") as pair:
             record = migrate("--fill", "bar2", *pair)
+        clean(record)
         check(way(record, "source") == states, (flags, record["states"]))
         check(compared(record)["bar2"] == 1 << 16, record["compared"])
 

@@ -178,6 +178,7 @@ mod tests {
             path: "/sys/bus/mdev/devices/0".into(),
             backend: "group",
             flags: vec!["STOP_COPY"],
+            verdict: None,
         };
         Record {
             tool: "test",

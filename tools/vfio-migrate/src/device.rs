@@ -56,6 +56,14 @@ pub(crate) fn find(device: &str) -> Result<PathBuf, Error> {
     }
 }
 
+/// Returns the verdict of the driver on the last client of a device, if it has one and this user
+/// may read it.
+pub(crate) fn verdict(path: &Path) -> Option<String> {
+    let folder = Path::new("/sys/kernel/debug/vfio").join(path.file_name()?);
+    let text = std::fs::read_to_string(folder.join("verdict")).ok()?;
+    Some(text.trim_end().to_owned())
+}
+
 /// Device opened by this process.
 pub(crate) struct Device {
     path: PathBuf,
@@ -134,6 +142,7 @@ impl Device {
             path: self.path.display().to_string(),
             backend: self.backend,
             flags: has.map(|(_, name)| *name).collect(),
+            verdict: None,
         }
     }
 

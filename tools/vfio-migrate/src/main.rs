@@ -26,10 +26,10 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use device::{find, Backend, Device};
+use device::{find, verdict, Backend, Device};
 use error::Error;
 use migrate::{migrate, End, Observer, Plan};
-use record::{ms, Asked, Compared, Outcome, Record, Round, Sample, StateChange};
+use record::{ms, Asked, Compared, Outcome, Record, Round, Sample, Side, StateChange};
 use region::{compare, fill, Bytes, Ignored, Load, Pair, Setting};
 use units::size;
 use view::View;
@@ -287,7 +287,7 @@ fn run(args: &Args) -> Result<String, Error> {
         .map(|index| source.writable_region(index))
         .transpose()?;
     let load = Load::new();
-    let (result, record) = thread::scope(|scope| {
+    let (result, mut record) = thread::scope(|scope| {
         let loader = loaded.as_ref().map(|region| {
             scope.spawn(|| load.run(region as &dyn Bytes, region.info.size, args.load_rate))
         });
@@ -341,6 +341,18 @@ fn run(args: &Args) -> Result<String, Error> {
         };
         (result, record)
     });
+    // The verdicts are complete when the devices are closed.
+    drop((source, target));
+    record.source.verdict = verdict(&from);
+    record.target.verdict = verdict(&to);
+    for (side, device) in [
+        (Side::Source, &record.source),
+        (Side::Target, &record.target),
+    ] {
+        for line in device.verdict.iter().flat_map(|text| text.lines()) {
+            eprintln!("vfio-migrate: verdict on the {}: {line}", side.name());
+        }
+    }
     let mut written = Ok(());
     if let Some(path) = &args.json {
         let mut text = serde_json::to_string_pretty(&record).expect("a record is plain data");

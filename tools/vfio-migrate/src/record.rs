@@ -134,6 +134,8 @@ pub(crate) struct DeviceRecord {
     pub(crate) backend: &'static str,
     /// Supported `VFIO_MIGRATION_*` flags.
     pub(crate) flags: Vec<&'static str>,
+    /// Verdict of the driver on this client, after the device was closed; `None` if there is none.
+    pub(crate) verdict: Option<String>,
 }
 
 /// Options of the migration.
