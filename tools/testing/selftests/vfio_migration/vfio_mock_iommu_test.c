@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The software IOMMU of the PCI functions of vfio_mock: translation, faults, and dirty
- * tracking in its domains.
+ * tracking in its domains. Then every possible failure in calls to the IOMMU, and in
+ * binding and unplugging a function, like in vfio_mock_fail_test.
  *
  *	./vfio_mock_iommu_test --medium "FUNCTION FUNCTION"
  *
  * with the sysfs paths of PCI functions. A mediated device has no IOMMU and is skipped.
  * --rounds N multiplies the number of random transfers by N.
  */
+#include <dirent.h>
+
 #include <linux/iommufd.h>
 
 #include "mock_dma.h"
+#include "mock_fail.h"
 
 #define iommu_data	FIXTURE_DATA(iommu)
 
@@ -36,6 +40,9 @@ FIXTURE(iommu)
 	__u32 hwpt;
 	bool tracking;
 	__u8 truth[WINDOWS][WINDOW_PAGES];	/* written and not yet taken */
+	bool fails;
+	struct injector in;
+	struct nth nth;
 };
 
 MIG_EACH_BACKEND(iommu);
@@ -82,6 +89,11 @@ FIXTURE_SETUP(iommu)
 FIXTURE_TEARDOWN(iommu)
 {
 	mock_close(&self->m);
+	if (!self->fails)
+		return;
+	knob("failslab", "reject-start", "0");
+	knob("failslab", "reject-end", "0");
+	injector_close(&self->in);
 }
 
 #define NEED_IOMMUFD() do {							\
@@ -673,6 +685,287 @@ TEST_F(iommu, group_has_one_function_and_an_identity_domain)
 	ASSERT_LT(0, readlink(path, link, sizeof(link) - 1));
 	EXPECT_NE(NULL, strstr(link, "/soft-iommu.vfio_mock"))
 		PROMISE("the function is behind a software IOMMU: %s", link);
+}
+
+/* ---- Failures ---- */
+
+#define DRIVER	"/sys/bus/pci/drivers/vfio_mock"
+
+/* Prepares to inject failures, but none in callees of @spared. */
+#define FAIL_OR_SKIP(spared) do {						\
+	const char *__why = NULL, *__spared = (spared);				\
+										\
+	if (fail_open(&self->in, &__why))					\
+		SKIP(return, "%s", __why);					\
+	self->fails = true;							\
+	if (__spared)								\
+		__why = fail_spare("failslab", __spared);			\
+	if (__why)								\
+		SKIP(return, "%s", __why);					\
+} while (0)
+
+/* The number of references to the module, which include one for each domain. */
+static int references(struct __test_metadata *_metadata)
+{
+	FILE *file = fopen("/sys/module/vfio_mock/refcnt", "r");
+	int count = -1;
+
+	ASSERT_NE(NULL, file);
+	ASSERT_EQ(1, fscanf(file, "%d", &count));
+	fclose(file);
+	return count;
+}
+
+/* A mapping in window 1 that needs page tables of its own on both sides of the middle. */
+#define FAILING_AT	(WINDOW / 2 - 8 * PAGE)
+#define FAILING_LEN	(16 * PAGE)
+
+/* The device can reach all of the mapping, or nothing of it. */
+static void expect_mapped(struct __test_metadata *_metadata, iommu_data *self, bool mapped,
+			  const char *when)
+{
+	struct dma_desc d;
+	__u64 at;
+
+	if (mapped) {
+		d = transfer(_metadata, self, &self->m, FILL, 1, FAILING_AT, FAILING_LEN);
+		expect_complete(_metadata, &d, when);
+		return;
+	}
+	for (at = FAILING_AT; at < FAILING_AT + FAILING_LEN; at += PAGE) {
+		d = transfer(_metadata, self, &self->m, FILL, 1, at, 1);
+		expect_ended(_metadata, &d, VFIO_MOCK_DMA_FAILED,
+			     VFIO_MOCK_DMA_ERROR_UNMAPPED, 0, when);
+	}
+}
+
+/* A mapping that failed maps nothing, and one that was removed is gone. */
+TEST_F_TIMEOUT(iommu, failures_of_map_and_unmap, 300)
+{
+	struct mig_device *dev = &self->m.dev;
+	struct nth *nth = &self->nth;
+	__u64 iova = self->windows[1] + FAILING_AT, len = FAILING_LEN;
+	int ret;
+
+	FAIL_OR_SKIP(NULL);
+	for_each_failure(nth, "mapping memory") {
+		nth_begin(nth);
+		ret = mig_dma_map(dev, iova, self->mem, len, RW);
+		nth_end(nth, ret);
+		/* iommufd maps the memory before it copies its address to the user. */
+		if (ret == -EFAULT)
+			mig_dma_unmap(dev, iova, len);
+		if (ret) {
+			expect_mapped(_metadata, self, false, "after a failure");
+			ASSERT_EQ(0, mig_dma_map(dev, iova, self->mem, len, RW))
+				PROMISE("mapping can be repeated after a failure");
+		}
+		expect_mapped(_metadata, self, true, "after a mapping");
+		ASSERT_EQ(0, mig_dma_unmap(dev, iova, len));
+	}
+	for_each_failure(nth, "unmapping memory") {
+		ASSERT_EQ(0, mig_dma_map(dev, iova, self->mem, len, RW));
+		nth_begin(nth);
+		ret = mig_dma_unmap(dev, iova, len);
+		nth_end(nth, ret);
+		if (ret) {
+			ret = mig_dma_unmap(dev, iova, len);
+			/* The number of unmapped bytes is copied to the user at the end. */
+			ASSERT_TRUE(!ret || (nth->ret == -EFAULT && ret == -ENOENT))
+				PROMISE("unmapping can be repeated after a failure");
+		}
+		expect_mapped(_metadata, self, false, "after unmapping");
+		/* Some kernels need no memory for it. */
+		if (nth->n == 1 && !nth->injected)
+			break;
+	}
+}
+
+/* After a failure, the function has the domain that it had before. */
+TEST_F_TIMEOUT(iommu, failures_of_attach, 300)
+{
+	struct mock *m = &self->m;
+	struct nth *nth = &self->nth;
+	const __u64 iova = self->windows[1] + FAILING_AT, len = FAILING_LEN;
+	__u64 bits[1];
+	int before, ret;
+
+	FAIL_OR_SKIP(NULL);
+	if (variant->backend == MIG_GROUP) {
+		mig_close(&m->dev);
+		before = references(_metadata);
+		for_each_failure(nth, "opening the function in a container") {
+			nth->also = -EOPNOTSUPP;
+			nth_begin(nth);
+			ret = mig_open(&m->dev, m->path, MIG_GROUP);
+			nth_end(nth, ret);
+			if (!ret)
+				mig_close(&m->dev);
+		}
+		EXPECT_EQ(before, references(_metadata))
+			PROMISE("each domain was freed");
+		ASSERT_EQ(0, mig_open(&m->dev, m->path, MIG_GROUP));
+		ASSERT_EQ(0, mig_dma_map(&m->dev, iova, self->mem, len, RW));
+		expect_mapped(_metadata, self, true, "in a container");
+		return;
+	}
+	ASSERT_EQ(0, mig_dma_map(&m->dev, iova, self->mem, len, RW));
+	before = references(_metadata);
+	for_each_failure(nth, "allocating a domain") {
+		nth_begin(nth);
+		ret = hwpt_alloc(m, IOMMU_HWPT_ALLOC_DIRTY_TRACKING, &self->hwpt);
+		nth_end(nth, ret);
+		if (!ret)
+			ASSERT_EQ(0, destroy(m, self->hwpt));
+	}
+	EXPECT_EQ(before, references(_metadata))
+		PROMISE("each domain was freed");
+	ASSERT_EQ(0, hwpt_alloc(m, IOMMU_HWPT_ALLOC_DIRTY_TRACKING, &self->hwpt));
+	for_each_failure(nth, "attaching a domain") {
+		nth_begin(nth);
+		ret = attach(m, self->hwpt);
+		nth_end(nth, ret);
+		/* VFIO detaches the function if it cannot copy the ID to the user. */
+		if (ret == -EFAULT)
+			ASSERT_EQ(0, attach(m, self->hwpt));
+		expect_mapped(_metadata, self, true, "after attaching");
+		ASSERT_EQ(0, attach(m, m->dev.ioas));
+	}
+	for_each_failure(nth, "attaching a domain after detaching") {
+		ASSERT_EQ(0, mig_dma_detach(&m->dev));
+		expect_mapped(_metadata, self, false, "without a domain");
+		nth_begin(nth);
+		ret = attach(m, self->hwpt);
+		nth_end(nth, ret);
+		expect_mapped(_metadata, self, !ret, "after attaching");
+		ASSERT_EQ(0, attach(m, self->hwpt));
+	}
+	for_each_failure(nth, "reading dirty bits") {
+		ASSERT_EQ(0, track(m, self->hwpt, true));
+		expect_mapped(_metadata, self, true, "while it is tracked");
+		bits[0] = 0;
+		nth_begin(nth);
+		ret = get_dirty(m, self->hwpt, IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
+				iova, len, PAGE, bits);
+		nth_end(nth, ret);
+		if (ret)
+			ASSERT_EQ(0, get_dirty(m, self->hwpt, 0, iova, len, PAGE, bits));
+		EXPECT_EQ(0xffffULL, bits[0])
+			PROMISE("no dirty bit is lost by a failure");
+	}
+	ASSERT_EQ(0, attach(m, m->dev.ioas));
+	ASSERT_EQ(0, destroy(m, self->hwpt));
+	EXPECT_EQ(before, references(_metadata))
+		PROMISE("each domain was freed");
+	expect_mapped(_metadata, self, true, "after all failures");
+}
+
+/* The number of a device in vfio core, which is the first free one; -1: there is none. */
+static int vfio_number(const char *device)
+{
+	char path[PATH_MAX + 16];
+	struct dirent *entry;
+	int number = -1;
+	DIR *dir;
+
+	snprintf(path, sizeof(path), "%s/vfio-dev", device);
+	dir = opendir(path);
+	while (dir && number < 0 && (entry = readdir(dir)))
+		sscanf(entry->d_name, "vfio%d", &number);
+	if (dir)
+		closedir(dir);
+	return number;
+}
+
+/* vfio core (7.3) warns about its own failures, see vfio_mock_module_test. */
+TEST_F_TIMEOUT(iommu, failures_of_bind_and_unbind, 600)
+{
+	struct mock *m = &self->m;
+	struct nth *nth = &self->nth;
+	const char *address = strrchr(m->path, '/') + 1;
+	int before, number, ret;
+
+	FAIL_OR_SKIP("vfio_create_group");
+	mig_close(&m->dev);
+	before = references(_metadata);
+	ASSERT_EQ(0, write_word(DRIVER "/unbind", address));
+	ASSERT_EQ(0, write_word(DRIVER "/bind", address));
+	number = vfio_number(m->path);
+	for_each_failure(nth, "binding the driver") {
+		ASSERT_EQ(0, write_word(DRIVER "/unbind", address));
+		nth_begin(nth);
+		ret = write_word(DRIVER "/bind", address);
+		nth_end(nth, ret);
+		if (ret) {
+			EXPECT_EQ(-1, vfio_number(m->path))
+				PROMISE("a function that was not bound is no device of VFIO");
+			ASSERT_EQ(0, write_word(DRIVER "/bind", address))
+				PROMISE("binding can be repeated after a failure");
+		}
+		EXPECT_EQ(number, vfio_number(m->path))
+			PROMISE("the core has no reference to functions that were not bound");
+	}
+	for_each_failure(nth, "unbinding the driver") {
+		nth_begin(nth);
+		ret = write_word(DRIVER "/unbind", address);
+		nth_end(nth, ret);
+		if (ret)
+			ASSERT_EQ(0, write_word(DRIVER "/unbind", address));
+		EXPECT_EQ(-1, vfio_number(m->path));
+		ASSERT_EQ(0, write_word(DRIVER "/bind", address));
+	}
+	EXPECT_EQ(before, references(_metadata))
+		PROMISE("the module has no other references than before");
+	ASSERT_EQ(0, mig_open(&m->dev, m->path, variant->backend));
+	expect_fresh(_metadata, m, "after failures of bind and unbind");
+}
+
+/*
+ * Not plugging: without memory, the PCI core (7.3) panics in pdev_sort_resources() when it
+ * assigns addresses to BARs.
+ */
+TEST_F_TIMEOUT(iommu, failures_of_unplug, 600)
+{
+	struct nth *nth = &self->nth;
+	struct guest g;
+	char power[96];
+	int before, ret;
+
+	FAIL_OR_SKIP(NULL);
+	before = references(_metadata);
+	ASSERT_EQ(0, mock_create_function(&g, mock_type_size(&self->m)));
+	snprintf(power, sizeof(power), "%s/power", g.directory);
+	for_each_failure(nth, "unplugging a function") {
+		ASSERT_EQ(0, write_word(power, "1"));
+		EXPECT_EQ(0, access(g.path, F_OK));
+		nth_begin(nth);
+		ret = write_word(power, "0");
+		nth_end(nth, ret);
+		if (ret)
+			ASSERT_EQ(0, write_word(power, "0"));
+		EXPECT_NE(0, access(g.path, F_OK))
+			PROMISE("a function that was unplugged is not on the bus");
+	}
+	for_each_failure(nth, "removing the directory of a function") {
+		ASSERT_EQ(0, write_word(power, "1"));
+		nth_begin(nth);
+		ret = rmdir(g.directory) ? -errno : 0;
+		nth_end(nth, ret);
+		if (ret)
+			ASSERT_EQ(0, rmdir(g.directory));
+		EXPECT_NE(0, access(g.path, F_OK));
+		ASSERT_EQ(0, mkdir(g.directory, 0755));
+	}
+	ASSERT_EQ(0, rmdir(g.directory));
+	for_each_failure(nth, "creating the directory of a function") {
+		nth_begin(nth);
+		ret = mkdir(g.directory, 0755) ? -errno : 0;
+		nth_end(nth, ret);
+		if (!ret)
+			ASSERT_EQ(0, rmdir(g.directory));
+	}
+	EXPECT_EQ(before, references(_metadata))
+		PROMISE("the module has no other references than before");
 }
 
 MIG_HARNESS_MAIN(mock_options)
