@@ -3,9 +3,11 @@
 """Test software PCI functions.
 
 guest.py PROGRAMS MODULE [OPTION...]
+guest.py PROGRAMS MODULE --only TEST...
 
 Runs in the test machine as root. PROGRAMS is the folder of the built kselftests, MODULE
-is vfio_mock.ko. OPTIONs are for run_mock.sh. Prints TAP.
+is vfio_mock.ko. OPTIONs are for run_mock.sh. Prints TAP. With --only, runs only the
+functions TEST of this file, for tools/testing/mutate.
 """
 
 import contextlib
@@ -417,18 +419,23 @@ def main():
     """Runs all tests."""
     if not os.path.ismount(CONFIG.parent):
         subprocess.run(["mount", "-t", "configfs", "none", CONFIG.parent], check=True)
-    subprocess.run(["insmod", MODULE], check=True)
+    if not CONFIG.exists():
+        subprocess.run(["insmod", MODULE], check=True)
+    only = sys.argv[4:] if sys.argv[3:4] == ["--only"] else None
+    tests = [test for test in TESTS if only is None or test.__name__ in only]
     print("TAP version 13")
-    print(f"1..{len(TESTS)}")
+    print(f"1..{len(tests)}")
     failed = False
-    for number, test in enumerate(TESTS, 1):
+    for number, test in enumerate(tests, 1):
+        text = f"{number} - soft_pci.{test.__name__}: {test.__doc__}"
         try:
             test()
-            print(f"ok {number} - {test.__doc__}", flush=True)
-        except (AssertionError, OSError, subprocess.CalledProcessError) as error:
-            print(f"# {error!r}\nnot ok {number} - {test.__doc__}", flush=True)
+            print(f"ok {text}", flush=True)
+        except (AssertionError, OSError, subprocess.CalledProcessError, StopIteration) as error:
+            print(f"# {error!r}\nnot ok {text}", flush=True)
             failed = True
-    failed |= suite()
+    if only is None:
+        failed |= suite()
     sys.exit(failed)
 
 

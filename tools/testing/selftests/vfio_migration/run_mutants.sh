@@ -3,7 +3,8 @@
 #
 # Run tests on broken variants of drivers, in the test machine: run_mutants.sh
 # PROGRAMS LOGS PLAN. PLAN has a line for each variant, with fields separated by tabs:
-# name, module, and for each program its name and the tests to run. Their output goes
+# name, module, and for each program its name and the tests to run. The devices are PCI
+# functions if the program soft_pci or vfio_mock_iommu_test is among them. The output goes
 # to LOGS/name.log, with "# not run: REASON" for programs that could not be run.
 # Called by tools/testing/mutate.
 
@@ -12,6 +13,8 @@
 programs=$1
 logs=$2
 plan=$3
+soft_pci=$(dirname -- "${BASH_SOURCE[0]}")/../../soft_pci/guest.py
+mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config
 
 load()
 {
@@ -39,6 +42,12 @@ run()
 		-V iommufd_medium -V iommufd_16M)
 
 	case $program in
+	soft_pci)
+		# It makes functions of its own.
+		remove_devices
+		timeout -k 2 200 "$soft_pci" "$programs" "$module" --only "${@:2}"
+		return
+		;;
 	vfio_migration_test) options+=("${generic[@]}") ;;
 	# Its variants are separate tests.
 	vfio_mock_life_test) options=(--module "$module") ;;
@@ -67,6 +76,10 @@ while IFS=$'\t' read -r name module rest; do
 	*/vfio_minimal.ko) drivers=(vfio_minimal vfio_mock) ;;
 	*/vfio_fw.ko) drivers=(vfio_fw vfio_mock) ;;
 	*) drivers=(vfio_mock) ;;
+	esac
+	functions=
+	case $rest in
+	*soft_pci* | *vfio_mock_iommu_test*) functions=1 ;;
 	esac
 	if ! said=$(load 2>&1); then
 		if [ -z "$first" ]; then
