@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: GPL-2.0
 """Migrate a domain with a device between two libvirt daemons.
 
-guest.py ROOT HOSTNAME
+guest.py ROOT HOSTNAME MODULE
 
 Runs in the test machine as root, with vfio_mock loaded. ROOT has the unpacked
-packages of libvirt, HOSTNAME is the library built from hostname.c. Each daemon acts
+packages of libvirt, HOSTNAME is the library built from hostname.c, MODULE is vfio_mock.ko. Each daemon acts
 as a separate host, with its own folders in a mount namespace, host name and UUID.
 Prints TAP.
 """
@@ -26,6 +26,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 WORK = Path("/run/libvirt-test")
 DEVICES = Path("/sys/bus/mdev/devices")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+CONFIGFS = Path("/sys/kernel/config")
 # The drivers of libvirt, and a folder with the QEMU driver only.
 DRIVERS = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver")
 QEMU_DRIVER = WORK / "drivers"
@@ -267,6 +269,8 @@ def uuid_of(title):
 FIRST = uuid_of("nodedev.xml")
 SECOND = FIRST[:-2] + "02"
 SMALL = FIRST[:-2] + "03"
+# The slots of functions are used in this order.
+FUNCTIONS = ("1000:00:00.0", "1000:00:01.0")
 
 
 def variant(title, name, changes):
@@ -292,6 +296,35 @@ def domain(title, host):
     path = WORK / "domain.xml"
     tree.write(path)
     return path
+
+
+def address(device):
+    """Returns the address of a mediated device or a PCI function in XML."""
+    if device in FUNCTIONS:
+        numbers = (f"0x{number}" for number in re.split("[:.]", device))
+        words = zip(("domain", "bus", "slot", "function"), numbers)
+    else:
+        words = [("uuid", device)]
+    return "<address " + " ".join(f"{key}='{value}'" for key, value in words) + "/>"
+
+
+def driver_of(device):
+    """Returns the name of the driver of a PCI function, if any."""
+    link = PCI_DEVICES / device / "driver"
+    return link.resolve().name if link.exists() else None
+
+
+def install(modules, module):
+    """Installs modules of the kernel and another one, and their aliases."""
+    folder = Path("/lib/modules") / os.uname().release
+    upper = Path("/run/libvirt-modules")
+    for part in (folder, upper / "upper", upper / "work"):
+        part.mkdir(parents=True)
+    options = f"lowerdir={modules},upperdir={upper}/upper,workdir={upper}/work"
+    run("mount", "-t", "overlay", "overlay", "-o", options, folder)
+    (folder / "updates").mkdir()
+    run("cp", module, folder / "updates")
+    run("depmod")
 
 
 def device_of(host):
@@ -324,7 +357,7 @@ class Tests:
     def documented_files_are_valid(self):
         """documented XML matches the schemas of libvirt"""
         run("virt-xml-validate", HERE / "nodedev.xml", "nodedev")
-        for title in ("domain.xml", "iommufd.xml"):
+        for title in ("domain.xml", "iommufd.xml", "function.xml"):
             run("virt-xml-validate", HERE / title, "domain")
         wrong = variant("domain.xml", "wrong.xml", {"'vfio-pci'": "'vfio-isa'"})
         run("virt-xml-validate", wrong, "domain", ok=False)
@@ -383,7 +416,7 @@ class Tests:
     def migrate(self, source, target, device, *options, ok=True):
         """Migrates the domain to another device, and checks both sides."""
         text = source.virsh("dumpxml", "--migratable", "guest")
-        text = re.sub("(<address uuid=)'[^']*'", rf"\1'{device}'", text)
+        text = re.sub(r"(<source>\s*)<address [^>]*>", rf"\1{address(device)}", text)
         path = WORK / "target.xml"
         path.write_text(text.replace(f"{source.name}.qtest", f"{target.name}.qtest"))
         said = source.virsh(
@@ -439,6 +472,43 @@ class Tests:
             run("mdevctl", "stop", "-u", device)
             check(not (DEVICES / device).exists(), "the device still exists")
 
+    def function_starts(self):
+        """domain with a PCI function starts, and libvirt finds the driver by its alias"""
+        if not os.path.ismount(CONFIGFS):
+            run("mount", "-t", "configfs", "none", CONFIGFS)
+        for number, device in enumerate(FUNCTIONS):
+            folder = CONFIGFS / "vfio_mock" / str(number)
+            folder.mkdir()
+            for name, value in (("type", "1M"), ("bind", "0"), ("power", "1")):
+                (folder / name).write_text(value)
+            found = (folder / "address").read_text().strip()
+            check(found == device, f"address {found}")
+            check(driver_of(device) is None, "it is bound")
+        self.here.virsh("create", domain("function.xml", self.here))
+        check(driver_of(FUNCTIONS[0]) == "vfio_mock", f"driver {driver_of(FUNCTIONS[0])}")
+        mock = device_of(self.here)
+        mock.execute(1, SEED)
+        mock.set(0x18, SEED + 1)
+        mock.holds_pattern(SEED)
+
+    def function_migrates(self):
+        """live migration to another function and back, and libvirt releases the drivers"""
+        for source, target, device, other in (
+            (self.here, self.there, FUNCTIONS[1], FUNCTIONS[0]),
+            (self.there, self.here, FUNCTIONS[0], FUNCTIONS[1]),
+        ):
+            self.migrate(source, target, device)
+            check(driver_of(device) == "vfio_mock", f"driver {driver_of(device)}")
+            check(driver_of(other) is None, f"{other} is still bound")
+
+    def functions_end(self):
+        """domain ends, and the functions can be removed"""
+        self.here.virsh("destroy", "guest")
+        check(driver_of(FUNCTIONS[0]) is None, "it is still bound")
+        for number, device in enumerate(FUNCTIONS):
+            (CONFIGFS / "vfio_mock" / str(number)).rmdir()
+            check(not (PCI_DEVICES / device).exists(), "the function still exists")
+
     def all(self):
         """Returns the tests in their order."""
         return [
@@ -453,12 +523,17 @@ class Tests:
             self.iommufd_migrates,
             self.definition_is_used,
             self.domain_ends,
+            self.function_starts,
+            self.function_migrates,
+            self.functions_end,
         ]
 
 
-def prepare(root):
-    """Mounts libvirt and starts its dependencies."""
+def prepare(root, module):
+    """Mounts libvirt, installs the module, and starts its dependencies."""
     WORK.mkdir()
+    # The next mount hides this folder.
+    modules = (Path("/lib/modules") / os.uname().release).resolve()
     overlay = Path("/run/libvirt-usr")
     for part in ("upper", "work"):
         (overlay / part).mkdir(parents=True)
@@ -466,6 +541,7 @@ def prepare(root):
         f"lowerdir={root}/usr:/usr,upperdir={overlay}/upper,workdir={overlay}/work"
     )
     run("mount", "-t", "overlay", "overlay", "-o", options, "/usr")
+    install(modules, module)
     # Hide the devices that are defined on the host.
     definitions = Path("/run/mdevctl.d")
     definitions.mkdir()
@@ -505,11 +581,11 @@ def adopt_orphans():
 
 def main():
     """Runs the tests up to the first failure."""
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 4:
         sys.exit(__doc__)
     os.environ["LC_ALL"] = "C"
     adopt_orphans()
-    prepare(sys.argv[1])
+    prepare(sys.argv[1], sys.argv[3])
     tests = Tests()
     failed = None
     print(f"TAP version 13\n1..{len(tests.all())}", flush=True)
