@@ -460,6 +460,19 @@ def selftest_makefile(text):
     return text
 
 
+def libvfio_mock(step):
+    """vfio: selftests: Add a driver for the mock device
+
+    vfio_pci_driver_test needs a device that does DMA. The devices with
+    drivers so far need hardware, or QEMU with an emulated igb.
+
+    Add a driver for vfio_mock, which needs neither: it copies through the
+    memory of the device, and signals an interrupt at the end of a command.
+    """
+    git(step.tree, "apply", TOP / "tools/series/libvfio_mock.patch")
+    step.maintain("tools/testing/selftests/vfio/lib/drivers/vfio_mock/")
+
+
 def documents(step):
     """Documentation: driver-api: describe the mock migratable VFIO device
 
@@ -493,6 +506,7 @@ STEPS = (
     firmware,
     mock,
     selftests,
+    libvfio_mock,
     documents,
 )
 
@@ -514,6 +528,8 @@ def base(source, tree):
         "samples/rust/Makefile",
         "tools/testing/selftests/Makefile",
         "tools/testing/selftests/vfio/lib/libvfio.c",
+        "tools/testing/selftests/vfio/lib/libvfio.mk",
+        "tools/testing/selftests/vfio/lib/vfio_pci_driver.c",
     )
     for path in changed:
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
