@@ -193,15 +193,19 @@ static inline bool find_function(const char *name, unsigned long long *start,
 	return *start && *end != ~0ULL;
 }
 
-/* Exempts callees of @function from failures; NULL, or the reason why it cannot. */
-static inline const char *fail_spare(const char *attribute, const char *function)
+/*
+ * Limits failures by the callers of what fails: none with @function among them if @rule is
+ * "reject", and none without it if it is "require". NULL, or the reason why it cannot.
+ */
+static inline const char *fail_limit(const char *attribute, const char *rule,
+				     const char *function)
 {
 	unsigned long long start, end;
 	char path[64], text[32];
 	FILE *file;
 
 	/* Set by an earlier test: the search for a function takes long. */
-	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/reject-start", attribute);
+	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/%s-start", attribute, rule);
 	file = fopen(path, "r");
 	start = 0;
 	if (file && fscanf(file, "%llx", &start) != 1)
@@ -213,11 +217,13 @@ static inline const char *fail_spare(const char *attribute, const char *function
 	if (knob(attribute, "stacktrace-depth", "32"))
 		return "the kernel has no CONFIG_FAULT_INJECTION_STACKTRACE_FILTER";
 	if (!find_function(function, &start, &end))
-		return "the function to exempt is not in /proc/kallsyms";
+		return "the function that limits failures is not in /proc/kallsyms";
+	snprintf(path, sizeof(path), "%s-start", rule);
 	snprintf(text, sizeof(text), "%llu", start);
-	knob(attribute, "reject-start", text);
+	knob(attribute, path, text);
+	snprintf(path, sizeof(path), "%s-end", rule);
 	snprintf(text, sizeof(text), "%llu", end);
-	knob(attribute, "reject-end", text);
+	knob(attribute, path, text);
 	return NULL;
 }
 
@@ -235,7 +241,7 @@ static inline int fail_open(struct injector *in, const char **why)
 	knob("fail_page_alloc", "ignore-gfp-wait", "N");
 	knob("fail_page_alloc", "min-order", "0");
 	/* SLUB may need pages in any allocation, independent of the operation. */
-	*why = fail_spare("fail_page_alloc", "allocate_slab");
+	*why = fail_limit("fail_page_alloc", "reject", "allocate_slab");
 	if (*why)
 		return -1;
 	fail_set_all("verbose", "0");

@@ -723,7 +723,7 @@ TEST_F(iommu, group_has_one_function_and_an_identity_domain)
 		SKIP(return, "%s", __why);					\
 	self->fails = true;							\
 	if (__spared)								\
-		__why = fail_spare("failslab", __spared);			\
+		__why = fail_limit("failslab", "reject", __spared);		\
 	if (__why)								\
 		SKIP(return, "%s", __why);					\
 } while (0)
