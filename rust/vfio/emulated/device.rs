@@ -312,13 +312,11 @@ impl<T: Operations> Emulated<T> {
                     Ok(())
                 }
                 _ => {
-                    let mut passed = false;
-                    opened.function.gate.write(|| {
-                        passed = true;
+                    let written = opened.function.gate.write(|| {
                         opened.function.write_msix(pos, from);
                         T::write(&opened.data, pos, from)
                     })?;
-                    if !passed {
+                    if !written {
                         let ledger = self.private.engine.ledger();
                         ledger.note(|verdict, now| verdict.dropped_write(now));
                     }

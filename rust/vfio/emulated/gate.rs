@@ -293,17 +293,17 @@ impl Gate {
     }
 
     /// Calls `write` to write to a BAR. If the gate is closed for writes, drops and counts the
-    /// write instead. May sleep if `write` does.
+    /// write instead, and returns `false`. May sleep if `write` does.
     ///
     /// Fails with `EIO` if memory space is off.
-    pub(crate) fn write(&self, write: impl FnOnce() -> Result) -> Result {
+    pub(crate) fn write(&self, write: impl FnOnce() -> Result) -> Result<bool> {
         let mut inner = self.inner.lock();
         if !inner.decodes {
             return Err(EIO);
         }
         if !inner.admits_writes() {
             inner.dropped += 1;
-            return Ok(());
+            return Ok(false);
         }
         inner.writes += 1;
         drop(inner);
@@ -316,7 +316,7 @@ impl Gate {
         if last {
             self.wake();
         }
-        result
+        result.map(|()| true)
     }
 
     /// Calls `read` to read from a BAR. Waits for the end of a reset, like for `memory_lock` in
