@@ -205,17 +205,17 @@ __rust_helper void rust_helper_vfio_trace_precopy_info(const char *device, u64 i
 	trace_vfio_precopy_info(device, initial, dirty, flags);
 }
 
-__rust_helper void rust_helper_vfio_trace_log_start(const char *device, int result)
+__rust_helper void rust_helper_vfio_trace_log_start(const char *device, s64 result)
 {
 	trace_vfio_log_start(device, result);
 }
 
-__rust_helper void rust_helper_vfio_trace_log_report(const char *device, int result)
+__rust_helper void rust_helper_vfio_trace_log_report(const char *device, s64 result)
 {
 	trace_vfio_log_report(device, result);
 }
 
-__rust_helper void rust_helper_vfio_trace_log_stop(const char *device, int result)
+__rust_helper void rust_helper_vfio_trace_log_stop(const char *device, s64 result)
 {
 	trace_vfio_log_stop(device, result);
 }

@@ -53,8 +53,8 @@ void rust_helper_vfio_trace_read(const char *device, s64 result);
 void rust_helper_vfio_trace_write(const char *device, s64 result);
 void rust_helper_vfio_trace_precopy_info(const char *device, u64 initial, u64 dirty,
 					 u32 flags);
-void rust_helper_vfio_trace_log_start(const char *device, int result);
-void rust_helper_vfio_trace_log_report(const char *device, int result);
-void rust_helper_vfio_trace_log_stop(const char *device, int result);
+void rust_helper_vfio_trace_log_start(const char *device, s64 result);
+void rust_helper_vfio_trace_log_report(const char *device, s64 result);
+void rust_helper_vfio_trace_log_stop(const char *device, s64 result);
 
 #endif

@@ -12,7 +12,7 @@
 
 #include <linux/tracepoint.h>
 
-/* One arc, and the time that the methods of the driver took. */
+/* One arc, its result, and its duration in nanoseconds. */
 TRACE_EVENT(vfio_arc,
 	TP_PROTO(const char *device, const char *from, const char *to, int result,
 		 u64 ns),
@@ -77,7 +77,8 @@ DEFINE_EVENT(vfio_session, vfio_session_end,
 	TP_ARGS(device, state)
 );
 
-DECLARE_EVENT_CLASS(vfio_data,
+/* A call, and its return value. */
+DECLARE_EVENT_CLASS(vfio_call,
 	TP_PROTO(const char *device, s64 result),
 	TP_ARGS(device, result),
 	TP_STRUCT__entry(
@@ -92,12 +93,12 @@ DECLARE_EVENT_CLASS(vfio_data,
 );
 
 /* read(): bytes, 0 at the permanent end of stream, -ENOMSG at a temporary one. */
-DEFINE_EVENT(vfio_data, vfio_read,
+DEFINE_EVENT(vfio_call, vfio_read,
 	TP_PROTO(const char *device, s64 result),
 	TP_ARGS(device, result)
 );
 
-DEFINE_EVENT(vfio_data, vfio_write,
+DEFINE_EVENT(vfio_call, vfio_write,
 	TP_PROTO(const char *device, s64 result),
 	TP_ARGS(device, result)
 );
@@ -122,32 +123,18 @@ TRACE_EVENT(vfio_precopy_info,
 		  __get_str(device), __entry->initial, __entry->dirty, __entry->flags)
 );
 
-DECLARE_EVENT_CLASS(vfio_log,
-	TP_PROTO(const char *device, int result),
-	TP_ARGS(device, result),
-	TP_STRUCT__entry(
-		__string(device, device)
-		__field(int, result)
-	),
-	TP_fast_assign(
-		__assign_str(device);
-		__entry->result = result;
-	),
-	TP_printk("device=%s result=%d", __get_str(device), __entry->result)
-);
-
-DEFINE_EVENT(vfio_log, vfio_log_start,
-	TP_PROTO(const char *device, int result),
+DEFINE_EVENT(vfio_call, vfio_log_start,
+	TP_PROTO(const char *device, s64 result),
 	TP_ARGS(device, result)
 );
 
-DEFINE_EVENT(vfio_log, vfio_log_report,
-	TP_PROTO(const char *device, int result),
+DEFINE_EVENT(vfio_call, vfio_log_report,
+	TP_PROTO(const char *device, s64 result),
 	TP_ARGS(device, result)
 );
 
-DEFINE_EVENT(vfio_log, vfio_log_stop,
-	TP_PROTO(const char *device, int result),
+DEFINE_EVENT(vfio_call, vfio_log_stop,
+	TP_PROTO(const char *device, s64 result),
 	TP_ARGS(device, result)
 );
 

@@ -33,7 +33,7 @@ use kernel::{
     },
 };
 
-/// Maximum length of the name of a device in a trace, with its null. A UUID has 37.
+/// Maximum length of a device name in a trace, with the terminating NUL. A UUID needs 37 bytes.
 const NAME: usize = 40;
 
 /// Calls a tracepoint with the name of the device.
@@ -117,7 +117,7 @@ impl Ledger {
         trace!(self, vfio_trace_reset, from, errno(result));
     }
 
-    /// Notes the begin of a session. Returns its generation.
+    /// Notes the start of a session. Returns its generation.
     pub(super) fn begin(&self, state: State) -> u32 {
         trace!(self, vfio_trace_session_begin, state.name().as_char_ptr());
         self.note(|verdict, now| verdict.begin(now))
@@ -157,7 +157,7 @@ impl Ledger {
 
     /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`.
     pub(crate) fn log_start(&self, result: Result) {
-        trace!(self, vfio_trace_log_start, errno(result));
+        trace!(self, vfio_trace_log_start, errno(result).into());
         if result.is_ok() {
             self.note(|verdict, _| verdict.log_start());
         }
@@ -165,7 +165,7 @@ impl Ledger {
 
     /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`.
     pub(crate) fn log_report(&self, result: Result) {
-        trace!(self, vfio_trace_log_report, errno(result));
+        trace!(self, vfio_trace_log_report, errno(result).into());
         if result.is_ok() {
             self.note(|verdict, _| verdict.log_report());
         }
