@@ -25,20 +25,6 @@ const FILE: &str = concat!(
 );
 const BOX: (i32, i32) = (150, 44);
 
-/// Returns the name of a state in the uAPI.
-fn name(state: State) -> &'static str {
-    match state {
-        State::Error => "ERROR",
-        State::Stop => "STOP",
-        State::Running => "RUNNING",
-        State::StopCopy => "STOP_COPY",
-        State::Resuming => "RESUMING",
-        State::RunningP2p => "RUNNING_P2P",
-        State::PreCopy => "PRE_COPY",
-        State::PreCopyP2p => "PRE_COPY_P2P",
-    }
-}
-
 /// Returns the center of the box of a state, or `None` for a state without arcs.
 fn place(state: State) -> Option<(i32, i32)> {
     match state {
@@ -107,8 +93,8 @@ fn draw(flags: Flags) -> String {
             end.1,
             kind.1,
             kind.0,
-            name(from),
-            name(to)
+            from,
+            to
         ));
     }
     for state in State::ALL {
@@ -124,7 +110,7 @@ fn draw(flags: Flags) -> String {
         put(format!(
             "<text x='{x}' y='{}' text-anchor='middle'>{}</text>",
             y + 5,
-            name(state)
+            state
         ));
     }
     for (line, (colour, text)) in [
@@ -167,7 +153,7 @@ fn paths_match_the_document() {
     let text = include_str!("../../../../Documentation/vfio_migration_engine.rst");
     let flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
     let state = |word: &str| {
-        let found = State::ALL.into_iter().find(|state| name(*state) == word);
+        let found = State::ALL.into_iter().find(|state| state.to_string() == word);
         found.unwrap_or_else(|| panic!("{word} is no state"))
     };
     let mut count = 0;
@@ -179,7 +165,7 @@ fn paths_match_the_document() {
             let at = *walked.last().expect("it has a start");
             walked.push(next(flags, at, to).expect(line));
         }
-        let walked: Vec<_> = walked.into_iter().map(name).collect();
+        let walked: Vec<_> = walked.into_iter().map(|state| state.to_string()).collect();
         assert_eq!(walked.join(" -> "), way, "{line}");
         count += 1;
     }
