@@ -160,7 +160,7 @@ fn loading_is_clean() {
 }
 
 #[test]
-fn stream_abandoned() {
+fn unread_stream_is_reported() {
     // Closed in STOP_COPY, closed in STOP, or loaded afterwards.
     for states in [
         &[StopCopy][..],
@@ -254,7 +254,7 @@ fn failed_device_is_not_an_abandoned_stream() {
 }
 
 #[test]
-fn image_incomplete() {
+fn incomplete_image_is_reported() {
     let mut rig = Rig::new();
     rig.go(&[RunningP2p, Stop, Resuming]);
     let now = rig.tick();
@@ -268,7 +268,7 @@ fn image_incomplete() {
 }
 
 #[test]
-fn initial_bytes_ignored() {
+fn ignored_initial_bytes_are_reported() {
     // Bytes that are left, after the events.
     let cases: [(&[Read], bool); 6] = [
         (&[], true),
@@ -303,7 +303,7 @@ fn initial_bytes_ignored() {
 }
 
 #[test]
-fn busy_polling() {
+fn busy_polling_is_reported() {
     for read in [Read::TemporaryEnd, Read::NotReady] {
         // The interval, and what happens between two reads.
         for (interval, polls, reads, broken) in [
@@ -332,7 +332,7 @@ fn busy_polling() {
 }
 
 #[test]
-fn reinit_not_seen() {
+fn reinit_without_opt_in_is_reported() {
     let mut rig = Rig::new();
     rig.go(&[PreCopy]);
     let now = rig.tick();
@@ -343,7 +343,7 @@ fn reinit_not_seen() {
 }
 
 #[test]
-fn reset_in_session() {
+fn reset_of_a_saving_session_is_reported() {
     for state in State::ALL {
         let mut rig = Rig::new();
         match state {
@@ -363,7 +363,7 @@ fn reset_in_session() {
 }
 
 #[test]
-fn data_fd_leaked() {
+fn leaked_data_fd_is_reported() {
     // At close, and once even if it is closed later.
     let mut rig = Rig::new();
     rig.go(&[PreCopy, Running]);
@@ -385,7 +385,7 @@ fn data_fd_leaked() {
 }
 
 #[test]
-fn stopped_device_written() {
+fn write_to_a_stopped_device_is_reported() {
     for state in State::ALL {
         let mut rig = Rig::new();
         rig.verdict.enter(rig.now, state);
@@ -399,7 +399,7 @@ fn stopped_device_written() {
 }
 
 #[test]
-fn log_not_stopped() {
+fn running_log_is_reported_at_close() {
     let mut rig = Rig::new();
     rig.verdict.log_start();
     rig.verdict.log_report();
@@ -416,7 +416,7 @@ fn log_not_stopped() {
 }
 
 #[test]
-fn log_not_reported() {
+fn unreported_pages_are_reported() {
     // Stopped by the client before or after it stops the device, with pages or without.
     for (stop, pages, back) in [
         (true, true, false),
@@ -439,7 +439,7 @@ fn log_not_reported() {
 }
 
 #[test]
-fn next_client_is_not_blamed() {
+fn verdict_begins_anew_with_the_next_client() {
     let mut rig = Rig::new();
     rig.go(&[PreCopy, StopCopy]);
     rig.close();

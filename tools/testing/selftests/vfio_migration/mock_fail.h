@@ -194,8 +194,9 @@ static inline bool find_function(const char *name, unsigned long long *start,
 }
 
 /*
- * Limits failures by the callers of what fails: none with @function among them if @rule is
- * "reject", and none without it if it is "require". NULL, or the reason why it cannot.
+ * Limits failures by the call chain. With the rule "reject", nothing fails in @function or
+ * below it; with "require", nothing fails elsewhere. Returns NULL, or the reason why
+ * failures cannot be limited.
  */
 static inline const char *fail_limit(const char *attribute, const char *rule,
 				     const char *function)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The software IOMMU of the PCI functions of vfio_mock: translation, faults, and dirty
- * tracking in its domains. Then every possible failure in calls to the IOMMU, and in
- * binding and unplugging a function, like in vfio_mock_fail_test.
+ * tracking in its domains. Also injects each possible failure into calls to the IOMMU, and
+ * into binding and unplugging a function (see vfio_mock_fail_test).
  *
  *	./vfio_mock_iommu_test --medium "FUNCTION FUNCTION"
  *
@@ -744,7 +744,7 @@ static int references(struct __test_metadata *_metadata)
 #define FAILING_AT	(WINDOW / 2 - 8 * PAGE)
 #define FAILING_LEN	(16 * PAGE)
 
-/* The device can reach all of the mapping, or nothing of it. */
+/* Expects that the device can reach all of the mapping, or none of it. */
 static void expect_mapped(struct __test_metadata *_metadata, iommu_data *self, bool mapped,
 			  const char *when)
 {
@@ -764,7 +764,7 @@ static void expect_mapped(struct __test_metadata *_metadata, iommu_data *self, b
 }
 
 /* A mapping that failed maps nothing, and one that was removed is gone. */
-TEST_F_TIMEOUT(iommu, failures_of_map_and_unmap, 300)
+TEST_F_TIMEOUT(iommu, failed_map_and_unmap_can_be_repeated, 300)
 {
 	struct mig_device *dev = &self->m.dev;
 	struct nth *nth = &self->nth;
@@ -806,7 +806,7 @@ TEST_F_TIMEOUT(iommu, failures_of_map_and_unmap, 300)
 }
 
 /* After a failure, the function has the domain that it had before. */
-TEST_F_TIMEOUT(iommu, failures_of_attach, 300)
+TEST_F_TIMEOUT(iommu, failed_attach_keeps_the_domain, 300)
 {
 	struct mock *m = &self->m;
 	struct nth *nth = &self->nth;
@@ -902,7 +902,7 @@ static int vfio_number(const char *device)
 }
 
 /* vfio core (7.3) warns about its own failures, see vfio_mock_module_test. */
-TEST_F_TIMEOUT(iommu, failures_of_bind_and_unbind, 600)
+TEST_F_TIMEOUT(iommu, failed_bind_and_unbind_can_be_repeated, 600)
 {
 	struct mock *m = &self->m;
 	struct nth *nth = &self->nth;
@@ -945,10 +945,10 @@ TEST_F_TIMEOUT(iommu, failures_of_bind_and_unbind, 600)
 }
 
 /*
- * Not plugging: without memory, the PCI core (7.3) panics in pdev_sort_resources() when it
+ * Plugging is not tested: without memory, the PCI core (7.3) panics in pdev_sort_resources() when it
  * assigns addresses to BARs.
  */
-TEST_F_TIMEOUT(iommu, failures_of_unplug, 600)
+TEST_F_TIMEOUT(iommu, failed_unplug_can_be_repeated, 600)
 {
 	struct nth *nth = &self->nth;
 	struct guest g;

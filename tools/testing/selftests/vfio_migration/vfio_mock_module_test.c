@@ -85,9 +85,9 @@ static void expect_gone(struct __test_metadata *_metadata)
 /*
  * A module that failed to load leaves nothing behind, and can be loaded. The PCI core (7.3)
  * puts a reference to a host bridge twice if the device of its bus cannot be added, and
- * does not check an allocation for the numbers of buses. So none fails there. Before the
- * initialization of a module, event_define_fields() warns if it cannot describe a
- * tracepoint of it. So none fails before.
+ * does not check an allocation for the numbers of buses. No allocation fails
+ * there. Before the module's init function, event_define_fields() warns if it cannot
+ * describe a tracepoint, so failures begin at do_init_module().
  */
 TEST_F_TIMEOUT(module, load, 1200)
 {

@@ -164,7 +164,7 @@ TEST_F(verdict, statistics_match_the_migration)
 	EXPECT_EQ(1U, number(_metadata, self, src, "resets"));
 }
 
-TEST_F(verdict, next_open_clears)
+TEST_F(verdict, next_open_clears_the_verdict)
 {
 	int fd = go(_metadata, &self->src.dev, MIG_STOP_COPY);
 
@@ -176,7 +176,7 @@ TEST_F(verdict, next_open_clears)
 	EXPECT_EQ(0U, number(_metadata, self, &self->src, "sessions"));
 }
 
-TEST_F(verdict, stream_abandoned)
+TEST_F(verdict, unread_stream_is_reported)
 {
 	int fd = go(_metadata, &self->src.dev, MIG_STOP_COPY);
 
@@ -188,7 +188,7 @@ TEST_F(verdict, stream_abandoned)
 	expect_verdict(_metadata, self, &self->src, "stream_abandoned", "STOP");
 }
 
-TEST_F(verdict, cancelled_migration_is_not_abandoned)
+TEST_F(verdict, cancelled_migration_is_clean)
 {
 	int fd = go(_metadata, &self->src.dev, MIG_STOP_COPY);
 
@@ -199,7 +199,7 @@ TEST_F(verdict, cancelled_migration_is_not_abandoned)
 	expect_verdict(_metadata, self, &self->src, NULL, NULL);
 }
 
-TEST_F(verdict, image_incomplete)
+TEST_F(verdict, incomplete_image_is_reported)
 {
 	int fd;
 
@@ -224,7 +224,7 @@ TEST_F(verdict, loading_may_be_aborted_by_a_reset)
 	expect_verdict(_metadata, self, &self->dst, NULL, NULL);
 }
 
-TEST_F(verdict, initial_bytes_ignored)
+TEST_F(verdict, ignored_initial_bytes_are_reported)
 {
 	struct vfio_precopy_info info = { .argsz = sizeof(info) };
 	int fd;
@@ -240,7 +240,7 @@ TEST_F(verdict, initial_bytes_ignored)
 	close(fd);
 }
 
-TEST_F(verdict, busy_polling)
+TEST_F(verdict, busy_polling_is_reported)
 {
 	unsigned int i;
 	int fd;
@@ -290,7 +290,7 @@ static int reinit(struct __test_metadata *_metadata, verdict_data *self)
 	return fd;
 }
 
-TEST_F(verdict, reinit_not_seen)
+TEST_F(verdict, reinit_without_opt_in_is_reported)
 {
 	int fd;
 
@@ -311,7 +311,7 @@ TEST_F(verdict, reinit_is_seen_with_opt_in)
 	close(fd);
 }
 
-TEST_F(verdict, reset_in_session)
+TEST_F(verdict, reset_of_a_saving_session_is_reported)
 {
 	int fd = go(_metadata, &self->src.dev, MIG_STOP_COPY);
 
@@ -322,7 +322,7 @@ TEST_F(verdict, reset_in_session)
 	expect_verdict(_metadata, self, &self->src, "reset_in_session", "STOP_COPY");
 }
 
-TEST_F(verdict, data_fd_leaked_at_close)
+TEST_F(verdict, data_fd_left_at_close_is_reported)
 {
 	int fd = go(_metadata, &self->src.dev, MIG_STOP_COPY);
 
@@ -333,7 +333,7 @@ TEST_F(verdict, data_fd_leaked_at_close)
 	close(fd);
 }
 
-TEST_F(verdict, data_fd_leaked_at_next_session)
+TEST_F(verdict, data_fd_left_at_next_session_is_reported)
 {
 	int old = go(_metadata, &self->src.dev, MIG_STOP_COPY);
 	int fd;
@@ -348,7 +348,7 @@ TEST_F(verdict, data_fd_leaked_at_next_session)
 	expect_verdict(_metadata, self, &self->src, "data_fd_leaked", "STOP");
 }
 
-TEST_F(verdict, stopped_device_written)
+TEST_F(verdict, write_to_a_stopped_device_is_reported)
 {
 	move_on(_metadata, &self->src.dev, MIG_STOP);
 	put(_metadata, &self->src, CONFIG, 0x0c, 1, 1);
@@ -378,7 +378,7 @@ static __u64 write_logged_page(struct __test_metadata *_metadata, struct mock *m
 	return d.iova;
 }
 
-TEST_F(verdict, log_not_reported)
+TEST_F(verdict, unreported_pages_are_reported)
 {
 	NEED_IOMMUFD_FOR_LOG();
 	write_logged_page(_metadata, &self->src);
@@ -400,7 +400,7 @@ TEST_F(verdict, log_of_a_cancelled_migration_need_not_be_reported)
 	expect_verdict(_metadata, self, &self->src, NULL, NULL);
 }
 
-TEST_F(verdict, log_not_stopped)
+TEST_F(verdict, running_log_is_reported_at_close)
 {
 	__u64 iova, bitmap = 0;
 
@@ -414,7 +414,7 @@ TEST_F(verdict, log_not_stopped)
 	expect_verdict(_metadata, self, &self->src, "log_not_stopped", "STOP");
 }
 
-TEST_F(verdict, log_reported_and_stopped)
+TEST_F(verdict, log_that_is_reported_and_stopped_is_clean)
 {
 	__u64 iova, bitmap = 0;
 
@@ -440,7 +440,7 @@ static bool traced(const char *trace, const char *event, const char *words)
 	return false;
 }
 
-TEST_F(verdict, tracepoints)
+TEST_F(verdict, each_event_is_traced)
 {
 	const char *device = strrchr(self->src.path, '/') + 1;
 	bool pre_copy = self->src.dev.flags & VFIO_MIGRATION_PRE_COPY;
