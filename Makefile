@@ -65,7 +65,7 @@ test:			## run all tests; the last line is the summary
 test-host:		## run the tests that need no kernel
 	$(testing)/run host host_fuzz
 
-test-debug:		## run the parts that boot the test machine on the debug kernel
+test-debug:		## run KUnit, the tests of all drivers and the demo on the debug kernel
 	$(testing)/run --kernel debug
 
 test-strict:		## run KUnit and kselftests on the kernel with CFI, without iommufd

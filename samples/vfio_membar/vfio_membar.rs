@@ -5,9 +5,9 @@
 //! Every QEMU has such devices: `bochs-display` and `ivshmem-plain`. They do no DMA and have no
 //! hidden state, and no reset clears them. The driver adds live migration, and clears them.
 //!
-//! The stream consists of records of one size: a tag of 64 bits and a page. The first identifies
-//! the device. Then there is one for each page of the memory, and another whenever a page changes
-//! after it was sent. The last has a checksum of all others, and the registers.
+//! The stream has records of one size: a tag of 64 bits and a page. The first record identifies the
+//! device. One follows for each page of the memory, and another each time a page changes after it
+//! was sent. The last record has a checksum of all others, and the registers.
 
 use core::ops::Range;
 use kernel::{
@@ -72,7 +72,7 @@ impl pci::Operations for Driver {
             model: self.0,
             memory: match function.size(region::BAR1) {
                 0 => pci::BarMemory::new(function.clone(), self.0.bars.0),
-                // That of ivshmem-doorbell: other machines write to its memory.
+                // Only ivshmem-doorbell has BAR1. Other machines write to its memory.
                 _ => Err(ENODEV),
             }?,
             function,

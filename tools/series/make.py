@@ -230,7 +230,7 @@ def bindings(step):
         )
     text = (TOP / "rust/helpers/vfio.c").read_text()
     text = re.sub(r'#include (<linux/module.h>|"vfio.h")\n|\n/\* sparse (.*\n)*', "", text)
-    # The module has them only if it is configured, which the next step adds.
+    # They exist only with CONFIG_RUST_VFIO_ABSTRACTIONS, which the next step adds.
     text = text.replace('#include "vfio_trace.h"', "#include <trace/events/vfio_migration.h>")
     start = text.index("/* The tracepoints")
     text = f"{text[:start]}#ifdef CONFIG_RUST_VFIO_ABSTRACTIONS\n{text[start:].rstrip()}\n#endif\n"

@@ -693,9 +693,9 @@ impl<M: Migratable> LoadSession<M> {
     }
 }
 
-/// The part of a session that its file has to tell.
+/// A session that is notified when its file is closed.
 trait Session: 'static {
-    /// Notes that the file was closed.
+    /// Records that the data_fd of this session was closed.
     fn closed(&self);
 }
 

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the client of a device did: numbers, and the rules that it broke.
+//! Statistics of the client of a device, and the rules that it broke.
 //!
 //! This file uses `core` alone, so that the same source runs in the kernel and in host tests.
 //!
 //! A [`Verdict`] is about one client, from the first open of a device to the next first open. All
 //! times are in nanoseconds and come from the caller. It judges only events that the driver sees,
-//! and in doubt it is in favour of the client.
+//! and in doubt it is in favour of the client, except for resets by the host.
 //!
 //! C header: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
 use super::fsm::State;
 use core::fmt;
 
-/// A rule of the uAPI, or a recommendation.
+/// A rule or recommendation for a client, with the closest sentence of the uAPI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
     /// `STOP_COPY` was left before read() returned 0, and the device did not run again before it
@@ -25,7 +25,8 @@ pub enum Rule {
     InitialBytesIgnored,
     /// Many calls of read() in a row failed with `ENOMSG` or `EAGAIN`, without a pause or poll().
     BusyPolling,
-    /// The device began again, and a client without v2 of the pre-copy info asked for it.
+    /// The client read the pre-copy info after the device had begun again, without v2 of the info,
+    /// which would show that.
     ReinitNotSeen,
     /// The device was reset in a session of the saving group.
     ResetInSession,
@@ -70,7 +71,7 @@ impl Rule {
         }
     }
 
-    /// Returns the sentence of the uAPI.
+    /// Returns the sentence of the uAPI that is closest to the rule.
     pub const fn text(self) -> &'static str {
         match self {
             Self::StreamAbandoned => {
@@ -109,11 +110,11 @@ impl Rule {
 /// The violations of a rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Broken {
-    /// Number of times.
+    /// Number of violations.
     pub count: u64,
-    /// State of the device at the first time.
+    /// State of the device at the first violation.
     pub state: Option<State>,
-    /// Time of the first time since the device was opened.
+    /// Time of the first violation, since the device was opened.
     pub time: u64,
 }
 
@@ -144,7 +145,7 @@ pub struct Statistics {
     pub writes: u64,
     /// Number of bytes written.
     pub written_bytes: u64,
-    /// Number of calls of poll(), and of wake-ups in them.
+    /// Number of calls of poll() on a data_fd for reading, and of wake-ups in them.
     pub polls: u64,
     /// Number of successful calls of `VFIO_MIG_GET_PRECOPY_INFO`.
     pub precopy_infos: u64,
@@ -156,7 +157,7 @@ pub struct Statistics {
     pub times: [u64; State::ALL.len()],
 }
 
-/// What a call of read() returned.
+/// Result of a call of read().
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Read {
     /// A number of bytes.
@@ -169,7 +170,7 @@ pub enum Read {
     NotReady,
 }
 
-/// What the client of a device did.
+/// Record of the client of a device.
 #[derive(Clone, Debug)]
 pub struct Verdict {
     broken: [Broken; Rule::ALL.len()],
@@ -250,7 +251,7 @@ impl Verdict {
         self.since = now;
     }
 
-    /// Begins with a new client: the first open.
+    /// Clears the record for a new client. Called by the first open.
     pub fn open(&mut self, now: u64) {
         *self = Self {
             open: true,
@@ -261,7 +262,7 @@ impl Verdict {
         };
     }
 
-    /// Ends with the client: the last close. Called before the session ends.
+    /// Completes the record of a client. Called by the last close, before the session ends.
     pub fn close(&mut self, now: u64) {
         if self.unreported {
             self.breaks(now, Rule::LogNotReported);
@@ -286,7 +287,7 @@ impl Verdict {
         }
     }
 
-    /// Notes a new state, or the same.
+    /// Notes the state, which may be unchanged.
     pub fn enter(&mut self, now: u64, to: State) {
         match (self.state, to) {
             (State::PreCopy | State::PreCopyP2p, State::StopCopy) if self.initial > 0 => {

@@ -149,8 +149,8 @@ impl Enabled {
         unsafe { bindings::pm_runtime_put(&raw mut (*self.pdev()).dev) };
     }
 
-    /// Returns whether the device is present, in any state of power that it can be brought to. May
-    /// sleep.
+    /// Resumes the device, and returns whether it is present. Returns `false` if the resume fails.
+    /// May sleep.
     fn responds(&self) -> bool {
         // SAFETY: By the type invariants.
         let (device, lock) = unsafe {
@@ -589,7 +589,7 @@ impl Function {
         if guard.as_ref().ok_or(ENODEV)?.responds() {
             return Ok(());
         }
-        // The device was asked before the check.
+        // Orders the read of the device before the check for a reset.
         barrier::mb(barrier::Read);
         if self.resets.not_reset().is_err() {
             return Ok(());

@@ -5,9 +5,9 @@
 guest.py ROOT HOSTNAME MODULE
 
 Runs in the test machine as root, with vfio_mock loaded. ROOT has the unpacked
-packages of libvirt, HOSTNAME is the library built from hostname.c, MODULE is vfio_mock.ko. Each daemon acts
-as a separate host, with its own folders in a mount namespace, host name and UUID.
-Prints TAP.
+packages of libvirt, HOSTNAME is the library built from hostname.c, MODULE is
+vfio_mock.ko. Each daemon acts as a separate host, with its own folders in a mount
+namespace, host name and UUID. Prints TAP.
 """
 
 import base64

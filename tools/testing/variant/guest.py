@@ -9,7 +9,7 @@ guest.py --mutants LOGS PLAN
 Runs in the test machine as root. PROGRAMS is the folder of the built kselftests,
 MODULE is vfio_membar.ko. The machine has an IOMMU, two bochs-display and two
 ivshmem-plain devices, each below a port of its own, so that the bus can reset them, and
-a port that is the monitor of its QEMU.
+a serial port that is connected to the monitor of its QEMU.
 vfio_pci_error.ko is in this folder. OPTIONs are for vfio_migration_test. Prints TAP.
 With --only, runs only the functions TEST of this file.
 
@@ -179,9 +179,9 @@ def fails(function, *arguments):
 
 
 def check_told(device, state):
-    """Checks that a state change tells of the reset by the host of a device in a state.
+    """Checks the state changes after a reset by the host of a device in `state`.
 
-    Only once, and only if it was stopped: its state is lost.
+    The first one fails if the device was stopped, and the next one succeeds.
     """
     if state in STOPPED:
         check(fails(device.set_state, RUNNING) == errno.ECANCELED, "a cleared device runs")
@@ -704,7 +704,7 @@ def unplugs(pair, bar):
         if session >= 0:
             check_ended(session, RESUMING if state == RESUMING else STOP_COPY)
     moves(pair, bar)
-    # That of a device that is not open does not wait.
+    # The removal of a device that is not open does not wait.
     outside().unplug(PLUG["id"])
     replug(path)
 
