@@ -126,8 +126,8 @@ impl Notifier {
         self.wait.notify_all();
     }
 
-    /// Makes all later calls on the data_fd fail with `ENODEV`, and wakes the waiters. Takes no lock
-    /// of the session, which the caller must end later. Does not sleep.
+    /// Makes all later calls on the data_fd fail with `ENODEV`, and wakes the waiters. Takes no
+    /// lock of the session, which the caller must end later. Does not sleep.
     pub(crate) fn end(&self) {
         self.ended.store(true, Relaxed);
         self.notify();

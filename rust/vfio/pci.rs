@@ -18,11 +18,11 @@
 //!
 //! The crate implements both callbacks for all drivers. They take no mutex and call no method of
 //! the driver. `reset_prepare` records the reset, makes all accesses of the driver and all calls on
-//! the data_fd fail with `ENODEV`, and zaps the mappings. The reset is completed after `reset_done`, by the next
-//! call of the user: read(), write() and most ioctls of the device file, and page faults of
-//! tracked BARs. `VFIO_DEVICE_RESET` completes its own reset before it returns. To complete a reset
-//! is to end the session and to call [`Migratable::reset`], without locks of the core, before
-//! anything else. A call during the reset waits for its end.
+//! the data_fd fail with `ENODEV`, and zaps the mappings. The reset is completed after
+//! `reset_done`, by the next call of the user: read(), write() and most ioctls of the device file,
+//! and page faults of tracked BARs. `VFIO_DEVICE_RESET` completes its own reset before it returns.
+//! To complete a reset is to end the session and to call [`Migratable::reset`], without locks of
+//! the core, before anything else. A call during the reset waits for its end.
 //!
 //! The user is not told of a reset by the host. If it has discarded the state of a stopped
 //! device, the next state change fails with `ECANCELED`, so that no cleared device runs unnoticed.

@@ -87,14 +87,7 @@ fn draw(flags: Flags) -> String {
         put(format!(
             "<path d='M{} {} {} {}' stroke='{}' stroke-width='2' marker-end='url(#{})'>\
              <title>{} to {}</title></path>",
-            start.0,
-            start.1,
-            end.0,
-            end.1,
-            kind.1,
-            kind.0,
-            from,
-            to
+            start.0, start.1, end.0, end.1, kind.1, kind.0, from, to
         ));
     }
     for state in State::ALL {
@@ -153,7 +146,9 @@ fn paths_match_the_document() {
     let text = include_str!("../../../../Documentation/vfio_migration_engine.rst");
     let flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
     let state = |word: &str| {
-        let found = State::ALL.into_iter().find(|state| state.to_string() == word);
+        let found = State::ALL
+            .into_iter()
+            .find(|state| state.to_string() == word);
         found.unwrap_or_else(|| panic!("{word} is no state"))
     };
     let mut count = 0;

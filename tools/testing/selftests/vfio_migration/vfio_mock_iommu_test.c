@@ -945,8 +945,8 @@ TEST_F_TIMEOUT(iommu, failed_bind_and_unbind_can_be_repeated, 600)
 }
 
 /*
- * Plugging is not tested: without memory, the PCI core (7.3) panics in pdev_sort_resources() when it
- * assigns addresses to BARs.
+ * Plugging is not tested: without memory, the PCI core (7.3) panics in
+ * pdev_sort_resources() when it assigns addresses to BARs.
  */
 TEST_F_TIMEOUT(iommu, failed_unplug_can_be_repeated, 600)
 {
