@@ -221,6 +221,17 @@ class Machine:
         state = {"capability": capability, "state": True}
         self.qmp.command("migrate-set-capabilities", {"capabilities": [state]})
 
+    def pause_at_switchover(self):
+        """Lets QEMU process events between the stop of the guest and the switchover.
+
+        An emulated guest gets an interrupt of a VFIO device when the main loop of QEMU
+        has read an eventfd. Without a pause, this loop does not run again before QEMU
+        saves the interrupt controller, and the last interrupts are lost. libvirt always
+        asks for the pause.
+        """
+        self.allow("events")
+        self.allow("pause-before-switchover")
+
     def poll(self):
         """Processes output of guest and QEMU, and detects when QEMU has exited."""
         self.qmp.poll()
@@ -228,6 +239,9 @@ class Machine:
             number = int(event["device-id"].removeprefix("device"))
             state = event["device-state"].upper().replace("-", "_")
             self.states.append((number, state))
+        for event in self.qmp.take_events("MIGRATION"):
+            if event["status"] == "pre-switchover":
+                self.qmp.command("migrate-continue", {"state": "pre-switchover"})
         if self.qmp.take_events("STOP"):
             status = self.qmp.command("query-status")["status"]
             if status in ("internal-error", "guest-panicked", "io-error"):

@@ -152,6 +152,7 @@ class Scenario:
         )
         source.poll()
         source.states.clear()
+        source.pause_at_switchover()
         source.qmp.command("migrate", {"uri": path})
 
     def watch(self, source, target, until):
