@@ -117,22 +117,22 @@ impl mdev::Driver for Fw {
         description: c"A device with 64 KiB of memory, which its firmware saves and loads",
     }];
     const ATTRIBUTES: &'static [mdev::Attribute<Self>] = &[
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"delay_ms",
             show: |fw| fw.faults.delay_ms(),
             store: |fw, delay| fw.faults.set_delay_ms(delay),
         },
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"timeout_ms",
             show: |fw| fw.faults.timeout_ms(),
             store: |fw, timeout| fw.faults.set_timeout_ms(timeout),
         },
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"refuse",
             show: |fw| fw.faults.refused(),
             store: |fw, commands| fw.faults.set_refused(commands),
         },
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"hang",
             show: |fw| fw.faults.hanging(),
             store: |fw, commands| fw.faults.set_hanging(commands),

@@ -14,7 +14,13 @@ use super::{
 use crate::bindings;
 use kernel::{
     error::from_result,
+    fmt::{
+        self,
+        Write, //
+    },
+    page::PAGE_SIZE,
     prelude::*,
+    str::Formatter,
     types::ForeignOwnable, //
 };
 
@@ -28,19 +34,57 @@ pub struct Type {
     pub description: &'static CStr,
 }
 
-/// A setting of a device on its host: a file with a number in the device's directory in sysfs.
+/// A setting of a device on its host: a file in sysfs, in the directory of the device or in one
+/// [below](Driver::FOLDER) it.
 ///
 /// The administrator and `mdevctl` can read and write it from before the first open to the removal
-/// of the device, or of its driver. The guest cannot access it. Writing anything other than a
-/// 64-bit number fails with `EINVAL` and does not call the driver.
-pub struct Attribute<T> {
-    /// The name of the file.
-    pub name: &'static CStr,
-    /// Returns the number. May sleep.
-    pub show: fn(&T) -> u64,
-    /// Sets a new number. An error is returned from write(); then the setting must not have
-    /// changed. May sleep.
-    pub store: fn(&T, u64) -> Result,
+/// of the device, or of its driver. The guest cannot access it. All functions may sleep.
+pub enum Attribute<T> {
+    /// A number. Writing anything other than a 64-bit number fails with `EINVAL` and does not call
+    /// the driver.
+    Number {
+        /// The name of the file.
+        name: &'static CStr,
+        /// Returns the number.
+        show: fn(&T) -> u64,
+        /// Sets a new number. An error is returned from write(); then the setting must not have
+        /// changed.
+        store: fn(&T, u64) -> Result,
+    },
+    /// A line of text.
+    Text {
+        /// The name of the file.
+        name: &'static CStr,
+        /// Writes the line, without a newline at its end. It must fit into a page.
+        show: fn(&T, &mut dyn fmt::Write) -> fmt::Result,
+        /// Sets a new text, from which white space at both ends was removed. An error is returned
+        /// from write(); then the setting must not have changed.
+        store: fn(&T, &str) -> Result,
+    },
+    /// A number that can only be read.
+    Counter {
+        /// The name of the file.
+        name: &'static CStr,
+        /// Returns the number.
+        show: fn(&T) -> u64,
+    },
+}
+
+impl<T> Attribute<T> {
+    fn name(&self) -> &'static CStr {
+        match self {
+            Self::Number { name, .. } | Self::Text { name, .. } | Self::Counter { name, .. } => {
+                name
+            }
+        }
+    }
+
+    fn mode(&self) -> bindings::umode_t {
+        match self {
+            Self::Number { .. } | Self::Text { .. } => 0o644,
+            Self::Counter { .. } => 0o444,
+        }
+    }
 }
 
 /// A driver whose devices an administrator creates, on the bus of a front end.
@@ -104,6 +148,9 @@ pub trait Driver: Operations {
     /// The settings of each device.
     const ATTRIBUTES: &'static [Attribute<Self>] = &[];
 
+    /// The directory of the settings in that of the device. By default they are in the latter.
+    const FOLDER: Option<&'static CStr> = None;
+
     /// Maximum number of devices of all types at the same time, on the bus of each front end.
     const MAX_INSTANCES: u32;
 
@@ -141,8 +188,8 @@ impl<T: Driver> Files<T> {
         let mut files = KVec::with_capacity(T::ATTRIBUTES.len(), GFP_KERNEL)?;
         for attribute in T::ATTRIBUTES {
             let mut raw: bindings::device_attribute = pin_init::zeroed();
-            raw.attr.name = attribute.name.as_char_ptr();
-            raw.attr.mode = 0o644;
+            raw.attr.name = attribute.name().as_char_ptr();
+            raw.attr.mode = attribute.mode();
             #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
             {
                 raw.attr.key = kernel::static_lock_class!().as_ptr();
@@ -157,6 +204,7 @@ impl<T: Driver> Files<T> {
         }
         attributes.push(core::ptr::null_mut(), GFP_KERNEL)?;
         let mut group: bindings::attribute_group = pin_init::zeroed();
+        group.name = T::FOLDER.map_or(core::ptr::null(), |name| name.as_char_ptr());
         group.__bindgen_anon_2.attrs = attributes.as_mut_ptr();
         let group = KBox::new(group, GFP_KERNEL)?;
         let mut groups = KVec::with_capacity(2, GFP_KERNEL)?;
@@ -204,9 +252,18 @@ impl<T: Driver> Files<T> {
         from_result(|| {
             // SAFETY: By the safety requirements.
             let (attribute, data) = unsafe { Self::target(dev, attr) }?;
-            let value = (attribute.show)(data);
-            // SAFETY: `buf` is a page, and the format matches its argument.
-            Ok(unsafe { bindings::sysfs_emit(buf, c"%llu\n".as_char_ptr(), value) } as isize)
+            // SAFETY: `buf` is a zeroed page, which no other task uses during the call.
+            let page = unsafe { core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE) };
+            let mut line = Formatter::new(page);
+            match attribute {
+                Attribute::Number { show, .. } | Attribute::Counter { show, .. } => {
+                    write!(line, "{}", show(data))
+                }
+                Attribute::Text { show, .. } => show(data, &mut line),
+            }
+            .and_then(|()| line.write_str("\n"))
+            .map_err(|_| EIO)?;
+            Ok(line.bytes_written() as isize)
         })
     }
 
@@ -220,14 +277,24 @@ impl<T: Driver> Files<T> {
         count: usize,
     ) -> isize {
         from_result(|| {
-            let mut value = 0;
-            // SAFETY: `buf` is a string, which kernfs has terminated with a null.
-            if unsafe { bindings::kstrtoull(buf, 0, &mut value) } != 0 {
-                return Err(EINVAL);
-            }
             // SAFETY: By the safety requirements.
             let (attribute, data) = unsafe { Self::target(dev, attr) }?;
-            (attribute.store)(data, value)?;
+            match attribute {
+                Attribute::Number { store, .. } => {
+                    let mut value = 0;
+                    // SAFETY: `buf` is a string, which kernfs has terminated with a null.
+                    if unsafe { bindings::kstrtoull(buf, 0, &mut value) } != 0 {
+                        return Err(EINVAL);
+                    }
+                    store(data, value)?;
+                }
+                Attribute::Text { store, .. } => {
+                    // SAFETY: As above.
+                    let text = unsafe { CStr::from_char_ptr(buf) };
+                    store(data, text.to_str()?.trim_ascii())?;
+                }
+                Attribute::Counter { .. } => return Err(EPERM),
+            }
             Ok(count as isize)
         })
     }

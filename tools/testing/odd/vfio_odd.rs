@@ -115,17 +115,17 @@ impl mdev::Driver for Odd {
         },
     ];
     const ATTRIBUTES: &'static [mdev::Attribute<Self>] = &[
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"begun",
             show: |odd| odd.valve.begun.load(Relaxed),
             store: |_, _| Err(EPERM),
         },
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"ended",
             show: |odd| odd.valve.ended.load(Relaxed),
             store: |_, _| Err(EPERM),
         },
-        mdev::Attribute {
+        mdev::Attribute::Number {
             name: c"open",
             show: |_| 0,
             store: |odd, _| {
