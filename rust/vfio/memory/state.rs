@@ -381,6 +381,15 @@ impl StateMemory {
         }
     }
 
+    /// Marks pages as changed although they are not, like a device that writes the same bytes
+    /// again. Pages outside of the memory are ignored. Does not sleep.
+    pub fn mark(&self, pages: Range<usize>) {
+        let end = pages.end.min(self.pages());
+        if pages.start < end {
+            self.changed(pages.start * PAGE_SIZE..end * PAGE_SIZE);
+        }
+    }
+
     /// Marks all pages as never streamed, because the device has re-initialised itself.
     ///
     /// Reported to the user by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep.
