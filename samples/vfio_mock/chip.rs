@@ -4,16 +4,14 @@
 
 use crate::{
     dma::DmaEngine,
-    migration::{
-        delay::SaveDelay,
-        stream::{
-            lanes,
-            page_digest,
-            pattern_word,
-            words,
-            Digest,
-            PageDigest, //
-        },
+    knobs::Knobs,
+    migration::stream::{
+        lanes,
+        page_digest,
+        pattern_word,
+        words,
+        Digest,
+        PageDigest, //
     },
     queue::{
         self,
@@ -73,7 +71,7 @@ pub(crate) type Snapshot = [u8; SNAPSHOT_SIZE];
 pub(crate) struct Chip {
     function: Arc<Function>,
     pub(crate) memory: StateMemory,
-    pub(crate) save_delay: Arc<SaveDelay>,
+    pub(crate) knobs: Arc<Knobs>,
     /// Held during an access to BAR0, with the command that it starts, and a write to BAR2. Never
     /// held across a user copy.
     #[pin]
@@ -87,12 +85,12 @@ impl Chip {
     pub(crate) fn new(
         function: Arc<Function>,
         pages: usize,
-        save_delay: Arc<SaveDelay>,
+        knobs: Arc<Knobs>,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             function,
             memory: StateMemory::new(pages)?,
-            save_delay,
+            knobs,
             registers <- new_mutex!(Registers::default(), "vfio_mock::Chip::registers"),
             dma <- DmaEngine::new(),
         }? Error)

@@ -4,7 +4,7 @@
 
 use crate::{
     chip::Chip,
-    migration::delay::SaveDelay,
+    knobs::Knobs,
     migration_flags,
     registers, //
 };
@@ -53,8 +53,8 @@ static_assert!(SIZES[0] % PAGE_SIZE == 0);
 pub(crate) struct Mock {
     flags: Flags,
     /// Size of the state memory in bytes.
-    state_size: usize,
-    save_delay: Arc<SaveDelay>,
+    pub(crate) state_size: usize,
+    pub(crate) knobs: Arc<Knobs>,
 }
 
 impl mdev::Driver for Mock {
@@ -86,14 +86,8 @@ impl mdev::Driver for Mock {
         },
     ];
 
-    const ATTRIBUTES: &'static [mdev::Attribute<Self>] = &[mdev::Attribute {
-        name: c"save_delay_us",
-        show: |mock| u64::from(mock.save_delay.get()),
-        store: |mock, micros| {
-            mock.save_delay.set(u32::try_from(micros)?);
-            Ok(())
-        },
-    }];
+    const ATTRIBUTES: &'static [mdev::Attribute<Self>] = Knobs::ATTRIBUTES;
+    const FOLDER: Option<&'static CStr> = Some(Knobs::FOLDER);
 
     const MAX_INSTANCES: u32 = 64;
 
@@ -101,11 +95,11 @@ impl mdev::Driver for Mock {
         pin_init::pin_init_scope(move || {
             let flags = migration_flags().ok_or(EINVAL)?;
             let state_size = *SIZES.get(type_index).ok_or(EINVAL)?;
-            let save_delay = SaveDelay::new()?;
+            let knobs = Knobs::new()?;
             Ok(try_init!(Self {
                 flags,
                 state_size,
-                save_delay,
+                knobs,
             }? Error))
         })
     }
@@ -140,11 +134,7 @@ impl emulated::Operations for Mock {
     }
 
     fn open(&self, function: Arc<Function>) -> impl PinInit<Chip, Error> {
-        Chip::new(
-            function,
-            self.state_size / PAGE_SIZE,
-            self.save_delay.clone(),
-        )
+        Chip::new(function, self.state_size / PAGE_SIZE, self.knobs.clone())
     }
 
     fn read(chip: &Chip, pos: Position, to: &mut [u8]) -> Result {

@@ -24,6 +24,7 @@
 //! * [`migration`]: saving and loading of the device state.
 //! * `chip`: the device: its registers, commands and state memory.
 //! * `registers`: layout of the registers.
+//! * [`knobs`]: settings of the host, with which it misbehaves.
 //! * `dma`: the DMA engine; [`queue`]: its descriptors, without the kernel.
 //!
 //! Three paths through them:
@@ -49,6 +50,7 @@ use vfio::{
 mod chip;
 mod device;
 mod dma;
+pub mod knobs;
 pub mod migration;
 pub mod queue;
 mod registers;

@@ -4,7 +4,6 @@
 //!
 //! Read this file first: it has all methods that the migration engine calls. `save` then turns the
 //! state of the device into a stream and `load` restores it, both in the format of [`stream`].
-//! `delay` is for tests: it makes a saver slow.
 
 use crate::chip::Chip;
 use kernel::{
@@ -19,7 +18,6 @@ use vfio::migration::{
     Notifier, //
 };
 
-pub(crate) mod delay;
 mod load;
 mod save;
 pub mod stream;
@@ -48,7 +46,7 @@ impl Migratable for Chip {
     }
 
     fn pre_copy(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {
-        Self::save(this, notifier)
+        MockSaver::pre_copy(this.clone(), notifier)
     }
 
     fn save(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockSaver> {

@@ -7,22 +7,23 @@ use crate::{
         Chip,
         SNAPSHOT_SIZE, //
     },
-    migration::{
-        delay::Delay,
-        stream::{
-            registers_digest,
-            registers_header,
-            registers_record,
-            run_header,
-            run_records,
-            Digests,
-            Identity,
-            Tally,
-            Trailer,
-            IDENTITY_RECORD,
-            RUN_PAGES,
-            TRAILER_RECORD, //
-        },
+    knobs::delay::{
+        Delay,
+        Timer, //
+    },
+    migration::stream::{
+        registers_digest,
+        registers_header,
+        registers_record,
+        run_header,
+        run_records,
+        Digests,
+        Identity,
+        Tally,
+        Trailer,
+        IDENTITY_RECORD,
+        RUN_PAGES,
+        TRAILER_RECORD, //
     },
 };
 use kernel::{
@@ -77,7 +78,10 @@ pub(crate) struct MockSaver {
     chip: Arc<Chip>,
     /// Dirty tracking of the state memory.
     tracking: Tracking,
+    notifier: Arc<Notifier>,
     delay: Delay,
+    /// At the temporary end, expires when the load dirties the next page.
+    next_page: Option<Timer>,
     identity: Identity<PAGE_SIZE>,
     step: Step,
     digests: Digests<VVec<u64>>,
@@ -93,7 +97,9 @@ impl MockSaver {
         };
         let tracking = chip.memory.track(notifier.clone())?;
         Ok(Self {
-            delay: Delay::new(chip.save_delay.clone(), notifier)?,
+            delay: Delay::new(chip.knobs.save_delay.clone(), notifier.clone())?,
+            next_page: None,
+            notifier,
             chip,
             tracking,
             identity,
@@ -101,6 +107,13 @@ impl MockSaver {
             digests,
             tally: Tally::default(),
         })
+    }
+
+    /// The same, of a device that goes on dirtying pages.
+    pub(crate) fn pre_copy(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
+        let this = Self::new(chip, notifier.clone())?;
+        this.chip.knobs.load.begin(notifier);
+        Ok(this)
     }
 
     /// Returns whether a record is pending.
@@ -172,6 +185,9 @@ impl MockSaver {
 
 impl Saver for MockSaver {
     fn next(&mut self, phase: Phase) -> Result<Next> {
+        let load = &self.chip.knobs.load;
+        load.dirty(&self.chip.memory);
+        self.next_page = None;
         if self.is_pending(phase) {
             if !self.delay.is_over() {
                 return Ok(Next::NotReady);
@@ -181,10 +197,24 @@ impl Saver for MockSaver {
         }
         // A delay that goes on would hold up the next change, which poll() announces at once.
         self.delay.skip();
+        if phase == Phase::PreCopy {
+            let timer = load
+                .wait()
+                .map(|time| Timer::new(self.notifier.clone(), time));
+            self.next_page = timer.transpose()?;
+        }
         self.record(phase)
     }
 
+    fn seal(&mut self) -> Result {
+        let load = &self.chip.knobs.load;
+        load.dirty(&self.chip.memory);
+        load.end();
+        Ok(())
+    }
+
     fn remaining(&self) -> Result<Remaining> {
+        self.chip.knobs.load.dirty(&self.chip.memory);
         let pending = self.tracking.pending();
         let size = |Pages { pages, runs }| run_records::<PAGE_SIZE>(runs, pages);
         let (identity, tail) = match self.step {
@@ -202,5 +232,11 @@ impl Saver for MockSaver {
             tail: tail + size(pending.held),
             reinits: pending.reinits,
         })
+    }
+}
+
+impl Drop for MockSaver {
+    fn drop(&mut self) {
+        self.chip.knobs.load.end();
     }
 }

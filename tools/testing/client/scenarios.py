@@ -213,7 +213,7 @@ def test_signal():
 def test_slow():
     """migration waits for a slow device"""
     with devices("1M", "1M") as pair:
-        (DEVICES / pair[0] / "save_delay_us").write_text("20000")
+        (DEVICES / pair[0] / "knobs/save_delay_us").write_text("20000")
         record = migrate(*pair)
     check(record["outcome"] == "completed", record["error"])
     clean(record)

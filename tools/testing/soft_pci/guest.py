@@ -212,12 +212,12 @@ def drivers():
         (one.path / "driver_override").write_text("vfio_mock")
         Path("/sys/bus/pci/drivers_probe").write_text(one.path.name)
         check(one.driver() == "vfio_mock", "driver_override has no effect")
-        (one.path / "save_delay_us").write_text("7")
-        check((one.path / "save_delay_us").read_text() == "7\n", "the setting is not kept")
+        (one.path / "knobs/save_delay_us").write_text("7")
+        check((one.path / "knobs/save_delay_us").read_text() == "7\n", "the setting is not kept")
         (DRIVER / "unbind").write_text(one.path.name)
-        check(not (one.path / "save_delay_us").exists(), "a setting is left")
+        check(not (one.path / "knobs/save_delay_us").exists(), "a setting is left")
         (DRIVER / "bind").write_text(one.path.name)
-        check((one.path / "save_delay_us").read_text() == "0\n", "the device is not new")
+        check((one.path / "knobs/save_delay_us").read_text() == "0\n", "the device is not new")
     with Function("two") as two:
         check(two.driver() == "vfio_mock", "it is not bound")
     # Not a function of this bus.

@@ -7,6 +7,8 @@
 
 #![no_std]
 
+#[path = "../../../../samples/vfio_mock/knobs/dirtier.rs"]
+pub mod dirtier;
 #[path = "../../../../rust/vfio/memory/dirty_map.rs"]
 pub mod dirty_map;
 #[path = "../../../../rust/vfio/migration/fsm.rs"]

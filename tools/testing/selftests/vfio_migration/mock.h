@@ -586,23 +586,29 @@ static inline void create_guest(struct __test_metadata *_metadata,
 		STEP("open the new device: %s", g->dev.why);
 }
 
-/* Writes a host setting of the device; 0 or -errno. */
+/* Writes a knob of the device; 0 or -errno. */
 static inline int mock_set(const struct mock *m, const char *name, const char *value)
 {
 	char path[PATH_MAX + 32];
 
-	snprintf(path, sizeof(path), "%s/%s", m->path, name);
+	snprintf(path, sizeof(path), "%s/knobs/%s", m->path, name);
 	return write_word(path, value);
+}
+
+static inline void set_knob(struct __test_metadata *_metadata, const struct mock *m,
+			    const char *name, __u64 number)
+{
+	char value[24];
+
+	snprintf(value, sizeof(value), "%llu", (unsigned long long)number);
+	ASSERT_EQ(0, mock_set(m, name, value))
+		STEP("set %s of %s to %s", name, m->path, value);
 }
 
 static inline void set_save_delay(struct __test_metadata *_metadata,
 				  const struct mock *m, __u32 micros)
 {
-	char value[16];
-
-	snprintf(value, sizeof(value), "%u", micros);
-	ASSERT_EQ(0, mock_set(m, "save_delay_us", value))
-		STEP("set save_delay_us of %s", m->path);
+	set_knob(_metadata, m, "save_delay_us", micros);
 }
 
 static inline void *remover_main(void *arg)

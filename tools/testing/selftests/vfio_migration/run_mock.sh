@@ -36,8 +36,8 @@ extent=brief
 # Programs for vfio_mock: with each of the migration_flags, or with all of them set.
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test vfio_mock_verdict_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
-once=(vfio_mock_log_test vfio_mock_work_test vfio_odd_test vfio_fw_test
-	vfio_mock_stress vfio_mock_fuzz_test)
+once=(vfio_mock_knobs_test vfio_mock_log_test vfio_mock_work_test vfio_odd_test
+	vfio_fw_test vfio_mock_stress vfio_mock_fuzz_test)
 # Programs that unload it, which run without other devices.
 last=(vfio_mock_life_test vfio_mock_module_test)
 # The number of results for the other devices.
@@ -180,7 +180,7 @@ run_others()
 
 if [ -n "$functions" ]; then
 	# The others map BARs for DMA, create mediated devices or need page faults.
-	once=(vfio_mock_iommu_test vfio_mock_log_test)
+	once=(vfio_mock_iommu_test vfio_mock_knobs_test vfio_mock_log_test)
 	last=() others=1
 fi
 if [ -n "$only" ]; then

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Delay of a saver, like that of firmware which prepares each record.
+//! Delay of a saver, like that of firmware which prepares each record, and timers for readers.
 
 use kernel::{
     impl_has_hr_timer, new_mutex,
@@ -33,7 +33,31 @@ use kernel::{
 };
 use vfio::migration::Notifier;
 
-/// One-shot timer that wakes the readers of a data_fd.
+/// A timer that wakes the readers of a data_fd once. Dropping it cancels it.
+pub(crate) struct Timer {
+    alarm: Arc<Alarm>,
+    _handle: ArcHrTimerHandle<Alarm>,
+}
+
+impl Timer {
+    /// Starts a timer that notifies `notifier` after `time`.
+    pub(crate) fn new(notifier: Arc<Notifier>, time: Delta) -> Result<Self> {
+        let alarm = Arc::pin_init(
+            pin_init!(Alarm {
+                timer <- HrTimer::new(),
+                expired: AtomicFlag::new(false),
+                notifier,
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        Ok(Self {
+            _handle: alarm.clone().start(time),
+            alarm,
+        })
+    }
+}
+
+/// Content of a [`Timer`].
 #[pin_data]
 struct Alarm {
     #[pin]
@@ -109,8 +133,7 @@ impl SaveDelay {
 pub(crate) struct Delay {
     setting: Arc<SaveDelay>,
     notifier: Arc<Notifier>,
-    /// Current timer. Dropping the handle cancels it.
-    alarm: Option<(Arc<Alarm>, ArcHrTimerHandle<Alarm>)>,
+    timer: Option<Timer>,
 }
 
 impl Delay {
@@ -119,7 +142,7 @@ impl Delay {
         let mut this = Self {
             setting,
             notifier,
-            alarm: None,
+            timer: None,
         };
         this.begin()?;
         Ok(this)
@@ -127,8 +150,8 @@ impl Delay {
 
     /// Returns whether the next record is ready.
     pub(crate) fn is_over(&self) -> bool {
-        match &self.alarm {
-            Some((alarm, _)) => alarm.expired.load(Acquire),
+        match &self.timer {
+            Some(timer) => timer.alarm.expired.load(Acquire),
             None => true,
         }
     }
@@ -136,15 +159,14 @@ impl Delay {
     /// Cancels the delay, because there is no record to delay. The next record is ready as soon as
     /// it exists. May sleep until the timer's callback has returned.
     pub(crate) fn skip(&mut self) {
-        let Some((alarm, handle)) = self.alarm.take() else {
+        let Some(timer) = self.timer.take() else {
             return;
         };
         // Keep the timer of a later saver.
         let mut current = self.setting.alarm.lock();
-        current.take_if(|current| Arc::ptr_eq(current, &alarm));
+        current.take_if(|current| Arc::ptr_eq(current, &timer.alarm));
         drop(current);
-        // Cancels the timer.
-        drop(handle);
+        drop(timer);
     }
 
     /// Starts the delay of the next record.
@@ -155,18 +177,9 @@ impl Delay {
         if micros == 0 {
             return Ok(());
         }
-        let notifier = self.notifier.clone();
-        let alarm = Arc::pin_init(
-            pin_init!(Alarm {
-                timer <- HrTimer::new(),
-                expired: AtomicFlag::new(false),
-                notifier,
-            }),
-            GFP_KERNEL_ACCOUNT,
-        )?;
-        *current = Some(alarm.clone());
-        let handle = alarm.clone().start(Delta::from_micros(i64::from(micros)));
-        self.alarm = Some((alarm, handle));
+        let timer = Timer::new(self.notifier.clone(), Delta::from_micros(i64::from(micros)))?;
+        *current = Some(timer.alarm.clone());
+        self.timer = Some(timer);
         Ok(())
     }
 }
