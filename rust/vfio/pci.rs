@@ -20,12 +20,14 @@
 //! the driver. `reset_prepare` records the reset, makes all accesses of the driver and all calls on
 //! the data_fd fail with `ENODEV`, and zaps the mappings. The reset is completed after
 //! `reset_done`, by the next call of the user: read(), write() and most ioctls of the device file,
-//! and page faults of tracked BARs. `VFIO_DEVICE_RESET` completes its own reset before it returns.
-//! To complete a reset is to end the session and to call [`Migratable::reset`], without locks of
-//! the core, before anything else. A call during the reset waits for its end.
+//! and page faults of tracked BARs. `VFIO_DEVICE_RESET`, `VFIO_DEVICE_PCI_HOT_RESET` and a write to
+//! the configuration space that starts an FLR complete their own reset before they return. To
+//! complete a reset is to end the session and to call [`Migratable::reset`], without locks of the
+//! core, before anything else. A call during the reset waits for its end.
 //!
-//! The user is not told of a reset by the host. If it has discarded the state of a stopped
-//! device, the next state change fails with `ECANCELED`, so that no cleared device runs unnoticed.
+//! The user is not told of another reset. If it has discarded the state of a stopped device, the
+//! next state change fails with `ECANCELED`, so that no cleared device runs unnoticed. A hot reset
+//! by the file of another device counts, too: the crate cannot tell it from a reset by the host.
 //!
 //! A reset by the host does not take `memory_lock`, so it may begin while the driver accesses the
 //! device. Such an access fails, too.

@@ -368,9 +368,26 @@ impl<M: Migratable> Engine<M> {
         device: &Device<Open>,
         target: u32,
     ) -> Result<Option<ARef<File>>> {
+        self.set_state_if(driver, device, target, || Ok(()))
+    }
+
+    /// The same, but calls `may` first, and fails like it. `may` is not called if there is no path
+    /// to the target.
+    pub(crate) fn set_state_if(
+        &self,
+        driver: &Arc<M>,
+        device: &Device<Open>,
+        target: u32,
+        may: impl FnOnce() -> Result,
+    ) -> Result<Option<ARef<File>>> {
         let target = State::from_raw(target).ok_or(EINVAL)?;
         self.ledger.set_name(device);
-        self.try_with_current(|current| self.walk(driver, device, current, target))
+        self.try_with_current(|current| {
+            current.present()?;
+            self.next(device, current.state(), target)?;
+            may()?;
+            self.walk(driver, device, current, target)
+        })
     }
 
     /// Returns the next state on the path to `target`.
@@ -395,7 +412,6 @@ impl<M: Migratable> Engine<M> {
         current: &mut Current<M>,
         target: State,
     ) -> Result<Option<ARef<File>>> {
-        current.present()?;
         let mut file = None;
         loop {
             let state = current.state();

@@ -6,6 +6,10 @@
 
 use crate::{
     bindings,
+    device::{
+        Device,
+        Open, //
+    },
     migration::{
         Engine,
         Flags,
@@ -34,14 +38,12 @@ use crate::{
 };
 use core::ptr::NonNull;
 use kernel::{
+    fs::File,
     new_mutex,
     new_spinlock,
     prelude::*,
     sync::{
-        atomic::{
-            AtomicFlag,
-            Relaxed, //
-        },
+        aref::ARef,
         Arc,
         Completion,
         Mutex,
@@ -222,11 +224,12 @@ pub(super) struct Private<T: Operations> {
     pub(super) engine: Engine<OpenDevice<T>>,
     /// The resets, which may begin and end at any time.
     resets: Arc<Resets>,
-    /// Held while a reset is completed. Outside of the engine's locks.
+    /// Held while a reset is completed, and during a state change. Outside of the engine's locks.
+    ///
+    /// The last reset that has discarded the state of a stopped device, if the user was not told
+    /// of it and has not requested that reset or a later one.
     #[pin]
-    settling: Mutex<()>,
-    /// A reset by the host has discarded the state of a stopped device, and the user was not told.
-    lost: AtomicFlag,
+    settling: Mutex<Option<u64>>,
     /// Present while the device is open.
     #[pin]
     opened: SpinLock<Option<Arc<OpenDevice<T>>>>,
@@ -244,8 +247,7 @@ impl<T: Operations> Private<T> {
             data <- data,
             engine <- Engine::new(data.migration_flags()),
             resets: Resets::new()?,
-            settling <- new_mutex!((), "vfio::pci::Private::settling"),
-            lost: AtomicFlag::new(false),
+            settling <- new_mutex!(None, "vfio::pci::Private::settling"),
             opened <- new_spinlock!(None, "vfio::pci::Private::opened"),
             released,
         }? Error)
@@ -294,11 +296,15 @@ impl<T: Operations> Variant<T> {
 
     /// Completes a reset, if there was one. Waits for the end of a reset under way.
     pub(super) fn settle(&self, opened: &Arc<OpenDevice<T>>) -> Result {
-        let resets = &self.private.resets;
-        if !resets.is_unsettled() {
+        if !self.private.resets.is_unsettled() {
             return Ok(());
         }
-        let _settling = lock_killable(&self.private.settling)?;
+        self.complete(opened, &mut *lock_killable(&self.private.settling)?)
+    }
+
+    /// The part of [`settle()`](Self::settle) with the lock held, which protects `lost`.
+    fn complete(&self, opened: &Arc<OpenDevice<T>>, lost: &mut Option<u64>) -> Result {
+        let resets = &self.private.resets;
         while resets.is_unsettled() {
             let count = resets.wait_killable()?;
             let mut from = State::Running;
@@ -307,7 +313,7 @@ impl<T: Operations> Variant<T> {
                 return done;
             }
             if done.is_ok() && matches!(from, State::Stop | State::StopCopy | State::Resuming) {
-                self.private.lost.store(true, Relaxed);
+                *lost = Some(count);
             }
             if resets.settle(count) {
                 // If it failed, the state is `ERROR`, until the next reset.
@@ -317,18 +323,50 @@ impl<T: Operations> Variant<T> {
         Ok(())
     }
 
-    /// Fails with `ECANCELED`, once, if a reset has discarded the state of a stopped device and the
-    /// user did not request it: a state change would run a device that is cleared.
-    pub(super) fn report_lost(&self) -> Result {
-        match self.private.lost.xchg(false, Relaxed) {
-            true => Err(ECANCELED),
-            false => Ok(()),
-        }
+    /// Completes a reset, and changes the migration state; see [`Engine::set_state()`]. May sleep.
+    ///
+    /// Fails with `ECANCELED`, once, if a reset that the user did not request has discarded the
+    /// state of a stopped device: a state change would run a device that is cleared.
+    pub(super) fn set_state(
+        &self,
+        device: &Device<Open>,
+        target: u32,
+    ) -> Result<Option<ARef<File>>> {
+        let opened = self.opened()?;
+        // Held until the state has changed, so that another call cannot complete a reset between
+        // the check and the change.
+        let mut lost = lock_killable(&self.private.settling)?;
+        self.complete(&opened, &mut lost)?;
+        let engine = &self.private.engine;
+        engine.set_state_if(&opened, device, target, || match lost.take() {
+            Some(_) => Err(ECANCELED),
+            None => Ok(()),
+        })
     }
 
-    /// Records that the user has requested the last reset.
-    pub(super) fn reset_by_user(&self) {
-        self.private.lost.store(false, Relaxed);
+    /// Calls `core`, which passes a call of the user to the core, and completes a reset. A reset
+    /// that `core` has begun was requested by the user. May sleep.
+    pub(super) fn call(
+        &self,
+        opened: &Arc<OpenDevice<T>>,
+        core: impl FnOnce() -> isize,
+    ) -> Result<isize> {
+        let resets = &self.private.resets;
+        let seen = resets.count();
+        let done = core();
+        let own = resets.own_after(seen);
+        let settled = self.settle(opened);
+        // The error of the core is more important.
+        if done < 0 {
+            return Ok(done);
+        }
+        settled?;
+        if let Some(own) = own {
+            let mut lost = lock_killable(&self.private.settling)?;
+            // A later reset stays to be reported.
+            *lost = lost.filter(|&lost| lost > own);
+        }
+        Ok(done)
     }
 
     /// Records the start of a reset, and unmaps all BARs from all address spaces, like
@@ -370,7 +408,7 @@ impl<T: Operations> Variant<T> {
     /// must be called before `vfio_pci_core_disable()`.
     pub(super) unsafe fn open(&self) -> Result {
         self.private.engine.open()?;
-        self.private.lost.store(false, Relaxed);
+        *self.private.settling.lock() = None;
         // SAFETY: By the safety requirements. `close()` closes the function, and so does this if it
         // fails.
         let function = unsafe {

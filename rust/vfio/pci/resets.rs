@@ -12,25 +12,28 @@ use crate::{
     },
 };
 use kernel::{
-    new_spinlock,
+    current, new_spinlock,
     prelude::*,
     static_lock_class,
     sync::{
         Arc,
         SpinLock, //
     },
+    task::Pid,
 };
 
 struct Inner {
     /// Number of resets that have begun. Each first open counts as one.
-    count: u32,
+    count: u64,
+    /// The task that has begun the last one.
+    task: Pid,
     /// The last one has not ended.
     in_reset: bool,
     /// The value of `count` when the driver was last called to reset the device. Other accesses of
     /// the driver fail while the two differ.
-    accepted: u32,
+    accepted: u64,
     /// The value of `count` for which that call has returned.
-    settled: u32,
+    settled: u64,
     /// The notifier of the last session.
     session: Option<Arc<Notifier>>,
 }
@@ -58,6 +61,7 @@ impl Resets {
     pub(crate) fn new() -> Result<Arc<Self>> {
         let inner = Inner {
             count: 0,
+            task: 0,
             in_reset: false,
             accepted: 0,
             settled: 0,
@@ -103,6 +107,7 @@ impl Resets {
     pub(crate) fn begin(&self) {
         let mut inner = self.inner.lock();
         inner.count = inner.count.wrapping_add(1);
+        inner.task = current!().pid();
         inner.in_reset = true;
         if let Some(notifier) = &inner.session {
             notifier.end();
@@ -121,8 +126,16 @@ impl Resets {
     }
 
     /// Returns the number of resets. Does not sleep.
-    pub(crate) fn count(&self) -> u32 {
+    pub(crate) fn count(&self) -> u64 {
         self.inner.lock().count
+    }
+
+    /// Returns the number of resets if there were more than `seen`, and the calling task has begun
+    /// the last one. Does not sleep.
+    pub(crate) fn own_after(&self, seen: u64) -> Option<u64> {
+        let inner = self.inner.lock();
+        let is_own = inner.count > seen && inner.task == current!().pid();
+        is_own.then_some(inner.count)
     }
 
     /// Returns whether the driver must still be called after a reset. Does not sleep.
@@ -131,7 +144,7 @@ impl Resets {
         inner.settled != inner.count
     }
 
-    fn wait(&self, state: c_uint) -> Result<u32> {
+    fn wait(&self, state: c_uint) -> Result<u64> {
         let mut count = 0;
         self.waiters.wait(state, FOREVER, |_| {
             let inner = self.inner.lock();
@@ -143,7 +156,7 @@ impl Resets {
 
     /// Waits for the end of a reset, if one is under way, and returns the number of resets. May
     /// sleep.
-    pub(crate) fn wait_for_end(&self) -> u32 {
+    pub(crate) fn wait_for_end(&self) -> u64 {
         // No signal ends this wait.
         self.wait(bindings::TASK_UNINTERRUPTIBLE)
             .unwrap_or_else(|_| self.count())
@@ -151,7 +164,7 @@ impl Resets {
 
     /// The same on behalf of a system call. Fails with `EINTR` if the task is killed while it
     /// waits.
-    pub(crate) fn wait_killable(&self) -> Result<u32> {
+    pub(crate) fn wait_killable(&self) -> Result<u64> {
         self.wait(KILLABLE).map_err(|_| EINTR)
     }
 
@@ -163,7 +176,7 @@ impl Resets {
 
     /// Records that the driver was called after the first `count` resets. Returns whether no other
     /// reset has begun since.
-    pub(crate) fn settle(&self, count: u32) -> bool {
+    pub(crate) fn settle(&self, count: u64) -> bool {
         let mut inner = self.inner.lock();
         inner.settled = count;
         inner.count == count

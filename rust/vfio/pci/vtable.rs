@@ -34,12 +34,6 @@ use kernel::{
 /// `VFIO_DEVICE_IOEVENTFD`.
 const IOEVENTFD: u32 = _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 16);
 
-/// `VFIO_DEVICE_RESET` and `VFIO_DEVICE_PCI_HOT_RESET`.
-const RESETS: [u32; 2] = [
-    bindings::VFIO_DEVICE_RESET,
-    _IO(bindings::VFIO_TYPE as u32, bindings::VFIO_BASE + 13),
-];
-
 /// Returns the index of the region at a position in the device file.
 fn index_at(pos: i64) -> u32 {
     u32::try_from(pos >> INDEX_SHIFT).unwrap_or(u32::MAX)
@@ -188,8 +182,10 @@ impl<T: Operations> VTable<T> {
         from_result(|| {
             let opened = this.settled()?;
             if opened.is_direct(index_at(pos)) {
-                // SAFETY: These are the arguments of the core.
-                return Ok(unsafe { bindings::vfio_pci_core_write(vdev, buf, count, ppos) });
+                return this.call(&opened, || {
+                    // SAFETY: These are the arguments of the core.
+                    unsafe { bindings::vfio_pci_core_write(vdev, buf, count, ppos) }
+                });
             }
             let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast_mut().cast()), count);
             let done = this.write(&opened, &mut user, pos)?;
@@ -215,17 +211,10 @@ impl<T: Operations> VTable<T> {
             if cmd == IOEVENTFD && !opened.is_all_direct() {
                 return Err(ENOTTY);
             }
-            // SAFETY: These are the arguments of the core.
-            let done = unsafe { bindings::vfio_pci_core_ioctl(vdev, cmd, arg) };
-            // It may have been a reset.
-            let settled = this.settle(&opened);
-            if done == 0 {
-                settled?;
-                if RESETS.contains(&cmd) {
-                    this.reset_by_user();
-                }
-            }
-            Ok(done)
+            this.call(&opened, || {
+                // SAFETY: These are the arguments of the core.
+                unsafe { bindings::vfio_pci_core_ioctl(vdev, cmd, arg) }
+            })
         })
     }
 
@@ -310,12 +299,7 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call, and keeps the device open.
         let (this, device) =
             unsafe { (Variant::<T>::from_raw(vdev), Device::<Open>::from_raw(vdev)) };
-        let engine = &this.private.engine;
-        let file = this.settled().and_then(|opened| {
-            this.report_lost()?;
-            engine.set_state(&opened, device, new_state.0)
-        });
-        file_to_ptr(file)
+        file_to_ptr(this.set_state(device, new_state.0))
     }
 
     /// # Safety

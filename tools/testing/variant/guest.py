@@ -10,7 +10,7 @@ Runs in the test machine as root. PROGRAMS is the folder of the built kselftests
 MODULE is vfio_membar.ko. The machine has an IOMMU, two bochs-display and two
 ivshmem-plain devices, each below a port of its own, so that the bus can reset them, and
 a serial port that is connected to the monitor of its QEMU.
-vfio_pci_error.ko is in this folder. OPTIONs are for vfio_migration_test. Prints TAP.
+vfio_pci_test.ko is in this folder. OPTIONs are for vfio_migration_test. Prints TAP.
 With --only, runs only the functions TEST of this file.
 
 With --mutants, tests broken variants of the driver on bochs-display devices, for
@@ -56,6 +56,7 @@ RECORD = PAGE + 8
 # Ioctls and features of VFIO.
 VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
 VFIO_DEVICE_RESET = 0x3B6F
+VFIO_DEVICE_PCI_HOT_RESET = 0x3B71
 VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
 VFIO_MIG_GET_PRECOPY_INFO = 0x3B79
@@ -64,15 +65,17 @@ ERROR, STOP, RUNNING, STOP_COPY, RESUMING = 0, 1, 2, 3, 4
 RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
 ALL_STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RESUMING)
 STOPPED = (STOP_COPY, STOP, RESUMING)
-# The states of a PCI device, for vfio_pci_error.
+# The parameters of vfio_pci_test, and the states of a PCI device for the first one.
+REPORT, FLR = (Path("/sys/module/vfio_pci_test/parameters", name) for name in ("report", "flr"))
 IO_NORMAL, IO_FROZEN, IO_PERM_FAILURE = 0, 1, 2
-REPORT = Path("/sys/module/vfio_pci_error/parameters/report")
 REGION_MMAP = 1 << 2
 COMMAND, MEMORY = 4, 2
 CONFIG = 7
 # In the configuration space: the capabilities, the PCIe capability, and the slot control register
-# in it with the bit that turns off the power.
+# in it with the bit that turns off the power. In that of a device: the control register, with the
+# bit that starts an FLR.
 CAPABILITIES, PCIE, SLOT, POWER_OFF = 0x34, 0x10, 0x18, 1 << 10
+CONTROL, START_FLR = 8, 1 << 15
 
 
 def check(condition, what):
@@ -118,13 +121,19 @@ def content(path, bar, data=None):
     return found
 
 
+def pcie(config):
+    """Returns the offset of the PCIe capability in a configuration space, or 0."""
+    at = config[CAPABILITIES]
+    while at and config[at] != PCIE:
+        at = config[at + 1]
+    return at
+
+
 def power(path, enabled):
     """Turns the power of a device's slot on or off, unknown to the kernel."""
     port = os.open(path.resolve().parent / "config", os.O_RDWR)
     config = os.pread(port, 256, 0)
-    at = config[CAPABILITIES]
-    while config[at] != PCIE:
-        at = config[at + 1]
+    at = pcie(config)
     control = struct.unpack_from("<H", config, at + SLOT)[0] & ~POWER_OFF
     os.pwrite(port, struct.pack("<H", control | (not enabled) * POWER_OFF), at + SLOT)
     os.close(port)
@@ -181,8 +190,10 @@ def fails(function, *arguments):
 def check_told(device, state):
     """Checks the state changes after a reset by the host of a device in `state`.
 
-    The first one fails if the device was stopped, and the next one succeeds.
+    The first valid one fails if the device was stopped, and the next one succeeds.
     """
+    for target in (ERROR, PRE_COPY_P2P + 1):
+        check(fails(device.set_state, target) == errno.EINVAL, f"{target} is a target")
     if state in STOPPED:
         check(fails(device.set_state, RUNNING) == errno.ECANCELED, "a cleared device runs")
     device.set_state(RUNNING)
@@ -237,6 +248,17 @@ class Device:
     def reset(self):
         """Resets the device."""
         fcntl.ioctl(self.file, VFIO_DEVICE_RESET, 0)
+
+    def hot_reset(self):
+        """Resets the slot of the device."""
+        fcntl.ioctl(self.file, VFIO_DEVICE_PCI_HOT_RESET, struct.pack("<III", 12, 0, 0))
+
+    def function_reset(self):
+        """Resets the device by its configuration space."""
+        size, offset, _ = self.region(CONFIG)
+        at = offset + pcie(os.pread(self.file, size, offset)) + CONTROL
+        control = struct.unpack("<H", os.pread(self.file, 2, at))[0]
+        os.pwrite(self.file, struct.pack("<H", control | START_FLR), at)
 
     def map(self):
         """Maps the memory."""
@@ -756,8 +778,15 @@ def reports_errors(path, bar):
 def resets(pair, bar):
     """a reset by the user or by the host in any state leads to RUNNING and a clear device"""
     bind(pair[0])
-    with Device(pair[0], bar) as device:
-        for by_user, reset in (True, device.reset), (False, lambda: host_reset(pair[0])):
+    with Device(pair[0], bar) as device, contextlib.ExitStack() as stack:
+        kinds = [(True, device.reset), (True, device.hot_reset),
+                 (False, lambda: host_reset(pair[0]))]
+        if pcie((pair[0] / "config").read_bytes()):
+            # It has no FLR. The core resets it by the bus then.
+            FLR.write_text(f"{pair[0].name} 1")
+            stack.callback(FLR.write_text, f"{pair[0].name} 0")
+            kinds.append((True, device.function_reset))
+        for by_user, reset in kinds:
             for state in ALL_STATES:
                 device.write(pattern(device.size, 19))
                 session = device.set_state(state)
@@ -924,7 +953,8 @@ def mutants(logs, plan):
 
     for line in Path(plan).read_text(encoding="utf-8").splitlines():
         name, module, command = line.split("\t")
-        subprocess.run(["insmod", module], check=True)
+        for file in Path(module).with_name("vfio_pci_test.ko"), module:
+            subprocess.run(["insmod", file], check=True)
         with Path(logs, f"{name}.log").open("w") as log:
             for number, test in enumerate(command.split()[1:], 1):
                 # A test that fails leaves files open, and a driver bound.
@@ -933,7 +963,7 @@ def mutants(logs, plan):
                     unbind(path)
                 print(f"{'not ' if code else ''}ok {number} - variant.{test}", file=log,
                       flush=True)
-        subprocess.run(["rmmod", "vfio_membar"], check=True)
+        subprocess.run(["rmmod", "vfio_membar", "vfio_pci_test"], check=True)
 
 
 def suite(paths, *options):
@@ -958,7 +988,7 @@ def main():
     if sys.argv[1] == "--mutants":
         mutants(*sys.argv[2:])
         return
-    subprocess.run(["insmod", HERE / "vfio_pci_error.ko"], check=True)
+    subprocess.run(["insmod", HERE / "vfio_pci_test.ko"], check=True)
     subprocess.run(["insmod", sys.argv[2]], check=True)
     only = sys.argv[sys.argv.index("--only") + 1 :] if "--only" in sys.argv else None
     tests = [entry for entry in [(aliases, BOCHS, "vfio_membar"), *TESTS]
@@ -976,7 +1006,7 @@ def main():
         failed |= suite(pair, "--scratch", f"0:{scratch}")
         # Without a second device: the addresses in the configuration space differ.
         failed |= suite(pair[:1], "--read-regions", "-t", "regions_survive_migration")
-    subprocess.run(["rmmod", "vfio_membar", "vfio_pci_error"], check=True)
+    subprocess.run(["rmmod", "vfio_membar", "vfio_pci_test"], check=True)
     sys.exit(failed)
 
 

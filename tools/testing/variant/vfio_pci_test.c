@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Events of PCI devices that no program can cause, for tests. Each parameter is
+ * written.
+ *
+ * report, "ADDRESS NUMBER": sets the state of the device to that with this index in
+ * states[], and calls its driver like report_error_detected(), the part of the AER
+ * driver in front of a driver.
+ *
+ * flr, "ADDRESS 1": the device claims to support FLR, until "ADDRESS 0".
+ */
+
+#include <linux/module.h>
+#include <linux/pci.h>
+
+static const pci_channel_state_t states[] = {
+	pci_channel_io_normal,
+	pci_channel_io_frozen,
+	pci_channel_io_perm_failure,
+};
+
+/* Returns the device and the number in a text, or NULL. */
+static struct pci_dev *find(const char *text, unsigned int *number)
+{
+	unsigned int domain, bus, slot, function;
+
+	if (sscanf(text, "%x:%x:%x.%x %u", &domain, &bus, &slot, &function, number) != 5)
+		return NULL;
+	return pci_get_domain_bus_and_slot(domain, bus, PCI_DEVFN(slot, function));
+}
+
+static int report(const char *text, const struct kernel_param *param)
+{
+	const struct pci_error_handlers *handlers = NULL;
+	unsigned int number;
+	struct pci_dev *pdev = find(text, &number);
+	int done = -ENODEV;
+
+	if (!pdev)
+		return -ENODEV;
+	if (number >= ARRAY_SIZE(states)) {
+		pci_dev_put(pdev);
+		return -EINVAL;
+	}
+	device_lock(&pdev->dev);
+	pdev->error_state = states[number];
+	if (pdev->driver)
+		handlers = pdev->driver->err_handler;
+	if (handlers && handlers->error_detected) {
+		handlers->error_detected(pdev, states[number]);
+		done = 0;
+	}
+	device_unlock(&pdev->dev);
+	pci_dev_put(pdev);
+	return done;
+}
+
+static const struct kernel_param_ops report_param_ops = {
+	.set = report,
+};
+
+/* The operations of the bus whose only device claims to support FLR, if any. */
+static struct pci_ops *plain_ops;
+static struct pci_ops flr_ops;
+static int devcap;
+
+static int flr_read(struct pci_bus *bus, unsigned int devfn, int where, int size, u32 *value)
+{
+	int done = plain_ops->read(bus, devfn, where, size, value);
+
+	if (where == devcap && size == 4)
+		*value |= PCI_EXP_DEVCAP_FLR;
+	return done;
+}
+
+static int flr(const char *text, const struct kernel_param *param)
+{
+	unsigned int on;
+	struct pci_dev *pdev = find(text, &on);
+
+	if (!pdev)
+		return -ENODEV;
+	if (on && !plain_ops) {
+		devcap = pci_pcie_cap(pdev) + PCI_EXP_DEVCAP;
+		plain_ops = pdev->bus->ops;
+		flr_ops = *plain_ops;
+		flr_ops.read = flr_read;
+		pci_bus_set_ops(pdev->bus, &flr_ops);
+	} else if (!on && plain_ops) {
+		pci_bus_set_ops(pdev->bus, plain_ops);
+		plain_ops = NULL;
+	}
+	pci_dev_put(pdev);
+	return 0;
+}
+
+static const struct kernel_param_ops flr_param_ops = {
+	.set = flr,
+};
+
+module_param_cb(report, &report_param_ops, NULL, 0200);
+module_param_cb(flr, &flr_param_ops, NULL, 0200);
+/* sparse cannot evaluate __builtin_strlen(). */
+#ifndef __CHECKER__
+MODULE_PARM_DESC(report, "address of a device and the state to report");
+MODULE_PARM_DESC(flr, "address of a device, and whether it claims to support FLR");
+
+MODULE_AUTHOR("The vfio_mock authors");
+MODULE_DESCRIPTION("Events of PCI devices for tests");
+MODULE_LICENSE("GPL");
+#endif
