@@ -52,6 +52,7 @@ pub(crate) use generated::{
     rust_helper_page_to_pfn as page_to_pfn,
     rust_helper_pm_runtime_put as pm_runtime_put,
     rust_helper_pm_runtime_resume_and_get as pm_runtime_resume_and_get,
+    rust_helper_release_fault_lock as release_fault_lock,
     rust_helper_set_active_memcg as set_active_memcg,
     rust_helper_set_freezable as set_freezable,
     rust_helper_try_to_freeze as try_to_freeze,

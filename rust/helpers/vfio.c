@@ -117,6 +117,11 @@ __rust_helper void rust_helper_pm_runtime_put(struct device *dev)
 	pm_runtime_put(dev);
 }
 
+__rust_helper void rust_helper_release_fault_lock(struct vm_fault *vmf)
+{
+	release_fault_lock(vmf);
+}
+
 __rust_helper unsigned long rust_helper_page_to_pfn(struct page *page)
 {
 	return page_to_pfn(page);

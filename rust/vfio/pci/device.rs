@@ -215,6 +215,21 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 }
 
+/// Returns whether a page fault is by the kernel, such as by KVM for a guest, and the caller looks
+/// for the page again after `VM_FAULT_RETRY`.
+///
+/// Otherwise such a caller fails with `EFAULT` if the page is unmapped, by a reset or to be
+/// streamed, before it finds it. An access of the user faults again.
+fn looks_again(flags: bindings::fault_flag) -> bool {
+    const NOT: bindings::fault_flag = bindings::fault_flag_FAULT_FLAG_USER
+        | bindings::fault_flag_FAULT_FLAG_MKWRITE
+        | bindings::fault_flag_FAULT_FLAG_TRIED
+        | bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT;
+    const RETRY: bindings::fault_flag = bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY;
+
+    flags & (RETRY | NOT) == RETRY
+}
+
 /// Private data of a device.
 #[pin_data]
 pub(super) struct Private<T: Operations> {
@@ -528,13 +543,22 @@ impl<T: Operations> Variant<T> {
         };
         // SAFETY: By the safety requirements.
         let result = unsafe { memory.fault(vmf, page) };
-        if !self.private.resets.is_unsettled() {
+        if self.private.resets.is_unsettled() {
+            // A reset that began meanwhile may have unmapped the page before it was mapped. The
+            // same access faults again, unless the task is killed.
+            memory.unmap(page);
+        } else if result != bindings::vm_fault_reason_VM_FAULT_NOPAGE {
             return result;
         }
-        // A reset that began meanwhile may have unmapped the page before it was mapped. The same
-        // access faults again, unless the task is killed.
-        memory.unmap(page);
-        bindings::vm_fault_reason_VM_FAULT_NOPAGE
+        // SAFETY: By the safety requirements.
+        if !looks_again(unsafe { (*vmf).flags }) {
+            return bindings::vm_fault_reason_VM_FAULT_NOPAGE;
+        }
+        // The area, and the device with it, may be gone after the lock is released.
+        drop(opened);
+        // SAFETY: By the safety requirements. The result tells that the lock is released.
+        unsafe { bindings::release_fault_lock(vmf) };
+        bindings::vm_fault_reason_VM_FAULT_RETRY
     }
 
     /// Serves a read() of a region that is not direct. May sleep.

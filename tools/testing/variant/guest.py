@@ -66,7 +66,8 @@ RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
 ALL_STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RESUMING)
 STOPPED = (STOP_COPY, STOP, RESUMING)
 # The parameters of vfio_pci_test, and the states of a PCI device for the first one.
-REPORT, FLR = (Path("/sys/module/vfio_pci_test/parameters", name) for name in ("report", "flr"))
+REPORT, FLR, FOLLOW = (Path("/sys/module/vfio_pci_test/parameters", name)
+                       for name in ("report", "flr", "follow"))
 IO_NORMAL, IO_FROZEN, IO_PERM_FAILURE = 0, 1, 2
 REGION_MMAP = 1 << 2
 COMMAND, MEMORY = 4, 2
@@ -669,6 +670,30 @@ def removes(pair, bar):
     check(found == bytes(len(found)), "the host sees what the user has left")
 
 
+def follows(pair, bar):
+    """the kernel finds a page that is unmapped after its page fault"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device, device.map() as mapped:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        session = device.set_state(PRE_COPY)
+        ended = threading.Event()
+
+        def save():
+            """Streams each page at once, which unmaps it."""
+            poller = select.poll()
+            poller.register(session, select.POLLIN)
+            while not ended.is_set():
+                stream(session, errno.ENOMSG)
+                poller.poll(100)
+
+        saver = start(save)
+        for page in range(8):
+            FOLLOW.write_text(str(address + page * PAGE))
+        ended.set()
+        finish(saver)
+        os.close(session)
+
+
 def begin(session, state):
     """Uses the session of a state, if there is one, to the middle of a record."""
     if state == RESUMING:
@@ -914,8 +939,8 @@ def races(pair, bar):
 
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
-         for test in (clears, moves, tracks, states, shares, remains, wakes, resets, sleeps,
-                      closes, dies, reports, removes, unplugs, races)
+         for test in (clears, moves, tracks, states, shares, follows, remains, wakes, resets,
+                      sleeps, closes, dies, reports, removes, unplugs, races)
          # QEMU 10.0 does not tell when it has unplugged a bochs-display.
          if test is not unplugs or kind is IVSHMEM]
 

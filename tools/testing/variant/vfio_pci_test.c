@@ -8,8 +8,13 @@
  * driver in front of a driver.
  *
  * flr, "ADDRESS 1": the device claims to support FLR, until "ADDRESS 0".
+ *
+ * follow, a virtual address: finds the page there, like KVM for a guest that writes. A
+ * page that is unmapped within a second after its page fault is not found.
  */
 
+#include <linux/delay.h>
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/pci.h>
 
@@ -98,12 +103,66 @@ static const struct kernel_param_ops flr_param_ops = {
 	.set = flr,
 };
 
+/* Returns 0 if a page is mapped, or an error. */
+static int is_mapped(struct vm_area_struct *vma, unsigned long address)
+{
+	struct follow_pfnmap_args args = { .vma = vma, .address = address };
+	int done = follow_pfnmap_start(&args);
+
+	if (!done)
+		follow_pfnmap_end(&args);
+	return done;
+}
+
+/* Like hva_to_pfn_remapped(), but slow. Returns -EAGAIN where that begins again. */
+static int follow_once(unsigned long address)
+{
+	struct vm_area_struct *vma = vma_lookup(current->mm, address);
+	bool unlocked = false;
+	int done, round;
+
+	if (!vma || !(vma->vm_flags & VM_PFNMAP))
+		return -EINVAL;
+	done = is_mapped(vma, address);
+	if (!done)
+		return 0;
+	done = fixup_user_fault(current->mm, address, FAULT_FLAG_WRITE, &unlocked);
+	if (unlocked)
+		return -EAGAIN;
+	for (round = 0; !done && round < 50; round++) {
+		msleep(20);
+		done = is_mapped(vma, address);
+	}
+	return done;
+}
+
+static int follow(const char *text, const struct kernel_param *param)
+{
+	unsigned long address;
+	int done = kstrtoul(text, 0, &address);
+
+	if (done)
+		return done;
+	mmap_read_lock(current->mm);
+	do {
+		done = follow_once(address);
+	} while (done == -EAGAIN);
+	mmap_read_unlock(current->mm);
+	return done;
+}
+
+static const struct kernel_param_ops follow_param_ops = {
+	.set = follow,
+};
+
 module_param_cb(report, &report_param_ops, NULL, 0200);
 module_param_cb(flr, &flr_param_ops, NULL, 0200);
+module_param_cb(follow, &follow_param_ops, NULL, 0200);
 /* sparse cannot evaluate __builtin_strlen(). */
 #ifndef __CHECKER__
 MODULE_PARM_DESC(report, "address of a device and the state to report");
 MODULE_PARM_DESC(flr, "address of a device, and whether it claims to support FLR");
+MODULE_PARM_DESC(follow, "virtual address of a page to find");
 
 MODULE_AUTHOR("The vfio_mock authors");
 MODULE_DESCRIPTION("Events of PCI devices for tests");
