@@ -670,6 +670,24 @@ def removes(pair, bar):
     check(found == bytes(len(found)), "the host sees what the user has left")
 
 
+def verdict(path):
+    """Returns the verdict on the last client of a device."""
+    return Path("/sys/kernel/debug/vfio", path.name, "verdict").read_text()
+
+
+def judges(pair, bar):
+    """the verdict is clean after a migration, and not after half of one"""
+    moves(pair, bar)
+    for path in pair:
+        check(verdict(path) == "clean\n", f"{path.name}: {verdict(path)}")
+    with Device(pair[0], bar) as device:
+        session = device.set_state(STOP_COPY)
+        os.read(session, 100)
+    os.close(session)
+    check(verdict(pair[0]) != "clean\n", "half of the stream is enough")
+    check(verdict(pair[1]) == "clean\n", "it is that of another device")
+
+
 def follows(pair, bar):
     """the kernel finds a page that is unmapped after its page fault"""
     bind(pair[0])
@@ -939,8 +957,8 @@ def races(pair, bar):
 
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
-         for test in (clears, moves, tracks, states, shares, follows, remains, wakes, resets,
-                      sleeps, closes, dies, reports, removes, unplugs, races)
+         for test in (clears, moves, judges, tracks, states, shares, follows, remains, wakes,
+                      resets, sleeps, closes, dies, reports, removes, unplugs, races)
          # QEMU 10.0 does not tell when it has unplugged a bochs-display.
          if test is not unplugs or kind is IVSHMEM]
 
