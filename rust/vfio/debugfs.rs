@@ -37,7 +37,7 @@ pub(crate) unsafe trait Watched: 'static {
 /// Must be called by the core to read a file that [`create()`] has created for this type.
 unsafe fn show<W: Watched>(file: *mut bindings::seq_file, show: fn(&Ledger, &SeqFile)) -> c_int {
     // SAFETY: The private data of the file is the `struct device` in a `struct vfio_device`, which
-    // is registered until the core has removed the file.
+    // is registered until the core has removed the file; see `create()`.
     let (ledger, file) = unsafe {
         let device = (*file).private.cast::<bindings::device>();
         let vdev = container_of!(device, bindings::vfio_device, device);
@@ -71,6 +71,10 @@ unsafe extern "C" fn show_statistics<W: Watched>(
 
 /// Creates the files of a device, which the core removes when the device is unregistered. May
 /// sleep. A failure is ignored, as usual in debugfs.
+///
+/// The memory that a file refers to is managed by the `struct device` of the device (devres).
+/// Hence this relies on `vfio_unregister_group_dev()` to remove the files, which waits for calls on
+/// them, before `device_del()` releases the memory. Linux 7.3 does so.
 ///
 /// # Safety
 ///
