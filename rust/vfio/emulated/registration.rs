@@ -166,6 +166,7 @@ impl<T: Operations> Registration<T> {
         let raw = dev.as_raw();
         // SAFETY: `allocate()` allocated and finished it, and `dev` is a reference.
         let this = unsafe { Emulated::<T>::from_raw(raw) };
+        this.private.engine.ledger().set_name(parent.name());
         // SAFETY: `raw` is valid and the device is not registered yet.
         unsafe { (*raw).migration_flags = this.private.engine.flags().as_raw() as u32 };
         // SAFETY: `raw` is valid, the parent's driver has an owner, and the operations are

@@ -236,7 +236,10 @@ impl<M: Migratable> SaveSession<M> {
             session.clone(),
             bindings::O_RDONLY,
         )
-        .inspect_err(|_| session.closed())?;
+        .inspect_err(|_| {
+            session.closed();
+            session.end();
+        })?;
         Ok((session, file))
     }
 
@@ -553,7 +556,10 @@ impl<M: Migratable> LoadSession<M> {
             session.clone(),
             bindings::O_WRONLY,
         )
-        .inspect_err(|_| session.closed())?;
+        .inspect_err(|_| {
+            session.closed();
+            session.end();
+        })?;
         Ok((session, file))
     }
 

@@ -381,7 +381,7 @@ impl<M: Migratable> Engine<M> {
         may: impl FnOnce() -> Result,
     ) -> Result<Option<ARef<File>>> {
         let target = State::from_raw(target).ok_or(EINVAL)?;
-        self.ledger.set_name(device);
+        self.ledger.set_name(device.parent_name());
         self.try_with_current(|current| {
             current.present()?;
             self.next(device, current.state(), target)?;

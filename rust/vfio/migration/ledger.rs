@@ -11,13 +11,7 @@ use super::{
     },
     State, //
 };
-use crate::{
-    bindings,
-    device::{
-        Device,
-        Open, //
-    },
-};
+use crate::bindings;
 use kernel::{
     new_spinlock,
     prelude::*,
@@ -58,7 +52,7 @@ fn count(result: Result<usize>) -> i64 {
 #[pin_data]
 pub(crate) struct Ledger {
     created: Instant<Monotonic>,
-    /// Name of the parent, set by the first state change.
+    /// Name of the parent.
     name: SetOnce<[u8; NAME]>,
     /// Nested inside all other locks.
     #[pin]
@@ -77,14 +71,12 @@ impl Ledger {
         )
     }
 
-    /// Sets the name, unless it is set.
-    pub(super) fn set_name(&self, device: &Device<Open>) {
+    /// Sets the name, unless it is set: before a device of the crate is registered; by the first
+    /// state change for a driver with its own `struct vfio_migration_ops`.
+    pub(crate) fn set_name(&self, parent: &CStr) {
         if self.name.as_ref().is_none() {
             let mut name = [0; NAME];
-            for (to, from) in name[..NAME - 1]
-                .iter_mut()
-                .zip(device.parent_name().to_bytes())
-            {
+            for (to, from) in name[..NAME - 1].iter_mut().zip(parent.to_bytes()) {
                 *to = *from;
             }
             self.name.populate(name);

@@ -174,6 +174,8 @@ impl<T: Driver> Registration<T> {
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
             let flags = Variant::<T>::from_raw(raw).private.engine.flags();
             (*raw).migration_flags = flags.as_raw() as u32;
+            let ledger = Variant::<T>::from_raw(raw).private.engine.ledger();
+            ledger.set_name(device.as_ref().name());
         }
         Ok(owned)
     }
