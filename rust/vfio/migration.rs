@@ -83,10 +83,6 @@ mod ledger;
 #[allow(unreachable_pub)]
 mod verdict;
 
-pub(crate) use self::{
-    engine::file_to_ptr,
-    ledger::Ledger, //
-};
 pub use self::{
     engine::Engine,
     fsm::{
@@ -97,6 +93,13 @@ pub use self::{
         ImageLoader,
         ImageSaver, //
     },
+};
+pub(crate) use self::{
+    engine::{
+        file_to_ptr,
+        ResetBy, //
+    },
+    ledger::Ledger, //
 };
 pub use crate::notifier::{
     Notifier,

@@ -95,6 +95,8 @@ struct Saving<M: Migratable> {
     reported_initial: u64,
     /// Number of re-initialisations reported.
     reported_reinits: u32,
+    /// Number of re-initialisations when the user last asked, who had not opted in to see them.
+    missed_reinits: u32,
 }
 
 impl<M: Migratable> Saving<M> {
@@ -219,6 +221,7 @@ impl<M: Migratable> SaveSession<M> {
             reading: false,
             reported_initial: u64::MAX,
             reported_reinits: 0,
+            missed_reinits: 0,
         };
         saving.ask(&notifier);
         let session = Arc::pin_init(
@@ -339,6 +342,7 @@ impl<M: Migratable> SaveSession<M> {
                 Answer::End(_) | Answer::Nothing => return Ok(None),
             };
             drop(guard);
+            self.ledger.note(|verdict, _| verdict.wait(self.generation));
             self.notifier.wait_after(seen)?;
         }
     }
@@ -356,6 +360,7 @@ impl<M: Migratable> SaveSession<M> {
 
     /// Serves read(): `ENOMSG` at a temporary end of stream, zero at the permanent one.
     fn read(&self, user: &mut IovIterDest<'_>, nonblock: bool) -> Result<usize> {
+        let start = self.ledger.now();
         self.claim(nonblock)?;
         let is_empty = user.is_empty();
         let mut done = 0;
@@ -386,7 +391,7 @@ impl<M: Migratable> SaveSession<M> {
             _ => Ok(done),
         };
         if !is_empty {
-            self.ledger.read(result);
+            self.ledger.read(self.generation, start, result);
         }
         result
     }
@@ -394,7 +399,7 @@ impl<M: Migratable> SaveSession<M> {
     /// Serves poll(): readable if read() would not wait. Calls no method of the driver.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
-        self.ledger.note(|verdict, _| verdict.poll());
+        self.ledger.note(|verdict, _| verdict.poll(self.generation));
         match self.notifier.live(&mut *self.saving.lock()) {
             Err(_) => bindings::POLLIN | bindings::POLLRDNORM | bindings::POLLRDHUP,
             Ok(saving) if saving.is_readable(&self.notifier) => {
@@ -425,7 +430,8 @@ impl<M: Migratable> SaveSession<M> {
         let mut remaining = saving.ask_remaining(&self.notifier)?;
         let reinits = remaining.reinits;
         let v2 = saving.device.precopy_info_v2();
-        let missed = !v2 && reinits != saving.reported_reinits;
+        let missed = !v2 && reinits != saving.missed_reinits;
+        saving.missed_reinits = reinits;
         if v2 {
             // Without the opt-in the field stays as the user left it.
             flags = 0;
@@ -454,7 +460,8 @@ impl<M: Migratable> SaveSession<M> {
         dirty = dirty.saturating_add(initial - shown);
         saving.reported_initial = shown;
         drop(guard);
-        self.ledger.precopy_info(shown, dirty, flags, missed);
+        self.ledger
+            .precopy_info(self.generation, shown, dirty, flags, missed);
 
         let written = writer
             .write(&argsz)
@@ -683,7 +690,7 @@ impl<M: Migratable> LoadSession<M> {
             Err(e) if done == 0 => Err(e),
             _ => Ok(done),
         };
-        self.ledger.write(result);
+        self.ledger.write(self.generation, result);
         result
     }
 

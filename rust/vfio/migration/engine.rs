@@ -129,6 +129,17 @@ impl Event {
     }
 }
 
+/// The originator of a reset.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ResetBy {
+    /// The client of the device.
+    Client,
+    /// The host, such as an administrator.
+    Host,
+    /// The first open, which begins with the state at power on.
+    Open,
+}
+
 /// The migration of one device.
 ///
 /// Lives as long as the device. The driver's open data is passed to each call that needs it,
@@ -591,16 +602,25 @@ impl<M: Migratable> Engine<M> {
     /// device is [gone](Self::fence), and with `EINTR`, without a reset, if the task is killed
     /// while it waits.
     pub fn reset(&self, driver: &Arc<M>) -> Result {
-        self.reset_from(driver, |_| ())
+        self.reset_from(driver, ResetBy::Client, |_| ())
     }
 
     /// The same, and passes the state that the reset leaves to `from`.
-    pub(crate) fn reset_from(&self, driver: &Arc<M>, from: impl FnOnce(State)) -> Result {
+    pub(crate) fn reset_from(
+        &self,
+        driver: &Arc<M>,
+        by: ResetBy,
+        from: impl FnOnce(State),
+    ) -> Result {
         self.try_with_current(|current| {
             current.present()?;
             let state = current.state();
             from(state);
-            self.ledger.note(|verdict, now| verdict.reset(now));
+            if by != ResetBy::Open {
+                let by_client = by == ResetBy::Client;
+                self.ledger
+                    .note(|verdict, now| verdict.reset(now, by_client));
+            }
             // The session ends first, so that nothing of it reaches the device after the reset.
             current.leave(Current::Error);
             // If the device died before, it is reset now.
@@ -612,7 +632,9 @@ impl<M: Migratable> Engine<M> {
                 driver.halt();
             }
             self.publish(current);
-            self.ledger.reset(state, done);
+            if by != ResetBy::Open {
+                self.ledger.reset(state, done);
+            }
             if *self.event.lock() == Some(Event::Failed) {
                 return done.and(Err(ENODEV));
             }

@@ -90,9 +90,14 @@ impl Ledger {
             .map_or(c"".as_char_ptr(), |name| name.as_ptr().cast())
     }
 
+    /// Returns the time.
+    pub(super) fn now(&self) -> u64 {
+        self.created.elapsed().as_nanos() as u64
+    }
+
     /// Calls `note` with the verdict and the time. Does not sleep.
     pub(crate) fn note<R>(&self, note: impl FnOnce(&mut Verdict, u64) -> R) -> R {
-        let now = self.created.elapsed().as_nanos() as u64;
+        let now = self.now();
         note(&mut self.verdict.lock(), now)
     }
 
@@ -101,6 +106,7 @@ impl Ledger {
         let ns = start.elapsed().as_nanos() as u64;
         let (from, to) = (from.name().as_char_ptr(), to.name().as_char_ptr());
         trace!(self, vfio_trace_arc, from, to, errno(result), ns);
+        self.note(|verdict, _| verdict.arc(result.is_ok()));
     }
 
     /// Notes the end of a reset.
@@ -120,8 +126,8 @@ impl Ledger {
         trace!(self, vfio_trace_session_end, state.name().as_char_ptr());
     }
 
-    /// Notes a read() of the data_fd into a buffer that is not empty.
-    pub(super) fn read(&self, result: Result<usize>) {
+    /// Notes a read() of a data_fd into a buffer that is not empty, which began at `start`.
+    pub(super) fn read(&self, generation: u32, start: u64, result: Result<usize>) {
         trace!(self, vfio_trace_read, count(result));
         let read = match result {
             Ok(0) => Read::End,
@@ -130,21 +136,28 @@ impl Ledger {
             Err(EAGAIN) => Read::NotReady,
             Err(_) => return,
         };
-        self.note(|verdict, now| verdict.read(now, read));
+        self.note(|verdict, now| verdict.read(now, generation, start, read));
     }
 
-    /// Notes a write() to the data_fd.
-    pub(super) fn write(&self, result: Result<usize>) {
+    /// Notes a write() to a data_fd.
+    pub(super) fn write(&self, generation: u32, result: Result<usize>) {
         trace!(self, vfio_trace_write, count(result));
         if let Ok(bytes) = result {
-            self.note(|verdict, _| verdict.write(bytes as u64));
+            self.note(|verdict, _| verdict.write(generation, bytes as u64));
         }
     }
 
     /// Notes a pre-copy info, and whether the client has missed that the device began again.
-    pub(super) fn precopy_info(&self, initial: u64, dirty: u64, flags: u32, missed: bool) {
+    pub(super) fn precopy_info(
+        &self,
+        generation: u32,
+        initial: u64,
+        dirty: u64,
+        flags: u32,
+        missed: bool,
+    ) {
         trace!(self, vfio_trace_precopy_info, initial, dirty, flags);
-        self.note(|verdict, now| verdict.precopy_info(now, initial, missed));
+        self.note(|verdict, now| verdict.precopy_info(now, generation, initial, missed));
     }
 
     /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`.

@@ -6,7 +6,7 @@
 //!
 //! A [`Verdict`] is about one client, from the first open of a device to the next first open. All
 //! times are in nanoseconds and come from the caller. It judges only events that the driver sees,
-//! and in doubt it is in favour of the client, except for resets by the host.
+//! and in doubt it is in favour of the client.
 //!
 //! C header: [`include/uapi/linux/vfio.h`](srctree/include/uapi/linux/vfio.h)
 
@@ -23,18 +23,20 @@ pub enum Rule {
     ImageIncomplete,
     /// `STOP_COPY` began although the last pre-copy info said that initial bytes were left.
     InitialBytesIgnored,
-    /// Many calls of read() in a row failed with `ENOMSG` or `EAGAIN`, without a pause or poll().
+    /// The client spent a considerable part of its time in calls of read() that failed with
+    /// `ENOMSG` or `EAGAIN`, without poll() and without a look at the pre-copy info.
     BusyPolling,
     /// The client read the pre-copy info after the device had begun again, without v2 of the info,
     /// which would show that.
     ReinitNotSeen,
-    /// The device was reset in a session of the saving group.
+    /// The client reset the device in `STOP_COPY` before read() returned 0, and not because a state
+    /// change had failed.
     ResetInSession,
     /// A data_fd was open when the next session began, or when the device was closed.
     DataFdLeaked,
     /// A BAR was written while the device was stopped. Such writes are dropped.
     StoppedDeviceWritten,
-    /// The DMA log had pages that were never reported when the device was stopped and it ended.
+    /// The DMA log ended with pages that were never reported, after `STOP_COPY`.
     LogNotReported,
     /// The DMA log was on when the device was closed.
     LogNotStopped,
@@ -71,6 +73,18 @@ impl Rule {
         }
     }
 
+    /// Returns whether the rule is a recommendation. A client that does not follow it does not
+    /// violate the uAPI.
+    pub const fn is_advice(self) -> bool {
+        matches!(
+            self,
+            Self::InitialBytesIgnored
+                | Self::BusyPolling
+                | Self::ReinitNotSeen
+                | Self::ResetInSession
+        )
+    }
+
     /// Returns the sentence of the uAPI that is closest to the rule.
     pub const fn text(self) -> &'static str {
         match self {
@@ -89,7 +103,7 @@ impl Rule {
                 "VFIO_PRECOPY_INFO_REINIT can be reported only after userspace opts in to \
                  VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2."
             }
-            Self::ResetInSession => "The PRE_COPY arc will terminate a data transfer session.",
+            Self::ResetInSession => "The STOP_COPY arc will terminate a data transfer session.",
             Self::DataFdLeaked => "The user is responsible to close this FD when it is finished.",
             Self::StoppedDeviceWritten => {
                 "The user should take steps to restrict access to vfio device regions while the \
@@ -118,11 +132,15 @@ pub struct Broken {
     pub time: u64,
 }
 
-/// Number of fruitless reads in a row that are busy polling.
+/// Number of fruitless reads in a row after which they are judged.
 pub const FRUITLESS: u32 = 64;
 
-/// Time between two fruitless reads that counts as a pause.
-pub const PAUSE: u64 = 1_000_000;
+/// They are busy polling if they took at least this part of the time in which they were made.
+///
+/// The limit is relative because a client may have other work between two reads, such as the
+/// guest's memory and other devices. This work takes longer than many reads, on a machine of any
+/// speed.
+pub const SHARE: u64 = 16;
 
 /// Numbers of one client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -188,16 +206,21 @@ pub struct Verdict {
     ended: bool,
     /// `STOP_COPY` was left before the end of stream, and the device has not run since.
     abandoned: bool,
+    /// The last arc has failed.
+    failed: bool,
     /// The DMA log is on.
     log: bool,
+    /// `STOP_COPY` was entered since the DMA log was turned on, and the device has not run since.
+    saved: bool,
     /// The DMA log was turned off with pages that were not reported, and the device has not run
     /// since.
     unreported: bool,
     /// Initial bytes that are left according to the last pre-copy info of the session.
     initial: u64,
-    /// Number of fruitless reads in a row, and the time of the last one.
+    /// Number of fruitless reads in a row, the time when they began, and the time in them.
     fruitless: u32,
-    fruitless_at: u64,
+    fruitless_since: u64,
+    fruitless_for: u64,
 }
 
 impl Default for Verdict {
@@ -214,11 +237,14 @@ impl Default for Verdict {
             file: false,
             ended: false,
             abandoned: false,
+            failed: false,
             log: false,
+            saved: false,
             unreported: false,
             initial: 0,
             fruitless: 0,
-            fruitless_at: 0,
+            fruitless_since: 0,
+            fruitless_for: 0,
         }
     }
 }
@@ -279,12 +305,20 @@ impl Verdict {
         self.open = false;
     }
 
-    /// Notes that the device is being reset. Called before the session ends.
-    pub fn reset(&mut self, now: u64) {
+    /// Notes that the device is being reset, and whether the client has requested it. Called before
+    /// the session ends.
+    pub fn reset(&mut self, now: u64, by_client: bool) {
         self.statistics.resets += 1;
-        if self.state.is_saving() {
+        // Before `STOP_COPY`, the guest may have requested the reset.
+        if by_client && self.state == State::StopCopy && !self.ended && !self.failed {
             self.breaks(now, Rule::ResetInSession);
         }
+        self.failed = false;
+    }
+
+    /// Notes the result of an arc.
+    pub fn arc(&mut self, is_done: bool) {
+        self.failed = !is_done;
     }
 
     /// Notes the state, which may be unchanged.
@@ -294,9 +328,12 @@ impl Verdict {
                 self.breaks(now, Rule::InitialBytesIgnored);
             }
             (State::StopCopy, State::Stop) => self.abandoned = !self.ended,
+            // The state is streamed again.
+            (State::Stop, State::StopCopy) => self.abandoned = false,
             // The migration was cancelled.
             (_, to) if to.runs() => {
                 self.abandoned = false;
+                self.saved = false;
                 self.unreported = false;
             }
             (State::Stop, State::Resuming) if self.abandoned => {
@@ -305,6 +342,7 @@ impl Verdict {
             }
             _ => (),
         }
+        self.saved |= self.log && to == State::StopCopy;
         self.account(now);
         self.state = to;
     }
@@ -336,8 +374,12 @@ impl Verdict {
         }
     }
 
-    /// Notes a call of read().
-    pub fn read(&mut self, now: u64, read: Read) {
+    /// Notes a call of read() on the data_fd of a session, which began at `start`. A call of a
+    /// session before the last one is ignored.
+    pub fn read(&mut self, now: u64, generation: u32, start: u64, read: Read) {
+        if generation != self.generation {
+            return;
+        }
         let statistics = &mut self.statistics;
         match read {
             Read::Bytes(bytes) => {
@@ -357,37 +399,60 @@ impl Verdict {
             }
             Read::NotReady => statistics.eagain += 1,
         }
-        if matches!(read, Read::Bytes(_) | Read::End)
-            || now.saturating_sub(self.fruitless_at) > PAUSE
-        {
-            self.fruitless = 0;
+        match read {
+            Read::Bytes(_) | Read::End => self.fruitless = 0,
+            Read::TemporaryEnd | Read::NotReady => self.fruitless_read(now, start),
         }
-        if matches!(read, Read::TemporaryEnd | Read::NotReady) {
-            self.fruitless += 1;
-            self.fruitless_at = now;
+    }
+
+    /// Notes a read() without data.
+    fn fruitless_read(&mut self, now: u64, start: u64) {
+        if self.fruitless == 0 {
+            self.fruitless_since = start;
+            self.fruitless_for = 0;
         }
+        self.fruitless += 1;
+        self.fruitless_for += now.saturating_sub(start);
         if self.fruitless == FRUITLESS {
-            self.breaks(now, Rule::BusyPolling);
+            let time = now.saturating_sub(self.fruitless_since);
+            if self.fruitless_for.saturating_mul(SHARE) >= time {
+                self.breaks(now, Rule::BusyPolling);
+            }
             self.fruitless = 0;
         }
     }
 
-    /// Notes a call of write() that has taken bytes.
-    pub fn write(&mut self, bytes: u64) {
-        self.statistics.writes += 1;
-        self.statistics.written_bytes += bytes;
+    /// Notes that a read() on the data_fd of a session waits for data.
+    pub fn wait(&mut self, generation: u32) {
+        if generation == self.generation {
+            self.fruitless = 0;
+        }
     }
 
-    /// Notes a call of poll().
-    pub fn poll(&mut self) {
-        self.statistics.polls += 1;
-        self.fruitless = 0;
+    /// Notes a call of write() on the data_fd of a session that has taken bytes.
+    pub fn write(&mut self, generation: u32, bytes: u64) {
+        if generation == self.generation {
+            self.statistics.writes += 1;
+            self.statistics.written_bytes += bytes;
+        }
     }
 
-    /// Notes a pre-copy info with this number of initial bytes, and whether the client has missed
-    /// that the device began again.
-    pub fn precopy_info(&mut self, now: u64, initial: u64, missed: bool) {
+    /// Notes a call of poll() on the data_fd of a session.
+    pub fn poll(&mut self, generation: u32) {
+        if generation == self.generation {
+            self.statistics.polls += 1;
+            self.fruitless = 0;
+        }
+    }
+
+    /// Notes a pre-copy info of a session with this number of initial bytes, and whether the client
+    /// has missed that the device began again.
+    pub fn precopy_info(&mut self, now: u64, generation: u32, initial: u64, missed: bool) {
+        if generation != self.generation {
+            return;
+        }
         self.statistics.precopy_infos += 1;
+        self.fruitless = 0;
         self.initial = initial;
         if missed {
             self.breaks(now, Rule::ReinitNotSeen);
@@ -406,6 +471,7 @@ impl Verdict {
     /// Notes that the DMA log was turned on.
     pub fn log_start(&mut self) {
         self.log = true;
+        self.saved = false;
     }
 
     /// Notes a report of the DMA log.
@@ -416,7 +482,7 @@ impl Verdict {
     /// Notes that the DMA log is turned off by the client, or by a close that follows; and whether
     /// it has pages that were not reported.
     pub fn log_end(&mut self, client: bool, unreported: bool) {
-        self.unreported |= unreported && !self.state.runs();
+        self.unreported |= unreported && self.saved;
         self.log &= !client;
     }
 
@@ -426,29 +492,37 @@ impl Verdict {
     }
 }
 
-/// "clean", or a line for each broken rule.
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut clean = true;
+impl Verdict {
+    /// Prints a line for each broken rule of one kind. Returns whether there is none.
+    fn print(&self, f: &mut fmt::Formatter<'_>, is_advice: bool) -> Result<bool, fmt::Error> {
+        let mut none = true;
         for rule in Rule::ALL {
             let broken = self.broken(rule);
-            let Some(state) = broken.state else {
+            let Some(state) = broken.state.filter(|_| rule.is_advice() == is_advice) else {
                 continue;
             };
-            clean = false;
+            none = false;
             writeln!(
                 f,
-                "{}: count {}, first in {state} after {} ms: \"{}\"",
+                "{}{}: count {}, first in {state} after {} ms: \"{}\"",
+                if is_advice { "advice: " } else { "" },
                 rule.name(),
                 broken.count,
                 broken.time / 1_000_000,
                 rule.text(),
             )?;
         }
-        if clean {
+        Ok(none)
+    }
+}
+
+/// "clean", or a line for each violation; then a line for each advice.
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.print(f, false)? {
             writeln!(f, "clean")?;
         }
-        Ok(())
+        self.print(f, true).map(|_| ())
     }
 }
 

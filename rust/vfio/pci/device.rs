@@ -15,6 +15,7 @@ use crate::{
         Flags,
         Migratable,
         Notifier,
+        ResetBy,
         State, //
     },
     pci::{
@@ -305,25 +306,27 @@ impl<T: Operations> Variant<T> {
     /// and, in the call that completes a reset, with the error of the driver.
     pub(super) fn settled(&self) -> Result<Arc<OpenDevice<T>>> {
         let opened = self.opened()?;
-        self.settle(&opened)?;
+        self.settle(&opened, ResetBy::Host)?;
         Ok(opened)
     }
 
-    /// Completes a reset, if there was one. Waits for the end of a reset under way.
-    pub(super) fn settle(&self, opened: &Arc<OpenDevice<T>>) -> Result {
+    /// Completes a reset by its originator, if there was one. Waits for the end of a reset under
+    /// way.
+    pub(super) fn settle(&self, opened: &Arc<OpenDevice<T>>, by: ResetBy) -> Result {
         if !self.private.resets.is_unsettled() {
             return Ok(());
         }
-        self.complete(opened, &mut *lock_killable(&self.private.settling)?)
+        self.complete(opened, by, &mut *lock_killable(&self.private.settling)?)
     }
 
     /// The part of [`settle()`](Self::settle) with the lock held, which protects `lost`.
-    fn complete(&self, opened: &Arc<OpenDevice<T>>, lost: &mut Option<u64>) -> Result {
+    fn complete(&self, opened: &Arc<OpenDevice<T>>, by: ResetBy, lost: &mut Option<u64>) -> Result {
         let resets = &self.private.resets;
         while resets.is_unsettled() {
             let count = resets.wait_killable()?;
             let mut from = State::Running;
-            let done = self.private.engine.reset_from(opened, |state| from = state);
+            let engine = &self.private.engine;
+            let done = engine.reset_from(opened, by, |state| from = state);
             if done == Err(EINTR) {
                 return done;
             }
@@ -351,7 +354,7 @@ impl<T: Operations> Variant<T> {
         // Held until the state has changed, so that another call cannot complete a reset between
         // the check and the change.
         let mut lost = lock_killable(&self.private.settling)?;
-        self.complete(&opened, &mut lost)?;
+        self.complete(&opened, ResetBy::Host, &mut lost)?;
         let engine = &self.private.engine;
         engine.set_state_if(&opened, device, target, || match lost.take() {
             Some(_) => Err(ECANCELED),
@@ -370,7 +373,8 @@ impl<T: Operations> Variant<T> {
         let seen = resets.count();
         let done = core();
         let own = resets.own_after(seen);
-        let settled = self.settle(opened);
+        let by = own.map_or(ResetBy::Host, |_| ResetBy::Client);
+        let settled = self.settle(opened, by);
         // The error of the core is more important.
         if done < 0 {
             return Ok(done);
@@ -450,7 +454,7 @@ impl<T: Operations> Variant<T> {
         let opened = Arc::new(opened, GFP_KERNEL_ACCOUNT)?;
         *self.private.opened.lock() = Some(opened.clone());
         // The function begins with a reset.
-        self.settle(&opened)
+        self.settle(&opened, ResetBy::Open)
     }
 
     /// Returns the handling of each BAR.
@@ -515,7 +519,7 @@ impl<T: Operations> Variant<T> {
     ) -> Result {
         loop {
             let count = self.private.resets.count();
-            self.settle(opened)?;
+            self.settle(opened, ResetBy::Host)?;
             let result = access(opened);
             if result != Err(ENODEV) || self.private.resets.count() == count {
                 return result;

@@ -40,6 +40,7 @@ from outside import Outside
 from qmp import QmpError
 
 DEVICES = Path("/sys/bus/pci/devices")
+DEBUGFS = Path("/sys/kernel/debug/vfio")
 BOCHS = ("0x1234", "0x1111", 0)
 IVSHMEM = ("0x1af4", "0x1110", 2)
 # The properties with which QEMU plugs in an ivshmem-plain in place of the first one, see part
@@ -186,6 +187,11 @@ def fails(function, *arguments):
     except OSError as error:
         return error.errno
     return None
+
+
+def told(path, name):
+    """Returns the content of a file of a device in debugfs."""
+    return (DEBUGFS / path.name / name).read_text()
 
 
 def check_told(device, state):
@@ -672,7 +678,7 @@ def removes(pair, bar):
 
 def verdict(path):
     """Returns the verdict on the last client of a device."""
-    return Path("/sys/kernel/debug/vfio", path.name, "verdict").read_text()
+    return told(path, "verdict")
 
 
 def judges(pair, bar):
@@ -821,7 +827,9 @@ def reports_errors(path, bar):
 def resets(pair, bar):
     """a reset by the user or by the host in any state leads to RUNNING and a clear device"""
     bind(pair[0])
+    users = 0
     with Device(pair[0], bar) as device, contextlib.ExitStack() as stack:
+        check("\nresets 0\n" in told(pair[0], "statistics"), "the open counts as a reset")
         kinds = [(True, device.reset), (True, device.hot_reset),
                  (False, lambda: host_reset(pair[0]))]
         if pcie((pair[0] / "config").read_bytes()):
@@ -830,6 +838,7 @@ def resets(pair, bar):
             stack.callback(FLR.write_text, f"{pair[0].name} 0")
             kinds.append((True, device.function_reset))
         for by_user, reset in kinds:
+            users += by_user
             for state in ALL_STATES:
                 device.write(pattern(device.size, 19))
                 session = device.set_state(state)
@@ -848,6 +857,10 @@ def resets(pair, bar):
                 device.set_state(RUNNING)
                 device.command(MEMORY)
                 check(device.read() == bytes(device.size), "the memory is not clear")
+            # Only resets by the user in STOP_COPY count.
+            want = f"clean\nadvice: reset_in_session: count {users}, first in STOP_COPY "
+            found = verdict(pair[0])
+            check(found.startswith(want) and found.count("\n") == 2, found)
 
 
 def sleeps(pair, bar):

@@ -12,7 +12,7 @@ use vfio_host_tests::{
         Rule,
         Verdict,
         FRUITLESS,
-        PAUSE, //
+        SHARE, //
     },
 };
 
@@ -68,9 +68,31 @@ impl Rig {
             .expect("the device is open")
     }
 
+    /// The same, and reads all of the stream.
+    fn go_and_read(&mut self, states: &[State]) {
+        for &state in states {
+            self.go(&[state]);
+            if state == StopCopy {
+                self.read(Read::End);
+                self.close_fd();
+            }
+        }
+    }
+
     fn read(&mut self, read: Read) {
         let now = self.tick();
-        self.verdict.read(now, read);
+        self.verdict.read(now, self.generation, now, read);
+    }
+
+    fn info(&mut self, initial: u64, missed: bool) {
+        let now = self.tick();
+        self.verdict
+            .precopy_info(now, self.generation, initial, missed);
+    }
+
+    fn reset(&mut self, by_client: bool) {
+        let now = self.tick();
+        self.verdict.reset(now, by_client);
     }
 
     fn close_fd(&mut self) {
@@ -90,14 +112,17 @@ impl Rig {
             assert_eq!(count, u64::from(Some(other) == rule), "{other:?}");
         }
         let text = self.verdict.to_string();
-        match rule {
-            None => assert_eq!(text, "clean\n"),
-            Some(rule) => {
-                assert_eq!(text.lines().count(), 1, "{text}");
-                assert!(text.starts_with(&format!("{}: count 1, first in ", rule.name())));
-                assert!(text.ends_with(&format!("\"{}\"\n", rule.text())), "{text}");
-            }
-        }
+        let is_violation = rule.is_some_and(|rule| !rule.is_advice());
+        assert_eq!(text.starts_with("clean\n"), !is_violation, "{text}");
+        let rest = text.strip_prefix("clean\n").unwrap_or(&text);
+        let Some(rule) = rule else {
+            assert_eq!(rest, "");
+            return;
+        };
+        assert_eq!(rest.lines().count(), 1, "{text}");
+        let advice = if rule.is_advice() { "advice: " } else { "" };
+        assert!(rest.starts_with(&format!("{advice}{}: count 1, first in ", rule.name())));
+        assert!(rest.ends_with(&format!("\"{}\"\n", rule.text())), "{text}");
     }
 }
 
@@ -117,8 +142,7 @@ fn names_and_order_of_rules_agree() {
 fn whole_migration_is_clean() {
     let mut rig = Rig::new();
     rig.go(&[PreCopy]);
-    let now = rig.tick();
-    rig.verdict.precopy_info(now, 100, false);
+    rig.info(100, false);
     rig.read(Read::Bytes(100));
     rig.read(Read::TemporaryEnd);
     rig.go(&[PreCopyP2p, StopCopy]);
@@ -149,8 +173,8 @@ fn whole_migration_is_clean() {
 fn loading_is_clean() {
     let mut rig = Rig::new();
     rig.go(&[RunningP2p, Stop, Resuming]);
-    rig.verdict.write(10);
-    rig.verdict.write(5);
+    rig.verdict.write(rig.generation, 10);
+    rig.verdict.write(rig.generation, 5);
     rig.go(&[Stop, RunningP2p, Running]);
     rig.close_fd();
     rig.close();
@@ -187,16 +211,18 @@ fn unread_stream_is_reported() {
     rig.go(&[Stop, RunningP2p, Running]);
     rig.close();
     rig.expect(None);
-    // The second session counts.
-    let mut rig = Rig::new();
-    rig.go(&[RunningP2p, Stop, StopCopy]);
-    rig.close_fd();
-    rig.go(&[Stop, StopCopy]);
-    rig.read(Read::End);
-    rig.close_fd();
-    rig.go(&[Stop]);
-    rig.close();
-    rig.expect(None);
+    // The second session counts, wherever the device is closed.
+    for last in [&[][..], &[Stop], &[Error]] {
+        let mut rig = Rig::new();
+        rig.go(&[RunningP2p, Stop, StopCopy]);
+        rig.close_fd();
+        rig.go(&[Stop, StopCopy]);
+        rig.read(Read::End);
+        rig.close_fd();
+        rig.go(last);
+        rig.close();
+        rig.expect(None);
+    }
 }
 
 #[test]
@@ -231,15 +257,14 @@ fn loading_does_not_excuse_an_abandoned_stream() {
 #[test]
 fn first_violation_is_reported() {
     let mut rig = Rig::new();
-    for state in [PreCopy, PreCopyP2p] {
+    for state in [Stop, Resuming] {
         rig.go(&[state]);
         rig.close_fd();
         let now = rig.tick();
-        rig.verdict.reset(now);
-        rig.go(&[Running]);
+        rig.verdict.dropped_write(now);
     }
-    let broken = rig.verdict.broken(Rule::ResetInSession);
-    assert_eq!((broken.count, broken.state), (2, Some(PreCopy)));
+    let broken = rig.verdict.broken(Rule::StoppedDeviceWritten);
+    assert_eq!((broken.count, broken.state), (2, Some(Stop)));
     assert_eq!(broken.time, 2 * MS);
 }
 
@@ -282,8 +307,7 @@ fn ignored_initial_bytes_are_reported() {
         for (reads, broken) in cases {
             let mut rig = Rig::new();
             rig.go(&[PreCopy]);
-            let now = rig.tick();
-            rig.verdict.precopy_info(now, 100, false);
+            rig.info(100, false);
             for &read in reads {
                 rig.read(read);
             }
@@ -294,71 +318,131 @@ fn ignored_initial_bytes_are_reported() {
     // Cancelled; then a session without a question.
     let mut rig = Rig::new();
     rig.go(&[PreCopy]);
-    let now = rig.tick();
-    rig.verdict.precopy_info(now, 100, false);
+    rig.info(100, false);
     rig.go(&[Running]);
     rig.close_fd();
     rig.go(&[PreCopy, StopCopy]);
     rig.expect(None);
 }
 
+/// Makes fruitless reads, each of which takes 10 ns, with this time and this event between two.
+fn poll_busily(read: Read, pause: u64, event: impl Fn(&mut Rig)) -> Rig {
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy]);
+    for _ in 0..FRUITLESS {
+        rig.expect(None);
+        rig.now += pause;
+        event(&mut rig);
+        let start = rig.now;
+        rig.now += 10;
+        rig.verdict.read(rig.now, rig.generation, start, read);
+    }
+    rig
+}
+
 #[test]
 fn busy_polling_is_reported() {
     for read in [Read::TemporaryEnd, Read::NotReady] {
-        // The interval, and what happens between two reads.
-        for (interval, polls, reads, broken) in [
-            (1, false, false, true),
-            (PAUSE, false, false, true),
-            (PAUSE + 1, false, false, false),
-            (1, true, false, false),
-            (1, false, true, false),
-        ] {
-            let mut rig = Rig::new();
-            rig.go(&[PreCopy]);
-            for _ in 0..FRUITLESS {
-                rig.expect(None);
-                rig.now += interval;
-                if polls {
-                    rig.verdict.poll();
-                }
-                if reads {
-                    rig.verdict.read(rig.now, Read::Bytes(1));
-                }
-                rig.verdict.read(rig.now, read);
-            }
+        // At the limit there is one pause less than reads.
+        let limit = 10 * (SHARE - 1) * u64::from(FRUITLESS) / u64::from(FRUITLESS - 1);
+        for (pause, broken) in [(0, true), (limit, true), (limit + 1, false), (MS, false)] {
+            let rig = poll_busily(read, pause, |_| ());
             rig.expect(broken.then_some(Rule::BusyPolling));
         }
+        for event in [
+            |rig: &mut Rig| rig.verdict.poll(rig.generation),
+            |rig: &mut Rig| rig.verdict.wait(rig.generation),
+            |rig: &mut Rig| rig.verdict.precopy_info(rig.now, rig.generation, 0, false),
+            |rig: &mut Rig| {
+                rig.verdict
+                    .read(rig.now, rig.generation, rig.now, Read::Bytes(1))
+            },
+        ] {
+            poll_busily(read, 0, event).expect(None);
+        }
+        // The next one in a row is judged anew.
+        let mut rig = poll_busily(read, 0, |_| ());
+        rig.verdict.read(rig.now, rig.generation, rig.now, read);
+        rig.expect(Some(Rule::BusyPolling));
     }
+}
+
+#[test]
+fn busy_polling_is_judged_anew_after_a_pause() {
+    let mut rig = poll_busily(Read::TemporaryEnd, MS, |_| ());
+    for _ in 0..FRUITLESS {
+        rig.expect(None);
+        let start = rig.now;
+        rig.now += 10;
+        rig.verdict
+            .read(rig.now, rig.generation, start, Read::TemporaryEnd);
+    }
+    rig.expect(Some(Rule::BusyPolling));
+}
+
+#[test]
+fn calls_of_an_old_session_are_ignored() {
+    let mut rig = Rig::new();
+    rig.go(&[PreCopy, Running]);
+    let old = rig.generation;
+    rig.close_fd();
+    rig.go(&[PreCopy]);
+    rig.info(100, false);
+    let before = (rig.verdict.statistics().to_string(), rig.now);
+    rig.verdict.read(rig.now, old, rig.now, Read::Bytes(100));
+    rig.verdict.read(rig.now, old, rig.now, Read::TemporaryEnd);
+    rig.verdict.precopy_info(rig.now, old, 0, true);
+    rig.verdict.write(old, 1);
+    rig.verdict.poll(old);
+    assert_eq!((rig.verdict.statistics().to_string(), rig.now), before);
+    rig.expect(None);
+    rig.go(&[StopCopy]);
+    rig.expect(Some(Rule::InitialBytesIgnored));
+    rig.verdict.read(rig.now, old, rig.now, Read::End);
+    rig.close_fd();
+    rig.close();
+    assert_eq!(rig.verdict.broken(Rule::StreamAbandoned).count, 1);
 }
 
 #[test]
 fn reinit_without_opt_in_is_reported() {
     let mut rig = Rig::new();
     rig.go(&[PreCopy]);
-    let now = rig.tick();
-    rig.verdict.precopy_info(now, 0, false);
+    rig.info(0, false);
     rig.expect(None);
-    rig.verdict.precopy_info(now, 0, true);
+    rig.info(0, true);
     rig.expect(Some(Rule::ReinitNotSeen));
 }
 
 #[test]
-fn reset_of_a_saving_session_is_reported() {
+fn reset_before_the_end_of_stream_is_reported() {
     for state in State::ALL {
-        let mut rig = Rig::new();
-        match state {
-            Error => continue,
-            Running => (),
-            Resuming | StopCopy => rig.go(&[Stop, state]),
-            _ => rig.go(&[state]),
+        for (by_client, ended, failed) in [
+            (true, false, false),
+            (false, false, false),
+            (true, true, false),
+            (true, false, true),
+        ] {
+            let mut rig = Rig::new();
+            match state {
+                Error => continue,
+                Running => (),
+                Resuming | StopCopy => rig.go(&[Stop, state]),
+                _ => rig.go(&[state]),
+            }
+            rig.verdict.arc(false);
+            rig.verdict.arc(!failed);
+            if ended && state == StopCopy {
+                rig.read(Read::End);
+            }
+            rig.close_fd();
+            rig.reset(by_client);
+            rig.go(&[Running]);
+            rig.close();
+            let broken = state == StopCopy && by_client && !ended && !failed;
+            rig.expect(broken.then_some(Rule::ResetInSession));
+            assert_eq!(rig.verdict.statistics().resets, 1);
         }
-        rig.close_fd();
-        let now = rig.tick();
-        rig.verdict.reset(now);
-        rig.go(&[Running]);
-        rig.close();
-        rig.expect(state.is_saving().then_some(Rule::ResetInSession));
-        assert_eq!(rig.verdict.statistics().resets, 1);
     }
 }
 
@@ -417,25 +501,42 @@ fn running_log_is_reported_at_close() {
 
 #[test]
 fn unreported_pages_are_reported() {
-    // Stopped by the client before or after it stops the device, with pages or without.
-    for (stop, pages, back) in [
-        (true, true, false),
-        (true, false, false),
-        (false, true, false),
-        (true, true, true),
+    use Rule::LogNotReported as Broken;
+    // The states with the log on, whether it has pages, the states afterwards.
+    for (states, pages, after, rule) in [
+        (&[PreCopy, StopCopy][..], true, &[][..], Some(Broken)),
+        (&[Stop, StopCopy], true, &[Stop], Some(Broken)),
+        (&[Stop, StopCopy, Stop], true, &[], Some(Broken)),
+        (&[PreCopy, StopCopy], false, &[], None),
+        // No migration.
+        (&[], true, &[], None),
+        (&[Stop], true, &[], None),
+        (&[PreCopy], true, &[StopCopy], None),
+        // A migration that is cancelled.
+        (&[Stop, StopCopy], true, &[Stop, Running], None),
+        (&[Stop, StopCopy, Stop, Running, Stop], true, &[], None),
     ] {
         let mut rig = Rig::new();
         rig.verdict.log_start();
-        if stop {
-            rig.go(&[RunningP2p, Stop]);
-        }
+        rig.go_and_read(states);
         rig.verdict.log_end(true, pages);
-        if back {
-            rig.go(&[RunningP2p, Running]);
-        }
+        rig.go_and_read(after);
+        rig.close_fd();
+        // Another log changes nothing.
+        rig.verdict.log_start();
+        rig.verdict.log_end(true, false);
         rig.close();
-        rig.expect((stop && pages && !back).then_some(Rule::LogNotReported));
+        rig.expect(rule);
     }
+    // The log of an earlier migration does not count.
+    let mut rig = Rig::new();
+    rig.verdict.log_start();
+    rig.go_and_read(&[Stop, StopCopy, Stop]);
+    rig.verdict.log_end(true, false);
+    rig.verdict.log_start();
+    rig.verdict.log_end(true, true);
+    rig.close();
+    rig.expect(None);
 }
 
 #[test]

@@ -41,6 +41,14 @@ static inline int write_word(const char *path, const char *word)
 	return ret;
 }
 
+/* Discards the content of a file; 0 or -errno. */
+static inline int clear_file(const char *path)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC | O_TRUNC);
+
+	return fd < 0 ? -errno : close(fd);
+}
+
 /* The number of repetitions: @usual, multiplied by the option rounds. */
 static inline unsigned int mig_times(unsigned int usual)
 {
