@@ -2,11 +2,13 @@
 /*
  * Injects every possible failure into loading and unloading the module vfio_mock, and
  * into creating a device, like vfio_mock_fail_test; but the module must not be in
- * use:
+ * use. Also traces all modules of this repository at the same time:
  *
  *	./vfio_mock_module_test --module /path/to/vfio_mock.ko
  */
 #include <dirent.h>
+#include <libgen.h>
+#include <sys/mount.h>
 #include <sys/syscall.h>
 
 #include "mock.h"
@@ -30,9 +32,14 @@ static int load(int file)
 	return syscall(SYS_finit_module, file, "", 0) ? -errno : 0;
 }
 
+static int unload_module(const char *name)
+{
+	return syscall(SYS_delete_module, name, O_NONBLOCK) ? -errno : 0;
+}
+
 static int unload(void)
 {
-	return syscall(SYS_delete_module, "vfio_mock", O_NONBLOCK) ? -errno : 0;
+	return unload_module("vfio_mock");
 }
 
 FIXTURE_SETUP(module)
@@ -186,6 +193,156 @@ TEST_F_TIMEOUT(module, create, 1200)
 	}
 	EXPECT_EQ(number, next_number(_metadata))
 		PROMISE("the core has no reference to devices that were not created");
+}
+
+#define TRACING	"/sys/kernel/tracing/"
+
+/* The modules that have the tracepoints of the crate. */
+static const char *const traced_modules[] = {
+	"vfio_mock", "vfio_minimal", "vfio_fw", "vfio_note", "vfio_odd", "vfio_membar",
+	"vfio_kunit",
+};
+
+#define MODULES	ARRAY_SIZE(traced_modules)
+
+FIXTURE(events)
+{
+	/* Loaded now, and before the test. */
+	bool loaded[MODULES], before[MODULES];
+	char text[1 << 16];
+};
+
+#define events_data	FIXTURE_DATA(events)
+
+FIXTURE_SETUP(events)
+{
+	const char *path = mig_option("module");
+	char folder[PATH_MAX], file[PATH_MAX + 64];
+	unsigned int i;
+	int fd, ret;
+
+	if (!path)
+		SKIP(return, "no --module");
+	if (mount("tracefs", TRACING, "tracefs", 0, NULL) && errno != EBUSY)
+		SKIP(return, "no tracefs: %s", strerror(errno));
+	/* For vfio_membar. */
+	if (system("modprobe -q vfio-pci-core"))
+		TH_LOG("  vfio-pci-core cannot be loaded");
+	for (i = 0; i < MODULES; i++) {
+		snprintf(folder, sizeof(folder), "%s", path);
+		snprintf(file, sizeof(file), "%s/%s.ko", dirname(folder), traced_modules[i]);
+		fd = open(file, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue;
+		ret = load(fd);
+		self->before[i] = ret == -EEXIST;
+		self->loaded[i] = !ret || self->before[i];
+		close(fd);
+	}
+}
+
+/* Unloads the modules that were not loaded before. */
+static void unload_all(struct __test_metadata *_metadata, events_data *self)
+{
+	unsigned int i;
+
+	for (i = 0; i < MODULES; i++) {
+		if (self->loaded[i] && !self->before[i])
+			EXPECT_EQ(0, unload_module(traced_modules[i]))
+				STEP("unload %s", traced_modules[i]);
+		self->loaded[i] = false;
+	}
+}
+
+FIXTURE_TEARDOWN(events)
+{
+	char path[256];
+	unsigned int i;
+
+	for (i = 0; i < MODULES; i++) {
+		snprintf(path, sizeof(path), TRACING "events/%s/enable", traced_modules[i]);
+		write_word(path, "0");
+	}
+	unload_all(_metadata, self);
+}
+
+/* Reads the start of a file as a string. */
+static void read_start(struct __test_metadata *_metadata, const char *path, char *text,
+		       size_t size)
+{
+	FILE *file = fopen(path, "r");
+
+	ASSERT_NE(NULL, file)
+		STEP("open %s: %s", path, strerror(errno));
+	text[fread(text, 1, size - 1, file)] = 0;
+	fclose(file);
+}
+
+/* Creates a device of a module, stops and removes it; returns its traced arcs to STOP. */
+static unsigned int arcs(struct __test_metadata *_metadata, events_data *self,
+			 const char *name)
+{
+	struct mig_device dev;
+	unsigned int count = 0;
+	char path[256], *at, *end;
+	int ret;
+
+	snprintf(path, sizeof(path), "/sys/class/mdev_bus/%s/mdev_supported_types/%s-64K/create",
+		 name, name);
+	ASSERT_EQ(0, write_word(path, UUID))
+		STEP("create a device of %s", name);
+	ASSERT_EQ(0, clear_file(TRACING "trace"));
+	ret = mig_open(&dev, DEVICE, access("/dev/iommu", F_OK) ? MIG_GROUP : MIG_IOMMUFD);
+	EXPECT_EQ(0, ret);
+	if (!ret) {
+		EXPECT_EQ(0, mig_set_state(&dev, MIG_STOP, NULL));
+		mig_close(&dev);
+	}
+	EXPECT_EQ(0, write_word(DEVICE "/remove", "1"));
+	read_start(_metadata, TRACING "trace", self->text, sizeof(self->text));
+	for (at = self->text; (at = strstr(at, "vfio_arc: device=" UUID)); at = end) {
+		end = strchrnul(at, '\n');
+		if (memmem(at, end - at, " to=STOP ", 9))
+			count++;
+	}
+	return count;
+}
+
+TEST_F_TIMEOUT(events, of_all_modules_are_traced, 300)
+{
+	char path[256], ids[MODULES][16];
+	unsigned int i, j, count = 0;
+
+	for (i = 0; i < MODULES; i++) {
+		if (!self->loaded[i]) {
+			TH_LOG("  without %s", traced_modules[i]);
+			continue;
+		}
+		snprintf(path, sizeof(path), TRACING "events/%s/enable", traced_modules[i]);
+		EXPECT_EQ(0, write_word(path, "1"))
+			STEP("enable the events of %s", traced_modules[i]);
+		snprintf(path, sizeof(path), TRACING "events/%s/vfio_arc/id", traced_modules[i]);
+		read_start(_metadata, path, ids[count], sizeof(ids[count]));
+		for (j = 0; j < count; j++) {
+			EXPECT_STRNE(ids[j], ids[count])
+				PROMISE("the events of each module have numbers of their own");
+		}
+		count++;
+	}
+	/* Those that are always built. */
+	for (i = 0; i < 2; i++) {
+		ASSERT_TRUE(self->loaded[i]);
+		EXPECT_EQ(1U, arcs(_metadata, self, traced_modules[i]))
+			PROMISE("an event of %s is traced once", traced_modules[i]);
+	}
+	/* With enabled events. */
+	unload_all(_metadata, self);
+	for (i = 0; i < MODULES; i++) {
+		snprintf(path, sizeof(path), TRACING "events/%s", traced_modules[i]);
+		if (!self->before[i])
+			EXPECT_NE(0, access(path, F_OK))
+				PROMISE("a module that is not loaded has no events");
+	}
 }
 
 MIG_HARNESS_MAIN(mock_options)
