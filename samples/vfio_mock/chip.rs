@@ -6,8 +6,8 @@ use crate::{
     dma::DmaEngine,
     knobs::Knobs,
     migration::stream::{
-        lanes,
-        page_digest,
+        self,
+        groups,
         pattern_word,
         words,
         Digest,
@@ -165,14 +165,13 @@ impl Chip {
 
     /// Returns the digest of a page of the state memory.
     pub(crate) fn page_digest(&self, page: usize) -> u64 {
-        let words = self.memory.page(page);
-        page_digest(page as u64, words.map(|words| words.map(u64::from_le)))
+        page_digest(&self.memory, page)
     }
 
     /// Writes a whole page of the state memory and returns its digest, in a single pass.
     pub(crate) fn write_page(&self, page: usize, bytes: &[u8]) -> u64 {
         let mut digest = PageDigest::new(page as u64);
-        let words = lanes(bytes).map(|words| words.map(u64::to_le));
+        let words = groups(bytes).map(|words| words.map(u64::to_le));
         let start = page * (PAGE_SIZE / WORD);
         self.memory
             .set_words(start, words, |words| digest.add(words.map(u64::from_le)));
@@ -235,6 +234,12 @@ impl DeviceState {
             queue: Queue::POWER_ON,
         })
     }
+}
+
+/// Returns the digest of a page of a state memory.
+pub(crate) fn page_digest(memory: &StateMemory, page: usize) -> u64 {
+    let words = memory.page(page);
+    stream::page_digest(page as u64, words.map(|words| words.map(u64::from_le)))
 }
 
 /// Copies the overlapping part of a register image for a read.

@@ -108,12 +108,15 @@ const DIGEST_PAGE: u64 = 0x100;
 /// The number of digests among which the words of a page are distributed in turn.
 pub const LANES: usize = 4;
 
+/// The number of words of a page that are added at once: 64 bytes, a line of most caches.
+pub const GROUP: usize = 2 * LANES;
+
 /// Returns the page size in bytes. The build fails if the format does not support it.
 const fn page_size<const PAGE: usize>() -> u64 {
     const {
         assert!(PAGE.is_power_of_two());
-        // A page fills all lanes of its digest with whole words.
-        assert!(PAGE % (8 * LANES) == 0);
+        // A page consists of whole groups of words.
+        assert!(PAGE % (8 * GROUP) == 0);
         // The identity has 32 bits for the page size.
         assert!(PAGE as u64 <= u32::MAX as u64);
     }
@@ -242,10 +245,17 @@ pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks(8).map(word)
 }
 
-/// Returns the little-endian words of `bytes`, for [`page_digest`]. Words that do not fill all
-/// lanes are left out.
-pub fn lanes(bytes: &[u8]) -> impl Iterator<Item = [u64; LANES]> + '_ {
-    bytes.chunks_exact(8 * LANES).map(read)
+/// Returns the little-endian words of `bytes`, for [`page_digest`]. Words that do not fill a group
+/// are left out.
+pub fn groups(bytes: &[u8]) -> impl Iterator<Item = [u64; GROUP]> + '_ {
+    // Arrays, so that no bounds are checked in the loop.
+    let groups = bytes
+        .chunks_exact(8 * GROUP)
+        .filter_map(<[u8]>::first_chunk);
+
+    groups.map(|group: &[u8; 8 * GROUP]| {
+        core::array::from_fn(|index| word(group.get(8 * index..).unwrap_or_default()))
+    })
 }
 
 /// Returns two numbers of 32 bits as one word.
@@ -338,9 +348,11 @@ impl PageDigest {
 
     /// Adds the next words.
     #[inline]
-    pub fn add(&mut self, words: [u64; LANES]) {
-        for (lane, word) in self.lanes.iter_mut().zip(words) {
-            lane.add(word);
+    pub fn add(&mut self, words: [u64; GROUP]) {
+        for words in words.chunks_exact(LANES) {
+            for (lane, word) in self.lanes.iter_mut().zip(words) {
+                lane.add(*word);
+            }
         }
     }
 
@@ -354,7 +366,7 @@ impl PageDigest {
 
 /// Returns the digest of page `page` with the content `words`.
 #[inline]
-pub fn page_digest(page: u64, words: impl Iterator<Item = [u64; LANES]>) -> u64 {
+pub fn page_digest(page: u64, words: impl Iterator<Item = [u64; GROUP]>) -> u64 {
     let mut digest = PageDigest::new(page);
 
     words.for_each(|words| digest.add(words));

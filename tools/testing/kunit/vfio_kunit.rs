@@ -573,7 +573,7 @@ mod stream_tests {
     use super::stream::{
         self,
         digest,
-        lanes,
+        groups,
         page_digest,
         pattern_word,
         registers_digest,
@@ -629,7 +629,7 @@ mod stream_tests {
         out.extend_from_slice(&run_header::<PAGE>(0, PAGES as u64), GFP_KERNEL)?;
         out.extend_from_slice(&memory, GFP_KERNEL)?;
         for (page, content) in (0..).zip(memory.chunks(PAGE)) {
-            digests.set(page, page_digest(page, lanes(content)));
+            digests.set(page, page_digest(page, groups(content)));
         }
         tally.record(registers_record(REGISTERS.len()));
         out.extend_from_slice(&registers_header(REGISTERS.len()), GFP_KERNEL)?;
@@ -667,7 +667,7 @@ mod stream_tests {
         fn page_digest(&self, page: u64) -> u64 {
             let content = self.memory.chunks(PAGE_SIZE).nth(page as usize);
 
-            page_digest(page, lanes(content.unwrap_or_default()))
+            page_digest(page, groups(content.unwrap_or_default()))
         }
 
         fn registers(&mut self, bytes: &[u8]) -> Result<(), stream::Error> {

@@ -226,7 +226,7 @@ fn write<const PAGE: usize>(records: &[Record<'_>], device: &Device<PAGE>) -> Ve
                 out.extend(*content);
                 tally.run::<PAGE>(pages);
                 for (page, content) in (offset / PAGE as u64..).zip(content.chunks(PAGE)) {
-                    digests.set(page, page_digest(page, lanes(content)));
+                    digests.set(page, page_digest(page, groups(content)));
                 }
             }
             Record::Registers(registers) => {
@@ -277,7 +277,7 @@ impl<const PAGE: usize> Sink for Device<PAGE> {
     fn page_digest(&self, page: u64) -> u64 {
         let first = page as usize * PAGE;
 
-        page_digest(page, lanes(&self.memory[first..first + PAGE]))
+        page_digest(page, groups(&self.memory[first..first + PAGE]))
     }
 
     fn registers(&mut self, bytes: &[u8]) -> Result<(), Error> {

@@ -100,7 +100,7 @@ impl Saver {
             .extend_from_slice(&run_header::<PAGE_SIZE>(offset as u64, count as u64));
         self.out.extend_from_slice(content);
         for (page, content) in (first as u64..).zip(content.chunks(PAGE_SIZE)) {
-            self.digests.set(page, page_digest(page, lanes(content)));
+            self.digests.set(page, page_digest(page, groups(content)));
         }
         self
     }
@@ -177,7 +177,7 @@ impl Sink for Loader {
     fn page_digest(&self, page: u64) -> u64 {
         let offset = page as usize * PAGE_SIZE;
 
-        page_digest(page, lanes(&self.memory[offset..offset + PAGE_SIZE]))
+        page_digest(page, groups(&self.memory[offset..offset + PAGE_SIZE]))
     }
 
     fn registers(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -271,10 +271,10 @@ fn golden_digest() {
     assert_eq!(digest(16, words(&bytes)), 0xf99e2e35a7e92386);
     assert_eq!(digest(1, words(&[0; 12])), 0xbd303726a65d7f6d);
     assert_eq!(
-        page_digest(0, lanes(&[0; PAGE_SIZE])),
+        page_digest(0, groups(&[0; PAGE_SIZE])),
         GOLDEN.page_of_zeroes
     );
-    assert_eq!(page_digest(3, lanes(&memory(1, 7))), GOLDEN.page);
+    assert_eq!(page_digest(3, groups(&memory(1, 7))), GOLDEN.page);
     assert_eq!(registers_digest(&registers(20)), 0xe267fe3a9b372b48);
     let state_size = 2 * PAGE;
     assert_eq!(Identity { state_size }.digest(), GOLDEN.identity);
@@ -330,12 +330,12 @@ fn sizes_are_those_of_the_records() {
 #[test]
 fn changes_change_the_digest() {
     let mut page = memory(1, 3);
-    let good = page_digest(0, lanes(&page));
+    let good = page_digest(0, groups(&page));
 
     for at in (0..PAGE_SIZE).step_by(STEP) {
         for bit in 0..8 {
             page[at] ^= 1 << bit;
-            assert_ne!(page_digest(0, lanes(&page)), good, "bit {bit} of {at}");
+            assert_ne!(page_digest(0, groups(&page)), good, "bit {bit} of {at}");
             page[at] ^= 1 << bit;
         }
     }
@@ -373,7 +373,7 @@ fn page_digest_is_never_zero() {
         .wrapping_mul(inverse)
         .wrapping_add(lane(words - 1).rotate_left(5));
     page[PAGE_SIZE - 8..].copy_from_slice(&last.to_le_bytes());
-    assert_eq!(page_digest(5, lanes(page)), 1);
+    assert_eq!(page_digest(5, groups(page)), 1);
 
     let (loader, result) = load(6, &save(&memory, registers(REGISTERS)));
     assert_eq!(result, Ok(()));
