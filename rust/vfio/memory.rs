@@ -4,6 +4,7 @@
 
 pub mod dirty_map;
 pub(crate) mod mapping;
+mod prefetch;
 pub(crate) mod state;
 
 pub use self::state::{
@@ -14,6 +15,7 @@ pub use self::state::{
     Tracking, //
 };
 
+use self::prefetch::prefetch;
 use crate::bindings;
 use core::{
     cell::UnsafeCell,
@@ -41,6 +43,10 @@ pub const GFP_MAYFAIL: Flags = {
 
 /// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.
 const WORD: usize = size_of::<u64>();
+
+/// Number of words between an access and the prefetch for a later one: 8 KiB. A processor does not
+/// prefetch across the end of a page by itself.
+const AHEAD: usize = (8 << 10) / WORD;
 
 /// The whole words in a range, and the positions of the bytes before and after them.
 type Parts<'a> = (Range<usize>, &'a [UnsafeCell<u64>], Range<usize>);
@@ -97,12 +103,15 @@ impl Memory {
     }
 
     /// Returns the words of a page, `N` at a time. A remainder of less than `N` words is left out.
+    ///
+    /// Prefetches the next pages meanwhile.
     #[inline]
     pub(crate) fn page<const N: usize>(&self, page: usize) -> impl Iterator<Item = [u64; N]> + '_ {
         let start = page.saturating_mul(PAGE_SIZE / WORD);
         let end = start.saturating_add(PAGE_SIZE / WORD);
         let words = self.words.get(start..end).unwrap_or(&[]);
         words.chunks_exact(N).map(|words| {
+            prefetch(words.as_ptr().wrapping_add(AHEAD));
             core::array::from_fn(|index| {
                 // SAFETY: The word is inside the memory, and the access is volatile.
                 words
@@ -114,6 +123,8 @@ impl Memory {
 
     /// Writes words at the word `start`, `N` at a time, until there are no more words or no room
     /// for `N`. Calls `written` with each `N` words, and returns the number of words written.
+    ///
+    /// Prefetches the next pages meanwhile if `N` is not 1.
     #[inline]
     pub(crate) fn set_words<const N: usize>(
         &self,
@@ -124,6 +135,9 @@ impl Memory {
         let to = self.words.get(start..).unwrap_or(&[]);
         let mut count = 0;
         for (to, words) in to.chunks_exact(N).zip(words) {
+            if N > 1 {
+                prefetch(to.as_ptr().wrapping_add(AHEAD));
+            }
             for (to, word) in to.iter().zip(words) {
                 // SAFETY: The word is inside the memory, and the access is volatile.
                 unsafe { to.get().write_volatile(word) };
