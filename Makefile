@@ -97,6 +97,9 @@ soak:			## run the long tests, some of them on the debug and strict kernels
 bench: modules		## measure the speed, print a table, write bench.json
 	$(testing)/run bench -- $(BENCHFLAGS)
 
+bench-native:		## measure the parts that need no kernel, write bench_native.json
+	$(testing)/run bench_native -- $(BENCHFLAGS)
+
 lint: modules		## check format, style and warnings of all sources
 	$(testing)/run lint
 
@@ -131,7 +134,7 @@ help:			## print this
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'KSELFTESTFLAGS=--write  selftest-kernel: update the table of the results'
-	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench'
+	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench or bench_native'
 	echo 'ONLY="name..."    the only mutations for selftest-mutations'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
 	echo 'KSRC=folder       source of Linux for series'
@@ -141,5 +144,5 @@ help:			## print this
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict env kdir vm shell
 .PHONY: demo test test-debug test-strict test-host test-device selftest selftest-mtty
-.PHONY: selftest-kernel selftest-mutations soak bench lint doc htmldocs bundle series
+.PHONY: selftest-kernel selftest-mutations soak bench bench-native lint doc htmldocs bundle series
 .PHONY: rust-analyzer clean help

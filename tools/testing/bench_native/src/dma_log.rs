@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The DMA log, compared with compressed bit maps.
+//!
+//! It uses containers of the kernel. The tree is one of the standard library here.
+
+#[path = "../../../../rust/vfio/dma/written.rs"]
+mod written;
+
+use self::written::Written;
+use crate::{
+    prelude::GFP_KERNEL_ACCOUNT,
+    random,
+    way,
+    Figure, //
+};
+use roaring::RoaringTreemap;
+use std::{
+    collections::BTreeSet,
+    hint::black_box,
+    rc::Rc, //
+};
+
+const PAGE: u64 = 4096;
+
+/// The same number as the device.
+const ZONES: usize = 8192;
+const BATCH: usize = 256;
+
+/// Marks pages of the address space, and reports them.
+fn round(name: String, pages: Vec<u64>) -> Figure {
+    let pages: Rc<[u64]> = pages.into();
+    let dirty = pages.clone();
+    let set = way("BTreeSet", move |bencher| {
+        let mut set = BTreeSet::new();
+
+        bencher.iter(|| {
+            set.extend(dirty.iter().copied());
+            set.iter().for_each(|page| {
+                black_box(page);
+            });
+            set.clear();
+        });
+    });
+    let dirty = pages.clone();
+    let ours = way("DMA log", move |bencher| {
+        let all = vec![(0, u64::MAX)];
+        let log = Written::new(PAGE, all, ZONES, GFP_KERNEL_ACCOUNT);
+        let mut log = log.expect("there is memory");
+        let mut runs = [(0, 0); BATCH];
+
+        bencher.iter(|| {
+            for page in &dirty[..] {
+                log.mark(page * PAGE, page * PAGE + PAGE - 1);
+            }
+            assert_eq!(log.take_rest(0, u64::MAX), None);
+            let mut from = Some(0);
+            while let Some(first) = from {
+                let count;
+
+                (count, from) = log.take(first, u64::MAX, &mut runs);
+                black_box(&runs[..count]);
+            }
+            assert!(log.is_empty());
+        });
+    });
+    let dirty = pages.clone();
+    let roaring = way("roaring", move |bencher| {
+        let mut map = RoaringTreemap::new();
+
+        bencher.iter(|| {
+            for page in &dirty[..] {
+                map.insert(*page);
+            }
+            map.iter().for_each(|page| {
+                black_box(page);
+            });
+            map.clear();
+        });
+    });
+
+    Figure {
+        name,
+        work: pages.len() as f64,
+        unit: "page",
+        ways: vec![set, ours, roaring],
+    }
+}
+
+pub(crate) fn figures() -> Vec<Figure> {
+    vec![
+        round(
+            "DMA log, 1000 pages in 256 TiB".into(),
+            random(3).map(|page| page >> 28).take(1000).collect(),
+        ),
+        round(
+            "DMA log, 100000 pages in 4 GiB".into(),
+            random(4).map(|page| page >> 44).take(100_000).collect(),
+        ),
+    ]
+}

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The page table of the software IOMMU, compared with an array and with maps of the standard
+//! library.
+
+use crate::{
+    random,
+    way,
+    Figure, //
+};
+use std::{
+    collections::{
+        BTreeMap,
+        HashMap, //
+    },
+    hint::black_box,
+    rc::Rc,
+};
+use vfio_host_tests::table::{
+    Access,
+    MapError,
+    Memory,
+    Missing,
+    Spare,
+    Table,
+    FANOUT, //
+};
+
+/// Number of mapped pages: 1 GiB.
+const PAGES: u64 = 1 << 18;
+
+/// Number of pages in a call of the user: 2 MiB.
+const PIECE: u64 = 512;
+
+const FRAME: u64 = 1 << 20;
+
+struct Host;
+
+impl Memory for Host {
+    type Box<T> = Box<T>;
+}
+
+/// Returns an empty node of the table.
+fn node<T>() -> Box<[(Option<T>, u32, u32); FANOUT]> {
+    Box::new(core::array::from_fn(|_| (None, 0, 0)))
+}
+
+/// Maps pages, with new nodes if needed.
+fn map(table: &mut Table<Host>, page: u64, count: u64) {
+    let access = Access {
+        read: true,
+        write: true,
+    };
+    let mut spare = Spare::default();
+    let mut done = 0;
+
+    while done < count {
+        match table.map(
+            page + done,
+            FRAME + page + done,
+            count - done,
+            access,
+            &mut spare,
+        ) {
+            Ok(mapped) => done += mapped,
+            Err(MapError::Missing(Missing::Leaf)) => spare.leaf = Some(Box::new([0; FANOUT])),
+            Err(MapError::Missing(Missing::Lower)) => spare.lower = Some(node()),
+            Err(MapError::Missing(Missing::Middle)) => spare.middle = Some(node()),
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+fn translate(name: &str, pages: Vec<u64>) -> Figure {
+    let pages: Rc<[u64]> = pages.into();
+    let work = pages.len() as f64;
+    let order = pages.clone();
+    let array: Vec<u64> = (0..PAGES).map(|page| FRAME + page).collect();
+    let array = way("array", move |bencher| {
+        bencher.iter(|| {
+            for page in &order[..] {
+                black_box(array.get(*page as usize));
+            }
+        });
+    });
+    let order = pages.clone();
+    let mut table = Table::new(node());
+    map(&mut table, 0, PAGES);
+    let table = way("Table", move |bencher| {
+        bencher.iter(|| {
+            for page in &order[..] {
+                let _ = black_box(table.translate(*page, true));
+            }
+        });
+    });
+    let order = pages.clone();
+    let hash: HashMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
+    let hash = way("HashMap", move |bencher| {
+        bencher.iter(|| {
+            for page in &order[..] {
+                black_box(hash.get(page));
+            }
+        });
+    });
+    let tree: BTreeMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
+    let tree = way("BTreeMap", move |bencher| {
+        bencher.iter(|| {
+            for page in &pages[..] {
+                black_box(tree.get(page));
+            }
+        });
+    });
+
+    Figure {
+        name: name.into(),
+        work,
+        unit: "page",
+        ways: vec![array, table, hash, tree],
+    }
+}
+
+/// Maps and unmaps 2 MiB in an address space with 1 GiB.
+fn change() -> Figure {
+    let array = way("array", |bencher| {
+        let mut array = vec![0_u64; 2 * PAGES as usize];
+
+        bencher.iter(|| {
+            let piece = &mut array[PAGES as usize..][..PIECE as usize];
+
+            for (entry, frame) in black_box(&mut *piece).iter_mut().zip(FRAME..) {
+                *entry = frame;
+            }
+            black_box(piece).fill(0);
+        });
+    });
+    let table = way("Table", |bencher| {
+        let mut table = Table::new(node());
+
+        map(&mut table, 0, PAGES);
+        bencher.iter(|| {
+            map(&mut table, PAGES, PIECE);
+            assert_eq!(table.unmap(PAGES, PIECE), PIECE);
+        });
+    });
+    let hash = way("HashMap", |bencher| {
+        let mut hash: HashMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
+
+        bencher.iter(|| {
+            hash.extend((PAGES..PAGES + PIECE).map(|page| (page, FRAME + page)));
+            for page in PAGES..PAGES + PIECE {
+                hash.remove(&page);
+            }
+        });
+    });
+    let tree = way("BTreeMap", |bencher| {
+        let mut tree: BTreeMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
+
+        bencher.iter(|| {
+            tree.extend((PAGES..PAGES + PIECE).map(|page| (page, FRAME + page)));
+            for page in PAGES..PAGES + PIECE {
+                tree.remove(&page);
+            }
+        });
+    });
+
+    Figure {
+        name: "map and unmap 2 MiB".into(),
+        work: PIECE as f64,
+        unit: "page",
+        ways: vec![array, table, hash, tree],
+    }
+}
+
+pub(crate) fn figures() -> Vec<Figure> {
+    vec![
+        translate("translate 1 GiB in order", (0..PAGES).collect()),
+        translate(
+            "translate 1 GiB in no order",
+            random(5)
+                .map(|page| page % PAGES)
+                .take(PAGES as usize)
+                .collect(),
+        ),
+        change(),
+    ]
+}
