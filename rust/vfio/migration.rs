@@ -430,6 +430,10 @@ pub trait Saver: Send + Unpin + 'static {
     /// and state changes do not call it.
     fn remaining(&self) -> Result<Remaining>;
 
+    /// Takes back the pages of a chunk that a user has read entirely, with
+    /// [their digests](PageRun::digests), before [`next`](Self::next) is called again.
+    fn read(&mut self, _run: PageRun) {}
+
     /// Prepares for `STOP_COPY`. The device is stopped. Fails if the state cannot be saved. The
     /// state change then fails with the same error, and the device and the session continue.
     ///
@@ -593,12 +597,12 @@ impl Chunk {
         self.head_len
             + match &self.body {
                 Body::Bytes(bytes) => bytes.len(),
-                Body::Pages(run) => run.bytes().len(),
+                Body::Pages(run) => run.size(),
             }
     }
 
     /// Copies the bytes from `pos` on to the user, and returns the number of bytes copied.
-    fn copy_to(&self, pos: usize, user: &mut IovIterDest<'_>) -> usize {
+    fn copy_to(&mut self, pos: usize, user: &mut IovIterDest<'_>) -> usize {
         let head = self.head.get(pos..self.head_len).unwrap_or(&[]);
         let copied = user.copy_to_iter(head);
         if copied < head.len() {
@@ -606,14 +610,18 @@ impl Chunk {
         }
         let pos = (pos + copied).saturating_sub(self.head_len);
         copied
-            + match &self.body {
+            + match &mut self.body {
                 Body::Bytes(bytes) => user.copy_to_iter(bytes.get(pos..).unwrap_or(&[])),
-                Body::Pages(run) => {
-                    let range = run.bytes();
-                    let rest = range.start.saturating_add(pos)..range.end;
-                    run.memory().copy_to_iter(rest, user)
-                }
+                Body::Pages(run) => run.copy_to(pos, user),
             }
+    }
+
+    /// Returns the pages, if it has some.
+    fn into_pages(self) -> Option<PageRun> {
+        match self.body {
+            Body::Bytes(_) => None,
+            Body::Pages(run) => Some(run),
+        }
     }
 }
 

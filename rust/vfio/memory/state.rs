@@ -22,6 +22,7 @@ use crate::{
 };
 use core::ops::Range;
 use kernel::{
+    iov::IovIterDest,
     new_mutex, new_spinlock,
     page::PAGE_SIZE,
     prelude::*,
@@ -338,7 +339,7 @@ impl StateMemory {
     }
 
     /// Returns the words of a page, `N` at a time. An incomplete group at the end of the page is
-    /// omitted.
+    /// omitted. Prefetches the next pages, for callers that read one after the other.
     pub fn page<const N: usize>(&self, page: usize) -> impl Iterator<Item = [u64; N]> + '_ {
         self.0.memory.page(page)
     }
@@ -473,6 +474,14 @@ impl StateMemory {
     }
 }
 
+/// Digests of the pages of a [`PageRun`].
+struct Digests {
+    of: fn(&StateMemory, usize) -> u64,
+    /// The first `count` are known.
+    values: KBox<[u64; PAGES_PER_WORD]>,
+    count: usize,
+}
+
 /// Adjacent pages of a [`StateMemory`] to stream, whose marks have been cleared.
 ///
 /// Becomes part of a [`Chunk`](crate::migration::Chunk), which reads the memory when the user reads
@@ -480,11 +489,12 @@ impl StateMemory {
 /// before [`Saver::next`](crate::migration::Saver::next) has returned it, the pages are marked
 /// again, too.
 pub struct PageRun {
-    inner: Arc<Inner>,
+    memory: StateMemory,
     pages: Range<usize>,
     initial: bool,
     /// A reader gets the pages, so they count as streamed.
     handed_out: bool,
+    digests: Option<Digests>,
 }
 
 impl PageRun {
@@ -498,26 +508,77 @@ impl PageRun {
         self.initial
     }
 
-    /// Returns the memory that the pages are part of.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.inner.memory
+    /// Lets a read() call `digest` with each page right before it copies the page.
+    ///
+    /// The copy then finds the page in the first-level cache. The digest of a page may differ from
+    /// that of the copied bytes, if the page changes meanwhile. Then the page is marked again.
+    /// [`Saver::read`](crate::migration::Saver::read) gets the digests. `digest` must not sleep.
+    ///
+    /// Fails with `ENOMEM`, and marks the pages again.
+    pub fn with_digests(mut self, digest: fn(&StateMemory, usize) -> u64) -> Result<Self> {
+        self.digests = Some(Digests {
+            of: digest,
+            values: KBox::new([0; PAGES_PER_WORD], GFP_KERNEL_ACCOUNT)?,
+            count: 0,
+        });
+        Ok(self)
     }
 
-    /// Returns the byte range of the pages in the memory.
-    pub(crate) fn bytes(&self) -> Range<usize> {
-        self.pages.start * PAGE_SIZE..self.pages.end * PAGE_SIZE
+    /// Returns the numbers and the digests of the pages that were read.
+    pub fn digests(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
+        let digests = self.digests.as_ref();
+        let known = digests.and_then(|digests| digests.values.get(..digests.count));
+        self.pages().zip(known.unwrap_or(&[]).iter().copied())
+    }
+
+    /// Returns the size in bytes.
+    pub(crate) fn size(&self) -> usize {
+        self.pages.len() * PAGE_SIZE
     }
 
     /// Records that a reader gets the pages.
     pub(crate) fn hand_out(&mut self) {
         self.handed_out = true;
     }
+
+    /// Copies the bytes from `pos` on to the user, and returns the number of bytes copied.
+    ///
+    /// May sleep and may fault.
+    pub(crate) fn copy_to(&mut self, pos: usize, user: &mut IovIterDest<'_>) -> usize {
+        let memory = &self.memory.0.memory;
+        let end = self.pages.end * PAGE_SIZE;
+        let mut at = self
+            .pages
+            .start
+            .saturating_mul(PAGE_SIZE)
+            .saturating_add(pos);
+        let Some(digests) = &mut self.digests else {
+            return memory.copy_to_iter(at..end, user);
+        };
+        let start = at;
+        while at < end && !user.is_empty() {
+            let page = at / PAGE_SIZE;
+            // Once for each page: a read() may have copied a part of it.
+            if page - self.pages.start == digests.count {
+                if let Some(value) = digests.values.get_mut(digests.count) {
+                    *value = (digests.of)(&self.memory, page);
+                }
+                digests.count += 1;
+            }
+            let next = (page + 1) * PAGE_SIZE;
+            at += memory.copy_to_iter(at..next, user);
+            if at < next {
+                break;
+            }
+        }
+        at - start
+    }
 }
 
 impl Drop for PageRun {
     fn drop(&mut self) {
         if !self.handed_out {
-            let mut tracker = self.inner.tracker.lock();
+            let mut tracker = self.memory.0.tracker.lock();
             tracker.put_back(self.pages(), self.initial);
         }
     }
@@ -553,10 +614,11 @@ impl Tracking {
         }
         drop(mappings);
         Some(PageRun {
-            inner: inner.clone(),
+            memory: self.0.clone(),
             pages,
             initial,
             handed_out: false,
+            digests: None,
         })
     }
 

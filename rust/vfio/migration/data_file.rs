@@ -347,13 +347,16 @@ impl<M: Migratable> SaveSession<M> {
         }
     }
 
-    /// Records the position in the chunk that [`next()`](Self::next) returned.
+    /// Records the position in the chunk that [`next()`](Self::next) returned. The saver gets back
+    /// the pages of a chunk that was read entirely.
     fn advance(&self, chunk: Chunk, pos: usize) -> Result {
         let mut guard = self.saving.lock();
         let saving = self.notifier.live(&mut *guard)?;
         saving.pos = pos;
         if pos < saving.len {
             saving.chunk = Some(chunk);
+        } else if let Some(run) = chunk.into_pages() {
+            saving.saver.read(run);
         }
         Ok(())
     }
@@ -368,7 +371,7 @@ impl<M: Migratable> SaveSession<M> {
             if user.is_empty() {
                 break Ok(());
             }
-            let (chunk, pos) = match self.next(nonblock, done == 0) {
+            let (mut chunk, pos) = match self.next(nonblock, done == 0) {
                 Ok(Some(next)) => next,
                 Ok(None) => break Ok(()),
                 Err(e) => break Err(e),

@@ -4,6 +4,7 @@
 
 use crate::{
     chip::{
+        page_digest,
         Chip,
         SNAPSHOT_SIZE, //
     },
@@ -129,14 +130,9 @@ impl MockSaver {
     }
 
     /// Returns the record of a run of pages. Their dirty marks are cleared already.
-    ///
-    /// A later change sets the mark again. So each page without a mark has the digest of the
-    /// content that was streamed last.
     fn pages(&mut self, run: PageRun) -> Result<Chunk> {
+        let run = run.with_digests(page_digest)?;
         let pages = run.pages();
-        for page in pages.clone() {
-            self.digests.set(page as u64, self.chip.page_digest(page));
-        }
         let (start, count) = ((pages.start * PAGE_SIZE) as u64, pages.len() as u64);
         let chunk = Chunk::new(&run_header::<PAGE_SIZE>(start, count))?.pages(run);
         self.tally.run::<PAGE_SIZE>(count);
@@ -211,6 +207,14 @@ impl Saver for MockSaver {
         load.dirty(&self.chip.memory);
         load.end();
         Ok(())
+    }
+
+    /// A change after the digest of a page has marked the page again. So each page without a mark
+    /// has the digest of the content that was streamed last.
+    fn read(&mut self, run: PageRun) {
+        for (page, digest) in run.digests() {
+            self.digests.set(page as u64, digest);
+        }
     }
 
     fn remaining(&self) -> Result<Remaining> {
