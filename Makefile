@@ -75,7 +75,7 @@ selftest:		## build the kselftests and run them in the test machine
 	$(testing)/run build selftest
 
 selftest-mtty:		## run them on the mtty sample of the kernel and compare the results
-	$(testing)/run build mtty
+	$(testing)/run build mtty mtty_fixed
 
 selftest-kernel:	## run the VFIO selftests of the kernel and compare the results
 	$(testing)/run build selftest_kernel_all -- $(KSELFTESTFLAGS)
@@ -89,8 +89,8 @@ test-device:		## run the conformance tests on the devices of DRIVER or M
 		$(if $(OPS),--ops $(OPS)) $(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
 
 soak:			## run the long tests, some of them on the debug and strict kernels
-	$(testing)/run build soak host_fuzz_long miri mtty selftest_kernel_all \
-		mutations fresh_all stock bundle demo_more
+	$(testing)/run build soak host_fuzz_long miri mtty mtty_fixed \
+		selftest_kernel_all mutations fresh_all stock bundle demo_more
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict
 

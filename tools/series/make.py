@@ -173,39 +173,17 @@ def add_modules(step, names):
     return files
 
 
-def libvfio(step):
-    """vfio: selftests: Reserve whole pages in mmap_reserve()
+def from_patch(name, *patterns):
+    """Returns the step of a patch to files of the kernel, with its message."""
+    head, mark, diff = (TOP / "tools/series" / name).read_text().partition("diff --git")
 
-    vfio_pci_core lets user space map a BAR that is smaller than a page if it
-    could reserve the rest of the page. For BAR0 of QEMU's ivshmem, which has
-    256 bytes, mmap_reserve() calls munmap() with an address that is not a
-    multiple of the page size. This fails with EINVAL, so each test of such a
-    device aborts.
+    def step_of_patch(step):
+        git(step.tree, "apply", "-", input=mark + diff)
+        if patterns:
+            step.maintain(*patterns)
 
-    Round size and alignment up to the page size.
-    """
-    git(step.tree, "apply", TOP / "tools/series/libvfio.patch")
-
-
-def pci_remove(step):
-    """PCI/sysfs: Lock out other removals before a write to "remove"
-
-    remove_store() calls device_remove_file_self() and then waits for
-    pci_rescan_remove_lock. If another task, such as a hotplug driver, removes
-    the device with this lock held, there are two faults:
-
-    - The file is removed, so that the removal does not wait for
-      remove_store(). The device is freed, and remove_store() uses it
-      afterwards: a NULL pointer dereference in device_del().
-    - The removal waits in kernfs_drain() for the file, whose active reference
-      device_remove_file_self() restores, while remove_store() waits for the
-      lock: a deadlock.
-
-    Take the lock first. As the owner of the lock may wait for the file, do not
-    wait for the lock, but restart the system call, like
-    lock_device_hotplug_sysfs().
-    """
-    git(step.tree, "apply", TOP / "tools/series/pci_remove.patch")
+    step_of_patch.__doc__ = head.partition("\n")[2].strip()
+    return step_of_patch
 
 
 CONSTANT_BEFORE = "const fop_flags_t RUST_CONST_HELPER_FOP_UNSIGNED_OFFSET = FOP_UNSIGNED_OFFSET;"
@@ -460,19 +438,6 @@ def selftest_makefile(text):
     return text
 
 
-def libvfio_mock(step):
-    """vfio: selftests: Add a driver for the mock device
-
-    vfio_pci_driver_test needs a device that does DMA. The devices with
-    drivers so far need hardware, or QEMU with an emulated igb.
-
-    Add a driver for vfio_mock, which needs neither: it copies through the
-    memory of the device, and signals an interrupt at the end of a command.
-    """
-    git(step.tree, "apply", TOP / "tools/series/libvfio_mock.patch")
-    step.maintain("tools/testing/selftests/vfio/lib/drivers/vfio_mock/")
-
-
 def documents(step):
     """Documentation: driver-api: describe the mock migratable VFIO device
 
@@ -497,8 +462,9 @@ def documents(step):
 
 
 STEPS = (
-    libvfio,
-    pci_remove,
+    from_patch("libvfio.patch"),
+    *(from_patch(path) for path in sorted((TOP / "tools/series/mtty").glob("*.patch"))),
+    from_patch("pci_remove.patch"),
     bindings,
     engine,
     emulated,
@@ -506,7 +472,9 @@ STEPS = (
     firmware,
     mock,
     selftests,
-    libvfio_mock,
+    from_patch(
+        "libvfio_mock.patch", "tools/testing/selftests/vfio/lib/drivers/vfio_mock/"
+    ),
     documents,
 )
 
@@ -526,6 +494,7 @@ def base(source, tree):
         "rust/kernel/lib.rs",
         "samples/rust/Kconfig",
         "samples/rust/Makefile",
+        "samples/vfio-mdev/mtty.c",
         "tools/testing/selftests/Makefile",
         "tools/testing/selftests/vfio/lib/libvfio.c",
         "tools/testing/selftests/vfio/lib/libvfio.mk",
