@@ -136,7 +136,7 @@ help:			## print this
 	echo 'KSELFTESTFLAGS=--write  selftest-kernel: update the table of the results'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench or bench_native'
 	echo 'ONLY="name..."    the only mutations for selftest-mutations'
-	echo 'SERIESFLAGS="..." options of tools/series/run: --build, --vm'
+	echo 'SERIESFLAGS="..." options of tools/series/run: --compile, --build, --vm'
 	echo 'KSRC=folder       source of Linux for series'
 	echo 'RUSTC=path        use this rustc, not /usr/bin/rustc'
 	echo 'XDG_CACHE_HOME=folder  keep kernel, tools and logs there, not in ~/.cache'

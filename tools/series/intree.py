@@ -152,6 +152,20 @@ def uses(source, move):
     return source[: block[0].start()], text, source[block[-1].end() :]
 
 
+def later_uses(source, move):
+    """Converts the declarations outside of the first block, each by itself."""
+
+    def use(found):
+        tree = Tree()
+        for path in filter(None, map(move, paths(found[2]))):
+            tree.add(path)
+        lines = ("\n".join(below.lines(root)) + ";\n" for root, below in tree.below.items())
+        # A mark for crate_line(), which would convert a path a second time.
+        return "".join(f"{found[1] or ''}use {line}".replace("crate::", "\0") for line in lines)
+
+    return USE.sub(use, source)
+
+
 def prose(line):
     """Returns a line of documentation with the paths of the kernel tree."""
     for here, there in PLACES:
@@ -254,7 +268,7 @@ def crate_line(line, example):
 
 def driver_line(line):
     """Converts a line of a driver that is not part of a `use` declaration."""
-    line = re.sub(r"(?<![\w:])vfio::(module_(?:emulated|mdev)_driver!|vfio_pci_device_table!)",
+    line = re.sub(r"(?<![\w:])vfio::(module_(?:emulated|mdev|vfio_pci)_driver!|vfio_pci_device_table!)",
                   r"kernel::\1", line)
     return re.sub(r"(?<![\w:\"])vfio::(?=[a-zA-Z{])", "kernel::vfio::", line)
 
@@ -264,7 +278,7 @@ def crate_source(source):
     head, declarations, tail = uses(OWN_STATEMENT.sub("", source), moved)
     out = []
     for part in (head, tail):
-        lines = [crate_line(*line) for line in examples(part.split("\n"))]
+        lines = [crate_line(*line) for line in examples(later_uses(part, moved).split("\n"))]
         out.append("\n".join(wrapped(lines)))
     return out[0] + declarations + out[1]
 

@@ -340,7 +340,7 @@ def races():
     end = time.monotonic() + 10
 
     # A write to "remove" during another removal is a fault in the PCI core of Linux 7.3, see
-    # pci_remove() in tools/series/make.py.
+    # tools/series/pci_remove.patch.
     removing = threading.Lock()
 
     def plug(name):
