@@ -205,7 +205,7 @@ static inline const char *fail_limit(const char *attribute, const char *rule,
 	char path[64], text[32];
 	FILE *file;
 
-	/* Set by an earlier test: the search for a function takes long. */
+	/* Set by an earlier test, for the same function: the search takes long. */
 	snprintf(path, sizeof(path), "/sys/kernel/debug/%s/%s-start", attribute, rule);
 	file = fopen(path, "r");
 	start = 0;
@@ -228,6 +228,15 @@ static inline const char *fail_limit(const char *attribute, const char *rule,
 	return NULL;
 }
 
+/* Ends the limits of a test, which may have been killed. */
+static inline void fail_unlimit(const char *attribute)
+{
+	knob(attribute, "reject-start", "0");
+	knob(attribute, "reject-end", "0");
+	knob(attribute, "require-start", "0");
+	knob(attribute, "require-end", "18446744073709551615");
+}
+
 /* Enables all kinds of failures in this thread; 0, or -1 and the reason. */
 static inline int fail_open(struct injector *in, const char **why)
 {
@@ -239,6 +248,7 @@ static inline int fail_open(struct injector *in, const char **why)
 		*why = "the kernel has no CONFIG_FAILSLAB, or debugfs is not mounted";
 		return -1;
 	}
+	fail_unlimit("failslab");
 	knob("fail_page_alloc", "ignore-gfp-wait", "N");
 	knob("fail_page_alloc", "min-order", "0");
 	/* SLUB may need pages in any allocation, independent of the operation. */

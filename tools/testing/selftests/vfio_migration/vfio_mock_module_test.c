@@ -64,10 +64,6 @@ FIXTURE_TEARDOWN(module)
 {
 	if (self->file < 0)
 		return;
-	knob("failslab", "reject-start", "0");
-	knob("failslab", "reject-end", "0");
-	knob("failslab", "require-start", "0");
-	knob("failslab", "require-end", "18446744073709551615");
 	unload();
 	if (self->was_loaded)
 		load(self->file);
