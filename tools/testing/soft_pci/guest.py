@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -33,8 +34,9 @@ VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
 PROBE_LOG = 1 << 18 | 1 << 17 | 6
 REGION = 7
+NETLINK_KOBJECT_UEVENT = 15
 # In the configuration space.
-COMMAND, STATUS, CAPABILITIES = 4, 6, 0x34
+COMMAND, STATUS, BAR0, CAPABILITIES = 4, 6, 0x10, 0x34
 CAP_PM, CAP_EXP, CAP_MSIX = 1, 0x10, 0x11
 
 
@@ -178,6 +180,39 @@ def identity():
             own = device.config()
         check(len(own) == 4096, f"the user sees {len(own)} bytes of configuration space")
         check(capabilities(own) == capabilities(config), "the user sees other capabilities")
+
+
+def registers():
+    """the host accesses registers in any size, and writes only their writable bits"""
+    with Function("one", bind=0) as one, open(one.path / "config", "r+b", buffering=0) as file:
+        def put(offset, data, want):
+            os.pwrite(file.fileno(), data, offset)
+            got = os.pread(file.fileno(), len(want), offset)
+            check(got == want, f"{got.hex()} at {offset:#x}, expected {want.hex()}")
+
+        start = os.pread(file.fileno(), 64, 0)
+        put(0, b"\xff" * 4, start[:4])
+        put(BAR0, b"\xff" * 8, struct.pack("<q", -0x4000 | start[BAR0] & 0xF))
+        put(BAR0, start[BAR0:BAR0 + 8], start[BAR0:BAR0 + 8])
+        put(COMMAND, b"\x06\0", b"\x06\0" + start[STATUS:STATUS + 2])
+        # The interrupt disable bit, in the second byte.
+        put(COMMAND + 1, b"\x04", b"\x04")
+        put(COMMAND, b"\x02", b"\x02\x04" + start[STATUS:STATUS + 2])
+
+
+def events():
+    """user space is told that a function is plugged, bound, unbound and unplugged"""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_KOBJECT_UEVENT) as netlink:
+        netlink.bind((0, 1))
+        netlink.settimeout(60)
+        with Function("one") as one:
+            name = one.path.name
+        actions = []
+        while "remove" not in actions:
+            action, _, path = netlink.recv(65536).split(b"\0")[0].decode().partition("@")
+            if path.endswith(f"/{name}"):
+                actions.append(action)
+        check(actions == ["add", "bind", "unbind", "remove"], f"events {actions}")
 
 
 def settings():
@@ -405,7 +440,8 @@ def qemu():
                       for entry in found), f"devices {found}")
 
 
-TESTS = (identity, settings, drivers, aliases, others, logs, removals, limits, qemu, unload, races)
+TESTS = (identity, registers, events, settings, drivers, aliases, others, logs, removals,
+         limits, qemu, unload, races)
 
 
 def suite():
