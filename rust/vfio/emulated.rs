@@ -54,7 +54,8 @@ use crate::{
     migration::{
         Flags,
         Migratable,
-        Notifier, //
+        Notifier,
+        State, //
     },
     region::Position, //
 };
@@ -234,6 +235,10 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     const HAS_QUIESCE_P2P: bool = <T::OpenData as Migratable>::HAS_QUIESCE_P2P;
     const HAS_RESUME_P2P: bool = <T::OpenData as Migratable>::HAS_RESUME_P2P;
     const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
+
+    fn begin_arc(&self, from: State, to: State) -> Result {
+        self.data.begin_arc(from, to)
+    }
 
     fn quiesce_p2p(&self) -> Result {
         let gate = &self.function.gate;

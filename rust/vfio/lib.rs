@@ -234,5 +234,6 @@ pub use self::{
         Normal,
         Open, //
     },
-    user::cond_resched_killable, //
+    user::cond_resched_killable,
+    wait::WaitQueue, //
 };

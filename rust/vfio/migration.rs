@@ -36,7 +36,8 @@
 //!
 //! "Without P2P" means without `VFIO_MIGRATION_P2P` in the device's [`Flags`].
 //!
-//! Each call of [`pre_copy`] and [`Saver::seal`] is followed by one of [`Saver::next`].
+//! [`begin_arc`] is called first on each arc. Each call of [`pre_copy`] and [`Saver::seal`] is
+//! followed by one of [`Saver::next`].
 //!
 //! If a method fails, the calls before it on the same arc are undone, and the state is the start of
 //! the arc. Earlier arcs are not undone. If undoing fails too, or if the driver reports that the
@@ -44,6 +45,7 @@
 //! and [`halt`] is called. Reset and the last close can happen in any state. Both drop the saver or
 //! loader first, and close calls no method.
 //!
+//! [`begin_arc`]: Migratable::begin_arc
 //! [`quiesce_p2p`]: Migratable::quiesce_p2p
 //! [`resume_p2p`]: Migratable::resume_p2p
 //! [`stop`]: Migratable::stop
@@ -240,6 +242,15 @@ pub trait Migratable: Send + Sync + 'static {
     /// [`pre_copy`](Self::pre_copy). Without these methods, or with `pre_copy` and without its
     /// flag, the driver does not build.
     const FLAGS: Flags;
+
+    /// Begins an arc, before its other methods are called. If this fails, none of them is, and the
+    /// state does not change.
+    ///
+    /// For drivers that refuse or delay state changes, such as those for tests. A reset and the
+    /// last close are no arcs.
+    fn begin_arc(&self, _from: State, _to: State) -> Result {
+        Ok(())
+    }
 
     /// Ends peer-to-peer DMA, for the arcs from `RUNNING` to `RUNNING_P2P` and from `PRE_COPY` to
     /// `PRE_COPY_P2P`.

@@ -8,6 +8,10 @@ use crate::bindings;
 use kernel::{
     prelude::*,
     sync::LockClassKey,
+    time::{
+        msecs_to_jiffies,
+        Delta, //
+    },
     types::Opaque, //
 };
 
@@ -18,8 +22,10 @@ pub(crate) const KILLABLE: c_uint = bindings::TASK_UNINTERRUPTIBLE | bindings::T
 pub(crate) const FOREVER: c_long = c_long::MAX;
 
 /// A queue of tasks that wait for a condition.
+///
+/// Unlike with the kernel crate's `CondVar`, a wait can be killable.
 #[pin_data]
-pub(crate) struct WaitQueue {
+pub struct WaitQueue {
     #[pin]
     head: Opaque<bindings::wait_queue_head_t>,
 }
@@ -32,13 +38,22 @@ unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
     /// Creates an empty queue.
-    pub(crate) fn new(name: &'static CStr, key: Pin<&'static LockClassKey>) -> impl PinInit<Self> {
+    pub fn new(name: &'static CStr, key: Pin<&'static LockClassKey>) -> impl PinInit<Self> {
         pin_init!(Self {
             // SAFETY: `head` is valid, and name and key live for ever.
             head <- Opaque::ffi_init(|head| unsafe {
                 bindings::__init_waitqueue_head(head, name.as_char_ptr(), key.as_ptr())
             }),
         })
+    }
+
+    /// Sleeps until `done` returns true or `time` has passed. `done` must not sleep.
+    ///
+    /// Fails with `ERESTARTSYS` if the task is killed before that.
+    pub fn wait_killable(&self, time: Delta, mut done: impl FnMut() -> bool) -> Result {
+        let millis = time.as_millis_ceil().clamp(0, i64::from(u32::MAX / 2));
+        let timeout = msecs_to_jiffies(millis as u32) as c_long;
+        self.wait(KILLABLE, timeout, |due| due || done())
     }
 
     /// Sleeps in a task state until `done` returns true. Passes it whether the timeout has expired.
@@ -78,7 +93,7 @@ impl WaitQueue {
     }
 
     /// Wakes all tasks in the queue, which check their conditions again. Does not sleep.
-    pub(crate) fn wake(&self) {
+    pub fn wake(&self) {
         // SAFETY: The wait queue is valid.
         unsafe {
             bindings::__wake_up(

@@ -435,7 +435,9 @@ impl<M: Migratable> Engine<M> {
                 return Err(happened.error());
             }
             let start = Instant::now();
-            let done = self.arc(driver, device, current, next);
+            let done = driver
+                .begin_arc(state, next)
+                .and_then(|()| self.arc(driver, device, current, next));
             self.ledger.arc(
                 state,
                 next,
