@@ -18,6 +18,8 @@ pub mod msix;
 pub mod paths;
 #[path = "../../../../samples/vfio_mock/queue.rs"]
 pub mod queue;
+#[path = "../../../../samples/vfio_mock/knobs/rules.rs"]
+pub mod rules;
 #[path = "../../../../samples/vfio_mock/migration/stream.rs"]
 pub mod stream;
 #[path = "../../../../rust/vfio/soft_pci/table.rs"]
