@@ -24,5 +24,7 @@ pub mod rules;
 pub mod stream;
 #[path = "../../../../rust/vfio/soft_pci/table.rs"]
 pub mod table;
+#[path = "../../../../samples/vfio_mock/knobs/told.rs"]
+pub mod told;
 #[path = "../../../../rust/vfio/migration/verdict.rs"]
 pub mod verdict;
