@@ -4,7 +4,10 @@
 
 use crate::{
     dma::DmaEngine,
-    knobs::Knobs,
+    knobs::{
+        rules::Event,
+        Knobs, //
+    },
     migration::stream::{
         self,
         groups,
@@ -32,6 +35,10 @@ use kernel::{
     page::PAGE_SIZE,
     prelude::*,
     sync::{
+        atomic::{
+            AtomicFlag,
+            Relaxed, //
+        },
         Arc,
         Mutex, //
     },
@@ -72,6 +79,8 @@ pub(crate) struct Chip {
     function: Arc<Function>,
     pub(crate) memory: StateMemory,
     pub(crate) knobs: Arc<Knobs>,
+    /// A fault has broken the device.
+    broken: AtomicFlag,
     /// Held during an access to BAR0, with the command that it starts, and a write to BAR2. Never
     /// held across a user copy.
     #[pin]
@@ -91,6 +100,7 @@ impl Chip {
             function,
             memory: StateMemory::new(pages)?,
             knobs,
+            broken: AtomicFlag::new(false),
             registers <- new_mutex!(Registers::default(), "vfio_mock::Chip::registers"),
             dma <- DmaEngine::new(),
         }? Error)
@@ -107,6 +117,24 @@ impl Chip {
         *registers = Registers::default();
         self.dma.power_on();
         self.memory.clear();
+        self.broken.store(false, Relaxed);
+    }
+
+    /// Fails if the host has ordered a fault for this event. An arc may sleep here, killably.
+    pub(crate) fn fault(&self, event: Event) -> Result {
+        let effect = self.knobs.faults.hit(event)?;
+        if effect.breaks {
+            self.broken.store(true, Relaxed);
+        }
+        match effect.errno {
+            Some(errno) => Err(Error::from_errno(-errno)),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns whether a fault has broken the device.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken.load(Relaxed)
     }
 
     /// Reads from BAR0.

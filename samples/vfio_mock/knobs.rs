@@ -6,48 +6,69 @@
 //! device is closed or reset, and do not migrate.
 
 use crate::device::Mock;
-use delay::SaveDelay;
-use dirtier::{
-    Dirtier,
-    Pattern, //
-};
+use faults::Faults;
 use kernel::{
     new_mutex,
-    page::PAGE_SIZE,
     prelude::*,
     sync::{
+        atomic::Relaxed,
         Arc,
         Mutex, //
     },
-    time::{
-        Delta,
-        Instant,
-        Monotonic, //
+};
+use load::Load;
+use pace::Pace;
+use told::Told;
+use vfio::{
+    mdev::Attribute,
+    migration::{
+        fsm,
+        Remaining, //
     },
 };
-use vfio::{
-    cond_resched_killable,
-    mdev::Attribute,
-    memory::StateMemory,
-    migration::Notifier, //
-};
 
-pub(crate) mod delay;
 pub mod dirtier;
-
-/// Number of pages that are dirtied before other tasks run.
-const BATCH: u64 = 4096;
-
-/// Maximum number of pages that are dirtied at once, as a multiple of those in the span. Then
-/// nearly all of them are dirty.
-const ROUNDS: u64 = 4;
+pub(crate) mod faults;
+mod load;
+pub(crate) mod pace;
+pub mod rules;
+pub mod told;
 
 /// The settings of a device.
 #[pin_data]
 pub(crate) struct Knobs {
-    pub(crate) save_delay: Arc<SaveDelay>,
+    /// Pace at which the device hands out a stream.
+    pub(crate) saving: Arc<Pace>,
+    /// Pace at which it takes one.
+    pub(crate) loading: Arc<Pace>,
     #[pin]
     pub(crate) load: Load,
+    #[pin]
+    pub(crate) faults: Faults,
+    #[pin]
+    sizes: Mutex<Sizes>,
+}
+
+/// What the device tells of the sizes in [`Remaining`].
+#[derive(Clone, Copy, Default)]
+struct Sizes {
+    initial: Told,
+    dirty: Told,
+    tail: Told,
+}
+
+/// Declares the knob of a field of [`Sizes`].
+macro_rules! size_knob {
+    ($name:expr, $field:ident) => {
+        Attribute::Text {
+            name: $name,
+            show: |mock, line| write!(line, "{}", mock.knobs.sizes.lock().$field),
+            store: |mock, text| {
+                mock.knobs.sizes.lock().$field = Told::parse(text).ok_or(EINVAL)?;
+                Ok(())
+            },
+        }
+    };
 }
 
 impl Knobs {
@@ -56,9 +77,36 @@ impl Knobs {
         // Time to prepare each record, in microseconds.
         Attribute::Number {
             name: c"save_delay_us",
-            show: |mock| u64::from(mock.knobs.save_delay.get()),
+            show: |mock| u64::from(mock.knobs.saving.delay()),
             store: |mock, micros| {
-                mock.knobs.save_delay.set(u32::try_from(micros)?);
+                mock.knobs.saving.set_delay(u32::try_from(micros)?);
+                Ok(())
+            },
+        },
+        // Bytes per second of the stream; 0 is no limit.
+        Attribute::Number {
+            name: c"save_rate",
+            show: |mock| mock.knobs.saving.rate(),
+            store: |mock, rate| {
+                mock.knobs.saving.set_rate(rate);
+                Ok(())
+            },
+        },
+        // Time to take each part of a stream, of up to 64 KiB, in microseconds.
+        Attribute::Number {
+            name: c"load_delay_us",
+            show: |mock| u64::from(mock.knobs.loading.delay()),
+            store: |mock, micros| {
+                mock.knobs.loading.set_delay(u32::try_from(micros)?);
+                Ok(())
+            },
+        },
+        // Bytes per second of a stream to load; 0 is no limit.
+        Attribute::Number {
+            name: c"load_rate",
+            show: |mock| mock.knobs.loading.rate(),
+            store: |mock, rate| {
+                mock.knobs.loading.set_rate(rate);
                 Ok(())
             },
         },
@@ -86,16 +134,36 @@ impl Knobs {
             show: |mock, line| {
                 line.write_str(mock.knobs.load.settings.lock().dirtier.pattern.name())
             },
-            store: |mock, name| {
-                let pattern = Pattern::ALL.into_iter().find(|entry| entry.name() == name);
-                mock.knobs.load.settings.lock().dirtier.pattern = pattern.ok_or(EINVAL)?;
-                Ok(())
-            },
+            store: |mock, name| mock.knobs.load.set_pattern(name),
         },
         // Bytes dirtied by these settings since the device was created.
         Attribute::Counter {
             name: c"dirtied",
             show: |mock| mock.knobs.load.settings.lock().dirtied,
+        },
+        // Number of re-initialisations that were ordered; a write orders one.
+        Attribute::Number {
+            name: c"reinit",
+            show: |mock| mock.knobs.load.settings.lock().reinits,
+            store: |mock, _| {
+                mock.knobs.load.order_reinit();
+                Ok(())
+            },
+        },
+        // Sizes to tell the client.
+        size_knob!(c"initial_bytes", initial),
+        size_knob!(c"dirty_bytes", dirty),
+        size_knob!(c"tail_bytes", tail),
+        // What fails or takes time, in the syntax of `rules`.
+        Attribute::Text {
+            name: c"faults",
+            show: |mock, line| write!(line, "{}", *mock.knobs.faults.rules.lock()),
+            store: |mock, text| mock.knobs.faults.set(text),
+        },
+        // Number of times that a fault had an effect since the device was created.
+        Attribute::Counter {
+            name: c"faulted",
+            show: |mock| mock.knobs.faults.count.load(Relaxed),
         },
     ];
 
@@ -106,104 +174,24 @@ impl Knobs {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
-                save_delay: SaveDelay::new()?,
+                saving: Pace::new()?,
+                loading: Pace::new()?,
                 load <- Load::new(),
+                faults <- Faults::new(),
+                sizes <- new_mutex!(Sizes::default(), "vfio_mock::Knobs::sizes"),
             }? Error),
             GFP_KERNEL,
         )
     }
-}
 
-/// Pages that the device dirties in pre-copy, whatever its guest does.
-///
-/// They are marked, as if the device had written the same bytes again, so the guest's data is safe.
-/// Marks have an effect only where a saver looks at them. Hence they are set when it is about to
-/// look, for the time that has passed: the rate is exact, and without a session nothing is done.
-#[pin_data]
-pub(crate) struct Load {
-    epoch: Instant<Monotonic>,
-    #[pin]
-    settings: Mutex<Settings>,
-}
-
-struct Settings {
-    dirtier: Dirtier,
-    span: u64,
-    dirtied: u64,
-    /// Present in pre-copy.
-    notifier: Option<Arc<Notifier>>,
-}
-
-impl Load {
-    fn new() -> impl PinInit<Self> {
-        pin_init!(Self {
-            epoch: Instant::now(),
-            settings <- new_mutex!(
-                Settings {
-                    dirtier: Dirtier::new(PAGE_SIZE as u64),
-                    span: 0,
-                    dirtied: 0,
-                    notifier: None,
-                },
-                "vfio_mock::Load::settings"
-            ),
-        })
-    }
-
-    fn now(&self) -> u64 {
-        self.epoch.elapsed().as_nanos() as u64
-    }
-
-    fn set_rate(&self, rate: u64) -> Result {
-        let settings = &mut *self.settings.lock();
-        settings.dirtier.set_rate(rate, self.now()).ok_or(EINVAL)?;
-        // A reader at the temporary end waits for the next page.
-        if let Some(notifier) = settings.notifier.as_ref().filter(|_| rate > 0) {
-            notifier.notify();
+    /// Returns the sizes to tell the client instead of the exact ones.
+    pub(crate) fn tell(&self, exact: Remaining) -> Remaining {
+        let sizes = *self.sizes.lock();
+        Remaining {
+            initial: sizes.initial.apply(exact.initial),
+            dirty: sizes.dirty.apply(exact.dirty),
+            tail: sizes.tail.apply(exact.tail),
+            ..exact
         }
-        Ok(())
-    }
-
-    /// Starts to dirty pages.
-    pub(crate) fn begin(&self, notifier: Arc<Notifier>) {
-        let settings = &mut *self.settings.lock();
-        settings.dirtier.restart(self.now());
-        settings.notifier = Some(notifier);
-    }
-
-    /// Stops to dirty pages. May sleep.
-    pub(crate) fn end(&self) {
-        let notifier = self.settings.lock().notifier.take();
-        // Outside of the lock: this may be the last reference.
-        drop(notifier);
-    }
-
-    /// Marks the pages that were dirtied until now. May sleep.
-    pub(crate) fn dirty(&self, memory: &StateMemory) {
-        let settings = &mut *self.settings.lock();
-        if settings.notifier.is_none() {
-            return;
-        }
-        let pages = match settings.span.div_ceil(PAGE_SIZE as u64) {
-            0 => memory.pages() as u64,
-            pages => pages,
-        };
-        let due = settings.dirtier.due(self.now());
-        settings.dirtied = settings
-            .dirtied
-            .wrapping_add(due.wrapping_mul(PAGE_SIZE as u64));
-        for count in 1..=due.min(pages.saturating_mul(ROUNDS)) {
-            let page = settings.dirtier.pick(pages) as usize;
-            memory.mark(page..page + 1);
-            if count % BATCH == 0 && cond_resched_killable().is_err() {
-                break;
-            }
-        }
-    }
-
-    /// Returns the time until the next page becomes dirty, if any does.
-    pub(crate) fn wait(&self) -> Option<Delta> {
-        let wait = self.settings.lock().dirtier.wait(self.now())?;
-        Some(Delta::from_nanos(i64::try_from(wait).unwrap_or(i64::MAX)))
     }
 }

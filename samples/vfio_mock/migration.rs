@@ -5,7 +5,10 @@
 //! Read this file first: it has all methods that the migration engine calls. `save` then turns the
 //! state of the device into a stream and `load` restores it, both in the format of [`stream`].
 
-use crate::chip::Chip;
+use crate::{
+    chip::Chip,
+    knobs::rules::Event, //
+};
 use kernel::{
     prelude::*,
     sync::Arc, //
@@ -15,7 +18,8 @@ use save::MockSaver;
 use vfio::migration::{
     Flags,
     Migratable,
-    Notifier, //
+    Notifier,
+    State, //
 };
 
 mod load;
@@ -27,6 +31,10 @@ impl Migratable for Chip {
     type Saver = MockSaver;
     type Loader = MockLoader;
     const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
+
+    fn begin_arc(&self, from: State, to: State) -> Result {
+        self.fault(Event::Arc(from, to))
+    }
 
     // Nothing to do in the next four: the crate stops the worker, and drops writes.
     fn quiesce_p2p(&self) -> Result {
@@ -53,19 +61,30 @@ impl Migratable for Chip {
         MockSaver::new(this.clone(), notifier)
     }
 
-    fn load(this: &Arc<Self>, _notifier: Arc<Notifier>) -> Result<MockLoader> {
-        MockLoader::new(this.clone())
+    fn load(this: &Arc<Self>, notifier: Arc<Notifier>) -> Result<MockLoader> {
+        MockLoader::new(this.clone(), notifier)
     }
 
     fn loaded(&self, loader: &mut MockLoader) -> Result {
+        self.fault(Event::Loaded)?;
         loader.finish()
     }
 
     fn data_size(&self) -> Result<u64> {
-        Ok(save::image_size(self.memory.pages()))
+        self.fault(Event::Size)?;
+        let told = self.knobs.tell(save::image_size(self.memory.pages()));
+        Ok(told
+            .initial
+            .saturating_add(told.dirty)
+            .saturating_add(told.tail))
+    }
+
+    fn is_broken(&self) -> bool {
+        Chip::is_broken(self)
     }
 
     fn reset(&self) -> Result {
+        self.fault(Event::Reset)?;
         self.power_on();
         Ok(())
     }

@@ -8,6 +8,10 @@ use crate::{
         DeviceState,
         SNAPSHOT_SIZE, //
     },
+    knobs::{
+        pace::Waits,
+        rules::Event, //
+    },
     migration::stream::{
         Decoder,
         Error as StreamError,
@@ -21,7 +25,10 @@ use kernel::{
 };
 use vfio::{
     memory::GFP_MAYFAIL,
-    migration::Loader, //
+    migration::{
+        Loader,
+        Notifier, //
+    },
 };
 
 /// Destination of the decoder.
@@ -58,6 +65,9 @@ impl Sink for Target {
 struct Inner {
     decoder: Decoder<VVec<u64>, PAGE_SIZE>,
     target: Target,
+    /// Number of bytes taken.
+    bytes: u64,
+    waits: Waits,
 }
 
 /// Restores a device from a stream.
@@ -68,9 +78,10 @@ pub(crate) struct MockLoader(KBox<Inner>);
 
 impl MockLoader {
     /// Creates a loader for a stopped device.
-    pub(crate) fn new(chip: Arc<Chip>) -> Result<Self> {
+    pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
         let table = VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
         let size = chip.memory.size() as u64;
+        let waits = Waits::new(chip.knobs.loading.clone(), notifier)?;
         Ok(Self(KBox::init(
             try_init!(Inner {
                 decoder: Decoder::new(size, SNAPSHOT_SIZE, table).ok_or(EINVAL)?,
@@ -78,6 +89,8 @@ impl MockLoader {
                     chip,
                     state <- DeviceState::new(),
                 }),
+                bytes: 0,
+                waits,
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )?))
@@ -99,8 +112,23 @@ fn refused(error: StreamError) -> Error {
 
 impl Loader for MockLoader {
     fn write(&mut self, bytes: &[u8]) -> Result<usize> {
-        let Inner { decoder, target } = &mut *self.0;
+        let Inner {
+            decoder,
+            target,
+            bytes: done,
+            waits,
+        } = &mut *self.0;
+        target.chip.fault(Event::Write(*done))?;
+        let room = target.chip.knobs.faults.room(*done);
+        let bytes = bytes.get(..room).unwrap_or(bytes);
+        waits.prepare()?;
         decoder.feed(bytes, target).map_err(refused)?;
+        waits.begin(bytes.len() as u64);
+        *done += bytes.len() as u64;
         Ok(bytes.len())
+    }
+
+    fn is_ready(&self) -> bool {
+        self.0.waits.is_over()
     }
 }

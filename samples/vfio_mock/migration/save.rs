@@ -8,9 +8,12 @@ use crate::{
         Chip,
         SNAPSHOT_SIZE, //
     },
-    knobs::delay::{
-        Delay,
-        Timer, //
+    knobs::{
+        pace::{
+            Timer,
+            Waits, //
+        },
+        rules::Event, //
     },
     migration::stream::{
         registers_digest,
@@ -53,13 +56,17 @@ use vfio::{
 // A run of pages from the crate fits into one record.
 static_assert!(PAGES_PER_WORD as u64 == RUN_PAGES);
 
-/// Returns the size in bytes of a stream that has each of `pages` pages once.
-pub(crate) fn image_size(pages: usize) -> u64 {
+/// Size in bytes of the end of a stream.
+const TAIL: u64 = registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD;
+
+/// Returns the size of a stream that has each of `pages` pages once.
+pub(crate) fn image_size(pages: usize) -> Remaining {
     let runs = pages.div_ceil(PAGES_PER_WORD);
-    IDENTITY_RECORD
-        + run_records::<PAGE_SIZE>(runs as u64, pages as u64)
-        + registers_record(SNAPSHOT_SIZE)
-        + TRAILER_RECORD
+    Remaining {
+        initial: IDENTITY_RECORD + run_records::<PAGE_SIZE>(runs as u64, pages as u64),
+        tail: TAIL,
+        ..Remaining::default()
+    }
 }
 
 /// The next record.
@@ -80,7 +87,7 @@ pub(crate) struct MockSaver {
     /// Dirty tracking of the state memory.
     tracking: Tracking,
     notifier: Arc<Notifier>,
-    delay: Delay,
+    waits: Waits,
     /// At the temporary end, expires when the load dirties the next page.
     next_page: Option<Timer>,
     identity: Identity<PAGE_SIZE>,
@@ -98,7 +105,7 @@ impl MockSaver {
         };
         let tracking = chip.memory.track(notifier.clone())?;
         Ok(Self {
-            delay: Delay::new(chip.knobs.save_delay.clone(), notifier.clone())?,
+            waits: Waits::new(chip.knobs.saving.clone(), notifier.clone())?,
             next_page: None,
             notifier,
             chip,
@@ -185,14 +192,18 @@ impl Saver for MockSaver {
         load.dirty(&self.chip.memory);
         self.next_page = None;
         if self.is_pending(phase) {
-            if !self.delay.is_over() {
+            if !self.waits.is_over() {
                 return Ok(Next::NotReady);
             }
-            self.delay.begin()?;
-            return self.record(phase);
+            self.chip.fault(Event::Read(self.tally.bytes))?;
+            self.waits.prepare()?;
+            let start = self.tally.bytes;
+            let record = self.record(phase)?;
+            self.waits.begin(self.tally.bytes - start);
+            return Ok(record);
         }
-        // A delay that goes on would hold up the next change, which poll() announces at once.
-        self.delay.skip();
+        // A wait that goes on would hold up the next change, which poll() announces at once.
+        self.waits.skip();
         if phase == Phase::PreCopy {
             let timer = load
                 .wait()
@@ -205,6 +216,7 @@ impl Saver for MockSaver {
     fn seal(&mut self) -> Result {
         let load = &self.chip.knobs.load;
         load.dirty(&self.chip.memory);
+        self.chip.fault(Event::Seal)?;
         load.end();
         Ok(())
     }
@@ -218,24 +230,22 @@ impl Saver for MockSaver {
     }
 
     fn remaining(&self) -> Result<Remaining> {
+        self.chip.fault(Event::Size)?;
         self.chip.knobs.load.dirty(&self.chip.memory);
         let pending = self.tracking.pending();
         let size = |Pages { pages, runs }| run_records::<PAGE_SIZE>(runs, pages);
         let (identity, tail) = match self.step {
-            Step::Identity => (
-                IDENTITY_RECORD,
-                registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD,
-            ),
-            Step::Pages | Step::Registers => (0, registers_record(SNAPSHOT_SIZE) + TRAILER_RECORD),
+            Step::Identity => (IDENTITY_RECORD, TAIL),
+            Step::Pages | Step::Registers => (0, TAIL),
             Step::Trailer { .. } => (0, TRAILER_RECORD),
             Step::End => (0, 0),
         };
-        Ok(Remaining {
+        Ok(self.chip.knobs.tell(Remaining {
             initial: identity + size(pending.initial),
             dirty: size(pending.dirty),
             tail: tail + size(pending.held),
             reinits: pending.reinits,
-        })
+        }))
     }
 }
 

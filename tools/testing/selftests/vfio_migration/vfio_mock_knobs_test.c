@@ -4,11 +4,16 @@
  *
  *	./vfio_mock_knobs_test --small "SOURCE TARGET"
  */
+#include <signal.h>
+#include <sys/wait.h>
+
 #include "mock.h"
 
 #define SECOND	1000000000ULL
 /* Header and offset of a record of pages. */
 #define RUN	24
+/* Size of the last record. */
+#define TRAILER	48
 
 /* The knobs, with the values that they do not take. */
 static const struct {
@@ -18,8 +23,18 @@ static const struct {
 	const char *bad[8];
 } knobs[] = {
 	{ "save_delay_us", "0", "7", { "-1", "x", "4294967296", "1 2" } },
+	{ "save_rate", "0", "18446744073709551615", { "-1", "18446744073709551616", "1M" } },
+	{ "load_delay_us", "0", "7", { "-1", "x", "4294967296", "1 2" } },
+	{ "load_rate", "0", "5", { "-1", "18446744073709551616" } },
 	{ "dirty_rate", "0", "17179869184", { "-1", "17179869185", "1M" } },
 	{ "dirty_span", "0", "4096", { "-1", "65537", "all" } },
+	{ "initial_bytes", "exact", "150%", { "-1", "exactly", "1M", "%", "4294967296%" } },
+	{ "dirty_bytes", "exact", "18446744073709551615", { "18446744073709551616" } },
+	{ "tail_bytes", "exact", "0", { "0x10" } },
+	{ "faults", "off",
+	  "arc STOP_COPY->STOP nth=2 times=-1 errno=ENOSPC; read after=7 errno=EIO",
+	  { "on", "arc STOP_COPY", "arc STOP->GONE", "read delay_us=5", "read nth=0",
+	    "read errno=5", "read; read; read; read; read" } },
 	{ "dirty_pattern", "sequential", "hot", { "ho", "hott", "HOT", "0", "random hot" } },
 };
 
@@ -45,8 +60,10 @@ FIXTURE_TEARDOWN(knobs)
 {
 	unsigned int i;
 
-	for (i = 0; self->src.path[0] && i < ARRAY_SIZE(knobs); i++)
+	for (i = 0; self->dst.path[0] && i < ARRAY_SIZE(knobs); i++) {
 		mock_set(&self->src, knobs[i].name, knobs[i].off);
+		mock_set(&self->dst, knobs[i].name, knobs[i].off);
+	}
 	mig_stream_free(&self->image);
 	mock_close(&self->src);
 	mock_close(&self->dst);
@@ -280,6 +297,476 @@ TEST_F(knobs, load_ends_with_pre_copy)
 	begin(_metadata, self, &fd);
 	EXPECT_EQ(PAGE, number(_metadata, src, "dirtied") - dirtied);
 	close(fd);
+}
+
+/* ---- Numbers ---- */
+
+TEST_F(knobs, told_sizes_replace_exact_ones)
+{
+	struct mock *src = &self->src;
+	struct vfio_precopy_info info;
+	__u64 tail, total, size;
+	int fd;
+
+	ASSERT_EQ(0, mig_data_size(&src->dev, &total));
+	NEED_PRE_COPY(&src->dev);
+	ASSERT_EQ(0, mock_set(src, "initial_bytes", "9223372036854775808"));
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_LE(1ULL << 63, info.initial_bytes);
+	EXPECT_GE((1ULL << 63) + total, info.initial_bytes);
+	ASSERT_EQ(0, mock_set(src, "initial_bytes", "exact"));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(total, info.initial_bytes);
+	close(fd);
+
+	tail = begin(_metadata, self, &fd);
+	ASSERT_EQ(0, mock_set(src, "dirty_bytes", "12345"));
+	EXPECT_EQ(12345 + tail, dirty_bytes(_metadata, fd))
+		PROMISE("the device never converges");
+	EXPECT_EQ(-ENOMSG, mig_read(fd, &self->image, 1));
+	ASSERT_EQ(0, mock_set(src, "dirty_bytes", "0"));
+	store_noise(_metadata, src, 0, 1, 1);
+	EXPECT_EQ(0U, dirty_bytes(_metadata, fd))
+		PROMISE("the device denies a dirty page");
+	EXPECT_EQ(POLLIN, mig_poll(fd, POLLIN, 0));
+	ASSERT_EQ(0, mock_set(src, "dirty_bytes", "300%"));
+	EXPECT_EQ(3 * (RUN + PAGE) + tail, dirty_bytes(_metadata, fd));
+	self->image.len = 0;
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &self->image, stream_limit(&src->dev)));
+	EXPECT_EQ(RUN + PAGE, self->image.len)
+		PROMISE("the stream is right whatever the device tells");
+	ASSERT_EQ(0, mock_set(src, "tail_bytes", "200%"));
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	EXPECT_EQ(2 * tail, size);
+	close(fd);
+
+	/* Without a session. */
+	go_home(_metadata, &src->dev);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	EXPECT_EQ(total + tail, size);
+	ASSERT_EQ(0, mock_set(src, "initial_bytes", "10%"));
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	EXPECT_EQ((total - tail) / 10 + 2 * tail, size);
+}
+
+TEST_F(knobs, reinit_on_command)
+{
+	struct mock *src = &self->src;
+	struct vfio_precopy_info info;
+	struct mock_front front;
+	struct poller poller;
+	__u64 initial;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
+	populate(_metadata, src, 1);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &self->image, stream_limit(&src->dev)));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.flags & VFIO_PRECOPY_INFO_REINIT);
+	poller_start(_metadata, &poller, fd);
+	set_knob(_metadata, src, "reinit", 1);
+	EXPECT_EQ(POLLIN, poller_join(&poller) & POLLIN)
+		PROMISE("the new initial data wakes a poller");
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ((__u32)VFIO_PRECOPY_INFO_REINIT, info.flags);
+	initial = info.initial_bytes;
+	EXPECT_LT(src->size, initial);
+	EXPECT_EQ(0U, info.dirty_bytes);
+	ASSERT_EQ(-ENOMSG, mig_save(fd, &self->image, stream_limit(&src->dev)));
+
+	/* At the last moment. */
+	set_knob(_metadata, src, "reinit", 1);
+	read_front(_metadata, src, &front);
+	move_on(_metadata, &src->dev, MIG_STOP_COPY);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &initial));
+	EXPECT_LT(src->size, initial)
+		PROMISE("all of the state is to be streamed again");
+	ASSERT_EQ(0, mig_save(fd, &self->image, stream_limit(&src->dev)));
+	close(fd);
+	load_and_compare(_metadata, &self->dst, &self->image, 0, src->want, &front);
+
+	/* Without a session, nothing. */
+	go_home(_metadata, &src->dev);
+	set_knob(_metadata, src, "reinit", 1);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.flags & VFIO_PRECOPY_INFO_REINIT);
+	close(fd);
+}
+
+/* ---- Pace ---- */
+
+/* A thread that reads or writes once. */
+struct mover {
+	struct poller poller;
+	struct mig_stream image;
+	bool write;
+	ssize_t ret;
+};
+
+static void *mover_main(void *arg)
+{
+	struct mover *m = arg;
+
+	atomic_store(&m->poller.tid, gettid());
+	if (m->write)
+		m->ret = write(m->poller.fd, m->image.data, m->image.len);
+	else
+		m->ret = mig_read(m->poller.fd, &m->image, 1);
+	atomic_store(&m->poller.done, true);
+	return NULL;
+}
+
+/*
+ * A stream takes at least the time of its bytes, except for the last record and for
+ * 10 ms that a late client can catch up with.
+ */
+TEST_F(knobs, saving_has_a_bandwidth)
+{
+	const struct mock *src = &self->src;
+	const __u64 rate = 1 << 20;
+	struct mover m = {};
+	__u64 start, time, total;
+	int fd;
+
+	set_knob(_metadata, src, "save_rate", rate);
+	fd = go(_metadata, &src->dev, MIG_STOP_COPY);
+	start = now();
+	ASSERT_EQ(0, mig_save(fd, &self->image, stream_limit(&src->dev)));
+	time = now() - start + 10000000;
+	close(fd);
+	EXPECT_LE(src->size * SECOND / rate, time)
+		PROMISE("%zu bytes took only %llu ns", self->image.len, time);
+
+	/* The trailer, after the registers, would take a long time. */
+	set_knob(_metadata, src, "save_rate", 0);
+	m.poller.fd = go(_metadata, &src->dev, MIG_STOP_COPY);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &total));
+	self->image.len = 0;
+	ASSERT_EQ(100, mig_read(m.poller.fd, &self->image, 100));
+	set_knob(_metadata, src, "save_rate", 1);
+	while (self->image.len < total - TRAILER)
+		ASSERT_LT(0, mig_read(m.poller.fd, &self->image,
+				      total - TRAILER - self->image.len));
+	ASSERT_EQ(0, pthread_create(&m.poller.thread, NULL, mover_main, &m));
+	wait_until_asleep(&m.poller);
+	EXPECT_FALSE(atomic_load(&m.poller.done))
+		PROMISE("the record is not ready");
+	EXPECT_EQ(0, mig_poll(m.poller.fd, POLLIN, 0));
+	set_knob(_metadata, src, "save_rate", 0);
+	ASSERT_TRUE(joined(m.poller.thread))
+		PROMISE("a higher rate ends the wait");
+	EXPECT_EQ(1, m.ret);
+	close(m.poller.fd);
+	mig_stream_free(&m.image);
+}
+
+TEST_F(knobs, loading_has_a_bandwidth)
+{
+	const struct mock *dst = &self->dst;
+	const __u64 rate = 1 << 20;
+	size_t len, done;
+	__u64 start, time;
+	int fd;
+
+	take_image(_metadata, &self->src.dev, &self->image);
+	len = self->image.len - PAGE;
+	set_knob(_metadata, dst, "load_rate", rate);
+	fd = go(_metadata, &dst->dev, MIG_RESUMING);
+	start = now();
+	ASSERT_EQ(0, mig_load(fd, self->image.data, self->image.len, PAGE, &done));
+	time = now() - start + 10000000;
+	close(fd);
+	EXPECT_LE(len * SECOND / rate, time)
+		PROMISE("%zu bytes took only %llu ns", self->image.len, time);
+	EXPECT_EQ(0, mig_set_state(&dst->dev, MIG_RUNNING, NULL));
+}
+
+TEST_F(knobs, slow_loader_goes_on_on_command)
+{
+	static const char *const slow[][2] = {
+		{ "load_rate", "1" }, { "load_delay_us", "4294967295" },
+	};
+	const struct mock *dst = &self->dst;
+	unsigned int i;
+
+	take_image(_metadata, &self->src.dev, &self->image);
+	for (i = 0; i < ARRAY_SIZE(slow); i++) {
+		struct mover m = { .write = true };
+		size_t taken;
+
+		m.poller.fd = go(_metadata, &dst->dev, MIG_RESUMING);
+		ASSERT_EQ(0, mock_set(dst, slow[i][0], slow[i][1]));
+		ASSERT_EQ(0, mig_stream_copy(&m.image, &self->image));
+		/* Ready once, and then not for more than an hour. */
+		EXPECT_EQ(POLLOUT, mig_poll(m.poller.fd, POLLOUT, 0));
+		taken = write(m.poller.fd, m.image.data, PAGE);
+		EXPECT_EQ(PAGE, taken);
+		memmove(m.image.data, m.image.data + taken, m.image.len - taken);
+		m.image.len -= taken;
+		EXPECT_EQ(0, mig_poll(m.poller.fd, POLLOUT, 0))
+			PROMISE("with %s, the data_fd is not writable", slow[i][0]);
+		ASSERT_EQ(0, pthread_create(&m.poller.thread, NULL, mover_main, &m));
+		wait_until_asleep(&m.poller);
+		EXPECT_FALSE(atomic_load(&m.poller.done))
+			PROMISE("with %s, write() waits", slow[i][0]);
+		ASSERT_EQ(0, mock_set(dst, slow[i][0], "0"));
+		ASSERT_TRUE(joined(m.poller.thread))
+			PROMISE("%s 0 ends the wait", slow[i][0]);
+		EXPECT_LT(0, m.ret);
+		ASSERT_EQ(0, mig_load(m.poller.fd, m.image.data + m.ret, m.image.len - m.ret,
+				      0, NULL));
+		move_on(_metadata, &dst->dev, MIG_RUNNING);
+		close(m.poller.fd);
+		mig_stream_free(&m.image);
+	}
+}
+
+/* ---- Faults ---- */
+
+static void set_faults(struct __test_metadata *_metadata, const struct mock *m,
+		       const char *rules)
+{
+	ASSERT_EQ(0, mock_set(m, "faults", rules))
+		STEP("set faults of %s to %s", m->path, rules);
+}
+
+/* Expects that SET_STATE fails with @errno and leaves the device in @from. */
+static void expect_failure(struct __test_metadata *_metadata, const struct mock *m,
+			   __u32 from, __u32 to, int errnum)
+{
+	int fd;
+
+	EXPECT_EQ(-errnum, mig_set_state(&m->dev, to, &fd))
+		PROMISE("SET_STATE from %s to %s fails with the errno of the rule",
+			mig_state_name(from), mig_state_name(to));
+	EXPECT_EQ(-1, fd);
+	expect_state(_metadata, &m->dev, from, "after the failure");
+}
+
+TEST_F(knobs, each_arc_fails_once)
+{
+	const struct mock *src = &self->src;
+	__u32 from, to, path[MIG_STATE_NR];
+	__u64 faulted = number(_metadata, src, "faulted");
+	unsigned int arcs = 0;
+	char rule[80];
+	bool new_fd;
+	int fd;
+
+	for (from = 0; from < MIG_STATE_NR; from++) {
+		for (to = 0; to < MIG_STATE_NR; to++) {
+			if (from == to ||
+			    !mig_fsm_exists(src->dev.flags, from) ||
+			    !mig_fsm_exists(src->dev.flags, to) ||
+			    from == MIG_ERROR || to == MIG_ERROR ||
+			    !mig_fsm_move(src->dev.flags, from, to, &new_fd, path) ||
+			    path[0] != to)
+				continue;
+			/* An empty image is refused. */
+			if (from == MIG_RESUMING)
+				continue;
+			fd = go(_metadata, &src->dev, from);
+			snprintf(rule, sizeof(rule), "arc %s->%s errno=ETIMEDOUT",
+				 mig_state_name(from), mig_state_name(to));
+			set_faults(_metadata, src, rule);
+			expect_failure(_metadata, src, from, to, ETIMEDOUT);
+			EXPECT_EQ(0, mig_set_state(&src->dev, to, NULL))
+				PROMISE("%s -> %s works again", mig_state_name(from),
+					mig_state_name(to));
+			arcs++;
+			if (fd >= 0)
+				close(fd);
+		}
+	}
+	EXPECT_EQ(faulted + arcs, number(_metadata, src, "faulted"));
+	EXPECT_LT(4U, arcs);
+}
+
+TEST_F(knobs, nth_arc_fails_some_times)
+{
+	const struct mock *src = &self->src;
+	int i;
+
+	set_faults(_metadata, src, "arc *->RUNNING nth=2 times=3 errno=ENOMEM");
+	set_faults(_metadata, &self->dst, "off");
+	for (i = 1; i < 7; i++) {
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP, NULL));
+		EXPECT_EQ(i >= 2 && i < 5 ? -ENOMEM : 0,
+			  mig_set_state(&src->dev, MIG_RUNNING, NULL))
+			PROMISE("attempt %d", i);
+		ASSERT_EQ(0, mig_set_state(&self->dst.dev, MIG_STOP, NULL));
+		EXPECT_EQ(0, mig_set_state(&self->dst.dev, MIG_RUNNING, NULL));
+	}
+}
+
+TEST_F(knobs, arc_breaks_device)
+{
+	static const char *const rules[] = {
+		"arc *->STOP state=ERROR errno=ENODEV", "seal state=ERROR errno=ENODEV",
+	};
+	const struct mock *src = &self->src;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(rules); i++) {
+		set_faults(_metadata, src, rules[i]);
+		EXPECT_EQ(-ENODEV, mig_set_state(&src->dev, MIG_STOP_COPY, NULL));
+		expect_state(_metadata, &src->dev, MIG_ERROR, "after the fault");
+		EXPECT_EQ(-EINVAL, mig_set_state(&src->dev, MIG_RUNNING, NULL));
+		set_faults(_metadata, src, "reset errno=EBUSY");
+		EXPECT_EQ(-EBUSY, mig_reset(&src->dev));
+		expect_state(_metadata, &src->dev, MIG_ERROR, "after a reset that failed");
+		ASSERT_EQ(0, mig_reset(&src->dev));
+		expect_state(_metadata, &src->dev, MIG_RUNNING, "after a reset");
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP, NULL));
+		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
+	}
+}
+
+/* The source runs on after a failure at the switchover. */
+TEST_F(knobs, seal_fails)
+{
+	const struct mock *src = &self->src;
+	__u32 from = src->dev.flags & VFIO_MIGRATION_P2P ? MIG_PRE_COPY_P2P : MIG_PRE_COPY;
+	__u64 size;
+	int fd;
+
+	set_faults(_metadata, src,
+		   "seal times=2 errno=ENOSPC; arc *->STOP_COPY nth=3 delay_us=20000");
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP, NULL));
+	expect_failure(_metadata, src, MIG_STOP, MIG_STOP_COPY, ENOSPC);
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
+	NEED_PRE_COPY(&src->dev);
+	begin(_metadata, self, &fd);
+	EXPECT_EQ(-ENOSPC, mig_set_state(&src->dev, MIG_STOP_COPY, NULL));
+	expect_state(_metadata, &src->dev, from, "after the failure");
+	set64(src, SCRATCH, 7);
+	EXPECT_EQ(7U, reg64(src, SCRATCH))
+		PROMISE("the device runs");
+	move_on(_metadata, &src->dev, MIG_STOP_COPY);
+	close(fd);
+
+	go_home(_metadata, &src->dev);
+	set_faults(_metadata, src, "size errno=EBUSY");
+	EXPECT_EQ(-EBUSY, mig_data_size(&src->dev, &size));
+	EXPECT_EQ(0, mig_data_size(&src->dev, &size));
+}
+
+/* A failed read() loses nothing; the image loads. */
+TEST_F(knobs, read_fails_after_bytes)
+{
+	struct mig_stream *image = &self->image;
+	struct mock *src = &self->src;
+	struct mock_front front;
+	unsigned int failed = 0;
+	size_t first = 0;
+	ssize_t ret;
+	int fd;
+
+	populate(_metadata, src, 1);
+	ASSERT_EQ(0, mock_set(src, "faults", "read after=100 times=3 errno=EIO"));
+	read_front(_metadata, src, &front);
+	ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP_COPY, &fd));
+	while ((ret = mig_read(fd, image, PAGE))) {
+		if (ret > 0)
+			continue;
+		ASSERT_EQ(-EIO, ret);
+		if (!failed++)
+			first = image->len;
+	}
+	close(fd);
+	EXPECT_EQ(3U, failed);
+	EXPECT_LE(100U, first)
+		PROMISE("the first read() fails after 100 bytes");
+	EXPECT_GT(image->len, first);
+	load_and_compare(_metadata, &self->dst, image, 0, src->want, &front);
+}
+
+TEST_F(knobs, write_fails_after_bytes)
+{
+	static const size_t after[] = { 0, 1, 4097 };
+	const struct mig_device *dst = &self->dst.dev;
+	unsigned int i;
+	char rule[64];
+	size_t done;
+	int fd;
+
+	take_image(_metadata, dst, &self->image);
+	for (i = 0; i < ARRAY_SIZE(after); i++) {
+		fd = go(_metadata, dst, MIG_RESUMING);
+		snprintf(rule, sizeof(rule), "write after=%zu errno=ENOSPC", after[i]);
+		set_faults(_metadata, &self->dst, rule);
+		EXPECT_EQ(-ENOSPC, mig_load(fd, self->image.data, self->image.len, 0, &done));
+		EXPECT_EQ(after[i], done)
+			PROMISE("exactly this number of bytes is taken");
+		EXPECT_EQ(-ENOSPC, mig_set_state(dst, MIG_STOP, NULL))
+			PROMISE("a stream that failed does not become a device");
+		close(fd);
+	}
+	set_faults(_metadata, &self->dst, "loaded errno=EIO");
+	fd = go(_metadata, dst, MIG_RESUMING);
+	load_all(_metadata, fd, &self->image);
+	expect_failure(_metadata, &self->dst, MIG_RESUMING, MIG_STOP, EIO);
+	close(fd);
+	load_and_run(_metadata, dst, &self->image, 0);
+}
+
+/* A thread that stops a device. */
+struct stopper {
+	struct poller poller;
+	const struct mig_device *dev;
+	int ret;
+};
+
+static void *stopper_main(void *arg)
+{
+	struct stopper *s = arg;
+
+	atomic_store(&s->poller.tid, gettid());
+	s->ret = mig_set_state(s->dev, MIG_STOP, NULL);
+	atomic_store(&s->poller.done, true);
+	return NULL;
+}
+
+TEST_F_TIMEOUT(knobs, delayed_arc_ends_on_command, 60)
+{
+	const struct mock *src = &self->src;
+	struct stopper s = { .dev = &src->dev };
+	pid_t child;
+	int status;
+
+	/* More than an hour. */
+	set_faults(_metadata, src, "arc RUNNING->* delay_us=4294967295");
+	ASSERT_EQ(0, pthread_create(&s.poller.thread, NULL, stopper_main, &s));
+	wait_until_asleep(&s.poller);
+	EXPECT_FALSE(atomic_load(&s.poller.done))
+		PROMISE("the arc waits");
+	expect_state(_metadata, &src->dev, MIG_RUNNING, "during the delay");
+	set_faults(_metadata, src, "off");
+	ASSERT_TRUE(joined(s.poller.thread))
+		PROMISE("new rules end the delay");
+	EXPECT_EQ(0, s.ret);
+	move_on(_metadata, &src->dev, MIG_RUNNING);
+
+	/* A process in the delay can be killed, and nothing has changed. */
+	set_faults(_metadata, src, "arc RUNNING->* delay_us=20000000");
+	child = fork();
+	ASSERT_LE(0, child);
+	if (!child)
+		_exit(mig_set_state(&src->dev, MIG_STOP, NULL) ? 1 : 0);
+	WAIT_FOR(sleeps_uninterruptibly(child), "the arc of the child waits");
+	kill(child, SIGKILL);
+	ASSERT_EQ(child, waitpid(child, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status));
+	expect_state(_metadata, &src->dev, MIG_RUNNING, "after the child was killed");
+
+	/* A short delay ends by itself. */
+	set_faults(_metadata, src, "arc RUNNING->* delay_us=20000");
+	move_on(_metadata, &src->dev, MIG_STOP);
+	move_on(_metadata, &src->dev, MIG_RUNNING);
 }
 
 MIG_HARNESS_MAIN(mock_options)
