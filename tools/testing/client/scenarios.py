@@ -219,6 +219,38 @@ def test_slow():
     clean(record)
 
 
+def test_converge():
+    """migration of a device that dirties pages ends at the limit of rounds"""
+    with devices("1M", "1M") as pair:
+        record = migrate(
+            *("--knob", "dirty_rate=100000000", "--knob", "save_rate=10000000"),
+            *("--downtime-limit", "1", "--max-rounds", "4"),
+            *pair,
+        )
+        for name in ("dirty_rate", "save_rate"):
+            text = (DEVICES / pair[0] / "knobs" / name).read_text()
+            check(text == "0\n", f"{name} is {text}")
+    check(record["outcome"] == "completed", record["error"])
+    check(len(record["rounds"]) == 4, record["rounds"])
+    check(all(each["left_bytes"] > 0 for each in record["rounds"]), record["rounds"])
+    clean(record)
+
+
+def test_faults():
+    """failure of each device is reported, and the source continues to run"""
+    for knob, said in (
+        ("faults=read after=65536 times=-1 errno=EIO", "source: read()"),
+        ("faults=seal errno=ENOSPC", "No space left"),
+        ("target:faults=write after=100000 errno=ENOSPC", "target: write()"),
+        ("target:faults=arc RESUMING->STOP errno=ENOMEM", "Cannot allocate memory"),
+    ):
+        with devices("1M", "1M") as pair:
+            record = migrate("--knob", knob, *pair, code=1)
+            check((DEVICES / pair[0] / "knobs/faults").read_text() == "off\n", "not restored")
+        check(said in record["error"], record["error"])
+        check(way(record, "source")[-1] == "RUNNING", way(record, "source"))
+
+
 def test_ignore():
     """what is to be ignored is not compared"""
     with devices("64K", "64K") as pair:
@@ -266,6 +298,8 @@ def test_bad_input():
         refused(2, ["the same device"], source, str(DEVICES / source))
         refused(2, ["no bar1, only bar0, bar2"], source, target, "--load", "bar1")
         refused(2, ["no register at"], source, target, "--set", "bar0:0x3ffe=1")
+        refused(2, ["knobs/none"], source, target, "--knob", "none=1")
+        refused(2, ["dirty_span=1M", "Invalid"], source, target, "--knob", "dirty_span=1M")
         refused(3, ["no device", missing], source, missing)
         refused(3, ["no device /nowhere/else"], "/nowhere/else", target)
         refused(3, ["not bound to a VFIO driver"], source, "/sys/class/net/lo")

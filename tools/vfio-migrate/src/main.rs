@@ -9,6 +9,7 @@
 mod chart;
 mod device;
 mod error;
+mod knob;
 mod migrate;
 mod pace;
 mod record;
@@ -28,6 +29,7 @@ use clap::Parser;
 
 use device::{find, verdict, Backend, Device};
 use error::Error;
+use knob::{Knob, Turned};
 use migrate::{migrate, End, Observer, Plan};
 use record::{ms, Asked, Compared, Outcome, Record, Round, Sample, Side, StateChange};
 use region::{compare, fill, Bytes, Ignored, Load, Pair, Setting};
@@ -79,6 +81,9 @@ struct Args {
     /// Set a 32-bit register of the source before the migration: REGION:OFFSET=VALUE
     #[arg(long, value_name = "REGISTER", value_parser = Setting::parse)]
     set: Vec<Setting>,
+    /// Make a device misbehave, until the end: NAME=VALUE, or target:NAME=VALUE for the target
+    #[arg(long, value_name = "KNOB", value_parser = Knob::parse)]
+    knob: Vec<Knob>,
     /// Fill a region of the source with a pattern before the migration
     #[arg(long, value_name = "REGION", value_parser = region::parse)]
     fill: Option<u32>,
@@ -282,6 +287,7 @@ fn run(args: &Args) -> Result<String, Error> {
         cancel_at_round: args.cancel_at_round,
     };
     prepare(args, &source)?;
+    let turned = Turned::new(&args.knob, &from, &to)?;
     let loaded = args
         .load
         .map(|index| source.writable_region(index))
@@ -341,6 +347,7 @@ fn run(args: &Args) -> Result<String, Error> {
         };
         (result, record)
     });
+    drop(turned);
     // The verdicts are complete when the devices are closed.
     drop((source, target));
     record.source.verdict = verdict(&from);
@@ -407,6 +414,7 @@ mod tests {
             "a b --load-rate 1M",
             "a b --ignore bar0:7",
             "a b --backend vfio",
+            "a b --knob save_rate",
             "a b c",
         ] {
             let words = ["vfio-migrate"].into_iter().chain(bad.split(' '));
