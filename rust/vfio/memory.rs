@@ -8,6 +8,7 @@ mod prefetch;
 pub(crate) mod state;
 
 pub use self::state::{
+    PageDigests,
     PageRun,
     Pages,
     Pending,

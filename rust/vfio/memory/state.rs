@@ -474,12 +474,28 @@ impl StateMemory {
     }
 }
 
-/// Digests of the pages of a [`PageRun`].
-struct Digests {
+/// Room for the digests of the pages of a [`PageRun`].
+///
+/// A saver allocates it once, because a read() that fails for lack of memory would have to be
+/// repeated.
+pub struct PageDigests {
     of: fn(&StateMemory, usize) -> u64,
     /// The first `count` are known.
     values: KBox<[u64; PAGES_PER_WORD]>,
     count: usize,
+}
+
+impl PageDigests {
+    /// Allocates room for digests that `digest` computes from a page. It must not sleep.
+    ///
+    /// May sleep. Fails with `ENOMEM`.
+    pub fn new(digest: fn(&StateMemory, usize) -> u64) -> Result<Self> {
+        Ok(Self {
+            of: digest,
+            values: KBox::new([0; PAGES_PER_WORD], GFP_KERNEL_ACCOUNT)?,
+            count: 0,
+        })
+    }
 }
 
 /// Adjacent pages of a [`StateMemory`] to stream, whose marks have been cleared.
@@ -494,7 +510,7 @@ pub struct PageRun {
     initial: bool,
     /// A reader gets the pages, so they count as streamed.
     handed_out: bool,
-    digests: Option<Digests>,
+    digests: Option<PageDigests>,
 }
 
 impl PageRun {
@@ -508,20 +524,22 @@ impl PageRun {
         self.initial
     }
 
-    /// Lets a read() call `digest` with each page right before it copies the page.
+    /// Lets a read() compute the digest of each page right before it copies the page.
     ///
     /// The copy then finds the page in the first-level cache. The digest of a page may differ from
     /// that of the copied bytes, if the page changes meanwhile. Then the page is marked again.
-    /// [`Saver::read`](crate::migration::Saver::read) gets the digests. `digest` must not sleep.
-    ///
-    /// Fails with `ENOMEM`, and marks the pages again.
-    pub fn with_digests(mut self, digest: fn(&StateMemory, usize) -> u64) -> Result<Self> {
-        self.digests = Some(Digests {
-            of: digest,
-            values: KBox::new([0; PAGES_PER_WORD], GFP_KERNEL_ACCOUNT)?,
+    /// [`Saver::read`](crate::migration::Saver::read) gets the digests.
+    pub fn with_digests(mut self, digests: PageDigests) -> Self {
+        self.digests = Some(PageDigests {
             count: 0,
+            ..digests
         });
-        Ok(self)
+        self
+    }
+
+    /// Takes the room for digests back.
+    pub fn take_digests(&mut self) -> Option<PageDigests> {
+        self.digests.take()
     }
 
     /// Returns the numbers and the digests of the pages that were read.

@@ -38,6 +38,7 @@ use kernel::{
 use vfio::{
     memory::{
         dirty_map::PAGES_PER_WORD,
+        PageDigests,
         PageRun,
         Pages,
         Tracking,
@@ -93,6 +94,8 @@ pub(crate) struct MockSaver {
     identity: Identity<PAGE_SIZE>,
     step: Step,
     digests: Digests<VVec<u64>>,
+    /// Except while a run of pages has it.
+    page_digests: Option<PageDigests>,
     tally: Tally,
 }
 
@@ -113,6 +116,7 @@ impl MockSaver {
             identity,
             step: Step::Identity,
             digests,
+            page_digests: Some(PageDigests::new(page_digest)?),
             tally: Tally::default(),
         })
     }
@@ -138,7 +142,10 @@ impl MockSaver {
 
     /// Returns the record of a run of pages. Their dirty marks are cleared already.
     fn pages(&mut self, run: PageRun) -> Result<Chunk> {
-        let run = run.with_digests(page_digest)?;
+        let run = match self.page_digests.take() {
+            Some(digests) => run.with_digests(digests),
+            None => run.with_digests(PageDigests::new(page_digest)?),
+        };
         let pages = run.pages();
         let (start, count) = ((pages.start * PAGE_SIZE) as u64, pages.len() as u64);
         let chunk = Chunk::new(&run_header::<PAGE_SIZE>(start, count))?.pages(run);
@@ -223,10 +230,11 @@ impl Saver for MockSaver {
 
     /// A change after the digest of a page has marked the page again. So each page without a mark
     /// has the digest of the content that was streamed last.
-    fn read(&mut self, run: PageRun) {
+    fn read(&mut self, mut run: PageRun) {
         for (page, digest) in run.digests() {
             self.digests.set(page as u64, digest);
         }
+        self.page_digests = run.take_digests();
     }
 
     fn remaining(&self) -> Result<Remaining> {
