@@ -190,6 +190,7 @@ def mock_library(tree):
     diff("libvfio_mock.patch").change(tree)
     path = f"{TESTS}/vfio_mock.h"
     tree.write(path, tree.files.text[path])
+    tree.maintain(RUST, "tools/testing/selftests/vfio/lib/drivers/vfio_mock/")
 
 
 def documents(tree):
