@@ -2,7 +2,7 @@
 
 //! Settings of a device on its host, with which a tester makes it misbehave.
 //!
-//! [`Knobs::ATTRIBUTES`] is the table of them. By default they are off. They are kept when the
+//! `Knobs::ATTRIBUTES` is the table of them. By default they are off. They are kept when the
 //! device is closed or reset, and do not migrate.
 
 use crate::device::Mock;

@@ -21,6 +21,14 @@ pub enum Rule {
     StreamAbandoned,
     /// The client tried to leave `RESUMING` with an incomplete image.
     ImageIncomplete,
+    /// A data_fd was open when the next session began, or when the device was closed.
+    DataFdLeaked,
+    /// A BAR was written while the device was stopped. Such writes are dropped.
+    StoppedDeviceWritten,
+    /// The DMA log ended with pages that were never reported, after `STOP_COPY`.
+    LogNotReported,
+    /// The DMA log was on when the device was closed.
+    LogNotStopped,
     /// `STOP_COPY` began although the last pre-copy info said that initial bytes were left.
     InitialBytesIgnored,
     /// The client spent a considerable part of its time in calls of read() that failed with
@@ -32,14 +40,6 @@ pub enum Rule {
     /// The client reset the device in `STOP_COPY` before read() returned 0, and not because a state
     /// change had failed.
     ResetInSession,
-    /// A data_fd was open when the next session began, or when the device was closed.
-    DataFdLeaked,
-    /// A BAR was written while the device was stopped. Such writes are dropped.
-    StoppedDeviceWritten,
-    /// The DMA log ended with pages that were never reported, after `STOP_COPY`.
-    LogNotReported,
-    /// The DMA log was on when the device was closed.
-    LogNotStopped,
 }
 
 impl Rule {
@@ -47,14 +47,14 @@ impl Rule {
     pub const ALL: [Self; 10] = [
         Self::StreamAbandoned,
         Self::ImageIncomplete,
-        Self::InitialBytesIgnored,
-        Self::BusyPolling,
-        Self::ReinitNotSeen,
-        Self::ResetInSession,
         Self::DataFdLeaked,
         Self::StoppedDeviceWritten,
         Self::LogNotReported,
         Self::LogNotStopped,
+        Self::InitialBytesIgnored,
+        Self::BusyPolling,
+        Self::ReinitNotSeen,
+        Self::ResetInSession,
     ];
 
     /// Returns the name.
@@ -62,14 +62,14 @@ impl Rule {
         match self {
             Self::StreamAbandoned => "stream_abandoned",
             Self::ImageIncomplete => "image_incomplete",
-            Self::InitialBytesIgnored => "initial_bytes_ignored",
-            Self::BusyPolling => "busy_polling",
-            Self::ReinitNotSeen => "reinit_not_seen",
-            Self::ResetInSession => "reset_in_session",
             Self::DataFdLeaked => "data_fd_leaked",
             Self::StoppedDeviceWritten => "stopped_device_written",
             Self::LogNotReported => "log_not_reported",
             Self::LogNotStopped => "log_not_stopped",
+            Self::InitialBytesIgnored => "initial_bytes_ignored",
+            Self::BusyPolling => "busy_polling",
+            Self::ReinitNotSeen => "reinit_not_seen",
+            Self::ResetInSession => "reset_in_session",
         }
     }
 
