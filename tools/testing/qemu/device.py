@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import struct
+import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 BUS = Path("/sys/class/mdev_bus")
 DEVICES = Path("/sys/bus/mdev/devices")
 PCI = Path("/sys/bus/pci/")
+CONFIGFS = Path("/sys/kernel/config")
 DEBUGFS = Path("/sys/kernel/debug/vfio")
 
 SYS_PIDFD_GETFD = 438
@@ -152,6 +154,28 @@ class Mdev(Device):
                 if not busy or time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
+
+
+class Function(Device):
+    """A software PCI function, from creation to removal."""
+
+    def __init__(self, parent, function_type, settings):
+        if not os.path.ismount(CONFIGFS):
+            subprocess.run(["mount", "-t", "configfs", "none", CONFIGFS], check=True)
+        self.directory = CONFIGFS / parent / str(uuid.uuid4())
+        self.directory.mkdir()
+        for name, value in {"type": function_type, **settings, "power": 1}.items():
+            (self.directory / name).write_text(f"{value}\n")
+        name = (self.directory / "address").read_text().strip()
+        super().__init__(name, PCI / "devices" / name)
+
+    def qemu(self):
+        """Returns the property with which QEMU finds the device."""
+        return {"host": self.name}
+
+    def remove(self):
+        """Removes the function, and waits while it is still in use."""
+        self.directory.rmdir()
 
 
 class Display(Device):

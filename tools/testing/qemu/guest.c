@@ -802,6 +802,7 @@ int main(void)
 {
 	const char *pace = getenv("pace");
 	struct device *d;
+	bool p2p = false;
 	__u64 size = 0;
 
 	open_report();
@@ -816,7 +817,7 @@ int main(void)
 		open_device(d);
 	if (device_count == 2 && devices[0].kind->engine &&
 	    devices[1].kind->engine)
-		peers_open(&devices[0], &devices[1]);
+		p2p = peers_open(&devices[0], &devices[1]);
 	for_each_device(d) {
 		first_generation(d);
 		size += d->size;
@@ -827,7 +828,7 @@ int main(void)
 	tell("@ready pci=");
 	for_each_device(d)
 		tell("%s%s", d == devices ? "" : ",", d->pci);
-	say(" state_size=%llu irq=%s", size,
-	    devices->kind->engine ? "msix" : "none");
+	say(" state_size=%llu irq=%s p2p=%d", size,
+	    devices->kind->engine ? "msix" : "none", p2p);
 	run(pace ? strtoul(pace, NULL, 0) : 1000);
 }

@@ -113,7 +113,7 @@ void display_draw(struct device *d);
 void display_turn(struct device *d);
 void display_verify(struct device *d);
 
-void peers_open(struct device *one, struct device *other);
+bool peers_open(struct device *one, struct device *other);
 void peers_start(struct device *d);
 void peers_turn(struct device *d);
 void peers_stop(struct device *d);

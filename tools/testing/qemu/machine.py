@@ -28,9 +28,10 @@ FILE_TIMEOUT = 60
 
 PAIR = re.compile(r'(\w+)=("[^"]*"|\S+)')
 
-# Events in QEMU's trace about the DMA log of devices. The name of the second event
-# depends on the version.
+# Events in QEMU's trace about the DMA log of devices, and that of the IOMMU. The name of
+# the last event depends on the version.
 LOG_START = re.compile(r"vfio_device_dirty_tracking_start ")
+IOMMU_LOG_START = re.compile(r"iommufd_backend_set_dirty .* enable=1 \(0\)")
 LOG_PAGES = re.compile(r"vfio_\w+_dirty_bitmap .* dirty_pages=(\d+)")
 TRACES = (
     "vfio_migration*",
@@ -38,6 +39,7 @@ TRACES = (
     "vfio_load*",
     "vfio_state*",
     "vfio_device_dirty_tracking_start",
+    "iommufd_backend_set_dirty",
     "vfio_*_dirty_bitmap",
 )
 
@@ -285,10 +287,11 @@ class Machine:
         return f"{self.name} QEMU ended with status {status}"
 
     def dma_log(self):
-        """Returns how many times QEMU started DMA logs, and the pages found in them."""
+        """Returns the owners of the DMA logs that QEMU started, and the pages found."""
         trace = "\n".join(self.read("trace"))
-        pages = sum(int(count) for count in LOG_PAGES.findall(trace))
-        return len(LOG_START.findall(trace)), pages
+        starts = {"device": LOG_START, "IOMMU": IOMMU_LOG_START}
+        owners = [owner for owner, start in starts.items() if start.search(trace)]
+        return owners, sum(int(count) for count in LOG_PAGES.findall(trace))
 
     def send(self, command):
         """Gives the guest a command."""

@@ -8,6 +8,9 @@
  * results of the previous ones, and three endless transfers. When the chain has
  * ended, the next one starts immediately, with other data in other places. Then
  * the guest verifies the results of the last one.
+ *
+ * If an IOMMU does not let them access each other, memory of the guest takes the
+ * place of the peer's memory.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -47,7 +50,8 @@ enum {
 	RAM_PATTERN,
 	RAM_SET,
 	RAM_CHURN = RAM_SET * SETS,
-	RAM_LONG,
+	RAM_INBOX,
+	RAM_LONG = RAM_INBOX + SLOTS - SLOT_INBOX,
 	RAM_SLOTS = RAM_LONG + LONG_LEN / SLOT,
 };
 
@@ -111,6 +115,9 @@ struct peer {
 
 static struct peer peers[2];
 
+/* Whether the devices can access each other. */
+static bool p2p;
+
 static struct place device_place(struct device *d, unsigned int slot,
 				 __u64 shift)
 {
@@ -131,6 +138,14 @@ static struct place ram_place(const struct device *d, __u64 offset)
 		.bytes = d->peer->ram + offset,
 		.bus = d->peer->ram_bus + offset,
 	};
+}
+
+/* Returns a place that the peer of @d writes to. */
+static struct place inbox_place(struct device *d, unsigned int slot, __u64 shift)
+{
+	if (p2p)
+		return device_place(d, slot, shift);
+	return ram_place(d, (RAM_INBOX + slot - SLOT_INBOX) * SLOT + shift);
 }
 
 /* Returns a number below @limit that only depends on the chain and @salt. */
@@ -170,8 +185,8 @@ static void plan_chain(struct device *d)
 		c->own[i] = device_place(d, SLOT_OWN + set * 3 + i,
 					 choose(c, 10 + i, SHIFT_MAX));
 	for (i = 0; i < 2; i++)
-		c->inbox[i] = device_place(p->other, SLOT_INBOX + set * 2 + i,
-					   choose(c, 20 + i, SHIFT_MAX));
+		c->inbox[i] = inbox_place(p->other, SLOT_INBOX + set * 2 + i,
+					  choose(c, 20 + i, SHIFT_MAX));
 	c->source = ram_place(d, (set * RAM_SET + RAM_SOURCE) * SLOT +
 			      choose(c, 30, SHIFT_MAX));
 	c->copy = ram_place(d, (set * RAM_SET + RAM_COPY) * SLOT +
@@ -386,7 +401,7 @@ static struct place endless_place(struct device *d, unsigned int i)
 	case 0:
 		return ram_place(d, RAM_CHURN * SLOT + 77);
 	case 1:
-		return device_place(d->peer->other, SLOT_INBOX_CHURN, 7777);
+		return inbox_place(d->peer->other, SLOT_INBOX_CHURN, 7777);
 	default:
 		return device_place(d, SLOT_CHURN, 777);
 	}
@@ -395,7 +410,7 @@ static struct place endless_place(struct device *d, unsigned int i)
 static void post_endless(struct device *d, unsigned int i)
 {
 	struct place place = endless_place(d, i);
-	bool p2p = place.owner == d->peer->other;
+	bool inbox = i == 1;
 	struct vfio_mock_dma_desc desc = {
 		.iova = place.bus,
 		.addr = place.addr,
@@ -404,27 +419,35 @@ static void post_endless(struct device *d, unsigned int i)
 		.op = place.owner == d ? VFIO_MOCK_DMA_CHURN :
 					 VFIO_MOCK_DMA_FILL,
 		.irq_vector = VFIO_MOCK_IRQ_NONE,
-		.period = p2p ? ENDLESS_PEER_PERIOD : ENDLESS_PERIOD,
-		.step = p2p ? ENDLESS_PEER_STEP : ENDLESS_STEP,
+		.period = inbox ? ENDLESS_PEER_PERIOD : ENDLESS_PERIOD,
+		.step = inbox ? ENDLESS_PEER_STEP : ENDLESS_STEP,
 	};
 
 	write_desc(d, ENDLESS_FIRST + i, &desc);
 	doorbell(d, ENDLESS_FIRST + i);
 }
 
+/* Waits while a transfer has this status. */
+static void await_status(struct device *d, unsigned int index, __u32 status)
+{
+	const size_t field = offsetof(struct vfio_mock_dma_desc, status);
+	__u64 limit = now_ms() + IRQ_TIMEOUT_MS;
+
+	while (mmio_read(desc_field(d, index, field), 4) == status &&
+	       now_ms() < limit)
+		;
+}
+
 /* Ends a transfer after a complete round through its range. */
 static void abort_endless(struct device *d, unsigned int index)
 {
-	const size_t field = offsetof(struct vfio_mock_dma_desc, status);
 	__u64 limit = now_ms() + IRQ_TIMEOUT_MS;
 
 	while (desc_pos(d, index) < ENDLESS_LEN && now_ms() < limit)
 		;
 	mmio_write(d->regs + VFIO_MOCK_REG_DMA_ABORT, 4, index);
 	/* A piece that is being moved is completed first. */
-	while (mmio_read(desc_field(d, index, field), 4) ==
-	       VFIO_MOCK_DMA_ACTIVE && now_ms() < limit)
-		;
+	await_status(d, index, VFIO_MOCK_DMA_ACTIVE);
 }
 
 /* Ends an endless transfer, and compares its results with its position. */
@@ -573,11 +596,40 @@ static void open_peer(struct device *d, struct device *other, struct peer *p)
 	d->vectors = MIDDLE_VECTOR;
 }
 
-/* Makes two devices peers, before they are first used. */
-void peers_open(struct device *one, struct device *other)
+/* Returns whether a device can read the memory of its peer; both are still zero. */
+static bool reads_peer(struct device *d)
 {
+	const struct device *other = d->peer->other;
+	struct vfio_mock_dma_desc desc = {
+		.iova = other->peer->bus + other->work,
+		.addr = d->work,
+		.len = 8,
+		.op = VFIO_MOCK_DMA_READ,
+		.irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+
+	write_desc(d, 0, &desc);
+	doorbell(d, 0);
+	await_status(d, 0, VFIO_MOCK_DMA_QUEUED);
+	await_status(d, 0, VFIO_MOCK_DMA_ACTIVE);
+	d->peer->ended++;
+	d->count.moved += desc_pos(d, 0);
+	return desc_pos(d, 0) == desc.len;
+}
+
+/*
+ * Makes two devices peers, before they are first used. Returns whether they can
+ * access each other.
+ */
+bool peers_open(struct device *one, struct device *other)
+{
+	bool reads;
+
 	open_peer(one, other, &peers[0]);
 	open_peer(other, one, &peers[1]);
+	reads = reads_peer(one);
+	p2p = reads_peer(other) && reads;
 	/* Make their content differ. */
 	other->generation = 1ULL << 32;
+	return p2p;
 }

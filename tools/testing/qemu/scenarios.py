@@ -88,7 +88,11 @@ class Scenario:
         mdev_type = self.options.type if kind is device.MOCK else kind.type
         mdevs = []
         for _ in range(self.plan.devices):
-            mdev = device.Mdev(kind.parent, mdev_type)
+            if self.plan.function is None:
+                mdev = device.Mdev(kind.parent, mdev_type)
+            else:
+                name = mdev_type.removeprefix(f"{kind.parent}-")
+                mdev = device.Function(kind.parent, name, self.plan.function)
             self.stack.callback(mdev.remove)
             mdevs.append(mdev)
         return mdevs
@@ -131,6 +135,9 @@ class Scenario:
         )
         self._work(source, generations=16, irqs=8)
         ready = self.guest.ready
+        # The IOMMU of functions does not let devices access each other.
+        p2p = self.plan.devices > 1 and self.plan.function is None
+        expect("DMA between devices", ready["p2p"] == "1", p2p)
         self.view.say(
             f"guest up in {time.monotonic() - start:.0f} s with device "
             f"{ready['pci']}, state {size(int(ready['state_size']))}, "
@@ -258,7 +265,7 @@ class Scenario:
         features = self.target_mdevs[0].features()
         follow("source", source, source_states(features, paused), self.view)
         follow("target", target, target_states(features), self.view)
-        if self.plan.devices > 1:
+        if self.plan.devices > 1 or self.plan.function:
             self.expect_log(source, paused)
         self._drop(source)
         self.source_mdevs, self.target_mdevs = (
@@ -268,13 +275,14 @@ class Scenario:
         return sample
 
     def expect_log(self, source, paused):
-        """Checks that QEMU got the pages written by DMA from the devices."""
-        started, pages = source.dma_log()
-        if not started:
-            raise Failure("QEMU made no use of the devices' DMA logs")
-        # A stopped device writes nothing.
-        expect("DMA in the devices' logs", pages > 0, not paused)
-        self.view.say(f"DMA logs: QEMU found {pages} pages in them")
+        """Checks that QEMU got the pages written by DMA from the right log."""
+        owners, pages = source.dma_log()
+        has_log = self.plan.function is None or self.plan.function["dma_log"]
+        expect("owners of DMA logs", owners, ["device" if has_log else "IOMMU"])
+        # A stopped device writes nothing. Without a peer, there is no DMA.
+        some = self.plan.devices > 1 and not paused
+        expect("DMA in the logs", pages > 0, some)
+        self.view.say(f"DMA log of {owners[0]}: QEMU found {pages} pages in it")
 
     def pause_busy(self, machine):
         """Pauses the guest while transfers wait in the devices.
@@ -635,11 +643,12 @@ HAVE_IOMMUFD = Path("/dev/iommu").exists()
 ANY = ["iommufd" if HAVE_IOMMUFD else "group"]
 
 # Steps of a scenario and options of QEMU for it. The backends alternate. Scenarios with
-# `more` run only if they are named.
+# `more` run only if they are named. With `function`, the devices are software PCI functions
+# with these settings.
 Plan = namedtuple(
     "Plan",
-    "play title backends kind capabilities properties devices more",
-    defaults=(device.MOCK, (), REQUIRED, 1, False),
+    "play title backends kind capabilities properties devices more function",
+    defaults=(device.MOCK, (), REQUIRED, 1, False, None),
 )
 
 SCENARIOS = {
@@ -680,6 +689,23 @@ SCENARIOS = {
         more=True,
     ),
 }
+
+# The same with software PCI functions. For those without a DMA log, QEMU uses that of the
+# IOMMU, but only with an iommufd.
+for usual in ("group", "iommufd", "cancel", "multifd", "peers"):
+    SCENARIOS[f"{usual}-pci"] = SCENARIOS[usual]._replace(
+        title=f"like {usual}, with PCI functions",
+        function={"dma_log": 1},
+        more=True,
+    )
+    SCENARIOS[f"{usual}-iommu"] = SCENARIOS[usual]._replace(
+        title=f"like {usual}, with PCI functions and the DMA log of the IOMMU",
+        backends=["iommufd"],
+        function={"dma_log": 0},
+        more=True,
+    )
+# This is iommufd-iommu.
+del SCENARIOS["group-iommu"]
 
 
 def save(options):
