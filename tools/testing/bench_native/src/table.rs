@@ -79,7 +79,7 @@ fn translate(name: &str, pages: Vec<u64>) -> Figure {
     let array = way("array", move |bencher| {
         bencher.iter(|| {
             for page in &order[..] {
-                black_box(array.get(*page as usize));
+                black_box(array.get(*page as usize).copied());
             }
         });
     });
@@ -98,7 +98,7 @@ fn translate(name: &str, pages: Vec<u64>) -> Figure {
     let hash = way("HashMap", move |bencher| {
         bencher.iter(|| {
             for page in &order[..] {
-                black_box(hash.get(page));
+                black_box(hash.get(page).copied());
             }
         });
     });
@@ -106,7 +106,7 @@ fn translate(name: &str, pages: Vec<u64>) -> Figure {
     let tree = way("BTreeMap", move |bencher| {
         bencher.iter(|| {
             for page in &pages[..] {
-                black_box(tree.get(page));
+                black_box(tree.get(page).copied());
             }
         });
     });
@@ -116,6 +116,44 @@ fn translate(name: &str, pages: Vec<u64>) -> Figure {
         work,
         unit: "page",
         ways: vec![array, table, hash, tree],
+    }
+}
+
+/// Translates random pages of 64 GiB, which are mapped in pieces of 64 KiB with gaps of 1 MiB.
+fn sparse() -> Figure {
+    const PIECE: u64 = 16;
+    const STRIDE: u64 = PIECE + 256;
+    const PAGES: u64 = 1 << 24;
+
+    let order: Rc<[u64]> = random(6).map(|page| page % PAGES).take(1 << 18).collect();
+    let work = order.len() as f64;
+    let pages = order.clone();
+    let array: Vec<u64> = (0..PAGES).map(|page| FRAME + page).collect();
+    let array = way("array", move |bencher| {
+        bencher.iter(|| {
+            for page in &pages[..] {
+                black_box(array.get(*page as usize).copied());
+            }
+        });
+    });
+    let mut table = Table::new(node());
+    for piece in 0..PAGES / PIECE {
+        map(&mut table, piece * STRIDE, PIECE);
+    }
+    let table = way("Table", move |bencher| {
+        bencher.iter(|| {
+            for page in &order[..] {
+                let at = page / PIECE * STRIDE + page % PIECE;
+                assert!(black_box(table.translate(at, true)).is_ok());
+            }
+        });
+    });
+
+    Figure {
+        name: "translate 64 GiB in pieces of 64 KiB".into(),
+        work,
+        unit: "page",
+        ways: vec![array, table],
     }
 }
 
@@ -181,6 +219,7 @@ pub(crate) fn figures() -> Vec<Figure> {
                 .take(PAGES as usize)
                 .collect(),
         ),
+        sparse(),
         change(),
     ]
 }
