@@ -21,7 +21,7 @@ if [ "${1-}" = -b ]; then
 fi
 if [ "${1-}" = -m ]; then
 	# Loads the modules that it needs.
-	modprobe mtty && modprobe -r mtty && insmod "$2" || exit 1
+	modprobe mtty && rmmod mtty && insmod "$2" || exit 1
 	shift 2
 else
 	modprobe mtty || exit 1
