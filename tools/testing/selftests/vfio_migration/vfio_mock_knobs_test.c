@@ -621,6 +621,11 @@ TEST_F(knobs, arc_breaks_device)
 		expect_state(_metadata, &src->dev, MIG_ERROR, "after a reset that failed");
 		ASSERT_EQ(0, mig_reset(&src->dev));
 		expect_state(_metadata, &src->dev, MIG_RUNNING, "after a reset");
+		/* A broken device would be in ERROR after an arc that fails. */
+		set_faults(_metadata, src, "arc *->STOP");
+		EXPECT_EQ(-EIO, mig_set_state(&src->dev, MIG_STOP, NULL));
+		if (!(src->dev.flags & VFIO_MIGRATION_P2P))
+			expect_state(_metadata, &src->dev, MIG_RUNNING, "after the failure");
 		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_STOP, NULL));
 		ASSERT_EQ(0, mig_set_state(&src->dev, MIG_RUNNING, NULL));
 	}

@@ -220,7 +220,10 @@ TEST_F(verdict, second_stream_makes_up_for_the_first)
 
 	close(fd);
 	move_on(_metadata, &self->src.dev, MIG_STOP);
-	save(_metadata, self);
+	/* Not by RUNNING, which would cancel the migration. */
+	ASSERT_EQ(0, mig_set_state(&self->src.dev, MIG_STOP_COPY, &fd));
+	ASSERT_EQ(0, mig_save(fd, &self->image, stream_limit(&self->src.dev)));
+	close(fd);
 	mig_close_device(&self->src.dev);
 	expect_verdict(_metadata, self, &self->src, NULL, NULL);
 }
