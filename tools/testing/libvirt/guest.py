@@ -28,6 +28,7 @@ WORK = Path("/run/libvirt-test")
 DEVICES = Path("/sys/bus/mdev/devices")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 CONFIGFS = Path("/sys/kernel/config")
+DEBUGFS = Path("/sys/kernel/debug/vfio")
 # The drivers of libvirt, and a folder with the QEMU driver only.
 DRIVERS = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver")
 QEMU_DRIVER = WORK / "drivers"
@@ -314,6 +315,15 @@ def driver_of(device):
     return link.resolve().name if link.exists() else None
 
 
+def judge(device, *broken):
+    """Shows the verdict on the last QEMU with a device, which broke only these rules."""
+    lines = (DEBUGFS / device / "verdict").read_text().splitlines()
+    for line in lines:
+        print(f"# verdict with {device}: {line}")
+    told = [line.split(":")[0] for line in lines if not line.startswith("advice: ")]
+    check(told == (list(broken) or ["clean"]), f"verdict: {told}")
+
+
 def install(modules, module):
     """Installs modules of the kernel and another one, and their aliases."""
     folder = Path("/lib/modules") / os.uname().release
@@ -436,23 +446,29 @@ class Tests:
     def domain_migrates(self):
         """live migration with virsh keeps the content of the device"""
         self.migrate(self.here, self.there, SECOND)
+        # QEMU stops the log when the guest continues, which it does not on the source.
+        judge(FIRST, "log_not_stopped")
 
     def smaller_device_is_refused(self):
         """device of another size refuses the migration, and the guest continues"""
         self.migrate(self.there, self.here, SMALL, ok=False)
+        judge(SMALL)
 
     def domain_migrates_back(self):
         """peer-to-peer migration returns the domain"""
         self.migrate(self.there, self.here, FIRST, "--p2p")
+        judge(SECOND, "log_not_stopped")
 
     def iommufd_migrates(self):
         """domain with an iommufd migrates"""
         self.here.virsh("destroy", "guest")
+        judge(FIRST)
         self.here.virsh("create", domain("iommufd.xml", self.here))
         mock = device_of(self.here)
         mock.execute(1, SEED)
         mock.set(0x18, SEED + 1)
         self.migrate(self.here, self.there, SECOND)
+        judge(FIRST, "log_not_stopped")
 
     def definition_is_used(self):
         """device is destroyed, started again and undefined"""
@@ -468,6 +484,7 @@ class Tests:
         """domain ends, and the devices can be removed"""
         self.there.virsh("destroy", "guest")
         check(not self.there.domains(), "the domain still runs")
+        judge(SECOND)
         for device in (FIRST, SECOND, SMALL):
             run("mdevctl", "stop", "-u", device)
             check(not (DEVICES / device).exists(), "the device still exists")

@@ -130,6 +130,13 @@ class Device:
         return []
 
 
+    def verdict(self):
+        """Returns the lines of the verdict on the last VMM, none without debugfs."""
+        if not DEBUGFS.exists():
+            return []
+        return (DEBUGFS / self.name / "verdict").read_text().splitlines()
+
+
 class Mdev(Device):
     """A mediated device of a parent's type, from creation to removal."""
 

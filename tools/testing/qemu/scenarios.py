@@ -110,12 +110,27 @@ class Scenario:
             machine.allow(capability)
         return machine
 
-    def _drop(self, machine):
-        """Ends a QEMU that has done its part."""
+    def drop(self, machine, broken=()):
+        """Ends a QEMU that has done its part, and broke these rules of the verdict."""
         machine.close()
         self.machines.remove(machine)
         for line in machine.complaints():
             self.view.say(f"{machine.name} QEMU says: {line}")
+        self.judge(machine, broken)
+
+    def judge(self, machine, broken=()):
+        """Shows the verdicts on a QEMU that has ended, and checks them."""
+        for mdev in machine.mdevs:
+            lines = mdev.verdict()
+            for line in lines:
+                self.view.say(f"verdict on the {machine.name} QEMU: {line}")
+            told = [line for line in lines if not line.startswith("advice: ")]
+            if told:
+                rules = [line.split(":")[0] for line in told]
+                if self.plan.devices > 1 and "log_not_reported" in rules:
+                    # QEMU asks for written pages of RAM, but not of other devices.
+                    rules.remove("log_not_reported")
+                expect("the verdict", rules, list(broken) or ["clean"])
 
     def boot(self):
         """Starts the source and waits until its guest works."""
@@ -267,7 +282,9 @@ class Scenario:
         follow("target", target, target_states(features), self.view)
         if self.plan.devices > 1 or self.plan.function:
             self.expect_log(source, paused)
-        self._drop(source)
+        # QEMU stops the log when the guest continues, which it does not on the source.
+        owners, _ = source.dma_log()
+        self.drop(source, ["log_not_stopped"] if "device" in owners else [])
         self.source_mdevs, self.target_mdevs = (
             self.target_mdevs,
             self.source_mdevs,
@@ -421,7 +438,7 @@ class Scenario:
 
         reason = wait([], turned_off, QUIT_TIMEOUT, "the guest turns off")
         expect("why the guest ended", reason, "guest-shutdown")
-        self._drop(machine)
+        self.drop(machine)
 
     def summary(self, sample):
         """Returns a summary in one line."""
@@ -536,21 +553,28 @@ def migrate(scenario):
     return scenario.summary(sample)
 
 
+def ends(scenario, source, target, status):
+    """Waits until a migration ends with a status other than completed; returns its info."""
+
+    def info():
+        info = source.qmp.command("query-migrate")
+        return info if info["status"] == status else None
+
+    done = wait([source], info, MIGRATE_TIMEOUT, f"the migration is {status}")
+    # Both sides may complain that the stream ended early.
+    target.close()
+    scenario.machines.remove(target)
+    scenario.judge(target)
+    return done
+
+
 def cancel(scenario):
     """The migration is cancelled half-way, and a second one completes."""
     source = scenario.boot()
     target = scenario.target("target")
     scenario.half_way(source, target)
     source.qmp.command("migrate_cancel")
-    wait(
-        [source],
-        lambda: source.qmp.command("query-migrate")["status"] == "cancelled",
-        MIGRATE_TIMEOUT,
-        "QEMU cancels the migration",
-    )
-    # Both sides may complain that the stream ended early.
-    target.close()
-    scenario.machines.remove(target)
+    ends(scenario, source, target, "cancelled")
     scenario.work_on(source)
     follow("source", source, ["PRE_COPY", "RUNNING"], scenario.view)
     source.excuse()
@@ -595,6 +619,72 @@ def stopped(scenario):
     scenario.verify(target)
     scenario.quit(target)
     return "stopped half-way, then " + scenario.summary(sample)
+
+
+def pause_cancel(scenario):
+    """The guest is paused in mid-migration, which is cancelled: the device runs on."""
+    source = scenario.boot()
+    target = scenario.target()
+    scenario.half_way(source, target)
+    source.qmp.command("stop")
+    source.qmp.command("migrate_cancel")
+    ends(scenario, source, target, "cancelled")
+    expect("the guest", source.qmp.command("query-status")["status"], "paused")
+    expect("the device", states(source.mdevs), "RUNNING")
+    source.excuse()
+    source.qmp.command("cont")
+    scenario.work_on(source)
+    scenario.verify(source)
+    scenario.quit(source)
+    return "QEMU runs the device of a paused guest"
+
+
+def reset(scenario):
+    """A reset of the guest in mid-migration ends the migration."""
+    source = scenario.boot()
+    target = scenario.target()
+    scenario.half_way(source, target)
+    source.qmp.command("set-action", {"reboot": "reset"})
+    source.qmp.command("system_reset")
+    info = ends(scenario, source, target, "failed")
+    if "No such device" not in info.get("error-desc", ""):
+        raise Failure(f"another error: {info}")
+    expect("the device", states(source.mdevs), "RUNNING")
+    source.excuse()
+    # The guest boots again, which is not waited for.
+    scenario.drop(source)
+    return info["error-desc"]
+
+
+def remove(scenario):
+    """The host asks for the source's device in mid-migration, which completes."""
+    source = scenario.boot()
+    target = scenario.target()
+    scenario.half_way(source, target)
+    request = subprocess.Popen(
+        ["sh", "-c", 'echo 1 >"$0/remove"', scenario.source_mdevs[0].path]
+    )
+    wait(
+        [source],
+        lambda: any("not allowed while migrating" in c for c in source.complaints()),
+        MIGRATE_TIMEOUT,
+        "QEMU warns",
+    )
+    source.excuse()
+    bandwidth = {"max-bandwidth": scenario.options.bandwidth << 20}
+    source.qmp.command("migrate-set-parameters", bandwidth)
+    wait([source, target], target.migrated, MIGRATE_TIMEOUT, "the target takes all")
+    if request.poll() is not None:
+        raise Failure("the device is removed while it is in use")
+    target.guest, source.guest = scenario.guest, None
+    target.qmp.command("cont")
+    scenario.work_on(target)
+    scenario.verify(target)
+    source.close()
+    scenario.machines.remove(source)
+    expect("the removal", request.wait(QUIT_TIMEOUT), 0)
+    scenario.quit(target)
+    return "the source's device is removed when its QEMU ends"
 
 
 def variant(scenario):
@@ -678,6 +768,11 @@ SCENARIOS = {
         device.MINIMAL,
     ),
     "stop": Plan(stopped, "stopped half-way, arrives stopped", ANY, more=True),
+    "pause-cancel": Plan(
+        pause_cancel, "paused half-way, then cancelled", ANY, more=True
+    ),
+    "reset": Plan(reset, "guest reset half-way", ANY, more=True),
+    "remove": Plan(remove, "device of the source removed half-way", ANY, more=True),
     "variant": Plan(
         variant,
         "variant driver of a PCI device, its picture moves from display to display",
