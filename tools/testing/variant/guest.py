@@ -67,17 +67,19 @@ RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
 ALL_STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RESUMING)
 STOPPED = (STOP_COPY, STOP, RESUMING)
 # The parameters of vfio_pci_test, and the states of a PCI device for the first one.
-REPORT, FLR, FOLLOW = (Path("/sys/module/vfio_pci_test/parameters", name)
-                       for name in ("report", "flr", "follow"))
+REPORT, CLAIM, FOLLOW = (Path("/sys/module/vfio_pci_test/parameters", name)
+                       for name in ("report", "claim", "follow"))
 IO_NORMAL, IO_FROZEN, IO_PERM_FAILURE = 0, 1, 2
 REGION_MMAP = 1 << 2
 COMMAND, MEMORY = 4, 2
 CONFIG = 7
-# In the configuration space: the capabilities, the PCIe capability, and the slot control register
-# in it with the bit that turns off the power. In that of a device: the control register, with the
-# bit that starts an FLR.
-CAPABILITIES, PCIE, SLOT, POWER_OFF = 0x34, 0x10, 0x18, 1 << 10
+# In the configuration space: the capabilities. In the PCIe capability of a port: the slot control
+# register with the bit that turns off the power. In that of a device: the control register, with
+# the bit that starts an FLR. In that of power management: the control register, with the state.
+CAPABILITIES, PM, PCIE = 0x34, 0x01, 0x10
+SLOT, POWER_OFF = 0x18, 1 << 10
 CONTROL, START_FLR = 8, 1 << 15
+PM_CONTROL, D0, D3HOT = 4, 0, 3
 
 
 def check(condition, what):
@@ -123,11 +125,12 @@ def content(path, bar, data=None):
     return found
 
 
-def pcie(config):
-    """Returns the offset of the PCIe capability in a configuration space, or 0."""
+def capability(config, number):
+    """Returns the offset of a capability in a configuration space."""
     at = config[CAPABILITIES]
-    while at and config[at] != PCIE:
+    while config[at] != number:
         at = config[at + 1]
+        check(at, f"no capability {number}")
     return at
 
 
@@ -135,7 +138,7 @@ def power(path, enabled):
     """Turns the power of a device's slot on or off, unknown to the kernel."""
     port = os.open(path.resolve().parent / "config", os.O_RDWR)
     config = os.pread(port, 256, 0)
-    at = pcie(config)
+    at = capability(config, PCIE)
     control = struct.unpack_from("<H", config, at + SLOT)[0] & ~POWER_OFF
     os.pwrite(port, struct.pack("<H", control | (not enabled) * POWER_OFF), at + SLOT)
     os.close(port)
@@ -260,12 +263,20 @@ class Device:
         """Resets the slot of the device."""
         fcntl.ioctl(self.file, VFIO_DEVICE_PCI_HOT_RESET, struct.pack("<III", 12, 0, 0))
 
+    def control(self, number, offset, change):
+        """Changes a register of a capability."""
+        size, config, _ = self.region(CONFIG)
+        at = config + capability(os.pread(self.file, size, config), number) + offset
+        value = struct.unpack("<H", os.pread(self.file, 2, at))[0]
+        os.pwrite(self.file, struct.pack("<H", change(value)), at)
+
     def function_reset(self):
         """Resets the device by its configuration space."""
-        size, offset, _ = self.region(CONFIG)
-        at = offset + pcie(os.pread(self.file, size, offset)) + CONTROL
-        control = struct.unpack("<H", os.pread(self.file, 2, at))[0]
-        os.pwrite(self.file, struct.pack("<H", control | START_FLR), at)
+        self.control(PCIE, CONTROL, lambda value: value | START_FLR)
+
+    def power(self, state):
+        """Changes the power state by the configuration space."""
+        self.control(PM, PM_CONTROL, lambda value: value & ~D3HOT | state)
 
     def map(self):
         """Maps the memory."""
@@ -827,40 +838,122 @@ def reports_errors(path, bar):
 def resets(pair, bar):
     """a reset by the user or by the host in any state leads to RUNNING and a clear device"""
     bind(pair[0])
-    users = 0
-    with Device(pair[0], bar) as device, contextlib.ExitStack() as stack:
+    with Device(pair[0], bar) as device:
         check("\nresets 0\n" in told(pair[0], "statistics"), "the open counts as a reset")
-        kinds = [(True, device.reset), (True, device.hot_reset),
-                 (False, lambda: host_reset(pair[0]))]
-        if pcie((pair[0] / "config").read_bytes()):
-            # It has no FLR. The core resets it by the bus then.
-            FLR.write_text(f"{pair[0].name} 1")
-            stack.callback(FLR.write_text, f"{pair[0].name} 0")
-            kinds.append((True, device.function_reset))
-        for by_user, reset in kinds:
-            users += by_user
-            for state in ALL_STATES:
-                device.write(pattern(device.size, 19))
-                session = device.set_state(state)
-                begin(session, state)
-                reset()
-                check(device.state() == RUNNING, "the device is not in RUNNING")
-                # The first call after the reset is one of the session.
-                if session >= 0:
-                    check_ended(session, state)
-                # And here it is a state change.
-                reset()
-                if not by_user:
-                    check_told(device, state)
-                os.close(device.set_state(STOP_COPY))
-                check(device.state() == STOP_COPY, "the device is not in STOP_COPY")
-                device.set_state(RUNNING)
-                device.command(MEMORY)
-                check(device.read() == bytes(device.size), "the memory is not clear")
-            # Only resets by the user in STOP_COPY count.
-            want = f"clean\nadvice: reset_in_session: count {users}, first in STOP_COPY "
-            found = verdict(pair[0])
-            check(found.startswith(want) and found.count("\n") == 2, found)
+        check_reset(device, device.reset)
+        check_advice(pair[0], 1)
+        check_reset(device, device.hot_reset)
+        check_reset(device, lambda: host_reset(pair[0]), False)
+        check_advice(pair[0], 2)
+
+
+def check_advice(path, count):
+    """Checks that the verdict is clean, with advice on a number of resets."""
+    # Only resets by the user in STOP_COPY count.
+    want = f"clean\nadvice: reset_in_session: count {count}, first in STOP_COPY "
+    found = verdict(path)
+    check(found.startswith(want) and found.count("\n") == 2, found)
+
+
+def check_reset(device, reset, by_user=True):
+    """Resets a device in each state."""
+    for state in ALL_STATES:
+        device.write(pattern(device.size, 19))
+        session = device.set_state(state)
+        begin(session, state)
+        reset()
+        check(device.state() == RUNNING, "the device is not in RUNNING")
+        # The first call after the reset is one of the session.
+        if session >= 0:
+            check_ended(session, state)
+        # And here it is a state change.
+        reset()
+        if not by_user:
+            check_told(device, state)
+        os.close(device.set_state(STOP_COPY))
+        check(device.state() == STOP_COPY, "the device is not in STOP_COPY")
+        device.set_state(RUNNING)
+        device.command(MEMORY)
+        check(device.read() == bytes(device.size), "the memory is not clear")
+
+
+def claims(pair, bar):
+    """FLR and D3hot by the user or by the host, in any state"""
+    rescan(pair, True)
+    try:
+        bind(pair[0])
+        with Device(pair[0], bar) as device:
+            check((pair[0] / "reset_method").read_text().startswith("flr"), "it has no FLR")
+            check_reset(device, device.function_reset)
+            check_reset(device, device.reset)
+            check_reset(device, lambda: host_reset(pair[0]), False)
+            check_advice(pair[0], 2)
+            check_power(pair[0], device)
+            device.write(pattern(device.size, 24))
+            device.power(D3HOT)
+        unbind(pair[0])
+        found = content(pair[0], bar)
+        check(found == bytes(len(found)), "the host sees what the user has left")
+        sleeps(pair, bar)
+    finally:
+        rescan(pair, False)
+
+
+def rescan(pair, claim):
+    """Lets the kernel find devices again that claim more than they have, or no longer."""
+    for path in pair:
+        CLAIM.write_text(f"{path.name} {int(claim)}")
+        (path / "remove").write_text("1")
+    Path("/sys/bus/pci/rescan").write_text("1")
+
+
+def check_power(path, device):
+    """Puts a device into D3hot and back, and resets it there, in each state."""
+    for state, reset in itertools.product(ALL_STATES, (device.reset, lambda: host_reset(path))):
+        device.write(pattern(device.size, 25))
+        with device.map() as mapped:
+            session = device.set_state(state)
+            begin(session, state)
+            device.power(D3HOT)
+            check(fails(device.read) == errno.EIO, "a device without power can be read")
+            check(child(store, mapped, (0,), b"asleep__") == -signal.SIGBUS,
+                  "a store without power raises no SIGBUS")
+        image = b""
+        if session >= 0 and state != RESUMING:
+            # The rest of the first record.
+            image = stream(session, errno.EIO)
+            check(len(image) < RECORD, "a device without power is saved")
+        # The host wakes it first, and suspends it from D0.
+        suspend(path, device)
+        check((path / "power_state").read_text() == "D3hot\n", "it is suspended elsewhere")
+        device.wake()
+        device.power(D3HOT)
+        device.power(D0)
+        device.command(MEMORY)
+        check(device.read() == pattern(device.size, 25), "the content differs")
+        check(device.state() == state, "the device has another state")
+        if image:
+            # The saver was called again after its error, which the next read() returns.
+            check(fails(os.read, session, 1) == errno.EIO, "the second error is lost")
+            image += stream(session, None if state == STOP_COPY else errno.ENOMSG)
+            records = device.size // PAGE + (2 if state == STOP_COPY else 1)
+            check(len(image) == records * RECORD - 100, f"{len(image)} bytes are left")
+        device.power(D3HOT)
+        reset()
+        check(device.state() == RUNNING, "the device is not in RUNNING")
+        if session >= 0:
+            check_ended(session, state)
+        device.command(MEMORY)
+        check(device.read() == bytes(device.size), "the memory is not clear")
+        if reset != device.reset:
+            check_told(device, state)
+
+
+def suspend(path, device):
+    """Lets runtime PM suspend a device, and waits until it has."""
+    device.sleep()
+    wait_for(lambda: (path / "power/runtime_status").read_text() == "suspended\n",
+             "it is not suspended")
 
 
 def sleeps(pair, bar):
@@ -887,8 +980,13 @@ def sleeps(pair, bar):
         target.wake()
         check(target.read() == pattern(target.size, 20), "the content differs")
         for state in ALL_STATES:
+            target.write(pattern(target.size, 21))
             session = target.set_state(state)
-            target.sleep()
+            suspend(pair[1], target)
+            target.wake()
+            check(target.state() == state, "the device has another state")
+            check(target.read() == pattern(target.size, 21), "the content differs")
+            suspend(pair[1], target)
             host_reset(pair[1])
             check(target.state() == RUNNING, "the device is not in RUNNING")
             target.wake()
@@ -896,7 +994,6 @@ def sleeps(pair, bar):
             check_told(target, state)
             if session >= 0:
                 os.close(session)
-            target.write(pattern(target.size, 21))
 
 
 def race(path, device, mapped):
@@ -971,9 +1068,10 @@ def races(pair, bar):
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
          for test in (clears, moves, judges, tracks, states, shares, follows, remains, wakes,
-                      resets, sleeps, closes, dies, reports, removes, unplugs, races)
-         # QEMU 10.0 does not tell when it has unplugged a bochs-display.
-         if test is not unplugs or kind is IVSHMEM]
+                      resets, sleeps, claims, closes, dies, reports, removes, unplugs, races)
+         # QEMU 10.0 does not tell when it has unplugged a bochs-display. ivshmem-plain has no
+         # PCIe capability.
+         if not (test is unplugs and kind is BOCHS or test is claims and kind is IVSHMEM)]
 
 
 def attempt(test, kind):

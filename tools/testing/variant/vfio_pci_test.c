@@ -7,7 +7,9 @@
  * states[], and calls its driver like report_error_detected(), the part of the AER
  * driver in front of a driver.
  *
- * flr, "ADDRESS 1": the device claims to support FLR, until "ADDRESS 0".
+ * claim, "ADDRESS 1": the only device of a bus claims to support FLR, and power
+ * management with D3hot, until "ADDRESS 0". FLR and D3hot have no effect. The kernel
+ * notices when it finds the device again.
  *
  * follow, a virtual address: finds the page there, like KVM for a guest that writes. A
  * page that is unmapped within a second after its page fault is not found.
@@ -64,43 +66,74 @@ static const struct kernel_param_ops report_param_ops = {
 	.set = report,
 };
 
-/* The operations of the bus whose only device claims to support FLR, if any. */
-static struct pci_ops *plain_ops;
-static struct pci_ops flr_ops;
-static int devcap;
+/* Place of the capability, which bochs-display does not use. */
+#define PM_CAP 0x50
 
-static int flr_read(struct pci_bus *bus, unsigned int devfn, int where, int size, u32 *value)
+static struct pci_ops *plain_ops;
+static struct pci_ops claim_ops;
+/* The offset of the real capability, and the power state of the device of each bus. */
+static u8 pcie_cap;
+static u8 power_states[256];
+
+static u8 claim_byte(struct pci_bus *bus, int where, u8 byte)
+{
+	switch (where) {
+	case PCI_CAPABILITY_LIST:
+		return PM_CAP;
+	case PM_CAP:
+		return PCI_CAP_ID_PM;
+	case PM_CAP + PCI_CAP_LIST_NEXT:
+		return pcie_cap;
+	case PM_CAP + PCI_PM_PMC:
+		return 3;
+	case PM_CAP + PCI_PM_CTRL:
+		return power_states[bus->number];
+	}
+	return where == pcie_cap + PCI_EXP_DEVCAP + 3 ? byte | PCI_EXP_DEVCAP_FLR >> 24 : byte;
+}
+
+static int claim_read(struct pci_bus *bus, unsigned int devfn, int where, int size, u32 *value)
 {
 	int done = plain_ops->read(bus, devfn, where, size, value);
+	int shift;
 
-	if (where == devcap && size == 4)
-		*value |= PCI_EXP_DEVCAP_FLR;
+	for (shift = 0; shift < 8 * size; shift += 8) {
+		u32 byte = claim_byte(bus, where + shift / 8, *value >> shift);
+
+		*value = (*value & ~(0xffU << shift)) | byte << shift;
+	}
 	return done;
 }
 
-static int flr(const char *text, const struct kernel_param *param)
+static int claim_write(struct pci_bus *bus, unsigned int devfn, int where, int size, u32 value)
+{
+	if (where != PM_CAP + PCI_PM_CTRL)
+		return plain_ops->write(bus, devfn, where, size, value);
+	power_states[bus->number] = value & PCI_PM_CTRL_STATE_MASK;
+	return 0;
+}
+
+static int claim(const char *text, const struct kernel_param *param)
 {
 	unsigned int on;
 	struct pci_dev *pdev = find(text, &on);
 
 	if (!pdev)
 		return -ENODEV;
-	if (on && !plain_ops) {
-		devcap = pci_pcie_cap(pdev) + PCI_EXP_DEVCAP;
+	if (!plain_ops) {
+		pcie_cap = pci_pcie_cap(pdev);
 		plain_ops = pdev->bus->ops;
-		flr_ops = *plain_ops;
-		flr_ops.read = flr_read;
-		pci_bus_set_ops(pdev->bus, &flr_ops);
-	} else if (!on && plain_ops) {
-		pci_bus_set_ops(pdev->bus, plain_ops);
-		plain_ops = NULL;
+		claim_ops = *plain_ops;
+		claim_ops.read = claim_read;
+		claim_ops.write = claim_write;
 	}
+	pci_bus_set_ops(pdev->bus, on ? &claim_ops : plain_ops);
 	pci_dev_put(pdev);
 	return 0;
 }
 
-static const struct kernel_param_ops flr_param_ops = {
-	.set = flr,
+static const struct kernel_param_ops claim_param_ops = {
+	.set = claim,
 };
 
 /* Returns 0 if a page is mapped, or an error. */
@@ -156,12 +189,12 @@ static const struct kernel_param_ops follow_param_ops = {
 };
 
 module_param_cb(report, &report_param_ops, NULL, 0200);
-module_param_cb(flr, &flr_param_ops, NULL, 0200);
+module_param_cb(claim, &claim_param_ops, NULL, 0200);
 module_param_cb(follow, &follow_param_ops, NULL, 0200);
 /* sparse cannot evaluate __builtin_strlen(). */
 #ifndef __CHECKER__
 MODULE_PARM_DESC(report, "address of a device and the state to report");
-MODULE_PARM_DESC(flr, "address of a device, and whether it claims to support FLR");
+MODULE_PARM_DESC(claim, "address of a device, and whether it claims more than it has");
 MODULE_PARM_DESC(follow, "virtual address of a page to find");
 
 MODULE_AUTHOR("The vfio_mock authors");
