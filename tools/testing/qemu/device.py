@@ -129,6 +129,21 @@ class Device:
                 return [n for bit, n in enumerate(FEATURES) if flags >> bit & 1]
         return []
 
+    def turn(self, knobs):
+        """Sets knobs, and returns their former values."""
+        former = {}
+        for name, value in knobs.items():
+            file = self.path / "knobs" / name
+            former[name] = file.read_text().strip()
+            file.write_text(f"{value}\n")
+        return former
+
+    def resets(self):
+        """Returns the number of resets by the VMM and by its guest, None without debugfs."""
+        if not DEBUGFS.exists():
+            return None
+        text = (DEBUGFS / self.name / "statistics").read_text()
+        return int(re.search(r"^resets (\d+)$", text, re.MULTILINE)[1])
 
     def verdict(self):
         """Returns the lines of the verdict on the last VMM, none without debugfs."""

@@ -48,6 +48,12 @@ class Failure(Exception):
     """A check failed; the scenario ends here."""
 
 
+def expect(what, got, want):
+    """Fails unless a value is the wanted one."""
+    if got != want:
+        raise Failure(f"{what}: {got}, not {want}")
+
+
 class Guest:
     """Reports of guest.c. The object follows its guest to the target."""
 
@@ -121,6 +127,8 @@ class Machine:
         self.states = []
         self.closed = False
         self.excused = 0
+        # Called while the guest is stopped, before QEMU goes on.
+        self.before_switchover = None
         report, far_report = socket.socketpair()
         monitor, far_monitor = socket.socketpair()
         self.report = report
@@ -243,6 +251,8 @@ class Machine:
             self.states.append((number, state))
         for event in self.qmp.take_events("MIGRATION"):
             if event["status"] == "pre-switchover":
+                if self.before_switchover:
+                    self.before_switchover()
                 self.qmp.command("migrate-continue", {"state": "pre-switchover"})
         if self.qmp.take_events("STOP"):
             status = self.qmp.command("query-status")["status"]

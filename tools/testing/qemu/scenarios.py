@@ -24,8 +24,9 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 
+import cases
 import device
-from machine import Failure, Guest, Machine, wait
+from machine import Failure, Guest, Machine, expect, wait
 from outside import Outside, write_png
 from qmp import QmpError
 from view import View, size
@@ -524,12 +525,6 @@ def expect_dma(registers, before):
     return before[0] + queued, before[1] + endless
 
 
-def expect(what, got, want):
-    """Fails unless a value is the wanted one."""
-    if got != want:
-        raise Failure(f"{what}: {got}, not {want}")
-
-
 def same(what, one, other):
     """Fails unless two regions are equal, and reports the differences."""
     if one == other:
@@ -773,6 +768,13 @@ SCENARIOS = {
     ),
     "reset": Plan(reset, "guest reset half-way", ANY, more=True),
     "remove": Plan(remove, "device of the source removed half-way", ANY, more=True),
+    "faults": Plan(
+        cases.play_cases,
+        "devices that fail: " + ", ".join(cases.CASES),
+        ANY,
+        device.MOCK._replace(type="vfio_mock-1M"),
+        more=True,
+    ),
     "variant": Plan(
         variant,
         "variant driver of a PCI device, its picture moves from display to display",
@@ -882,6 +884,7 @@ def parse(argv):
     add = parser.add_argument
     usual = [name for name, plan in SCENARIOS.items() if not plan.more]
     add("scenario", nargs="*", default=usual, help="scenarios to run")
+    add("--case", action="append", help="play only this case of faults")
     add("--more", action="store_true", help="run all scenarios that are not the default")
     add(
         "--machine",
@@ -923,6 +926,9 @@ def parse(argv):
     for name in options.scenario:
         if name not in SCENARIOS:
             parser.error(f"no scenario {name}")
+    for name in options.case or ():
+        if name not in cases.CASES:
+            parser.error(f"no case {name}")
     if options.machine:
         displays = options.machine == "displays"
         options.scenario = [
