@@ -14,6 +14,7 @@ use crate::{
         pattern_word,
         words,
         Digest,
+        Identity,
         PageDigest, //
     },
     queue::{
@@ -120,15 +121,16 @@ impl Chip {
         self.broken.store(false, Relaxed);
     }
 
-    /// Fails if the host has ordered a fault for this event. An arc may sleep here, killably.
-    pub(crate) fn fault(&self, event: Event) -> Result {
+    /// Fails if the host has ordered a fault for this event; otherwise returns the bits to change
+    /// in the next byte of the stream. An arc may sleep here, killably.
+    pub(crate) fn fault(&self, event: Event) -> Result<u8> {
         let effect = self.knobs.faults.hit(event)?;
         if effect.breaks {
             self.broken.store(true, Relaxed);
         }
         match effect.errno {
             Some(errno) => Err(Error::from_errno(-errno)),
-            None => Ok(()),
+            None => Ok(effect.xor),
         }
     }
 
@@ -189,6 +191,15 @@ impl Chip {
     pub(crate) fn write_memory(&self, offset: usize, from: &[u8]) -> Result {
         let _registers = self.registers.lock();
         self.memory.write(offset, from)
+    }
+
+    /// Returns the identity of its streams, and of those that it can load.
+    pub(crate) fn identity(&self) -> Identity<PAGE_SIZE> {
+        Identity {
+            version: self.knobs.version.load(Relaxed),
+            features: self.knobs.features.load(Relaxed),
+            ..Identity::new(self.memory.size() as u64)
+        }
     }
 
     /// Returns the digest of a page of the state memory.

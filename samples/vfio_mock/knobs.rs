@@ -5,13 +5,19 @@
 //! `Knobs::ATTRIBUTES` is the table of them. By default they are off. They are kept when the
 //! device is closed or reset, and do not migrate.
 
-use crate::device::Mock;
+use crate::{
+    device::Mock,
+    migration::stream::VERSION, //
+};
 use faults::Faults;
 use kernel::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::Relaxed,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex, //
     },
@@ -47,6 +53,9 @@ pub(crate) struct Knobs {
     pub(crate) faults: Faults,
     #[pin]
     sizes: Mutex<Sizes>,
+    /// Version of the format of the stream, and its features.
+    pub(crate) version: Atomic<u32>,
+    pub(crate) features: Atomic<u64>,
 }
 
 /// What the device tells of the sizes in [`Remaining`].
@@ -154,6 +163,24 @@ impl Knobs {
         size_knob!(c"initial_bytes", initial),
         size_knob!(c"dirty_bytes", dirty),
         size_knob!(c"tail_bytes", tail),
+        // Version of the format of the stream.
+        Attribute::Number {
+            name: c"stream_version",
+            show: |mock| mock.knobs.version.load(Relaxed).into(),
+            store: |mock, version| {
+                mock.knobs.version.store(u32::try_from(version)?, Relaxed);
+                Ok(())
+            },
+        },
+        // Bits of the features that a reader of the stream needs, or that the device has to read.
+        Attribute::Number {
+            name: c"stream_features",
+            show: |mock| mock.knobs.features.load(Relaxed),
+            store: |mock, features| {
+                mock.knobs.features.store(features, Relaxed);
+                Ok(())
+            },
+        },
         // What fails or takes time, in the syntax of `rules`.
         Attribute::Text {
             name: c"faults",
@@ -179,6 +206,8 @@ impl Knobs {
                 load <- Load::new(),
                 faults <- Faults::new(),
                 sizes <- new_mutex!(Sizes::default(), "vfio_mock::Knobs::sizes"),
+                version: Atomic::new(VERSION),
+                features: Atomic::new(0),
             }? Error),
             GFP_KERNEL,
         )

@@ -33,7 +33,7 @@ impl Migratable for Chip {
     const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
 
     fn begin_arc(&self, from: State, to: State) -> Result {
-        self.fault(Event::Arc(from, to))
+        self.fault(Event::Arc(from, to)).map(|_| ())
     }
 
     // Nothing to do in the next four: the crate stops the worker, and drops writes.

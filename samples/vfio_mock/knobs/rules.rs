@@ -7,7 +7,7 @@
 //! A rule is a place, followed by options. Rules are separated by semicolons:
 //!
 //! ```text
-//! arc PRE_COPY_P2P->STOP_COPY errno=ENOSPC; read after=65536 nth=2 times=-1
+//! arc PRE_COPY_P2P->STOP_COPY errno=ENOSPC; write after=65536 xor=1
 //! ```
 
 use super::fsm::State;
@@ -106,6 +106,8 @@ pub struct Effect {
     pub errno: Option<i32>,
     /// Whether the device is broken then: its state becomes `ERROR`.
     pub breaks: bool,
+    /// Bits to change in the next byte of the stream.
+    pub xor: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +164,13 @@ impl Rule {
         for word in words {
             rule.option(word.split_once('=')?)?;
         }
-        if rule.effect.errno.is_none() && (rule.effect.breaks || rule.effect.delay_us == 0) {
+        let Effect {
+            delay_us,
+            errno,
+            breaks,
+            xor,
+        } = rule.effect;
+        if errno.is_none() && (breaks || delay_us == 0 && xor == 0) {
             rule.effect.errno = Some(EIO);
         }
         Some(rule)
@@ -177,6 +185,9 @@ impl Rule {
             ("errno", _) => {
                 let error = ERRORS.iter().find(|(name, _)| *name == value)?;
                 self.effect.errno = Some(error.1);
+            }
+            ("xor", Place::Write) => {
+                self.effect.xor = number(value).filter(|bits| *bits > 0)?;
             }
             // Only an arc may wait, and is followed by the question whether the device is broken.
             ("delay_us", Place::Arc(..)) => self.effect.delay_us = number(value)?,
@@ -242,6 +253,9 @@ impl fmt::Display for Rule {
         }
         if self.effect.breaks {
             f.write_str(" state=ERROR")?;
+        }
+        if self.effect.xor > 0 {
+            write!(f, " xor={}", self.effect.xor)?;
         }
         Ok(())
     }

@@ -80,11 +80,11 @@ impl MockLoader {
     /// Creates a loader for a stopped device.
     pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
         let table = VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
-        let size = chip.memory.size() as u64;
+        let identity = chip.identity();
         let waits = Waits::new(chip.knobs.loading.clone(), notifier)?;
         Ok(Self(KBox::init(
             try_init!(Inner {
-                decoder: Decoder::new(size, SNAPSHOT_SIZE, table).ok_or(EINVAL)?,
+                decoder: Decoder::new(identity, SNAPSHOT_SIZE, table).ok_or(EINVAL)?,
                 target <- init!(Target {
                     chip,
                     state <- DeviceState::new(),
@@ -118,11 +118,16 @@ impl Loader for MockLoader {
             bytes: done,
             waits,
         } = &mut *self.0;
-        target.chip.fault(Event::Write(*done))?;
+        let xor = target.chip.fault(Event::Write(*done))?;
         let room = target.chip.knobs.faults.room(*done);
         let bytes = bytes.get(..room).unwrap_or(bytes);
         waits.prepare()?;
-        decoder.feed(bytes, target).map_err(refused)?;
+        let mut rest = bytes;
+        if let Some((first, after)) = bytes.split_first().filter(|_| xor > 0) {
+            decoder.feed(&[first ^ xor], target).map_err(refused)?;
+            rest = after;
+        }
+        decoder.feed(rest, target).map_err(refused)?;
         waits.begin(bytes.len() as u64);
         *done += bytes.len() as u64;
         Ok(bytes.len())

@@ -103,9 +103,7 @@ impl MockSaver {
     /// Creates a saver and starts dirty tracking.
     pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
         let digests = Digests::new(VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?);
-        let identity = Identity {
-            state_size: chip.memory.size() as u64,
-        };
+        let identity = chip.identity();
         let tracking = chip.memory.track(notifier.clone())?;
         Ok(Self {
             waits: Waits::new(chip.knobs.saving.clone(), notifier.clone())?,

@@ -479,16 +479,36 @@ impl Tally {
 /// The identity of a stream: the kind of device that wrote it, with pages of `PAGE` bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity<const PAGE: usize> {
+    /// The version of the format.
+    pub version: u32,
+
     /// The size of the state memory in bytes.
     pub state_size: u64,
+
+    /// A bit for each feature that a reader needs; or, of a reader, for each one that it has.
+    pub features: u64,
 }
 
 impl<const PAGE: usize> Identity<PAGE> {
+    /// Returns the identity of a device with `state_size` bytes of memory and without features.
+    pub const fn new(state_size: u64) -> Self {
+        Self {
+            version: VERSION,
+            state_size,
+            features: 0,
+        }
+    }
+
     /// Returns the words of the payload: magic, version and page size, state size, features.
     const fn payload(&self) -> [u64; 4] {
         let page = page_size::<PAGE>() as u32;
 
-        [MAGIC, pair(VERSION, page), self.state_size, 0]
+        [
+            MAGIC,
+            pair(self.version, page),
+            self.state_size,
+            self.features,
+        ]
     }
 
     /// Returns the record with its header.
@@ -510,14 +530,15 @@ impl<const PAGE: usize> Identity<PAGE> {
         digest(DIGEST_IDENTITY, self.payload().into_iter())
     }
 
-    /// Checks that `payload` is this identity.
-    fn check(&self, payload: &[u8]) -> Result<(), Error> {
+    /// Checks that a device with this identity can read a stream with the identity in `payload`.
+    /// Returns that of the stream.
+    fn check(&self, payload: &[u8]) -> Result<Self, Error> {
         let [magic, version, state_size, features] = read(payload);
 
         if magic != MAGIC {
             return Err(Error::BadMagic);
         }
-        if version as u32 != VERSION {
+        if version as u32 != self.version {
             return Err(Error::BadVersion);
         }
         if version >> 32 != page_size::<PAGE>() {
@@ -526,10 +547,10 @@ impl<const PAGE: usize> Identity<PAGE> {
         if state_size != self.state_size {
             return Err(Error::BadStateSize);
         }
-        if features != 0 {
+        if features & !self.features != 0 {
             return Err(Error::BadFeatures);
         }
-        Ok(())
+        Ok(Self { features, ..*self })
     }
 }
 
@@ -663,7 +684,7 @@ enum Phase {
 /// Each length is checked before it is used, and nothing is allocated. After the first error, each
 /// call fails with it.
 pub struct Decoder<S: DerefMut<Target = [u64]>, const PAGE: usize> {
-    /// The identity that the stream must have.
+    /// The identity of the device, and once it has arrived, that of the stream.
     identity: Identity<PAGE>,
 
     /// The length that the registers must have.
@@ -701,19 +722,21 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
     /// The size in bytes of [`RUN_PAGES`] pages.
     const RUN_SIZE: u64 = RUN_PAGES * Self::PAGE_SIZE;
 
-    /// Creates a decoder for a device with `state_size` bytes of memory and `registers_len` bytes
-    /// of registers. The words of `table` must be 0.
+    /// Creates a decoder for a device with this identity and `registers_len` bytes of registers.
+    /// The words of `table` must be 0.
     ///
-    /// Returns [`None`] if `state_size` is not as many pages as `table` has words, or if
+    /// Returns [`None`] if the state memory is not as many pages as `table` has words, or if
     /// `registers_len` is more than [`MAX_REGISTERS`].
-    pub fn new(state_size: u64, registers_len: usize, table: S) -> Option<Self> {
+    pub fn new(identity: Identity<PAGE>, registers_len: usize, table: S) -> Option<Self> {
         let pages = u64::try_from(table.len()).ok()?;
 
-        if pages.checked_mul(Self::PAGE_SIZE)? != state_size || registers_len > MAX_REGISTERS {
+        if pages.checked_mul(Self::PAGE_SIZE)? != identity.state_size
+            || registers_len > MAX_REGISTERS
+        {
             return None;
         }
         Some(Self {
-            identity: Identity { state_size },
+            identity,
             registers_len,
             digests: Digests::new(table),
             registers_digest: 0,
@@ -875,7 +898,7 @@ impl<S: DerefMut<Target = [u64]>, const PAGE: usize> Decoder<S, PAGE> {
 
     /// Reads the payload of the identity record.
     fn identity(&mut self) -> Result<(), Error> {
-        self.identity.check(self.collected(IDENTITY_LEN))?;
+        self.identity = self.identity.check(self.collected(IDENTITY_LEN))?;
         self.phase = Phase::Pages;
         self.expect = Expect::Header;
         Ok(())

@@ -616,9 +616,7 @@ mod stream_tests {
     /// Returns the stream of [`memory()`] in one run.
     fn save<const PAGE: usize>() -> Result<KVVec<u8>> {
         let memory = memory::<PAGE>()?;
-        let identity = Identity::<PAGE> {
-            state_size: memory.len() as u64,
-        };
+        let identity = Identity::<PAGE>::new(memory.len() as u64);
         let mut digests = Digests::new(KVVec::from_elem(0, PAGES, GFP_KERNEL)?);
         let mut tally = Tally::default();
         let mut out = KVVec::new();
@@ -683,7 +681,8 @@ mod stream_tests {
     fn load(loader: &mut Loader, stream: &[u8], size: usize) -> Result<Result<(), stream::Error>> {
         let table = KVVec::from_elem(0, PAGES, GFP_KERNEL)?;
         let state_size = (PAGES * PAGE_SIZE) as u64;
-        let decoder = Decoder::<_, PAGE_SIZE>::new(state_size, REGISTERS.len(), table);
+        let identity = Identity::new(state_size);
+        let decoder = Decoder::<_, PAGE_SIZE>::new(identity, REGISTERS.len(), table);
         let mut decoder = decoder.ok_or(EINVAL)?;
 
         for piece in stream.chunks(size) {

@@ -210,9 +210,7 @@ impl Sink for Memory {
 
 /// Returns the stream of `state` in records of at most `pages` pages.
 fn save(state: &[u8], pages: usize) -> Vec<u8> {
-    let identity = Identity::<PAGE> {
-        state_size: state.len() as u64,
-    };
+    let identity = Identity::<PAGE>::new(state.len() as u64);
     let mut digests = Digests::new(vec![0; state.len() / PAGE]);
     let mut tally = Tally::default();
     let mut out = identity.record().to_vec();
@@ -263,8 +261,9 @@ fn write(name: &str, pages: usize) -> Figure {
     let decoder = way("copy to a block, decoder", move |bencher| {
         bencher.iter(|| {
             let table = vec![0; LOADED / PAGE];
+            let identity = Identity::new(LOADED as u64);
             let mut decoder =
-                Decoder::<_, PAGE>::new(LOADED as u64, REGISTERS.len(), table).expect("it fits");
+                Decoder::<_, PAGE>::new(identity, REGISTERS.len(), table).expect("it fits");
 
             for from in from.chunks(BLOCK) {
                 let block = &mut block[..from.len()];

@@ -206,9 +206,7 @@ fn read<'a, const PAGE: usize>(
 
 /// Writes records like a device.
 fn write<const PAGE: usize>(records: &[Record<'_>], device: &Device<PAGE>) -> Vec<u8> {
-    let identity = Identity::<PAGE> {
-        state_size: device.memory.len() as u64,
-    };
+    let identity = Identity::<PAGE>::new(device.memory.len() as u64);
     let mut digests = Digests::new(vec![0; device.memory.len() / PAGE]);
     let mut tally = Tally::default();
     let mut out = Vec::new();
@@ -297,7 +295,8 @@ fn decode<const PAGE: usize>(
 ) -> Result<(), Error> {
     let (pages, registers) = (device.memory.len() / PAGE, device.registers.len());
     let table = vec![0; pages];
-    let decoder = Decoder::<_, PAGE>::new((pages * PAGE) as u64, registers, table);
+    let identity = Identity::new((pages * PAGE) as u64);
+    let decoder = Decoder::<_, PAGE>::new(identity, registers, table);
     let mut decoder = decoder.expect("it fits");
     let mut rest = stream;
     let mut cuts = cuts.iter().cycle();

@@ -57,7 +57,8 @@ proptest! {
         words in prop::collection::vec(
             prop_oneof![
                 prop::sample::select(&["arc", "STOP->*", "read", "seal", "nth=2", "times=-1",
-                    "errno=EIO", "state=ERROR", "delay_us=7", "after=4096", ";", "off"][..])
+                    "write", "errno=EIO", "state=ERROR", "delay_us=7", "after=4096", "xor=9",
+                    ";", "off"][..])
                     .prop_map(str::to_owned),
                 "[a-zA-Z0-9=;>* -]{0,9}",
             ],
@@ -116,6 +117,9 @@ fn invalid_rules_are_refused() {
         "write errno=5",
         "write delay_us=5",
         "write state=ERROR",
+        "write xor=0",
+        "write xor=256",
+        "read xor=1",
         "seal after=5",
         "seal state=STOP",
         "seal when=5",
@@ -151,11 +155,21 @@ fn effects_are_those_of_the_rule() {
         delay_us: 7,
         errno: Some(19),
         breaks: true,
+        xor: 0,
     };
     let text = "arc *->* state=ERROR delay_us=7 errno=ENODEV";
     assert_eq!(effect(text, stop), Some(broken));
     assert_eq!(
         effect("arc *->* state=ERROR", stop).map(|effect| effect.errno),
+        Some(EIO)
+    );
+    let changed = Effect {
+        xor: 255,
+        ..Effect::default()
+    };
+    assert_eq!(effect("write xor=255", Event::Write(0)), Some(changed));
+    assert_eq!(
+        effect("write xor=1 errno=EIO", Event::Write(0)).map(|effect| effect.errno),
         Some(EIO)
     );
     // The first of two rules for the same event has an effect, and both count it.

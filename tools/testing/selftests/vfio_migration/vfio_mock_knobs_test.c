@@ -35,6 +35,8 @@ static const struct {
 	  "arc STOP_COPY->STOP nth=2 times=-1 errno=ENOSPC; read after=7 errno=EIO",
 	  { "on", "arc STOP_COPY", "arc STOP->GONE", "read delay_us=5", "read nth=0",
 	    "read errno=5", "read; read; read; read; read" } },
+	{ "stream_version", "1", "4294967295", { "-1", "4294967296", "v2" } },
+	{ "stream_features", "0", "18446744073709551615", { "-1", "18446744073709551616" } },
 	{ "dirty_pattern", "sequential", "hot", { "ho", "hott", "HOT", "0", "random hot" } },
 };
 
@@ -717,6 +719,78 @@ TEST_F(knobs, write_fails_after_bytes)
 	expect_failure(_metadata, &self->dst, MIG_RESUMING, MIG_STOP, EIO);
 	close(fd);
 	load_and_run(_metadata, dst, &self->image, 0);
+}
+
+/* A byte that changes on the way makes no device, wherever it is. */
+TEST_F(knobs, changed_byte_is_noticed)
+{
+	const struct mig_device *dst = &self->dst.dev;
+	unsigned int i;
+	char rule[64];
+	int fd, ret;
+
+	take_image(_metadata, &self->src.dev, &self->image);
+	for (i = 0; i < 4; i++) {
+		const size_t at[] = { 0, 100, PAGE + 1, self->image.len - 1 };
+
+		fd = go(_metadata, dst, MIG_RESUMING);
+		snprintf(rule, sizeof(rule), "write after=%zu xor=64", at[i]);
+		set_faults(_metadata, &self->dst, rule);
+		ret = mig_load(fd, self->image.data, self->image.len, 0, NULL);
+		EXPECT_EQ(-EINVAL, ret)
+			PROMISE("byte %zu of the stream is another one", at[i]);
+		EXPECT_EQ(-EINVAL, mig_set_state(dst, MIG_STOP, NULL));
+		close(fd);
+		ASSERT_EQ(0, mig_reset(dst));
+	}
+	load_and_run(_metadata, dst, &self->image, 0);
+}
+
+/* ---- Identity of the stream ---- */
+
+/* A target with another version refuses the stream in pre-copy, and the source runs on. */
+TEST_F(knobs, other_version_is_refused_in_pre_copy)
+{
+	static const struct {
+		const char *knob, *src, *dst;
+		int ret;
+	} cases[] = {
+		{ "stream_version", "1", "2", -EINVAL },
+		{ "stream_version", "2", "1", -EINVAL },
+		{ "stream_version", "2", "2", 0 },
+		{ "stream_features", "5", "4", -EINVAL },
+		{ "stream_features", "4", "5", 0 },
+		{ "stream_features", "5", "5", 0 },
+	};
+	struct mock *src = &self->src;
+	unsigned int i;
+	int fd, to;
+
+	NEED_PRE_COPY(&src->dev);
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		ASSERT_EQ(0, mock_set(src, "stream_version", "1"));
+		ASSERT_EQ(0, mock_set(&self->dst, "stream_version", "1"));
+		ASSERT_EQ(0, mock_set(src, cases[i].knob, cases[i].src));
+		ASSERT_EQ(0, mock_set(&self->dst, cases[i].knob, cases[i].dst));
+		self->image.len = 0;
+		begin(_metadata, self, &fd);
+		to = go(_metadata, &self->dst.dev, MIG_RESUMING);
+		EXPECT_EQ(cases[i].ret,
+			  mig_load(to, self->image.data, self->image.len, 0, NULL))
+			PROMISE("%s: from %s to %s", cases[i].knob, cases[i].src, cases[i].dst);
+		close(to);
+		ASSERT_EQ(0, mig_reset(&self->dst.dev));
+		if (cases[i].ret) {
+			move_on(_metadata, &src->dev, MIG_RUNNING);
+			close(fd);
+			continue;
+		}
+		move_on(_metadata, &src->dev, MIG_STOP_COPY);
+		ASSERT_EQ(0, mig_save(fd, &self->image, stream_limit(&src->dev)));
+		close(fd);
+		load_and_run(_metadata, &self->dst.dev, &self->image, 0);
+		go_home(_metadata, &src->dev);
+	}
 }
 
 /* A thread that stops a device. */

@@ -74,9 +74,7 @@ struct Saver {
 impl Saver {
     /// Begins a stream with the identity.
     fn new(pages: usize, registers: Vec<u8>) -> Self {
-        let identity = Identity {
-            state_size: (pages * PAGE_SIZE) as u64,
-        };
+        let identity = Identity::new((pages * PAGE_SIZE) as u64);
         let mut saver = Self {
             identity,
             registers,
@@ -192,7 +190,9 @@ impl Sink for Loader {
 
 /// Returns a decoder for `pages` pages.
 fn decoder(pages: usize, registers_len: usize) -> OwnDecoder {
-    Decoder::new((pages * PAGE_SIZE) as u64, registers_len, vec![0; pages]).unwrap()
+    let identity = Identity::new((pages * PAGE_SIZE) as u64);
+
+    Decoder::new(identity, registers_len, vec![0; pages]).unwrap()
 }
 
 /// Loads a whole stream in one piece and returns the result of the first call that fails.
@@ -277,7 +277,7 @@ fn golden_digest() {
     assert_eq!(page_digest(3, groups(&memory(1, 7))), GOLDEN.page);
     assert_eq!(registers_digest(&registers(20)), 0xe267fe3a9b372b48);
     let state_size = 2 * PAGE;
-    assert_eq!(Identity { state_size }.digest(), GOLDEN.identity);
+    assert_eq!(Identity::new(state_size).digest(), GOLDEN.identity);
 
     let mut progress = Digest::new(16);
     words(&bytes).for_each(|word| progress.add(word));
@@ -404,7 +404,9 @@ fn digests_follow_the_table() {
 #[test]
 fn decoder_checks_its_sizes() {
     let fits = |state_size, registers_len, pages| {
-        OwnDecoder::new(state_size, registers_len, vec![0; pages]).is_some()
+        let identity = Identity::new(state_size);
+
+        OwnDecoder::new(identity, registers_len, vec![0; pages]).is_some()
     };
 
     assert!(fits(2 * PAGE, MAX_REGISTERS, 2));
@@ -628,13 +630,54 @@ fn bad_identity() {
     refused(2, &stream, Error::BadStateSize);
 }
 
+/// A reader has the same version as the writer, and at least its features.
+#[test]
+fn versions_and_features() {
+    let memory = memory(1, 0);
+    let write = |version, features| {
+        let mut saver = Saver::new(1, registers(REGISTERS));
+
+        saver.identity = Identity {
+            version,
+            features,
+            ..saver.identity
+        };
+        saver.out = saver.identity.record().to_vec();
+        saver.run(&memory, 0, 1).registers().trailer()
+    };
+    let read = |version, features, stream: &[u8]| {
+        let identity = Identity {
+            version,
+            features,
+            ..Identity::new(PAGE)
+        };
+        let mut decoder = OwnDecoder::new(identity, REGISTERS, vec![0; 1]).unwrap();
+
+        decoder
+            .feed(stream, &mut Loader::new(1))
+            .and_then(|()| decoder.finish())
+    };
+
+    assert_eq!(read(2, 0, &write(2, 0)), Ok(()));
+    assert_eq!(read(2, 0, &write(1, 0)), Err(Error::BadVersion));
+    assert_eq!(read(1, 0, &write(2, 0)), Err(Error::BadVersion));
+    for (has, needs) in [(0, 0), (1, 0), (u64::MAX, 1 << 63), (5, 5), (5, 4)] {
+        assert_eq!(read(1, has, &write(1, needs)), Ok(()), "{has} {needs}");
+    }
+    for (has, needs) in [(0, 1), (4, 5), (u64::MAX - 1, 1), (1, 1 << 32)] {
+        let result = read(1, has, &write(1, needs));
+
+        assert_eq!(result, Err(Error::BadFeatures), "{has} {needs}");
+    }
+}
+
 /// The image of a device with as much memory in pages of another size.
 #[test]
 fn pages_of_another_size_are_refused() {
     fn identity<const OTHER: usize>(pages: usize) -> Vec<u8> {
         let state_size = (pages * PAGE_SIZE) as u64;
 
-        stream::Identity::<OTHER> { state_size }.record().to_vec()
+        stream::Identity::<OTHER>::new(state_size).record().to_vec()
     }
 
     for (page_size, image) in [
@@ -654,7 +697,7 @@ fn pages_of_another_size_are_refused() {
 #[test]
 fn bad_order() {
     let memory = memory(1, 0);
-    let identity = Identity { state_size: PAGE }.record().to_vec();
+    let identity = Identity::new(PAGE).record().to_vec();
     let pages = pages_record(0, &memory);
     let registers = record(TAG_REGISTERS, 0, &registers(REGISTERS));
     let trailer = record(TAG_TRAILER, 0, &[0; TRAILER_LEN]);
@@ -683,7 +726,7 @@ fn bad_order() {
 /// Tags and flags that are not defined.
 #[test]
 fn bad_tags_and_flags() {
-    let identity = Identity { state_size: PAGE }.record().to_vec();
+    let identity = Identity::new(PAGE).record().to_vec();
     let behind = |record: Vec<u8>| [identity.clone(), record].concat();
 
     for tag in [0, 5, 6, 0x1_0001, u32::MAX] {
@@ -712,7 +755,7 @@ fn header(tag: u32, flags: u32, length: u64) -> Vec<u8> {
 #[test]
 #[cfg_attr(miri, ignore = "too slow")]
 fn bad_lengths() {
-    let start = Identity { state_size: PAGE }.record().to_vec();
+    let start = Identity::new(PAGE).record().to_vec();
     let loaded = {
         let mut saver = Saver::new(1, registers(REGISTERS));
 
@@ -786,11 +829,7 @@ fn bad_lengths() {
 #[test]
 #[cfg_attr(miri, ignore = "too slow")]
 fn bad_offsets() {
-    let start = Identity {
-        state_size: 100 * PAGE,
-    }
-    .record()
-    .to_vec();
+    let start = Identity::new(100 * PAGE).record().to_vec();
     let try_run = |offset: u64, pages: u64| {
         let stream = [start.as_slice(), &run_header::<PAGE_SIZE>(offset, pages)].concat();
         let (loader, result) = load(100, &stream);
