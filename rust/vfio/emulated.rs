@@ -25,7 +25,10 @@ mod worker;
 pub use crate::region;
 
 pub(crate) use self::{
-    driver::Files,
+    driver::{
+        set_defaults,
+        Files, //
+    },
     registration::{
         Path,
         Registration, //

@@ -53,6 +53,7 @@
 //! * [`pci`]: variant drivers of real PCI devices.
 //! * [`region`]: positions in the regions of a device.
 //! * [`dma`]: access to the user's memory, and the log of the written pages.
+//! * [`module_param`]: parameters of modules that are texts.
 //! * [`prelude`]: items that nearly every driver uses.
 //!
 //! There are no circular imports: drivers use [`mdev`] or [`soft_pci`], which use [`emulated`],
@@ -216,6 +217,7 @@ pub mod emulated;
 pub mod mdev;
 pub mod memory;
 pub mod migration;
+pub mod module_param;
 #[cfg(CONFIG_PCI)]
 pub mod pci;
 pub mod prelude;

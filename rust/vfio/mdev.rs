@@ -263,7 +263,12 @@ impl<T: Driver> Registration<T> {
             // SAFETY: The driver has an owner, `remove()` drops the registration, and each device
             // has only one.
             let registration = unsafe {
-                emulated::Registration::<T>::new(bound, T::probe(index), emulated::Path::Core)
+                emulated::Registration::<T>::new(
+                    bound,
+                    T::probe(index),
+                    |data| emulated::set_defaults(data, T::defaults()),
+                    emulated::Path::Core,
+                )
             }?;
             let registration = KBox::new(registration, GFP_KERNEL)?;
             // SAFETY: `dev` is valid, and its driver data belongs to the driver.

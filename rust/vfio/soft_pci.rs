@@ -24,6 +24,7 @@
 //! |---|---|
 //! | `type` | the name of its type, one of [`Driver::TYPES`](emulated::Driver::TYPES) |
 //! | `dma_log` | whether it has the feature `VFIO_DEVICE_FEATURE_DMA_LOGGING_*`, by default 1 |
+//! | `defaults` | its first [settings](emulated::Attribute): `NAME=VALUE`, separated by commas |
 //! | `bind` | whether it is bound to its driver when it is plugged, by default 1 |
 //! | `power` | 1 while it is plugged |
 //! | `address` | its address while it is plugged; otherwise reading fails with `ENODEV` |

@@ -4,6 +4,7 @@
 
 use crate::{
     chip::Chip,
+    defaults,
     knobs::Knobs,
     migration_flags,
     registers, //
@@ -11,7 +12,13 @@ use crate::{
 use kernel::{
     page::PAGE_SIZE,
     prelude::*,
-    sync::Arc, //
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
 };
 use vfio::{
     dma::Bus,
@@ -51,7 +58,8 @@ static_assert!(SIZES[0] % PAGE_SIZE == 0);
 
 /// A mock device, from its creation to its removal.
 pub(crate) struct Mock {
-    flags: Flags,
+    /// Raw [`Flags`].
+    pub(crate) flags: Atomic<u64>,
     /// Size of the state memory in bytes.
     pub(crate) state_size: usize,
     pub(crate) knobs: Arc<Knobs>,
@@ -89,6 +97,10 @@ impl mdev::Driver for Mock {
     const ATTRIBUTES: &'static [mdev::Attribute<Self>] = Knobs::ATTRIBUTES;
     const FOLDER: Option<&'static CStr> = Some(Knobs::FOLDER);
 
+    fn defaults() -> &'static CStr {
+        defaults.value()
+    }
+
     const MAX_INSTANCES: u32 = 64;
 
     fn probe(type_index: usize) -> impl PinInit<Self, Error> {
@@ -97,7 +109,7 @@ impl mdev::Driver for Mock {
             let state_size = *SIZES.get(type_index).ok_or(EINVAL)?;
             let knobs = Knobs::new()?;
             Ok(try_init!(Self {
-                flags,
+                flags: Atomic::new(flags.as_raw()),
                 state_size,
                 knobs,
             }? Error))
@@ -118,7 +130,7 @@ impl emulated::Operations for Mock {
     const NAME: &'static CStr = c"vfio_mock";
 
     fn migration_flags(&self) -> Flags {
-        self.flags
+        Flags::from_raw(self.flags.load(Relaxed)).unwrap_or(Flags::STOP_COPY)
     }
 
     fn config_space(&self) -> Result<ConfigSpace> {

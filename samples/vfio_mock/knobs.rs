@@ -29,6 +29,7 @@ use vfio::{
     mdev::Attribute,
     migration::{
         fsm,
+        Flags,
         Remaining, //
     },
 };
@@ -83,6 +84,16 @@ macro_rules! size_knob {
 impl Knobs {
     /// The files in the directory [`FOLDER`](Self::FOLDER) of a device.
     pub(crate) const ATTRIBUTES: &'static [Attribute<Mock>] = &[
+        // Supported migration features, like the parameter of the module.
+        Attribute::Fixed {
+            name: c"migration_flags",
+            show: |mock| mock.flags.load(Relaxed),
+            store: |mock, flags| {
+                Flags::from_raw(flags).ok_or(EINVAL)?;
+                mock.flags.store(flags, Relaxed);
+                Ok(())
+            },
+        },
         // Time to prepare each record, in microseconds.
         Attribute::Number {
             name: c"save_delay_us",

@@ -71,6 +71,12 @@ module! {
     },
 }
 
+vfio::module_text_param!(
+    vfio_mock,
+    defaults,
+    "Knobs of new devices: NAME=VALUE, separated by commas"
+);
+
 /// Returns the migration features in the module parameter, or [`None`] if they are invalid.
 fn migration_flags() -> Option<Flags> {
     Flags::from_raw(module_parameters::migration_flags.value())

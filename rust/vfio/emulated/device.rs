@@ -113,15 +113,18 @@ pub(super) struct Private<T: Operations> {
 }
 
 impl<T: Operations> Private<T> {
-    /// Creates the private data of a device that is not open.
+    /// Creates the private data of a device that is not open. Calls `defaults` with the data of the
+    /// driver, before all methods of the driver.
     pub(super) fn new(
         data: impl PinInit<T, Error>,
+        defaults: impl FnOnce(&T) -> Result,
         memory: Option<Arc<SharedMemory>>,
         released: Arc<Completion>,
     ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             data <- data,
             config: {
+                defaults(&data)?;
                 let config = data.config_space()?;
                 // Only a function on a PCI bus is behind an IOMMU.
                 if memory.is_some() {

@@ -20,7 +20,10 @@ use kernel::{
     },
     page::PAGE_SIZE,
     prelude::*,
-    str::Formatter,
+    str::{
+        CString,
+        Formatter, //
+    },
     types::ForeignOwnable, //
 };
 
@@ -68,21 +71,49 @@ pub enum Attribute<T> {
         /// Returns the number.
         show: fn(&T) -> u64,
     },
+    /// A number that is fixed when the device is created, by its [defaults](Driver::defaults), and
+    /// can then only be read.
+    Fixed {
+        /// The name of the file.
+        name: &'static CStr,
+        /// Returns the number.
+        show: fn(&T) -> u64,
+        /// Sets the number. Called before all other methods of the driver, except for
+        /// [`probe()`](Driver::probe).
+        store: fn(&T, u64) -> Result,
+    },
 }
 
 impl<T> Attribute<T> {
     fn name(&self) -> &'static CStr {
         match self {
-            Self::Number { name, .. } | Self::Text { name, .. } | Self::Counter { name, .. } => {
-                name
-            }
+            Self::Number { name, .. }
+            | Self::Text { name, .. }
+            | Self::Counter { name, .. }
+            | Self::Fixed { name, .. } => name,
         }
     }
 
     fn mode(&self) -> bindings::umode_t {
         match self {
             Self::Number { .. } | Self::Text { .. } => 0o644,
-            Self::Counter { .. } => 0o444,
+            Self::Counter { .. } | Self::Fixed { .. } => 0o444,
+        }
+    }
+
+    /// Sets the value from a text.
+    fn set(&self, data: &T, text: &CStr) -> Result {
+        match self {
+            Self::Number { store, .. } | Self::Fixed { store, .. } => {
+                let mut value = 0;
+                // SAFETY: It is a string.
+                if unsafe { bindings::kstrtoull(text.as_char_ptr(), 0, &mut value) } != 0 {
+                    return Err(EINVAL);
+                }
+                store(data, value)
+            }
+            Self::Text { store, .. } => store(data, text.to_str()?.trim_ascii()),
+            Self::Counter { .. } => Err(EPERM),
         }
     }
 }
@@ -150,6 +181,13 @@ pub trait Driver: Operations {
 
     /// The directory of the settings in that of the device. By default they are in the latter.
     const FOLDER: Option<&'static CStr> = None;
+
+    /// Returns the values of attributes with which each device begins: `NAME=VALUE`, separated by
+    /// commas, such as a [parameter of the module](crate::module_param). If one is invalid, no
+    /// device can be created.
+    fn defaults() -> &'static CStr {
+        c""
+    }
 
     /// Maximum number of devices of all types at the same time, on the bus of each front end.
     const MAX_INSTANCES: u32;
@@ -256,9 +294,9 @@ impl<T: Driver> Files<T> {
             let page = unsafe { core::slice::from_raw_parts_mut(buf.cast::<u8>(), PAGE_SIZE) };
             let mut line = Formatter::new(page);
             match attribute {
-                Attribute::Number { show, .. } | Attribute::Counter { show, .. } => {
-                    write!(line, "{}", show(data))
-                }
+                Attribute::Number { show, .. }
+                | Attribute::Counter { show, .. }
+                | Attribute::Fixed { show, .. } => write!(line, "{}", show(data)),
                 Attribute::Text { show, .. } => show(data, &mut line),
             }
             .and_then(|()| line.write_str("\n"))
@@ -279,23 +317,33 @@ impl<T: Driver> Files<T> {
         from_result(|| {
             // SAFETY: By the safety requirements.
             let (attribute, data) = unsafe { Self::target(dev, attr) }?;
-            match attribute {
-                Attribute::Number { store, .. } => {
-                    let mut value = 0;
-                    // SAFETY: `buf` is a string, which kernfs has terminated with a null.
-                    if unsafe { bindings::kstrtoull(buf, 0, &mut value) } != 0 {
-                        return Err(EINVAL);
-                    }
-                    store(data, value)?;
-                }
-                Attribute::Text { store, .. } => {
-                    // SAFETY: As above.
-                    let text = unsafe { CStr::from_char_ptr(buf) };
-                    store(data, text.to_str()?.trim_ascii())?;
-                }
-                Attribute::Counter { .. } => return Err(EPERM),
-            }
+            // SAFETY: `buf` is a string, which kernfs has terminated with a null.
+            attribute.set(data, unsafe { CStr::from_char_ptr(buf) })?;
             Ok(count as isize)
         })
     }
+}
+
+/// Sets attributes of a device that is not registered yet: `NAME=VALUE`, separated by commas. May
+/// sleep.
+///
+/// Fails with `EINVAL`, and logs the reason, if there is no such attribute or it refuses the value.
+pub(crate) fn set_defaults<T: Driver>(data: &T, text: &CStr) -> Result {
+    let set = |part: &str| {
+        let (name, value) = part.split_once('=').ok_or(EINVAL)?;
+        let mut attributes = T::ATTRIBUTES.iter();
+        let attribute = attributes.find(|entry| entry.name().to_bytes() == name.as_bytes());
+        let value = CString::try_from_fmt(fmt!("{value}"))?;
+        attribute.ok_or(EINVAL)?.set(data, &value)
+    };
+    for part in text.to_str()?.split(',').map(str::trim_ascii) {
+        if part.is_empty() {
+            continue;
+        }
+        if let Err(error) = set(part) {
+            pr_err!("{}: invalid default \"{}\"\n", T::NAME, part);
+            return Err(if error == ENOMEM { ENOMEM } else { EINVAL });
+        }
+    }
+    Ok(())
 }

@@ -85,6 +85,7 @@ impl<T: Operations> Registration<T> {
     fn allocate(
         parent: &device::Device<Bound>,
         data: impl PinInit<T, Error>,
+        defaults: impl FnOnce(&T) -> Result,
         path: Path,
     ) -> Result<(ARef<Device>, Arc<Completion>)> {
         const {
@@ -120,7 +121,7 @@ impl<T: Operations> Registration<T> {
         unsafe {
             pin_init::raw_try_init(
                 &raw mut (*raw.cast::<Emulated<T>>()).private,
-                Private::new(data, memory, released.clone()),
+                Private::new(data, defaults, memory, released.clone()),
             )?
         };
         // INVARIANT: `private` has just been initialised.
@@ -144,7 +145,8 @@ impl<T: Operations> Registration<T> {
         Some(&this.private.data)
     }
 
-    /// Creates a device below `parent` and registers it.
+    /// Creates a device below `parent` and registers it. `defaults` is called first, with the data
+    /// of the driver.
     ///
     /// May sleep. The device is live before this returns.
     ///
@@ -156,13 +158,14 @@ impl<T: Operations> Registration<T> {
     pub(crate) unsafe fn new(
         parent: &device::Device<Bound>,
         data: impl PinInit<T, Error>,
+        defaults: impl FnOnce(&T) -> Result,
         path: Path,
     ) -> Result<Self> {
         let register = match path {
             Path::Core => bindings::vfio_register_emulated_iommu_dev,
             Path::Iommu { .. } => bindings::vfio_register_group_dev,
         };
-        let (dev, released) = Self::allocate(parent, data, path)?;
+        let (dev, released) = Self::allocate(parent, data, defaults, path)?;
         let raw = dev.as_raw();
         // SAFETY: `allocate()` allocated and finished it, and `dev` is a reference.
         let this = unsafe { Emulated::<T>::from_raw(raw) };

@@ -21,7 +21,9 @@ use kernel::{
         to_result, //
     },
     fmt,
+    new_mutex,
     prelude::*,
+    str::CString,
     sync::{
         atomic::{
             Acquire,
@@ -31,7 +33,8 @@ use kernel::{
             Release, //
         },
         Arc,
-        Completion, //
+        Completion,
+        Mutex, //
     },
     types::Opaque, //
 };
@@ -78,10 +81,8 @@ impl Register {
 /// A slot of the bus. Config accesses take no locks: they can come from any context.
 struct Slot {
     is_present: Atomic<bool>,
-    /// The index of the type of the function, and whether it has a DMA log. Set while the slot is
-    /// empty.
-    type_index: Atomic<u32>,
-    has_dma_log: Atomic<bool>,
+    /// The function, if there was one. Set while the slot is empty.
+    kind: Pin<KBox<Mutex<Option<Kind>>>>,
     registers: KVec<Register>,
 }
 
@@ -97,16 +98,14 @@ impl Slot {
         }
         Ok(Self {
             is_present: Atomic::new(false),
-            type_index: Atomic::new(0),
-            has_dma_log: Atomic::new(false),
+            kind: KBox::pin_init(new_mutex!(None, "vfio::soft_pci::Slot::kind"), GFP_KERNEL)?,
             registers,
         })
     }
 
     /// Puts a function into the slot. The bus enables it.
     fn insert(&self, function: &Function) {
-        self.type_index.store(function.type_index, Relaxed);
-        self.has_dma_log.store(function.has_dma_log, Relaxed);
+        *self.kind.lock() = Some(function.kind.clone());
         for (index, register) in self.registers.iter().enumerate() {
             let offset = index * config_space::REGISTER;
             let (mut value, writable) = function.config.register(offset);
@@ -120,12 +119,20 @@ impl Slot {
     }
 }
 
-/// A function to plug into a slot.
-pub(super) struct Function {
+/// The settings of a function that its driver needs.
+#[derive(Clone)]
+pub(super) struct Kind {
     /// The index of its type.
-    pub(super) type_index: u32,
+    pub(super) type_index: usize,
     /// Whether it has a DMA log of its own.
     pub(super) has_dma_log: bool,
+    /// The values of attributes with which it begins.
+    pub(super) defaults: Arc<CString>,
+}
+
+/// A function to plug into a slot.
+pub(super) struct Function {
+    pub(super) kind: Kind,
     /// The configuration space at power on.
     pub(super) config: ConfigSpace,
 }
@@ -601,14 +608,14 @@ impl Bridge {
         }
     }
 
-    /// Returns the type of a function, and whether it has a DMA log.
+    /// Returns the settings of a function.
     ///
     /// Fails with `ENODEV` if the device is not on the bus.
     ///
     /// # Safety
     ///
     /// `pdev` must be a device that is being bound to a driver.
-    pub(super) unsafe fn function(&self, pdev: *mut bindings::pci_dev) -> Result<(usize, bool)> {
+    pub(super) unsafe fn function(&self, pdev: *mut bindings::pci_dev) -> Result<Kind> {
         // SAFETY: By the safety requirements. Both fields are constant.
         let (bus, devfn) = unsafe { ((*pdev).bus, (*pdev).devfn) };
         if bus != self.bus.as_ptr() {
@@ -616,8 +623,8 @@ impl Bridge {
         }
         // `unplug()` empties the slot after the device was removed.
         let slot = self.root.slot(devfn).ok_or(ENODEV)?;
-        let type_index = slot.type_index.load(Relaxed) as usize;
-        Ok((type_index, slot.has_dma_log.load(Relaxed)))
+        let kind = slot.kind.lock().clone();
+        kind.ok_or(ENODEV)
     }
 
     /// Returns the address of a function.

@@ -5,7 +5,10 @@
 //! C header: [`include/linux/configfs.h`](srctree/include/linux/configfs.h)
 
 use super::{
-    bridge::Address,
+    bridge::{
+        Address,
+        Kind, //
+    },
     host::{
         Host,
         Plugged, //
@@ -49,12 +52,13 @@ use kernel::{
 /// Identifiers of the files in the directory of a function.
 const TYPE: u64 = 0;
 const DMA_LOG: u64 = 1;
-const BIND: u64 = 2;
-const POWER: u64 = 3;
-const ADDRESS: u64 = 4;
+const DEFAULTS: u64 = 2;
+const BIND: u64 = 3;
+const POWER: u64 = 4;
+const ADDRESS: u64 = 5;
 
 /// Number of the files, and of the null at the end of their list.
-const FILES: usize = 6;
+const FILES: usize = 7;
 
 /// Whether a function is on the bus.
 enum Power {
@@ -66,9 +70,7 @@ enum Power {
 
 /// Settings of a function. They are constant while it is on the bus.
 struct Choice {
-    type_index: usize,
-    /// Whether it has a DMA log of its own.
-    dma_log: bool,
+    kind: Kind,
     /// Whether it is bound to its driver when it is plugged.
     bind: bool,
     power: Power,
@@ -95,8 +97,11 @@ impl<T: Driver> Settings<T> {
             host,
             choice <- new_mutex!(
                 Choice {
-                    type_index: 0,
-                    dma_log: true,
+                    kind: Kind {
+                        type_index: 0,
+                        has_dma_log: true,
+                        defaults: Arc::new(CString::try_from(c"")?, GFP_KERNEL)?,
+                    },
                     bind: true,
                     power: Power::Off,
                 },
@@ -124,12 +129,7 @@ impl<T: Driver> Settings<T> {
             Power::Unplugging(_) => return Err(EBUSY),
             Power::Off => {}
         }
-        let plugged = Host::plug::<T>(
-            &self.host,
-            choice.type_index,
-            choice.dma_log,
-            choice.bind, //
-        )?;
+        let plugged = Host::plug::<T>(&self.host, choice.kind.clone(), choice.bind)?;
         choice.power = Power::On(plugged);
         Ok(())
     }
@@ -167,7 +167,7 @@ impl<T: Driver> AttributeOperations<TYPE> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        let index = this.choice.lock().type_index;
+        let index = this.choice.lock().kind.type_index;
         let name = T::TYPES.get(index).ok_or(EINVAL)?.name;
         line(page, fmt!("{}", name.to_str()?))
     }
@@ -178,7 +178,7 @@ impl<T: Driver> AttributeOperations<TYPE> for Settings<T> {
             .iter()
             .position(|entry| entry.name.to_bytes() == name)
             .ok_or(EINVAL)?;
-        this.change(|choice| choice.type_index = type_index)
+        this.change(|choice| choice.kind.type_index = type_index)
     }
 }
 
@@ -188,12 +188,35 @@ impl<T: Driver> AttributeOperations<DMA_LOG> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        line(page, fmt!("{}", u8::from(this.choice.lock().dma_log)))
+        line(
+            page,
+            fmt!("{}", u8::from(this.choice.lock().kind.has_dma_log)),
+        )
     }
 
     fn store(this: &Self, page: &[u8]) -> Result {
         let dma_log = kstrtobool_bytes(page)?;
-        this.change(|choice| choice.dma_log = dma_log)
+        this.change(|choice| choice.kind.has_dma_log = dma_log)
+    }
+}
+
+#[vtable]
+impl<T: Driver> AttributeOperations<DEFAULTS> for Settings<T> {
+    type OwnerModule = T::OwnerModule;
+    type Data = Self;
+
+    fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
+        let defaults = this.choice.lock().kind.defaults.clone();
+        line(page, fmt!("{}", defaults.to_str()?))
+    }
+
+    fn store(this: &Self, page: &[u8]) -> Result {
+        let text = core::str::from_utf8(page.trim_ascii())?;
+        let defaults = Arc::new(CString::try_from_fmt(fmt!("{text}"))?, GFP_KERNEL)?;
+        let mut kind = this.choice.lock().kind.clone();
+        kind.defaults = defaults.clone();
+        drop(Host::example::<T>(&kind)?);
+        this.change(|choice| choice.kind.defaults = defaults)
     }
 }
 
@@ -251,6 +274,7 @@ struct Files<T: Driver> {
     list: AttributeList<FILES, Settings<T>>,
     type_name: Attribute<TYPE, Settings<T>, Settings<T>>,
     dma_log: Attribute<DMA_LOG, Settings<T>, Settings<T>>,
+    defaults: Attribute<DEFAULTS, Settings<T>, Settings<T>>,
     bind: Attribute<BIND, Settings<T>, Settings<T>>,
     power: Attribute<POWER, Settings<T>, Settings<T>>,
     address: Attribute<ADDRESS, Settings<T>, Settings<T>>,
@@ -263,6 +287,7 @@ impl<T: Driver> Files<T> {
             list: unsafe { AttributeList::new() },
             type_name: Attribute::new(c"type"),
             dma_log: Attribute::new(c"dma_log"),
+            defaults: Attribute::new(c"defaults"),
             bind: Attribute::new(c"bind"),
             power: Attribute::new(c"power"),
             address: Attribute::new(c"address"),
@@ -273,9 +298,10 @@ impl<T: Driver> Files<T> {
             let this = extend(&files);
             this.list.add::<0, TYPE, _>(&this.type_name);
             this.list.add::<1, DMA_LOG, _>(&this.dma_log);
-            this.list.add::<2, BIND, _>(&this.bind);
-            this.list.add::<3, POWER, _>(&this.power);
-            this.list.add::<4, ADDRESS, _>(&this.address);
+            this.list.add::<2, DEFAULTS, _>(&this.defaults);
+            this.list.add::<3, BIND, _>(&this.bind);
+            this.list.add::<4, POWER, _>(&this.power);
+            this.list.add::<5, ADDRESS, _>(&this.address);
         }
         Ok(files)
     }

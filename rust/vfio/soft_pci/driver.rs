@@ -141,19 +141,25 @@ impl<T: Driver> PciDriver<T> {
             let host = unsafe { &*(*(*pdev).driver.cast::<RawDriver>()).host };
             // The administrator can bind any device to the driver.
             // SAFETY: The device is being bound.
-            let (type_index, dma_log) = unsafe { host.function(pdev) }?;
+            let kind = unsafe { host.function(pdev) }?;
             // SAFETY: The device is valid.
             let dev = unsafe { &raw mut (*pdev).dev };
             // SAFETY: From here to `remove()`, the device is bound.
             let bound = unsafe { device::Device::<Bound>::from_raw(dev) };
             let path = Path::Iommu {
                 memory: Endpoint::of(bound)?,
-                dma_log,
+                dma_log: kind.has_dma_log,
             };
             // SAFETY: The driver has an owner, `remove()` drops the registration, and each device
             // has only one.
-            let registration =
-                unsafe { emulated::Registration::<T>::new(bound, T::probe(type_index), path) }?;
+            let registration = unsafe {
+                emulated::Registration::<T>::new(
+                    bound,
+                    T::probe(kind.type_index),
+                    |data| Host::set_defaults(data, &kind),
+                    path,
+                )
+            }?;
             let registration = KBox::new(registration, GFP_KERNEL)?;
             // SAFETY: `dev` is valid, and its driver data belongs to the driver.
             unsafe { bindings::dev_set_drvdata(dev, registration.into_foreign().cast()) };

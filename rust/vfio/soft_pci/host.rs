@@ -6,13 +6,17 @@ use super::{
     bridge::{
         Address,
         Bridge,
-        Function, //
+        Function,
+        Kind, //
     },
     iommu::SoftIommu, //
 };
 use crate::{
     bindings,
-    emulated::Driver, //
+    emulated::{
+        self,
+        Driver, //
+    },
 };
 use kernel::{
     module::this_module,
@@ -48,20 +52,11 @@ impl Host {
     ///
     /// Fails with `ENOSPC` if there are [`Driver::MAX_INSTANCES`], and with the error of the
     /// driver if it cannot describe the function.
-    pub(super) fn plug<T: Driver>(
-        this: &Arc<Self>,
-        type_index: usize,
-        has_dma_log: bool,
-        bind: bool,
-    ) -> Result<Plugged> {
-        // The configuration space is that of any device of the type.
-        let device = KBox::pin_init(T::probe(type_index), GFP_KERNEL)?;
+    pub(super) fn plug<T: Driver>(this: &Arc<Self>, kind: Kind, bind: bool) -> Result<Plugged> {
         let function = Function {
-            type_index: type_index as u32,
-            has_dma_log,
-            config: device.config_space()?.express(),
+            config: Self::example::<T>(&kind)?.config_space()?.express(),
+            kind,
         };
-        drop(device);
         let slot = this.bridge.plug(
             &function,
             bind.then_some(T::NAME),
@@ -73,14 +68,27 @@ impl Host {
         })
     }
 
-    /// Returns the index of the type of a function, and whether it has a DMA log.
+    /// Creates the data of such a device. May sleep. Fails if a default is invalid.
+    pub(super) fn example<T: Driver>(kind: &Kind) -> Result<Pin<KBox<T>>> {
+        let device = KBox::pin_init(T::probe(kind.type_index), GFP_KERNEL)?;
+        Self::set_defaults(&*device, kind)?;
+        Ok(device)
+    }
+
+    /// Sets the defaults of all devices, and then those of this one.
+    pub(super) fn set_defaults<T: Driver>(data: &T, kind: &Kind) -> Result {
+        emulated::set_defaults(data, T::defaults())?;
+        emulated::set_defaults(data, &kind.defaults)
+    }
+
+    /// Returns the settings of a function.
     ///
     /// Fails with `ENODEV` if the device is not on the bus.
     ///
     /// # Safety
     ///
     /// `pdev` must be a device that is being bound to a driver.
-    pub(super) unsafe fn function(&self, pdev: *mut bindings::pci_dev) -> Result<(usize, bool)> {
+    pub(super) unsafe fn function(&self, pdev: *mut bindings::pci_dev) -> Result<Kind> {
         // SAFETY: By the safety requirements.
         unsafe { self.bridge.function(pdev) }
     }

@@ -33,6 +33,7 @@ VFIO_DEVICE_GET_REGION_INFO = 0x3B6C
 VFIO_DEVICE_FEATURE = 0x3B75
 VFIO_DEVICE_BIND_IOMMUFD = 0x3B76
 PROBE_LOG = 1 << 18 | 1 << 17 | 6
+GET_MIGRATION = 1 << 16 | 1
 REGION = 7
 NETLINK_KOBJECT_UEVENT = 15
 # In the configuration space.
@@ -131,6 +132,12 @@ class Device:
             check(error.errno == errno.ENOTTY, f"probe of the log: {error}")
             return False
         return True
+
+    def migration_flags(self):
+        """Returns the flags of VFIO_DEVICE_FEATURE_MIGRATION."""
+        feature = bytearray(struct.pack("<IIQ", 16, GET_MIGRATION, 0))
+        fcntl.ioctl(self.file, VFIO_DEVICE_FEATURE, feature)
+        return struct.unpack("<IIQ", feature)[2]
 
     def close(self):
         """Closes the device."""
@@ -238,6 +245,45 @@ def settings():
         one.set("type", "64K")
         with refused(errno.EEXIST):
             one.directory.mkdir()
+
+
+def defaults():
+    """a function begins with its defaults whenever its driver is bound, and no other one does"""
+    text = "dirty_rate=1048576, faults=seal errno=ENOSPC; read after=7,migration_flags=3"
+    want = {"dirty_rate": "1048576", "faults": "seal errno=ENOSPC; read after=7 errno=EIO",
+            "migration_flags": "3", "save_rate": "0"}
+    with Function("one", power=False) as one, Function("two") as two:
+        check(one.get("defaults") == "", "there are defaults")
+        one.set("defaults", text)
+        for bad in ("rate=7", "dirty_rate", "dirty_rate=x", "dirtied=7", "save_rate=7,faults=on",
+                    "migration_flags=2", "dirty_span=65537"):
+            with refused(errno.EINVAL):
+                one.set("defaults", bad)
+            check(one.get("defaults") == text, f"{bad} has changed the defaults")
+        one.set("type", "1M")
+        one.set("defaults", f"{text},dirty_span=65537")
+        one.set("type", "64K")
+        with refused(errno.EINVAL):
+            one.set("power", 1)
+        one.set("defaults", text)
+        one.set("power", 1)
+        with refused(errno.EBUSY):
+            one.set("defaults", "save_rate=7")
+        for again in range(2):
+            for name, value in want.items():
+                got = (one.path / "knobs" / name).read_text().strip()
+                check(got == value, f"{name} is {got} at bind {again}")
+            (one.path / "knobs/dirty_rate").write_text("7")
+            (DRIVER / "unbind").write_text(one.path.name)
+            (DRIVER / "bind").write_text(one.path.name)
+        with Device(one) as first, Device(two) as second:
+            check(first.migration_flags() == 3, "the flags have no effect")
+            check(second.migration_flags() == 7, "another function has the flags")
+        check((two.path / "knobs/faults").read_text() == "off\n", "another function has faults")
+        with refused(errno.EACCES):
+            (one.path / "knobs/migration_flags").write_text("7")
+    with Function("one") as one:
+        check((one.path / "knobs/dirty_rate").read_text() == "0\n", "the defaults are left")
 
 
 def drivers():
@@ -440,8 +486,8 @@ def qemu():
                       for entry in found), f"devices {found}")
 
 
-TESTS = (identity, registers, events, settings, drivers, aliases, others, logs, removals,
-         limits, qemu, unload, races)
+TESTS = (identity, registers, events, settings, defaults, drivers, aliases, others, logs,
+         removals, limits, qemu, unload, races)
 
 
 def suite():

@@ -27,9 +27,14 @@ FIXTURE(module)
 	bool was_loaded;
 };
 
+static int load_with(int file, const char *parameters)
+{
+	return syscall(SYS_finit_module, file, parameters, 0) ? -errno : 0;
+}
+
 static int load(int file)
 {
-	return syscall(SYS_finit_module, file, "", 0) ? -errno : 0;
+	return load_with(file, "");
 }
 
 static int unload_module(const char *name)
@@ -189,6 +194,58 @@ TEST_F_TIMEOUT(module, create, 1200)
 	}
 	EXPECT_EQ(number, next_number(_metadata))
 		PROMISE("the core has no reference to devices that were not created");
+}
+
+/* Reads a knob of the device. */
+static const char *read_knob(struct __test_metadata *_metadata, const char *name)
+{
+	static char value[256];
+	char path[128];
+	ssize_t ret;
+	int fd;
+
+	snprintf(path, sizeof(path), DEVICE "/knobs/%s", name);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	ASSERT_LE(0, fd)
+		STEP("open %s", path);
+	ret = read(fd, value, sizeof(value) - 1);
+	close(fd);
+	ASSERT_LT(0, ret);
+	value[ret] = 0;
+	return value;
+}
+
+TEST_F(module, defaults)
+{
+	static const char *const bad[] = {
+		"defaults=save_rate", "defaults=save_rate=x", "defaults=rate=7",
+		"defaults=save_rate=7,dirtied=7", "defaults=migration_flags=6",
+	};
+	static const char good[] =
+		"defaults=\"save_rate=0x10, faults=size; read nth=2,migration_flags=1\"";
+	unsigned int i;
+
+	ASSERT_EQ(0, load_with(self->file, good));
+	ASSERT_EQ(0, write_word(TYPE "create", UUID));
+	EXPECT_STREQ("16\n", read_knob(_metadata, "save_rate"));
+	EXPECT_STREQ("size errno=EIO; read nth=2 errno=EIO\n", read_knob(_metadata, "faults"));
+	EXPECT_STREQ("1\n", read_knob(_metadata, "migration_flags"));
+	EXPECT_STREQ("0\n", read_knob(_metadata, "load_rate"));
+	ASSERT_EQ(0, write_word(DEVICE "/knobs/save_rate", "7"));
+	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
+	ASSERT_EQ(0, write_word(TYPE "create", UUID));
+	EXPECT_STREQ("16\n", read_knob(_metadata, "save_rate"))
+		PROMISE("each new device begins with the defaults");
+	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
+	ASSERT_EQ(0, unload());
+
+	for (i = 0; i < ARRAY_SIZE(bad); i++) {
+		ASSERT_EQ(0, load_with(self->file, bad[i]));
+		EXPECT_EQ(-EINVAL, write_word(TYPE "create", UUID))
+			PROMISE("no device is created with %s", bad[i]);
+		EXPECT_NE(0, access(DEVICE, F_OK));
+		ASSERT_EQ(0, unload());
+	}
 }
 
 #define TRACING	"/sys/kernel/tracing/"
