@@ -96,6 +96,14 @@ impl Device<Open> {
         unsafe { device::Device::<device::Normal>::from_raw((*self.as_raw()).dev) }.name()
     }
 
+    /// Returns whether the device has no IOMMU and accesses memory that is mapped in an iommufd,
+    /// which does not track its writes.
+    pub(crate) fn is_untracked(&self) -> bool {
+        // SAFETY: By the type invariants the device is valid and open. The core sets the pointer
+        // before the first open, and clears it after the last close.
+        unsafe { !(*self.as_raw()).iommufd_access.is_null() }
+    }
+
     /// Returns the next state on the path from `cur` to `target`, or `cur` if they are equal.
     /// All are values of `enum vfio_device_mig_state`.
     ///

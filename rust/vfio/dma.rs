@@ -178,20 +178,24 @@ impl Memory for Device<Open> {
 pub struct Bus<'a> {
     memory: &'a dyn Memory,
     log: &'a Log,
+    unlogged: &'a dyn Fn(),
     interrupter: &'a dyn Interrupter,
 }
 
 impl<'a> Bus<'a> {
     /// Creates the access of a device that is open as long as the result lives. Writes are logged
-    /// in `log`, and `interrupter` interrupts transfers.
+    /// in `log`; `unlogged` is called for each page that was written while it is off. `interrupter`
+    /// interrupts transfers.
     pub(crate) fn new(
         memory: &'a dyn Memory,
         log: &'a Log,
+        unlogged: &'a dyn Fn(),
         interrupter: &'a dyn Interrupter,
     ) -> Self {
         Self {
             memory,
             log,
+            unlogged,
             interrupter,
         }
     }
@@ -294,8 +298,8 @@ impl<'a> Bus<'a> {
             let result = unsafe { self.copy(at, page.cast_mut(), true) };
             // Mark after the copy: a client that takes the log and then reads the page must see
             // the logged bytes. If the copy failed, a part of the page may have been written.
-            if result.map_or_else(Cause::is_torn, |()| true) {
-                self.log.mark(at, piece.len());
+            if result.map_or_else(Cause::is_torn, |()| true) && !self.log.mark(at, piece.len()) {
+                (self.unlogged)();
             }
             result.map_err(|cause| Fault {
                 done: piece.start,

@@ -116,14 +116,16 @@ impl Log {
         Ok(with((*active).as_mut().ok_or(EINVAL)?))
     }
 
-    /// Marks the pages of written bytes. May sleep.
-    pub(super) fn mark(&self, iova: u64, len: usize) {
+    /// Marks the pages of written bytes. Returns whether logging is on. May sleep.
+    pub(super) fn mark(&self, iova: u64, len: usize) -> bool {
         let last = (len as u64)
             .checked_sub(1)
             .and_then(|more| iova.checked_add(more));
-        if let Some(last) = last {
-            // Do nothing if logging is off.
-            let _ = self.with(|written| written.mark(iova, last));
-        }
+        let mark = |written: &mut Written| {
+            if let Some(last) = last {
+                written.mark(iova, last);
+            }
+        };
+        self.with(mark).is_ok()
     }
 }

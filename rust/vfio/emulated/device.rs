@@ -87,7 +87,10 @@ impl<T: Operations> worker::Job for DeviceWork<T> {
             log,
             ..
         } = &*self.opened;
-        T::work(data, &Bus::new(memory, log, &*function.gate))
+        // SAFETY: By the type invariants, the device is open.
+        let this = unsafe { Emulated::<T>::from_raw(self.device.as_ptr()) };
+        let unlogged = || this.note_unlogged_write(device);
+        T::work(data, &Bus::new(memory, log, &unlogged, &*function.gate))
     }
 }
 
@@ -239,6 +242,7 @@ impl<T: Operations> Emulated<T> {
         // Waits for the work under way.
         drop(worker);
         if let Ok(opened) = self.opened() {
+            self.note_dropped_stores(&opened);
             let unreported = opened.log.has_pages();
             let ledger = self.private.engine.ledger();
             ledger.note(|verdict, _| verdict.log_end(false, unreported));
@@ -251,6 +255,22 @@ impl<T: Operations> Emulated<T> {
         }
         // Dropped outside of the lock, because the driver's destructors may sleep.
         drop(opened);
+    }
+
+    /// Tells the verdict that the device has written to memory while the log was off.
+    fn note_unlogged_write(&self, device: &Device<Open>) {
+        let engine = &self.private.engine;
+        if engine.state().is_pre_copy() && device.is_untracked() {
+            engine.ledger().note(|verdict, _| verdict.unlogged_write());
+        }
+    }
+
+    /// Tells the verdict about stores by mappings that were dropped. May sleep.
+    pub(super) fn note_dropped_stores(&self, opened: &OpenDevice<T>) {
+        let memories = opened.mappable.iter().flatten();
+        let pages = memories.map(StateMemory::dropped).sum();
+        let ledger = self.private.engine.ledger();
+        ledger.note(|verdict, now| verdict.dropped_stores(now, pages));
     }
 
     /// Maps a region, for mmap().
@@ -315,13 +335,18 @@ impl<T: Operations> Emulated<T> {
                     Ok(())
                 }
                 _ => {
+                    let engine = &self.private.engine;
+                    // Before the write, during which the state may begin.
+                    let is_quiesced = engine.state().is_p2p();
                     let written = opened.function.gate.write(|| {
                         opened.function.write_msix(pos, from);
                         T::write(&opened.data, pos, from)
                     })?;
-                    if !written {
-                        let ledger = self.private.engine.ledger();
-                        ledger.note(|verdict, now| verdict.dropped_write(now));
+                    if is_quiesced || !written {
+                        engine.ledger().note(|verdict, now| match written {
+                            true => verdict.quiesced_write(now),
+                            false => verdict.dropped_write(now),
+                        });
                     }
                     Ok(())
                 }
@@ -335,7 +360,10 @@ impl<T: Operations> Emulated<T> {
         ioctl::serve(cmd, arg, &opened.function.irqs, || {
             // Must be first: a state change under way may wait for the work.
             let _halt = opened.function.gate.halt()?;
-            self.private.engine.reset(&opened)
+            self.note_dropped_stores(&opened);
+            let result = self.private.engine.reset(&opened);
+            self.note_dropped_stores(&opened);
+            result
         })
     }
 }

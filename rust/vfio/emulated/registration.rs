@@ -76,7 +76,11 @@ pub(crate) struct Registration<T: Operations> {
 unsafe impl<T: Operations> debugfs::Watched for Emulated<T> {
     unsafe fn ledger<'a>(vdev: *mut bindings::vfio_device) -> &'a Ledger {
         // SAFETY: By the safety requirements.
-        unsafe { Self::from_raw(vdev) }.private.engine.ledger()
+        let this = unsafe { Self::from_raw(vdev) };
+        if let Ok(opened) = this.opened() {
+            this.note_dropped_stores(&opened);
+        }
+        this.private.engine.ledger()
     }
 }
 

@@ -252,9 +252,10 @@ impl<T: Operations> VTable<T> {
             )
         };
         let engine = &this.private.engine;
-        let file = this
-            .opened()
-            .and_then(|opened| engine.set_state(&opened, device, new_state.0));
+        let file = this.opened().and_then(|opened| {
+            this.note_dropped_stores(&opened);
+            engine.set_state(&opened, device, new_state.0)
+        });
         file_to_ptr(file)
     }
 

@@ -120,6 +120,11 @@ impl State {
         matches!(self, Self::PreCopy | Self::PreCopyP2p)
     }
 
+    /// Returns whether the device runs without peer-to-peer DMA.
+    pub const fn is_p2p(self) -> bool {
+        matches!(self, Self::RunningP2p | Self::PreCopyP2p)
+    }
+
     /// Returns whether the device may advance its internal state.
     pub const fn runs(self) -> bool {
         matches!(

@@ -23,8 +23,11 @@ pub enum Rule {
     ImageIncomplete,
     /// A data_fd was open when the next session began, or when the device was closed.
     DataFdLeaked,
-    /// A BAR was written while the device was stopped. Such writes are dropped.
+    /// A BAR was written while the device was stopped, by write() or by mmap(). Such writes are
+    /// dropped.
     StoppedDeviceWritten,
+    /// write() to a BAR in a P2P state.
+    QuiescedDeviceWritten,
     /// The DMA log ended with pages that were never reported, after `STOP_COPY`.
     LogNotReported,
     /// The DMA log was on when the device was closed.
@@ -40,21 +43,26 @@ pub enum Rule {
     /// The client reset the device in `STOP_COPY` before read() returned 0, and not because a state
     /// change had failed.
     ResetInSession,
+    /// The device wrote to memory of the user in pre-copy while the log was off, and nothing else
+    /// tracks these writes.
+    LogNotStarted,
 }
 
 impl Rule {
     /// All rules.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::StreamAbandoned,
         Self::ImageIncomplete,
         Self::DataFdLeaked,
         Self::StoppedDeviceWritten,
+        Self::QuiescedDeviceWritten,
         Self::LogNotReported,
         Self::LogNotStopped,
         Self::InitialBytesIgnored,
         Self::BusyPolling,
         Self::ReinitNotSeen,
         Self::ResetInSession,
+        Self::LogNotStarted,
     ];
 
     /// Returns the name.
@@ -64,12 +72,14 @@ impl Rule {
             Self::ImageIncomplete => "image_incomplete",
             Self::DataFdLeaked => "data_fd_leaked",
             Self::StoppedDeviceWritten => "stopped_device_written",
+            Self::QuiescedDeviceWritten => "quiesced_device_written",
             Self::LogNotReported => "log_not_reported",
             Self::LogNotStopped => "log_not_stopped",
             Self::InitialBytesIgnored => "initial_bytes_ignored",
             Self::BusyPolling => "busy_polling",
             Self::ReinitNotSeen => "reinit_not_seen",
             Self::ResetInSession => "reset_in_session",
+            Self::LogNotStarted => "log_not_started",
         }
     }
 
@@ -82,6 +92,7 @@ impl Rule {
                 | Self::BusyPolling
                 | Self::ReinitNotSeen
                 | Self::ResetInSession
+                | Self::LogNotStarted
         )
     }
 
@@ -108,6 +119,14 @@ impl Rule {
             Self::StoppedDeviceWritten => {
                 "The user should take steps to restrict access to vfio device regions while the \
                  device is in STOP_COPY or risk corruption of the device migration data stream."
+            }
+            Self::QuiescedDeviceWritten => {
+                "Like while in STOP or STOP_COPY the user must not touch the device, otherwise the \
+                 state can be exited."
+            }
+            Self::LogNotStarted => {
+                "It is part of the VFIO migration infrastructure that allows implementing dirty \
+                 page tracking during the pre copy phase of live migration."
             }
             Self::LogNotReported => {
                 "DMA logging allows a device to internally record what DMAs the device is \
@@ -169,6 +188,8 @@ pub struct Statistics {
     pub precopy_infos: u64,
     /// Number of writes to BARs that were dropped because the device was stopped.
     pub dropped_writes: u64,
+    /// Number of pages with stores by mappings that were dropped for the same reason.
+    pub dropped_stores: u64,
     /// Number of successful reports of the DMA log.
     pub log_reports: u64,
     /// Time in each state.
@@ -215,6 +236,10 @@ pub struct Verdict {
     /// The DMA log was turned off with pages that were not reported, and the device has not run
     /// since.
     unreported: bool,
+    /// The device wrote to memory in this session, in pre-copy, and no log has it.
+    unlogged: bool,
+    /// Number of pages with dropped stores since the device was reset.
+    stores: u64,
     /// Initial bytes that are left according to the last pre-copy info of the session.
     initial: u64,
     /// Number of fruitless reads in a row, the time when they began, and the time in them.
@@ -241,6 +266,8 @@ impl Default for Verdict {
             log: false,
             saved: false,
             unreported: false,
+            unlogged: false,
+            stores: 0,
             initial: 0,
             fruitless: 0,
             fruitless_since: 0,
@@ -342,6 +369,10 @@ impl Verdict {
             }
             _ => (),
         }
+        if self.state.is_pre_copy() && to == State::StopCopy && self.unlogged {
+            self.breaks(now, Rule::LogNotStarted);
+            self.unlogged = false;
+        }
         self.saved |= self.log && to == State::StopCopy;
         self.account(now);
         self.state = to;
@@ -364,6 +395,7 @@ impl Verdict {
         self.ended = false;
         self.initial = 0;
         self.fruitless = 0;
+        self.unlogged = false;
         self.generation
     }
 
@@ -468,6 +500,29 @@ impl Verdict {
         }
     }
 
+    /// Notes how many pages with stores were dropped since the last open or reset, because the
+    /// device was stopped.
+    pub fn dropped_stores(&mut self, now: u64, pages: u64) {
+        let more = pages.saturating_sub(self.stores);
+        self.stores = pages;
+        self.statistics.dropped_stores += more;
+        if more > 0 {
+            self.breaks(now, Rule::StoppedDeviceWritten);
+        }
+    }
+
+    /// Notes a write to a BAR that began in a P2P state.
+    pub fn quiesced_write(&mut self, now: u64) {
+        if self.state.is_p2p() {
+            self.breaks(now, Rule::QuiescedDeviceWritten);
+        }
+    }
+
+    /// Notes that the device wrote to memory of the user, and nothing tracks that.
+    pub fn unlogged_write(&mut self) {
+        self.unlogged |= self.state.is_pre_copy();
+    }
+
     /// Notes that the DMA log was turned on.
     pub fn log_start(&mut self) {
         self.log = true;
@@ -542,6 +597,7 @@ impl fmt::Display for Statistics {
             ("polls", self.polls),
             ("precopy_infos", self.precopy_infos),
             ("dropped_writes", self.dropped_writes),
+            ("dropped_stores", self.dropped_stores),
             ("log_reports", self.log_reports),
         ] {
             writeln!(f, "{name} {number}")?;

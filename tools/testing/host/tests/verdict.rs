@@ -483,6 +483,65 @@ fn write_to_a_stopped_device_is_reported() {
 }
 
 #[test]
+fn stores_to_a_stopped_device_are_reported_once() {
+    let mut rig = Rig::new();
+    rig.verdict.enter(rig.now, Stop);
+    for (pages, all) in [(0, 0), (3, 3), (3, 3), (5, 5), (0, 5), (2, 7)] {
+        let now = rig.tick();
+        rig.verdict.dropped_stores(now, pages);
+        assert_eq!(rig.verdict.statistics().dropped_stores, all);
+    }
+    assert_eq!(rig.verdict.broken(Rule::StoppedDeviceWritten).count, 3);
+}
+
+#[test]
+fn write_to_a_quiesced_device_is_reported() {
+    for state in State::ALL {
+        let mut rig = Rig::new();
+        rig.verdict.enter(rig.now, state);
+        let now = rig.tick();
+        rig.verdict.quiesced_write(now);
+        let quiesced = matches!(state, RunningP2p | PreCopyP2p);
+        rig.expect(quiesced.then_some(Rule::QuiescedDeviceWritten));
+    }
+}
+
+#[test]
+fn missing_log_is_reported() {
+    // The states before and after the device writes to memory.
+    for (before, after, rule) in [
+        (&[PreCopy][..], &[StopCopy][..], Some(Rule::LogNotStarted)),
+        (
+            &[PreCopy],
+            &[PreCopyP2p, StopCopy],
+            Some(Rule::LogNotStarted),
+        ),
+        // The guest's memory is copied later, or the migration is cancelled.
+        (&[], &[Stop, StopCopy], None),
+        (&[], &[PreCopy, StopCopy], None),
+        (&[PreCopy], &[Running], None),
+        (&[PreCopy], &[Running, Stop, StopCopy], None),
+        (&[PreCopy], &[Running, PreCopy, StopCopy], None),
+    ] {
+        let mut rig = Rig::new();
+        rig.go(before);
+        rig.verdict.unlogged_write();
+        rig.verdict.unlogged_write();
+        for &state in after {
+            rig.go(&[state]);
+            if state == Running {
+                rig.close_fd();
+            }
+        }
+        rig.read(Read::End);
+        rig.close_fd();
+        rig.go(&[Stop]);
+        rig.close();
+        rig.expect(rule);
+    }
+}
+
+#[test]
 fn running_log_is_reported_at_close() {
     let mut rig = Rig::new();
     rig.verdict.log_start();

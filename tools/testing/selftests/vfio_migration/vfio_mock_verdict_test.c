@@ -453,8 +453,69 @@ TEST_F(verdict, write_to_a_stopped_device_is_reported)
 	EXPECT_EQ(1U, number(_metadata, self, &self->src, "dropped_writes"));
 }
 
-/* Starts the log, and lets the device write a page; returns its IOVA. */
-static __u64 write_logged_page(struct __test_metadata *_metadata, struct mock *m)
+static void store_byte(__u8 *to, __u8 value)
+{
+	__atomic_store_n(to, value, __ATOMIC_RELAXED);
+}
+
+TEST_F(verdict, store_to_a_stopped_device_is_reported)
+{
+	struct mock *src = &self->src;
+	__u8 *bar = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, src->dev.fd,
+			 src->offset[BAR2]);
+
+	ASSERT_NE(MAP_FAILED, bar);
+	store_byte(bar, 1);
+	move_on(_metadata, &src->dev, MIG_STOP);
+	EXPECT_EQ(1, __atomic_load_n(bar, __ATOMIC_RELAXED));
+	EXPECT_EQ(0, __atomic_load_n(bar + PAGE, __ATOMIC_RELAXED));
+	expect_verdict(_metadata, self, src, NULL, NULL);
+	store_byte(bar + PAGE, 1);
+	expect_verdict(_metadata, self, src, "stopped_device_written", "STOP");
+	store_byte(bar + PAGE, 2);
+	EXPECT_EQ(1U, number(_metadata, self, src, "dropped_stores"));
+	move_on(_metadata, &src->dev, MIG_RUNNING);
+	store_byte(bar + PAGE, 3);
+	expect_verdict(_metadata, self, src, "stopped_device_written", "STOP");
+
+	/* Noticed before a reset clears the count. */
+	munmap(bar, 2 * PAGE);
+	mig_close_device(&src->dev);
+	ASSERT_EQ(0, mig_reopen_device(&src->dev));
+	bar = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, src->dev.fd,
+		   src->offset[BAR2]);
+	ASSERT_NE(MAP_FAILED, bar);
+	move_on(_metadata, &src->dev, MIG_STOP);
+	store_byte(bar + PAGE, 1);
+	ASSERT_EQ(0, mig_reset(&src->dev));
+	expect_verdict(_metadata, self, src, "stopped_device_written", "STOP");
+	munmap(bar, 2 * PAGE);
+}
+
+TEST_F(verdict, write_to_a_quiesced_device_is_reported)
+{
+	NEED_P2P(&self->src.dev);
+	move_on(_metadata, &self->src.dev, MIG_RUNNING_P2P);
+	put(_metadata, &self->src, CONFIG, 0x0c, 1, 1);
+	reg64(&self->src, SCRATCH);
+	expect_verdict(_metadata, self, &self->src, NULL, NULL);
+	set64(&self->src, SCRATCH, 1);
+	EXPECT_EQ(1U, reg64(&self->src, SCRATCH));
+	expect_verdict(_metadata, self, &self->src, "quiesced_device_written", "RUNNING_P2P");
+}
+
+TEST_F(verdict, write_before_and_after_p2p_is_clean)
+{
+	NEED_P2P(&self->src.dev);
+	set64(&self->src, SCRATCH, 1);
+	move_on(_metadata, &self->src.dev, MIG_RUNNING_P2P);
+	move_on(_metadata, &self->src.dev, MIG_RUNNING);
+	set64(&self->src, SCRATCH, 2);
+	expect_verdict(_metadata, self, &self->src, NULL, NULL);
+}
+
+/* Lets the device write a page of memory that is mapped for it; returns its IOVA. */
+static __u64 write_page(struct __test_metadata *_metadata, struct mock *m, bool log)
 {
 	struct vfio_device_feature_dma_logging_range range = { .length = 16 * PAGE };
 	struct dma_desc d = {
@@ -466,10 +527,55 @@ static __u64 write_logged_page(struct __test_metadata *_metadata, struct mock *m
 
 	ASSERT_NE(MAP_FAILED, mem);
 	ASSERT_EQ(0, mig_dma_map(&m->dev, 0, mem, range.length, RW));
-	ASSERT_EQ(0, mig_log_start(&m->dev, &page_size, &range, 1));
+	if (log)
+		ASSERT_EQ(0, mig_log_start(&m->dev, &page_size, &range, 1));
 	d = dma_run(_metadata, m, 0, &d);
 	ASSERT_EQ((__u32)VFIO_MOCK_DMA_COMPLETE, d.status);
 	return d.iova;
+}
+
+/* The same, with the log. */
+static __u64 write_logged_page(struct __test_metadata *_metadata, struct mock *m)
+{
+	return write_page(_metadata, m, true);
+}
+
+/* Only a device without an IOMMU in an iommufd has no other tracking than its log. */
+TEST_F(verdict, missing_log_is_reported)
+{
+	struct mock *src = &self->src;
+	bool untracked = variant->backend == MIG_IOMMUFD && !mock_has_iommu(src);
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
+	write_page(_metadata, src, false);
+	drain(_metadata, self, fd);
+	expect_verdict(_metadata, self, src, NULL, NULL);
+	move_on(_metadata, &src->dev, MIG_STOP_COPY);
+	expect_verdict(_metadata, self, src, untracked ? "advice: log_not_started" : NULL,
+		       src->dev.flags & VFIO_MIGRATION_P2P ? "PRE_COPY_P2P" : "PRE_COPY");
+	close(fd);
+}
+
+TEST_F(verdict, log_in_pre_copy_is_clean)
+{
+	struct mock *src = &self->src;
+	__u64 bitmap = 0;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	NEED_IOMMUFD_FOR_LOG();
+	fd = go(_metadata, &src->dev, MIG_PRE_COPY);
+	write_logged_page(_metadata, src);
+	drain(_metadata, self, fd);
+	move_on(_metadata, &src->dev, MIG_STOP_COPY);
+	ASSERT_EQ(0, mig_log_report(&src->dev, 0, 16 * PAGE, PAGE, &bitmap));
+	ASSERT_EQ(0, mig_log_stop(&src->dev));
+	ASSERT_EQ(0, mig_save(fd, &self->image, stream_limit(&src->dev)));
+	close(fd);
+	mig_close_device(&src->dev);
+	expect_verdict(_metadata, self, src, NULL, NULL);
 }
 
 TEST_F(verdict, unreported_pages_are_reported)
@@ -622,7 +728,7 @@ TEST_F(verdict, each_session_that_begins_ends)
 	const char *why = trace_begin(_metadata, self);
 	const struct mig_device *dev = &self->src.dev;
 	unsigned int begin, states, failures = 0;
-	struct injector in;
+	struct injector in = {};
 	struct nth nth;
 	int fd, ret;
 
