@@ -98,6 +98,17 @@ impl From<Error> for Cause {
     }
 }
 
+/// A request of the user for the DMA log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogRequest {
+    /// `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`.
+    Start,
+    /// `VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT`.
+    Report,
+    /// `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`.
+    Stop,
+}
+
 /// The part of a device that can interrupt its transfers.
 pub(crate) trait Interrupter {
     /// Returns whether the work under way must return as soon as possible: during a reset, and when

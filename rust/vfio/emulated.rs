@@ -51,7 +51,8 @@ use self::{
 use crate::{
     dma::{
         self,
-        Bus, //
+        Bus,
+        LogRequest, //
     },
     memory::StateMemory,
     migration::{
@@ -210,6 +211,14 @@ pub trait Operations: Sized + Send + Sync + 'static {
     ///   other flags, the OOM killer may kill an unrelated process of that cgroup.
     fn work(_open: &Self::OpenData, _bus: &Bus<'_>) -> Work {
         Work::Wait
+    }
+
+    /// Begins a request for the DMA log. If this fails, so does the request, and the log does not
+    /// change. May sleep.
+    ///
+    /// For drivers that refuse requests, such as those for tests. The last close is no request.
+    fn begin_log(_open: &Self::OpenData, _request: LogRequest) -> Result {
+        Ok(())
     }
 }
 

@@ -109,7 +109,8 @@ impl Chip {
 
     /// Serves the DMA queue. Called by the worker, may sleep.
     pub(crate) fn work(&self, bus: &Bus<'_>) -> Work {
-        self.dma.work(&self.memory, &self.function, bus)
+        let begin = || self.fault(Event::Dma).map(|_| ());
+        self.dma.work(&self.memory, &self.function, bus, begin)
     }
 
     /// Resets the device to the state of power-on.

@@ -5,7 +5,10 @@
 use crate::{
     chip::Chip,
     defaults,
-    knobs::Knobs,
+    knobs::{
+        rules::Event,
+        Knobs, //
+    },
     migration_flags,
     registers, //
 };
@@ -21,7 +24,10 @@ use kernel::{
     },
 };
 use vfio::{
-    dma::Bus,
+    dma::{
+        Bus,
+        LogRequest, //
+    },
     emulated::{
         self,
         config_space::{
@@ -173,5 +179,14 @@ impl emulated::Operations for Mock {
 
     fn work(chip: &Chip, bus: &Bus<'_>) -> Work {
         chip.work(bus)
+    }
+
+    fn begin_log(chip: &Chip, request: LogRequest) -> Result {
+        let event = match request {
+            LogRequest::Start => Event::LogStart,
+            LogRequest::Report => Event::LogReport,
+            LogRequest::Stop => Event::LogStop,
+        };
+        chip.fault(event).map(|_| ())
     }
 }

@@ -92,14 +92,21 @@ impl DmaEngine {
         self.epoch.elapsed().as_nanos() as u64
     }
 
-    /// Moves the next piece. Called by the worker, sleeps.
-    pub(crate) fn work(&self, memory: &StateMemory, function: &Function, bus: &Bus<'_>) -> Work {
+    /// Moves the next piece, unless `begin` fails. Called by the worker, sleeps.
+    pub(crate) fn work(
+        &self,
+        memory: &StateMemory,
+        function: &Function,
+        bus: &Bus<'_>,
+        begin: impl FnOnce() -> Result,
+    ) -> Work {
         let next = self.update_queue(function, |queue| {
             queue.next(self.now(), memory.size() as u64)
         });
         match next {
             Next::Piece(piece) => {
-                let (done, failure) = match execute(&piece, memory, bus) {
+                let moved = begin().map_err(Fault::from);
+                let (done, failure) = match moved.and_then(|()| execute(&piece, memory, bus)) {
                     Ok(()) => (piece.len, None),
                     Err(Fault { done, cause }) => (done as u64, Some(failure(cause))),
                 };

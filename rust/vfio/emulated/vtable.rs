@@ -11,6 +11,7 @@ use crate::{
         Device,
         Open, //
     },
+    dma::LogRequest,
     emulated::device::Emulated,
     migration::file_to_ptr,
     region::{
@@ -321,7 +322,8 @@ impl<T: Operations> VTable<T> {
                 // SAFETY: The node is valid.
                 node = unsafe { bindings::rb_next(node) };
             }
-            let started = opened.log.start(list, *page_size);
+            let started = T::begin_log(&opened.data, LogRequest::Start)
+                .and_then(|()| opened.log.start(list, *page_size));
             let ledger = this.private.engine.ledger();
             ledger.log_start(started.map(|_| ()));
             *page_size = started?;
@@ -336,9 +338,12 @@ impl<T: Operations> VTable<T> {
         // SAFETY: The core holds a reference for the call.
         let this = unsafe { Emulated::<T>::from_raw(vdev) };
         from_result(|| {
-            let log = &this.opened()?.log;
-            this.private.engine.ledger().log_stop(log.has_pages());
-            log.stop();
+            let opened = this.opened()?;
+            let begun = T::begin_log(&opened.data, LogRequest::Stop);
+            let ledger = this.private.engine.ledger();
+            ledger.log_stop(begun, opened.log.has_pages());
+            begun?;
+            opened.log.stop();
             Ok(0)
         })
     }
@@ -360,10 +365,12 @@ impl<T: Operations> VTable<T> {
                 .and_then(|more| iova.checked_add(more))
                 .ok_or(EINVAL)?;
             let opened = this.opened()?;
-            let done = opened.log.report(iova as u64, last as u64, |first, len| {
+            let report = |first, len| {
                 // SAFETY: The bitmap is valid, and no lock is held.
                 unsafe { bindings::vfio_iova_bitmap_set(dirty, first as c_ulong, len as usize) };
-            });
+            };
+            let done = T::begin_log(&opened.data, LogRequest::Report)
+                .and_then(|()| opened.log.report(iova as u64, last as u64, report));
             this.private.engine.ledger().log_report(done);
             done.map(|()| 0)
         })

@@ -176,9 +176,10 @@ impl Ledger {
         }
     }
 
-    /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`, and whether there are pages to report.
-    pub(crate) fn log_stop(&self, unreported: bool) {
-        trace!(self, vfio_trace_log_stop, 0);
+    /// Notes `VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP`, and whether there are pages to report. If the
+    /// driver has failed, the client has done its part.
+    pub(crate) fn log_stop(&self, result: Result, unreported: bool) {
+        trace!(self, vfio_trace_log_stop, errno(result).into());
         self.note(|verdict, _| verdict.log_end(true, unreported));
     }
 

@@ -20,7 +20,7 @@ use core::{
 pub const RULES: usize = 4;
 
 /// Names and numbers of the errors, those of `asm-generic`.
-const ERRORS: [(&str, i32); 14] = [
+const ERRORS: [(&str, i32); 15] = [
     ("EPERM", 1),
     ("ENOENT", 2),
     ("EIO", 5),
@@ -30,6 +30,7 @@ const ERRORS: [(&str, i32); 14] = [
     ("EBUSY", 16),
     ("ENODEV", 19),
     ("EINVAL", 22),
+    ("ENOTTY", 25),
     ("ENOSPC", 28),
     ("ENOMSG", 42),
     ("EOPNOTSUPP", 95),
@@ -56,6 +57,14 @@ pub enum Event {
     Reset,
     /// To tell the size of its state.
     Size,
+    /// To start the DMA log.
+    LogStart,
+    /// To report pages of the log.
+    LogReport,
+    /// To stop the log.
+    LogStop,
+    /// To do a piece of DMA.
+    Dma,
 }
 
 /// The events that a rule is about.
@@ -69,17 +78,25 @@ enum Place {
     Loaded,
     Reset,
     Size,
+    LogStart,
+    LogReport,
+    LogStop,
+    Dma,
 }
 
 impl Place {
     /// The places that are a single word.
-    const WORDS: [(&'static str, Self); 6] = [
+    const WORDS: [(&'static str, Self); 10] = [
         ("read", Self::Read),
         ("write", Self::Write),
         ("seal", Self::Seal),
         ("loaded", Self::Loaded),
         ("reset", Self::Reset),
         ("size", Self::Size),
+        ("log_start", Self::LogStart),
+        ("log_report", Self::LogReport),
+        ("log_stop", Self::LogStop),
+        ("dma", Self::Dma),
     ];
 
     fn includes(self, event: Event, after: u64) -> bool {
@@ -91,7 +108,11 @@ impl Place {
             (Self::Seal, Event::Seal)
             | (Self::Loaded, Event::Loaded)
             | (Self::Reset, Event::Reset)
-            | (Self::Size, Event::Size) => true,
+            | (Self::Size, Event::Size)
+            | (Self::LogStart, Event::LogStart)
+            | (Self::LogReport, Event::LogReport)
+            | (Self::LogStop, Event::LogStop)
+            | (Self::Dma, Event::Dma) => true,
             _ => false,
         }
     }

@@ -28,8 +28,21 @@ fn rule() -> impl Strategy<Value = String> {
         (state(), state()).prop_map(|(from, to)| format!("arc {from}->{to}")),
         (1u64..).prop_map(|after| format!("read after={after}")),
         (1u64..).prop_map(|after| format!("write after={after}")),
-        prop::sample::select(&["read", "write", "seal", "loaded", "reset", "size"][..])
-            .prop_map(str::to_owned),
+        prop::sample::select(
+            &[
+                "read",
+                "write",
+                "seal",
+                "loaded",
+                "reset",
+                "size",
+                "log_start",
+                "log_report",
+                "log_stop",
+                "dma"
+            ][..]
+        )
+        .prop_map(str::to_owned),
     ];
     let nth = prop::option::of((2u32..).prop_map(|nth| format!(" nth={nth}")));
     let times = prop::option::of(prop_oneof![
@@ -172,6 +185,19 @@ fn effects_are_those_of_the_rule() {
         effect("write xor=1 errno=EIO", Event::Write(0)).map(|effect| effect.errno),
         Some(EIO)
     );
+    for (text, event) in [
+        ("seal", Event::Seal),
+        ("loaded", Event::Loaded),
+        ("reset", Event::Reset),
+        ("size", Event::Size),
+        ("log_start", Event::LogStart),
+        ("log_report", Event::LogReport),
+        ("log_stop", Event::LogStop),
+        ("dma", Event::Dma),
+    ] {
+        assert_eq!(effect(text, event), Some(fails), "{text}");
+        assert_eq!(effect(text, Event::Read(0)), None, "{text}");
+    }
     // The first of two rules for the same event has an effect, and both count it.
     let mut rules = Rules::parse("size errno=EPERM; size times=2 errno=EIO").unwrap();
     assert_eq!(rules.hit(Event::Size).unwrap().errno, Some(1));

@@ -7,7 +7,7 @@
 #include <signal.h>
 #include <sys/wait.h>
 
-#include "mock.h"
+#include "mock_dma.h"
 
 #define SECOND	1000000000ULL
 /* Header and offset of a record of pages. */
@@ -719,6 +719,69 @@ TEST_F(knobs, write_fails_after_bytes)
 	expect_failure(_metadata, &self->dst, MIG_RESUMING, MIG_STOP, EIO);
 	close(fd);
 	load_and_run(_metadata, dst, &self->image, 0);
+}
+
+/* A request for the log that fails changes nothing. */
+TEST_F(knobs, log_fails)
+{
+	struct vfio_device_feature_dma_logging_range range = { .length = 16 * PAGE };
+	struct mock *src = &self->src;
+	struct dma_desc d = {
+		.op = FILL, .iova = PAGE, .len = PAGE, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	__u64 page_size = PAGE, bitmap = 0;
+	void *mem = mmap(NULL, range.length, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	NEED_IOMMUFD_FOR_LOG();
+	ASSERT_NE(MAP_FAILED, mem);
+	ASSERT_EQ(0, mig_dma_map(&src->dev, 0, mem, range.length, RW));
+	set_faults(_metadata, src,
+		   "log_start errno=ENOTTY; log_report errno=ENOMEM; log_stop errno=EBUSY");
+	EXPECT_EQ(-ENOTTY, mig_log_start(&src->dev, &page_size, &range, 1));
+	ASSERT_EQ(0, mig_log_start(&src->dev, &page_size, &range, 1));
+	d = dma_run(_metadata, src, 0, &d);
+	ASSERT_EQ((__u32)VFIO_MOCK_DMA_COMPLETE, d.status);
+	EXPECT_EQ(-ENOMEM, mig_log_report(&src->dev, 0, range.length, PAGE, &bitmap));
+	EXPECT_EQ(0U, bitmap);
+	ASSERT_EQ(0, mig_log_report(&src->dev, 0, range.length, PAGE, &bitmap));
+	EXPECT_EQ(2U, bitmap)
+		PROMISE("a report that failed has lost no page");
+	EXPECT_EQ(-EBUSY, mig_log_stop(&src->dev));
+	EXPECT_EQ(-EINVAL, mig_log_start(&src->dev, &page_size, &range, 1))
+		PROMISE("the log is still on");
+	ASSERT_EQ(0, mig_log_stop(&src->dev));
+}
+
+TEST_F(knobs, dma_fails)
+{
+	static const struct {
+		const char *rule;
+		__u32 error;
+	} cases[] = {
+		{ "dma errno=ENOMEM", VFIO_MOCK_DMA_ERROR_NO_MEMORY },
+		{ "dma", VFIO_MOCK_DMA_ERROR_OTHER },
+	};
+	struct mock *src = &self->src;
+	void *mem = mmap(NULL, src->size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct dma_desc d, want = {
+		.op = WRITE, .iova = 0, .len = src->size, .irq_vector = VFIO_MOCK_IRQ_NONE,
+	};
+	unsigned int i;
+
+	ASSERT_NE(MAP_FAILED, mem);
+	ASSERT_EQ(0, mig_dma_map(&src->dev, 0, mem, src->size, RW));
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		set_faults(_metadata, src, cases[i].rule);
+		d = dma_run(_metadata, src, 0, &want);
+		EXPECT_EQ((__u32)VFIO_MOCK_DMA_FAILED, d.status);
+		EXPECT_EQ(cases[i].error, d.error);
+		EXPECT_EQ(0U, d.pos);
+		d = dma_run(_metadata, src, 0, &want);
+		EXPECT_EQ((__u32)VFIO_MOCK_DMA_COMPLETE, d.status)
+			PROMISE("the next transfer succeeds");
+	}
 }
 
 /* A byte that changes on the way makes no device, wherever it is. */
