@@ -137,6 +137,12 @@ pub trait Operations: Sized + Send + Sync + 'static {
         Self::OpenData::FLAGS
     }
 
+    /// Returns whether the device has a DMA log, by default true. Called once, before it is
+    /// registered. Does not sleep.
+    fn has_dma_log(&self) -> bool {
+        true
+    }
+
     /// Returns the description of the PCI configuration space, which defines the BARs and
     /// interrupts of the device. Called once, before it is registered. May sleep.
     ///

@@ -66,6 +66,8 @@ static_assert!(SIZES[0] % PAGE_SIZE == 0);
 pub(crate) struct Mock {
     /// Raw [`Flags`].
     pub(crate) flags: Atomic<u64>,
+    /// Whether it has a DMA log.
+    pub(crate) dma_log: Atomic<bool>,
     /// Size of the state memory in bytes.
     pub(crate) state_size: usize,
     pub(crate) knobs: Arc<Knobs>,
@@ -116,6 +118,7 @@ impl mdev::Driver for Mock {
             let knobs = Knobs::new()?;
             Ok(try_init!(Self {
                 flags: Atomic::new(flags.as_raw()),
+                dma_log: Atomic::new(true),
                 state_size,
                 knobs,
             }? Error))
@@ -137,6 +140,10 @@ impl emulated::Operations for Mock {
 
     fn migration_flags(&self) -> Flags {
         Flags::from_raw(self.flags.load(Relaxed)).unwrap_or(Flags::STOP_COPY)
+    }
+
+    fn has_dma_log(&self) -> bool {
+        self.dma_log.load(Relaxed)
     }
 
     fn config_space(&self) -> Result<ConfigSpace> {

@@ -94,6 +94,18 @@ impl Knobs {
                 Ok(())
             },
         },
+        // 1 if the device has a DMA log, else 0.
+        Attribute::Fixed {
+            name: c"dma_log",
+            show: |mock| mock.dma_log.load(Relaxed).into(),
+            store: |mock, number| {
+                if number > 1 {
+                    return Err(EINVAL);
+                }
+                mock.dma_log.store(number == 1, Relaxed);
+                Ok(())
+            },
+        },
         // Time to prepare each record, in microseconds.
         Attribute::Number {
             name: c"save_delay_us",

@@ -128,13 +128,15 @@ impl<T: Operations> Registration<T> {
                 Private::new(data, defaults, memory, released.clone()),
             )?
         };
+        // SAFETY: `private` has just been initialised.
+        let has_dma_log = unsafe { (*raw.cast::<Emulated<T>>()).private.data.has_dma_log() };
         // INVARIANT: `private` has just been initialised.
         // SAFETY: `raw` is valid and not shared.
         unsafe {
             (*raw).ops = ops;
             (*raw).mig_ops = &VTable::<T>::MIG_OPS;
             // The core can report the log only with the bitmaps of iommufd.
-            if dma_log && cfg!(CONFIG_IOMMUFD_DRIVER) {
+            if dma_log && has_dma_log && cfg!(CONFIG_IOMMUFD_DRIVER) {
                 (*raw).log_ops = &VTable::<T>::LOG_OPS;
             }
         }

@@ -249,14 +249,14 @@ def settings():
 
 def defaults():
     """a function begins with its defaults whenever its driver is bound, and no other one does"""
-    text = "dirty_rate=1048576, faults=seal errno=ENOSPC; read after=7,migration_flags=3"
+    text = "dirty_rate=1048576, faults=seal errno=ENOSPC; read after=7,migration_flags=3,dma_log=0"
     want = {"dirty_rate": "1048576", "faults": "seal errno=ENOSPC; read after=7 errno=EIO",
-            "migration_flags": "3", "save_rate": "0"}
+            "migration_flags": "3", "dma_log": "0", "save_rate": "0"}
     with Function("one", power=False) as one, Function("two") as two:
         check(one.get("defaults") == "", "there are defaults")
         one.set("defaults", text)
         for bad in ("rate=7", "dirty_rate", "dirty_rate=x", "dirtied=7", "save_rate=7,faults=on",
-                    "migration_flags=2", "dirty_span=65537"):
+                    "migration_flags=2", "dma_log=2", "dirty_span=65537"):
             with refused(errno.EINVAL):
                 one.set("defaults", bad)
             check(one.get("defaults") == text, f"{bad} has changed the defaults")
@@ -279,6 +279,7 @@ def defaults():
         with Device(one) as first, Device(two) as second:
             check(first.migration_flags() == 3, "the flags have no effect")
             check(second.migration_flags() == 7, "another function has the flags")
+            check(not first.has_log() and second.has_log(), "dma_log is for the wrong function")
         check((two.path / "knobs/faults").read_text() == "off\n", "another function has faults")
         with refused(errno.EACCES):
             (one.path / "knobs/migration_flags").write_text("7")

@@ -222,7 +222,7 @@ TEST_F(module, defaults)
 		"defaults=save_rate=7,dirtied=7", "defaults=migration_flags=6",
 	};
 	static const char good[] =
-		"defaults=\"save_rate=0x10, faults=size; read nth=2,migration_flags=1\"";
+		"defaults=\"save_rate=0x10, faults=size; read nth=2,migration_flags=1,dma_log=0\"";
 	unsigned int i;
 
 	ASSERT_EQ(0, load_with(self->file, good));
@@ -230,6 +230,7 @@ TEST_F(module, defaults)
 	EXPECT_STREQ("16\n", read_knob(_metadata, "save_rate"));
 	EXPECT_STREQ("size errno=EIO; read nth=2 errno=EIO\n", read_knob(_metadata, "faults"));
 	EXPECT_STREQ("1\n", read_knob(_metadata, "migration_flags"));
+	EXPECT_STREQ("0\n", read_knob(_metadata, "dma_log"));
 	EXPECT_STREQ("0\n", read_knob(_metadata, "load_rate"));
 	ASSERT_EQ(0, write_word(DEVICE "/knobs/save_rate", "7"));
 	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
