@@ -14,6 +14,7 @@ AT_TOP = (
     "bindings",
     "module_emulated_driver",
     "module_mdev_driver",
+    "module_text_param",
     "module_vfio_pci_driver",
     "vfio_pci_device_table",
 )
@@ -268,8 +269,8 @@ def crate_line(line, example):
 
 def driver_line(line):
     """Converts a line of a driver that is not part of a `use` declaration."""
-    line = re.sub(r"(?<![\w:])vfio::(module_(?:emulated|mdev|vfio_pci)_driver!|vfio_pci_device_table!)",
-                  r"kernel::\1", line)
+    macros = "module_(?:(?:emulated|mdev|vfio_pci)_driver|text_param)|vfio_pci_device_table"
+    line = re.sub(rf"(?<![\w:])vfio::((?:{macros})!)", r"kernel::\1", line)
     return re.sub(r"(?<![\w:\"])vfio::(?=[a-zA-Z{])", "kernel::vfio::", line)
 
 

@@ -721,6 +721,14 @@ The struct vfio_device_ops of software devices.
             "emulated/vtable",
         ),
         crate(
+            """rust: vfio: add parameters of modules that are texts
+
+module! supports only numbers. Such a parameter can have the settings with
+which devices begin.
+""",
+            "module_param",
+        ),
+        crate(
             """rust: vfio: emulated: register devices
 
 With the types that an administrator can create, and their settings, which
