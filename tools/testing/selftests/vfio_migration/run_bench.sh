@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Run vfio_mock_bench: as root, with the VFIO modules loaded. Creates and removes the
-# mediated devices for it.
+# devices for it.
 #
 #     run_bench.sh [-b DIR] [-m FILE] [argument of vfio_mock_bench...]
 #
@@ -29,5 +29,12 @@ create_mock 64K:1 16M:1 256M:1 1G:1 || exit 1
 if modprobe -q mtty; then
 	create_devices mtty 1 1 || exit 1
 	mock+=(--mtty "$paths")
+fi
+# Not all systems support functions.
+mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config
+if [ -d /sys/kernel/config/vfio_mock ]; then
+	functions=1
+	create_devices vfio_mock 64K 1 || exit 1
+	mock+=(--function "$paths")
 fi
 "$programs/vfio_mock_bench" "${mock[@]}" "$@"

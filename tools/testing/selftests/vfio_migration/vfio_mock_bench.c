@@ -5,24 +5,29 @@
  * does not depend on the speed and the load of the machine.
  *
  *	./vfio_mock_bench --64K PATH --16M PATH --256M PATH --1G PATH --mtty PATH \
- *		[-r RUNS] [word...]
+ *		--function PATH [-r RUNS] [word...]
  *
- * with the sysfs paths of mediated devices; figures without a device are omitted.
- * run_bench.sh creates them. Words select the figures whose names contain one.
+ * with the sysfs paths of mediated devices and of a PCI function; figures without a
+ * device are omitted. run_bench.sh creates them. Words select the figures whose names
+ * contain one.
  * Prints JSON to the standard output, and a table to the standard error. A figure
  * that misses its aim is not a failure.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
+
+#include <linux/iommufd.h>
 
 #include "kselftest.h"
 #include "mig.h"
@@ -668,12 +673,103 @@ static void bench_arcs(void)
 	mig_close(&m.dev);
 }
 
+/* ---- Mappings in an IOMMU ---- */
+
+#define MAPPED		(1ULL << 30)
+
+/* From drivers/iommu/iommufd/iommufd_test.h, for kernels with CONFIG_IOMMUFD_TEST. */
+#define IOMMU_TEST_CMD	_IO(IOMMUFD_TYPE, IOMMUFD_CMD_BASE + 32)
+#define IOMMU_TEST_OP_MOCK_DOMAIN	2
+
+struct iommu_test_mock_domain {
+	__u32 size, op, id, reserved;
+	__u32 out_stdev_id, out_hwpt_id, out_idev_id;
+	/* Not less than the kernel's union of all operations. */
+	__u32 more[25];
+};
+
+/* Makes an IOAS map each page by itself, like memory in pages that are not contiguous. */
+static void map_single_pages(int iommu, __u32 ioas)
+{
+	struct iommu_option option = {
+		.size = sizeof(option), .option_id = IOMMU_OPTION_HUGE_PAGES,
+		.op = IOMMU_OPTION_OP_SET, .object_id = ioas,
+	};
+
+	must(ioctl(iommu, IOMMU_OPTION, &option) ? -errno : 0, "set an option");
+}
+
+/* Maps memory in the aperture of both IOMMUs, and unmaps it. */
+static double map_memory(int iommu, __u32 ioas, void *memory)
+{
+	struct iommu_ioas_map map = {
+		.size = sizeof(map), .ioas_id = ioas, .user_va = (uintptr_t)memory,
+		.flags = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE |
+			 IOMMU_IOAS_MAP_WRITEABLE,
+		.length = MAPPED, .iova = MAPPED,
+	};
+	struct iommu_ioas_unmap unmap = {
+		.size = sizeof(unmap), .ioas_id = ioas, .iova = MAPPED, .length = MAPPED,
+	};
+	double start = now();
+
+	must(ioctl(iommu, IOMMU_IOAS_MAP, &map) ? -errno : 0, "map memory");
+	start = now() - start;
+	must(ioctl(iommu, IOMMU_IOAS_UNMAP, &unmap) ? -errno : 0, "unmap memory");
+	return start;
+}
+
+static void bench_map(void)
+{
+	const char *name = "map of 1 GiB in pages : domain of iommufd's test";
+	struct iommu_ioas_alloc ioas = { .size = sizeof(ioas) };
+	struct iommu_test_mock_domain mock = {
+		.size = sizeof(mock), .op = IOMMU_TEST_OP_MOCK_DOMAIN,
+	};
+	double ours[MAX_RUNS], theirs[MAX_RUNS];
+	const char *path = mig_option("function");
+	struct mig_device dev;
+	unsigned int i;
+	void *memory;
+	int iommu;
+
+	if (!wanted(name) || !path)
+		return;
+	must(mig_open(&dev, path, MIG_IOMMUFD), "open the function");
+	iommu = open("/dev/iommu", O_RDWR | O_CLOEXEC);
+	must(iommu < 0 ? -errno : 0, "open /dev/iommu");
+	must(ioctl(iommu, IOMMU_IOAS_ALLOC, &ioas) ? -errno : 0, "allocate an IOAS");
+	mock.id = ioas.out_ioas_id;
+	if (ioctl(iommu, IOMMU_TEST_CMD, &mock)) {
+		must(errno == ENOTTY ? 0 : -errno, "create a domain of iommufd's test");
+		fprintf(stderr, "vfio_mock_bench: no CONFIG_IOMMUFD_TEST\n");
+		close(iommu);
+		mig_close(&dev);
+		return;
+	}
+	map_single_pages(dev.iommu, dev.ioas);
+	map_single_pages(iommu, ioas.out_ioas_id);
+	memory = mmap(NULL, MAPPED, PROT_READ | PROT_WRITE,
+		      MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (memory == MAP_FAILED)
+		give_up("could not map memory: %s", strerror(errno));
+	for (i = 0; i < runs; i++) {
+		ours[i] = map_memory(dev.iommu, dev.ioas, memory);
+		theirs[i] = map_memory(iommu, ioas.out_ioas_id, memory);
+	}
+	add(name, ours, theirs, runs, false, "ms", 1 / 1e3, AT_MOST, 2.0);
+	munmap(memory, MAPPED);
+	close(iommu);
+	mig_close(&dev);
+}
+
 static struct mig_option options[] = {
 	{ .name = "64K", .argument = "PATH", .help = "a device of this size" },
 	{ .name = "16M", .argument = "PATH", .help = "the same" },
 	{ .name = "256M", .argument = "PATH", .help = "the same" },
 	{ .name = "1G", .argument = "PATH", .help = "the same" },
 	{ .name = "mtty", .argument = "PATH", .help = "a device of the sample mtty" },
+	{ .name = "function", .argument = "PATH", .help = "a PCI function" },
 	{}
 };
 
@@ -703,6 +799,7 @@ int main(int argc, char **argv)
 	bench_write();
 	bench_store();
 	bench_arcs();
+	bench_map();
 	if (!nr_figures)
 		give_up("there is nothing to measure");
 	print_table();
