@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -56,6 +57,10 @@ def refused(number):
         check(error.errno == number, f"{error}, expected {errno.errorcode[number]}")
         return
     raise AssertionError(f"no error, expected {errno.errorcode[number]}")
+
+
+class Skip(Exception):
+    """The reason why a test does not run."""
 
 
 class Function:
@@ -310,6 +315,20 @@ def drivers():
     (other / "driver_override").write_text("\n")
 
 
+def driverctl():
+    """driverctl binds a function to its driver, and lists it"""
+    if not shutil.which("driverctl"):
+        raise Skip("there is no driverctl")
+    with Function("one", bind=0) as one:
+        address = one.path.name
+        # No files: /etc cannot be written to.
+        subprocess.run(["driverctl", "--nosave", "set-override", address, "vfio_mock"], check=True)
+        check(one.driver() == "vfio_mock", "it is not bound")
+        done = subprocess.run(["driverctl", "list-overrides"], check=True,
+                              capture_output=True, text=True)
+        check(f"{address} vfio_mock" in done.stdout.splitlines(), done.stdout)
+
+
 def aliases():
     """the module has an alias for driver_override"""
     text = subprocess.run(["modinfo", "-F", "alias", MODULE], check=True,
@@ -487,8 +506,8 @@ def qemu():
                       for entry in found), f"devices {found}")
 
 
-TESTS = (identity, registers, events, settings, defaults, drivers, aliases, others, logs,
-         removals, limits, qemu, unload, races)
+TESTS = (identity, registers, events, settings, defaults, drivers, driverctl, aliases, others,
+         logs, removals, limits, qemu, unload, races)
 
 
 def suite():
@@ -514,6 +533,8 @@ def main():
         try:
             test()
             print(f"ok {text}", flush=True)
+        except Skip as reason:
+            print(f"ok {text} # SKIP {reason}", flush=True)
         except (AssertionError, OSError, subprocess.CalledProcessError, StopIteration) as error:
             print(f"# {error!r}\nnot ok {text}", flush=True)
             failed = True
