@@ -62,12 +62,16 @@ examples()
 		cp -- "$scratch/$driver.rs" "$scratch/driver.rs"
 }
 
-# Prepare rustc_emit.
+# Prepare rustc_emit. The crate of an earlier commit would hide a change of its interface.
 rustc_setup()
 {
-	if ! rustc_options samples/vfio_minimal/vfio_minimal '@(-Dwarnings|samples/*.rs)' ||
-		[ ! -r libvfio.rmeta ]; then
-		echo 'Bail out! the modules are not built: make'
+	if ! "$vm_dir/modules" >"$scratch/modules" 2>&1; then
+		cat -- "$scratch/modules"
+		echo 'Bail out! the modules do not build'
+		exit 1
+	fi
+	if ! rustc_options samples/vfio_minimal/vfio_minimal '@(-Dwarnings|samples/*.rs)'; then
+		echo 'Bail out! the options of the compiler are not known'
 		exit 1
 	fi
 	if ! examples; then
