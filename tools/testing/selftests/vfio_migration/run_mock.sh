@@ -6,7 +6,7 @@
 # each test program. The generic tests also run on vfio_minimal, and on vfio_fw and
 # the driver on the front page of the crate if they were built.
 #
-#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole] | --functions]
+#     run_mock.sh [-b DIR] [-m FILE] [--shapes [--whole] | --functions] [--brief]
 #                 [--only PROGRAM] [option of the tests...]
 #
 # -b DIR     the directory of the test programs; by default that of this script
@@ -17,6 +17,7 @@
 #            ones
 # --whole    all programs, the largest devices and the exhaustive damage to streams
 #            for each of them, instead of only for the last one
+# --brief    without the largest devices and the exhaustive damage to streams
 # --functions
 #            PCI functions instead of mediated devices, without the tests that create
 #            mediated devices
@@ -32,7 +33,7 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 programs=$here
 module=$here/../../../../vfio_mock.ko
 shapes=
-extent=brief
+extent=
 # Programs for vfio_mock: with each of the migration_flags, or with all of them set.
 each=(vfio_migration_test vfio_mock_test vfio_mock_stream_test vfio_mock_verdict_test)
 most=(vfio_mock_irq_test vfio_mock_fail_test vfio_mock_dma_test vfio_mock_mmap_test)
@@ -48,7 +49,7 @@ while :; do
 	-b) programs=$2; shift 2 ;;
 	-m) module=$2; shift 2 ;;
 	--shapes) shapes='1 3 5 7'; shift ;;
-	--whole) extent=whole; shift ;;
+	--whole | --brief) extent=${1#--}; shift ;;
 	--functions) functions=1; shift ;;
 	--only) only=$2; shift 2 ;;
 	*) break ;;
@@ -207,7 +208,7 @@ if [ -z "$shapes" ]; then
 	echo "1..$((${#each[@]} + ${#once[@]} + ${#last[@]} + others))"
 	label=
 	if load '' && create_mock "${sizes[@]}"; then
-		run_all whole "$@"
+		run_all "${extent:-whole}" "$@"
 		run_once "$@"
 		run_last "$@"
 		[ $others = 0 ] || run_others "$@"
@@ -230,7 +231,7 @@ for shape in $shapes; do
 		run_all whole "$@"
 		run_once "$@"
 	else
-		run_all "$extent" "$@"
+		run_all "${extent:-brief}" "$@"
 	fi
 	remove_devices
 done

@@ -109,8 +109,8 @@ TEST_F_TIMEOUT(module, load, 1200)
 	if (why)
 		SKIP(return, "%s", why);
 	for_each_failure(nth, "loading the module") {
-		/* There are hundreds, and each takes seconds on a slow machine. */
-		nth->stride = mig_patience();
+		/* There are hundreds, and a slow machine takes seconds for each. */
+		nth->stride = mig_patience() * mig_patience();
 		/* From the driver core without a directory for the module's drivers. */
 		nth->also = -EINVAL;
 		nth_begin(nth);
