@@ -13,7 +13,7 @@ import cases
 
 document = (top / "Documentation/vfio_vmms.rst").read_text()
 wrong = []
-for name in ("CASES",):
+for name in ("CASES", "STEPS"):
     # The table follows a comment with the name of the table of cases.
     table = document.partition(f"\n.. cases: {name}\n\n.. list-table::\n")[2]
     table = re.match(r"(?: .*\n|\n)*", table)[0]

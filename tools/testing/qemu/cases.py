@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0
 """Devices that misbehave in a migration: the knobs, and what QEMU makes of them.
 
-The table is played with one guest. Documentation/vfio_vmms.rst has the results.
+Each table is played with one guest. Documentation/vfio_vmms.rst has the results.
 """
 
 import signal
 from collections import namedtuple
 
-from machine import Guest, expect, wait
+from machine import Failure, Guest, expect, wait
 
 END_TIMEOUT = 240
 
@@ -61,6 +61,52 @@ CASES = {
     "end": Case(RESET, faults("arc STOP_COPY->STOP"), status="completed"),
     "reset": Case(ABORTED, faults("arc PRE_COPY->PRE_COPY_P2P; reset")),
 }
+
+# A migration that completes. `source` has knobs from the start, `then` those to set after
+# the state was streamed and the given number of rounds, with a limit for the downtime in
+# milliseconds. `target` has knobs to set while the guest is stopped. The downtime is at
+# least `downtime` milliseconds.
+Step = namedtuple(
+    "Step",
+    "source rounds then limit target downtime capabilities queue",
+    defaults=({}, 0, {}, None, {}, 0, (), None),
+)
+
+# So much that all of the device is dirty when a round ends, and when it stops.
+DIRTY = {"dirty_rate": 1 << 30}
+MIB = 1 << 20
+LONG = 60000
+
+CAPABILITIES = ("multifd", "return-path")
+
+STEPS = {
+    "converge": Step(DIRTY, 4, {"dirty_rate": 0}),
+    "size-error": Step(faults("size times=-1"), 10, faults("off")),
+    "size-large": Step({"dirty_bytes": 1 << 30}, 10, {"dirty_bytes": "exact"}),
+    "size-small": Step(
+        DIRTY | {"dirty_bytes": 0, "save_rate": 8 * MIB}, downtime=1500
+    ),
+    "bandwidth": Step(
+        DIRTY | {"save_rate": 4 * MIB}, 3, limit=LONG, downtime=3000
+    ),
+    "delay": Step(
+        faults("arc PRE_COPY_P2P->STOP_COPY delay_us=2000000"), downtime=2000
+    ),
+    "slow": Step(
+        DIRTY, 3, limit=LONG, target={"load_rate": 2 * MIB}, downtime=6000, queue=False
+    ),
+    "slow-multifd": Step(
+        DIRTY,
+        3,
+        limit=LONG,
+        target={"load_rate": 2 * MIB},
+        capabilities=("multifd", "return-path"),
+        queue=True,
+    ),
+}
+
+# More memory than QEMU needs for the target's device, unless it queues the stream.
+QUEUE = 4 * MIB
 
 
 class Knobs:
@@ -200,3 +246,62 @@ def notices(machine):
         return machine.guest.troubles
 
     wait([], found, END_TIMEOUT, "the guest finds that its device was reset")
+
+
+def play_steps(scenario):
+    """Migrations that complete after a while, with one guest."""
+    source = scenario.boot()
+    for name, step in chosen(scenario, STEPS).items():
+        source = play_step(scenario, source, name, step)
+    scenario.verify(source)
+    scenario.quit(source)
+    return f"{len(chosen(scenario, STEPS))} migrations"
+
+
+def play_step(scenario, source, name, step):
+    """One migration that completes; returns the target."""
+    target = scenario.target(name)
+    (one,), (other,) = source.mdevs, target.mdevs
+    knobs = Knobs()
+    grown = base = 0
+    for machine in (source, target):
+        machine.allow(*step.capabilities, among=CAPABILITIES)
+
+    def held(sample):
+        if sample.status in ("completed", "failed"):
+            raise Failure(f"{name}: {sample.status} in spite of the knobs")
+        initial = sample.left[0] if sample.left else 0
+        return sample.rounds >= step.rounds and not initial
+
+    def begun():
+        if step.rounds:
+            scenario.watch(source, target, held)
+            knobs.turn(one, step.then)
+        if step.limit:
+            limit = {"downtime-limit": step.limit}
+            source.qmp.command("migrate-set-parameters", limit)
+
+    def stopped():
+        nonlocal base
+        knobs.turn(other, step.target)
+        target.forget_peak()
+        base = target.memory("VmRSS")
+
+    def loaded():
+        nonlocal grown
+        grown = target.memory("VmHWM") - base
+
+    knobs.turn(one, step.source)
+    source.before_switchover = stopped
+    sample = scenario.complete(source, target, begun=begun, at_switchover=loaded)
+    knobs.restore()
+    downtime = sample.info["downtime"]
+    scenario.view.say(
+        f"{name}: {sample.rounds} rounds, downtime {downtime} ms, "
+        f"memory of the target's QEMU grows by {grown >> 10} KiB at the switchover"
+    )
+    if downtime < step.downtime:
+        raise Failure(f"{name}: downtime {downtime} ms, not {step.downtime}")
+    if step.queue is not None:
+        expect(f"{name}: the target's QEMU queues", grown > QUEUE, step.queue)
+    return target

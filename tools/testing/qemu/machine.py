@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 from qmp import Qmp, QmpError
 from view import size
@@ -226,10 +227,13 @@ class Machine:
             raise Failure(f"{self.name} QEMU fails: {info.get('error-desc')}")
         return info.get("status") == "completed"
 
-    def allow(self, capability):
-        """Turns a capability of migration on."""
-        state = {"capability": capability, "state": True}
-        self.qmp.command("migrate-set-capabilities", {"capabilities": [state]})
+    def allow(self, *capabilities, among=()):
+        """Turns capabilities of migration on, and others of `among` off."""
+        states = [
+            {"capability": name, "state": name in capabilities}
+            for name in {*capabilities, *among}
+        ]
+        self.qmp.command("migrate-set-capabilities", {"capabilities": states})
 
     def pause_at_switchover(self):
         """Lets QEMU process events between the stop of the guest and the switchover.
@@ -239,8 +243,7 @@ class Machine:
         saves the interrupt controller, and the last interrupts are lost. libvirt always
         asks for the pause.
         """
-        self.allow("events")
-        self.allow("pause-before-switchover")
+        self.allow("events", "pause-before-switchover")
 
     def poll(self):
         """Processes output of guest and QEMU, and detects when QEMU has exited."""
@@ -295,6 +298,15 @@ class Machine:
             name = signal.Signals(-status).name
             return f"{self.name} QEMU was killed by {name}"
         return f"{self.name} QEMU ended with status {status}"
+
+    def memory(self, name):
+        """Returns a number of the kernel about QEMU's memory, in bytes."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.search(f"^{name}:\\s+(\\d+) kB$", status, re.MULTILINE)[1]) << 10
+
+    def forget_peak(self):
+        """Lets the peak of the memory (VmHWM) begin at what QEMU has now."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
     def dma_log(self):
         """Returns the owners of the DMA logs that QEMU started, and the pages found."""

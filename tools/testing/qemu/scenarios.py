@@ -107,8 +107,7 @@ class Scenario:
         self.stack.callback(machine.close)
         self.machines.append(machine)
         machine.start(BOOT_TIMEOUT)
-        for capability in self.plan.capabilities:
-            machine.allow(capability)
+        machine.allow(*self.plan.capabilities)
         return machine
 
     def drop(self, machine, broken=()):
@@ -234,13 +233,15 @@ class Scenario:
         verify=False,
         paused=False,
         half_way=None,
+        begun=None,
         at_switchover=None,
     ):
         """Migrates, compares, and continues the guest; returns the last sample.
 
         With `verify`, the guest first checks everything. With `paused`, it does
-        not run during the migration. `half_way` is called in mid-migration, and
-        `at_switchover` while the devices on both sides are stopped.
+        not run during the migration. `half_way` is called in mid-migration, `begun`
+        after the start, and `at_switchover` while the devices on both sides are
+        stopped.
         """
         if paused:
             self.tell_bandwidth(source)
@@ -251,6 +252,8 @@ class Scenario:
             source.qmp.command("migrate-set-parameters", bandwidth)
         else:
             self.begin(source, target, self.options.bandwidth)
+        if begun:
+            begun()
         sample = self.watch(
             source, target, lambda s: s.status in ("completed", "failed")
         )
@@ -775,6 +778,12 @@ SCENARIOS = {
         device.MOCK._replace(type="vfio_mock-1M"),
         more=True,
     ),
+    "load": Plan(
+        cases.play_steps,
+        "devices that are slow, busy or lie: " + ", ".join(cases.STEPS),
+        ANY,
+        more=True,
+    ),
     "variant": Plan(
         variant,
         "variant driver of a PCI device, its picture moves from display to display",
@@ -884,7 +893,7 @@ def parse(argv):
     add = parser.add_argument
     usual = [name for name, plan in SCENARIOS.items() if not plan.more]
     add("scenario", nargs="*", default=usual, help="scenarios to run")
-    add("--case", action="append", help="play only this case of faults")
+    add("--case", action="append", help="play only this case of faults or load")
     add("--more", action="store_true", help="run all scenarios that are not the default")
     add(
         "--machine",
@@ -927,7 +936,7 @@ def parse(argv):
         if name not in SCENARIOS:
             parser.error(f"no scenario {name}")
     for name in options.case or ():
-        if name not in cases.CASES:
+        if name not in cases.CASES | cases.STEPS:
             parser.error(f"no case {name}")
     if options.machine:
         displays = options.machine == "displays"
