@@ -81,7 +81,8 @@ impl Register {
 /// A slot of the bus. Config accesses take no locks: they can come from any context.
 struct Slot {
     is_present: Atomic<bool>,
-    /// The function, if there was one. Set while the slot is empty.
+    /// The function to which a driver can be bound. Set before the function is present, and empty
+    /// from the beginning of its removal.
     kind: Pin<KBox<Mutex<Option<Kind>>>>,
     registers: KVec<Register>,
 }
@@ -580,6 +581,12 @@ impl Bridge {
 
     /// Unplugs the function in a slot. Waits until its driver has released it. May sleep.
     pub(super) fn unplug(&self, number: usize) {
+        let Some(slot) = self.root.slots.get(number) else {
+            return;
+        };
+        // If the driver was bound again before the lock is taken, a new user would delay everything
+        // that waits for the lock.
+        *slot.kind.lock() = None;
         let find = || {
             let devfn = number as c_uint * FUNCTIONS;
             // SAFETY: By the type invariants, the bus is valid.
@@ -603,14 +610,12 @@ impl Bridge {
                 bindings::pci_dev_put(pdev.as_ptr());
             }
         }
-        if let Some(slot) = self.root.slots.get(number) {
-            slot.is_present.store(false, Release);
-        }
+        slot.is_present.store(false, Release);
     }
 
     /// Returns the settings of a function.
     ///
-    /// Fails with `ENODEV` if the device is not on the bus.
+    /// Fails with `ENODEV` if the device is not on the bus, or is being unplugged.
     ///
     /// # Safety
     ///

@@ -59,6 +59,14 @@ def refused(number):
     raise AssertionError(f"no error, expected {errno.errorcode[number]}")
 
 
+def wait(condition, what):
+    """Waits until the condition holds, for a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        check(time.monotonic() < end, f"timeout: {what}")
+        time.sleep(0.01)
+
+
 class Skip(Exception):
     """The reason why a test does not run."""
 
@@ -436,6 +444,32 @@ def unload():
         thread.join()
 
 
+def rebinding():
+    """a function that is being unplugged cannot be bound again"""
+    with Function("one") as one, Function("two") as two:
+        path, other = one.path, two.path
+        device = Device(two)
+        # It waits for the user, with the lock of the PCI core held.
+        remover = threading.Thread(target=(other / "remove").write_text, args=("1",))
+        remover.start()
+        waiter = threading.Thread(target=one.set, args=("power", 0))
+        try:
+            wait(lambda: not any((other / "vfio-dev").glob("*")), "the removal of two")
+            waiter.start()
+            wait(lambda: not (path / "driver").exists(), "the driver of one")
+            with refused(errno.ENODEV):
+                (DRIVER / "bind").write_text(path.name)
+            check(waiter.is_alive() and remover.is_alive(), "the removal does not wait")
+        finally:
+            device.close()
+            remover.join(60)
+            if waiter.ident:
+                waiter.join(60)
+        check(not path.exists() and not other.exists(), "they are still there")
+        one.set("power", 1)
+        check(one.driver() == "vfio_mock", "it cannot be bound any more")
+
+
 def races():
     """plugging, binding, opening and scanning race"""
     end = time.monotonic() + 10
@@ -507,7 +541,7 @@ def qemu():
 
 
 TESTS = (identity, registers, events, settings, defaults, drivers, driverctl, aliases, others,
-         logs, removals, limits, qemu, unload, races)
+         logs, removals, rebinding, limits, qemu, unload, races)
 
 
 def suite():
