@@ -156,10 +156,16 @@ __rust_helper void rust_helper_vfio_iommu_dirty_bitmap_record(struct iommu_dirty
 }
 
 /*
- * iommu_fwspec_init() expects iommu_probe_device_lock, which modules cannot take. It
- * protects dev->iommu. Nothing else uses that of a device that is just being added,
- * except an IOMMU that registers at the same moment.
+ * Sets the IOMMU of a device that is being added to a bus.
+ *
+ * A module cannot take iommu_probe_device_lock, which is not exported. It protects
+ * dev->iommu, and iommu_fwspec_init() asserts that it is held, hence lockdep_off().
+ * At this time, only the registration of an IOMMU accesses dev->iommu of this device.
+ * For an IOMMU of this crate, pci_lock_rescan_remove() excludes that. It can happen
+ * if the module of another IOMMU is loaded, such as virtio-iommu. In a kernel tree,
+ * this function takes the lock, see helpers() in tools/series/sets.py.
  */
+#ifdef CONFIG_IOMMU_API
 __rust_helper int rust_helper_vfio_iommu_fwspec_init(struct device *dev,
 						     struct fwnode_handle *fwnode)
 {
@@ -170,6 +176,7 @@ __rust_helper int rust_helper_vfio_iommu_fwspec_init(struct device *dev,
 	lockdep_on();
 	return ret;
 }
+#endif
 
 /* The tracepoints of the module. */
 __rust_helper void rust_helper_vfio_trace_arc(const char *device, const char *from,

@@ -96,6 +96,10 @@ def helpers(tree, tracepoints=False):
     """The helpers, with or without those for tracepoints."""
     text = (TOP / "rust/helpers/vfio.c").read_text()
     text = re.sub(r'#include (<linux/module.h>|"vfio.h")\n|\n/\* sparse (.*\n)*', "", text)
+    # A module cannot take the lock.
+    text = re.sub(r" \*\n \* A module cannot take iommu_probe(.*\n)*? \*/", " */", text)
+    for switch, call in ("off", "lock"), ("on", "unlock"):
+        text = text.replace(f"lockdep_{switch}()", f"mutex_{call}(&iommu_probe_device_lock)")
     start = text.index("/* The tracepoints")
     if tracepoints:
         text = text.replace('#include "vfio_trace.h"', "#include <trace/events/vfio_migration.h>")
@@ -753,19 +757,19 @@ bits.
             "soft_pci/table",
         ),
         crate(
+            """rust: vfio: soft_pci: add a host bridge
+
+A bus without hardware, with slots for functions.
+""",
+            "soft_pci/bridge",
+        ),
+        crate(
             """rust: vfio: soft_pci: add a software IOMMU
 
 Each function is in a group of its own. DMA goes through the domain that
 vfio_iommu_type1 or iommufd attach.
 """,
             "soft_pci/iommu", also=iommu_options,
-        ),
-        crate(
-            """rust: vfio: soft_pci: add a host bridge
-
-A bus without hardware, with slots for functions.
-""",
-            "soft_pci/bridge",
         ),
         crate(
             """rust: vfio: soft_pci: plug functions into the bridge

@@ -366,10 +366,11 @@ impl Drop for MsiDomain {
 }
 
 /// The lock of the PCI core under which devices are added and removed.
-struct RescanRemove(());
+pub(super) struct RescanRemove(());
 
 impl RescanRemove {
-    fn lock() -> Self {
+    /// Locks it. May sleep, while a user delays the removal of a device.
+    pub(super) fn lock() -> Self {
         // SAFETY: An FFI call with no additional requirements.
         unsafe { bindings::pci_lock_rescan_remove() };
         Self(())

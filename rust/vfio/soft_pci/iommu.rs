@@ -22,15 +22,18 @@
 //!
 //! C header: [`include/linux/iommu.h`](srctree/include/linux/iommu.h)
 
-use super::table::{
-    self,
-    Access,
-    Fault,
-    MapError,
-    Missing,
-    Run,
-    Spare,
-    Table, //
+use super::{
+    bridge::RescanRemove,
+    table::{
+        self,
+        Access,
+        Fault,
+        MapError,
+        Missing,
+        Run,
+        Spare,
+        Table, //
+    }, //
 };
 use crate::{
     bindings,
@@ -649,6 +652,11 @@ impl SoftIommu {
 
     /// Registers the IOMMU and the notifier, or nothing.
     ///
+    /// The core probes the devices of all buses: it allocates `dev->iommu` of a device without an
+    /// IOMMU, and frees it. A function that is being added to the bus of another driver is such a
+    /// device until [`notify()`](Self::notify), which cannot lock `dev->iommu` in a module.
+    /// Therefore, no function is added meanwhile.
+    ///
     /// # Safety
     ///
     /// `self` must be pinned, and `notifier` valid, until they are unregistered.
@@ -666,10 +674,12 @@ impl SoftIommu {
                 name,
             )
         })?;
+        let lock = RescanRemove::lock();
         // SAFETY: `device` and the operations are valid until they are unregistered.
         let registered = to_result(unsafe {
             bindings::iommu_device_register(device, self.ops.get(), core::ptr::null_mut())
         });
+        drop(lock);
         if registered.is_err() {
             // SAFETY: It was added above.
             unsafe { bindings::iommu_device_sysfs_remove(device) };
@@ -685,11 +695,13 @@ impl SoftIommu {
     /// Unregisters the IOMMU.
     fn unregister(&self) {
         let device = self.device.get();
-        // SAFETY: Both were done by `register()`.
-        unsafe {
-            bindings::iommu_device_unregister(device);
-            bindings::iommu_device_sysfs_remove(device);
-        }
+        // The core looks at `dev->iommu` of all devices without a lock.
+        let lock = RescanRemove::lock();
+        // SAFETY: It was registered by `register()`.
+        unsafe { bindings::iommu_device_unregister(device) };
+        drop(lock);
+        // SAFETY: It was added by `register()`.
+        unsafe { bindings::iommu_device_sysfs_remove(device) };
     }
 
     /// Assigns devices on the bus to this IOMMU, whether they are plugged or found by a scan.

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -27,6 +28,7 @@ from pathlib import Path
 CONFIG = Path("/sys/kernel/config/vfio_mock")
 DEVICES = Path("/sys/bus/pci/devices")
 DRIVER = Path("/sys/bus/pci/drivers/vfio_mock")
+TRACING = Path("/sys/kernel/tracing")
 MODULE = Path(sys.argv[2])
 
 # Ioctls, and the region of the configuration space.
@@ -470,6 +472,43 @@ def rebinding():
         check(one.driver() == "vfio_mock", "it cannot be bound any more")
 
 
+def locking():
+    """the IOMMU is registered and unregistered while no function can be plugged"""
+    if not os.path.ismount(TRACING):
+        subprocess.run(["mount", "-t", "tracefs", "none", TRACING], check=True)
+    if not (TRACING / "kprobe_events").exists():
+        raise Skip("there are no kprobes")
+
+    def probe(text):
+        # Without truncation, which removes all probes.
+        file = os.open(TRACING / "kprobe_events", os.O_WRONLY)
+        try:
+            os.write(file, text.encode())
+        finally:
+            os.close(file)
+
+    probes = {"lock": "pci_lock_rescan_remove", "unlock": "pci_unlock_rescan_remove",
+              "register": "iommu_device_register", "unregister": "iommu_device_unregister"}
+    with contextlib.ExitStack() as stack:
+        for name, function in probes.items():
+            probe(f"p:soft_pci_test/{name} {function}")
+            stack.callback(probe, f"-:soft_pci_test/{name}")
+        enable = TRACING / "events/soft_pci_test/enable"
+        (TRACING / "trace").write_text("")
+        enable.write_text("1")
+        stack.callback(enable.write_text, "0")
+        subprocess.run(["rmmod", "vfio_mock"], check=True)
+        subprocess.run(["insmod", MODULE], check=True)
+        enable.write_text("0")
+        lines = (TRACING / "trace").read_text().splitlines()
+    matches = (re.search(r" (?:rm|ins)mod-.*: (\w+): ", line) for line in lines)
+    calls = [found[1] for found in matches if found]
+    for name in "register", "unregister":
+        check(calls.count(name) == 1, f"calls: {calls}")
+        before = [call for call in calls[:calls.index(name)] if call.endswith("lock")]
+        check(before[-1:] == ["lock"], f"{name} without the lock: {calls}")
+
+
 def races():
     """plugging, binding, opening and scanning race"""
     end = time.monotonic() + 10
@@ -541,7 +580,7 @@ def qemu():
 
 
 TESTS = (identity, registers, events, settings, defaults, drivers, driverctl, aliases, others,
-         logs, removals, rebinding, limits, qemu, unload, races)
+         logs, removals, rebinding, limits, qemu, unload, locking, races)
 
 
 def suite():
