@@ -571,7 +571,10 @@ def qemu():
                  "-nodefaults", "-display", "none", "-qmp", "stdio", *options],
                 input=requests, capture_output=True, text=True, timeout=300, check=False)
             check(done.returncode == 0, f"{options}: {done.stderr}")
-            check(not done.stderr, f"{options}: {done.stderr}")
+            # QEMU 11.1 warns that the function has no dma-bufs.
+            other = [line for line in done.stderr.splitlines()
+                     if "P2P DMA will not work" not in line]
+            check(not other, f"{options}: {other}")
             reply = [json.loads(line).get("return") for line in done.stdout.splitlines()]
             buses = next(value for value in reply if isinstance(value, list))
             found = [entry["id"] for entry in buses[0]["devices"]]
