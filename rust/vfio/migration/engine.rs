@@ -333,6 +333,17 @@ impl<M: Migratable> Engine<M> {
         self.report(Event::Failed);
     }
 
+    /// The same on behalf of a call of the user, after a report that was recorded. Calls
+    /// [`Migratable::halt()`]. Waits killably for a state change under way. Fails with `EINTR`,
+    /// without an effect, if the task is killed while it waits.
+    pub(crate) fn fail_killable(&self, driver: &Arc<M>) -> Result {
+        self.try_with_current(|current| {
+            self.take_note(current, Event::Failed);
+            driver.halt();
+            Ok(())
+        })
+    }
+
     /// Reports that the device was reset by other means than [`reset()`](Self::reset) and is
     /// running, for `reset_done` of a PCI driver. The session ends and the state becomes `RUNNING`.
     /// Calls no method of the [`Migratable`].

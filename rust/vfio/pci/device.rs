@@ -326,7 +326,10 @@ impl<T: Operations> Variant<T> {
             let count = resets.wait_killable()?;
             let mut from = State::Running;
             let engine = &self.private.engine;
-            let done = engine.reset_from(opened, by, |state| from = state);
+            let done = match resets.has_failed() {
+                true => engine.fail_killable(opened),
+                false => engine.reset_from(opened, by, |state| from = state),
+            };
             if done == Err(EINTR) {
                 return done;
             }
@@ -405,16 +408,19 @@ impl<T: Operations> Variant<T> {
         self.private.resets.end();
     }
 
-    /// Ends the session, because the device has reported that it cannot be accessed. The state is
-    /// `ERROR` until a reset. May sleep.
+    /// Records that the device cannot be accessed, or has lost its state. The state is `ERROR`
+    /// until a reset. Does not wait for the session, whose saver or loader may wait for locks that
+    /// the caller holds. Does not sleep.
     pub(super) fn fail(&self) {
-        self.private.engine.fail();
+        self.private.resets.fail();
     }
 
     /// Returns the migration state.
     pub(super) fn state(&self) -> State {
+        let resets = &self.private.resets;
         match self.opened() {
-            Ok(_) if self.private.resets.is_unsettled() => State::Running,
+            Ok(_) if resets.is_unsettled() && resets.has_failed() => State::Error,
+            Ok(_) if resets.is_unsettled() => State::Running,
             _ => self.private.engine.state(),
         }
     }

@@ -98,6 +98,7 @@ unsafe impl<T: Driver> debugfs::Watched for Variant<T> {
 impl<T: Driver> Registration<T> {
     const ERR_HANDLERS: bindings::pci_error_handlers = bindings::pci_error_handlers {
         error_detected: Some(Self::error_detected),
+        slot_reset: Some(Self::slot_reset),
         reset_prepare: Some(Self::reset_prepare),
         reset_done: Some(Self::reset_done),
         ..pin_init::zeroed()
@@ -263,6 +264,18 @@ impl<T: Driver> Registration<T> {
         }
         // SAFETY: These are the arguments of the core.
         unsafe { bindings::vfio_pci_core_aer_err_detected(pdev, state) }
+    }
+
+    /// Called after a reset of the bus that recovers from an error, maybe one of another device.
+    /// There was no `reset_prepare`, and the configuration space is lost.
+    ///
+    /// # Safety
+    ///
+    /// As [`error_detected()`](Self::error_detected).
+    unsafe extern "C" fn slot_reset(pdev: *mut bindings::pci_dev) -> bindings::pci_ers_result_t {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::variant(pdev) }.fail();
+        bindings::pci_ers_result_PCI_ERS_RESULT_RECOVERED
     }
 
     /// # Safety

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Record of the resets of a device, and of those that the driver has handled.
+//! Record of the resets and failures of a device, and of those that were handled.
 
 use crate::{
     bindings,
@@ -23,30 +23,42 @@ use kernel::{
 };
 
 struct Inner {
-    /// Number of resets that have begun. Each first open counts as one.
+    /// Number of resets that have begun, and of failures. Each first open counts as a reset.
     count: u64,
-    /// The task that has begun the last one.
+    /// The task that has begun or reported the last one.
     task: Pid,
-    /// The last one has not ended.
+    /// The last one is a failure.
+    failed: bool,
+    /// The last reset has not ended.
     in_reset: bool,
     /// The value of `count` when the driver was last called to reset the device. Other accesses of
     /// the driver fail while the two differ.
     accepted: u64,
-    /// The value of `count` for which that call has returned.
+    /// The value of `count` for which that call has returned, or the state is `ERROR`.
     settled: u64,
     /// The notifier of the last session.
     session: Option<Arc<Notifier>>,
 }
 
 impl Inner {
+    /// Counts a reset or a failure by the calling task, and ends the session.
+    fn record(&mut self, failed: bool) {
+        self.count = self.count.wrapping_add(1);
+        self.task = current!().pid();
+        self.failed = failed;
+        if let Some(notifier) = &self.session {
+            notifier.end();
+        }
+    }
+
     /// Returns whether the driver may access the device.
     fn is_accepted(&self) -> bool {
         self.accepted == self.count && !self.in_reset
     }
 }
 
-/// The resets of a device, from its creation to its removal. A reset can begin and end at any time
-/// in between, whether the device is open or not.
+/// The resets and failures of a device, from its creation to its removal. A reset can begin and end
+/// at any time in between, and a failure be reported, whether the device is open or not.
 #[pin_data]
 pub(crate) struct Resets {
     #[pin]
@@ -62,6 +74,7 @@ impl Resets {
         let inner = Inner {
             count: 0,
             task: 0,
+            failed: false,
             in_reset: false,
             accepted: 0,
             settled: 0,
@@ -80,6 +93,7 @@ impl Resets {
     pub(crate) fn open(&self) {
         let mut inner = self.inner.lock();
         inner.count = inner.count.wrapping_add(1);
+        inner.failed = false;
     }
 
     /// Forgets the session. May sleep.
@@ -89,10 +103,10 @@ impl Resets {
         drop(last);
     }
 
-    /// Records the notifier of a session, which a reset ends. May sleep.
+    /// Records the notifier of a session, which a reset or a failure ends. May sleep.
     pub(crate) fn begin_session(&self, notifier: Arc<Notifier>) {
         let mut inner = self.inner.lock();
-        // Nothing else ends the session of a state change that the last reset interrupts.
+        // Nothing else ends the session of a state change that the last one interrupts.
         if !inner.is_accepted() {
             notifier.end();
         }
@@ -106,12 +120,14 @@ impl Resets {
     /// All calls on the data_fd of the session fail from now on, too. Does not sleep.
     pub(crate) fn begin(&self) {
         let mut inner = self.inner.lock();
-        inner.count = inner.count.wrapping_add(1);
-        inner.task = current!().pid();
         inner.in_reset = true;
-        if let Some(notifier) = &inner.session {
-            notifier.end();
-        }
+        inner.record(false);
+    }
+
+    /// Records that the device has failed. Accesses fail until [`accept()`](Self::accept) after the
+    /// next reset. All calls on the data_fd of the session fail from now on, too. Does not sleep.
+    pub(crate) fn fail(&self) {
+        self.inner.lock().record(true);
     }
 
     /// Records the end of a reset. Does not sleep.
@@ -120,28 +136,39 @@ impl Resets {
         self.waiters.wake();
     }
 
-    /// Fails with `ENODEV` between the start of a reset and the call of the driver. Does not sleep.
+    /// Fails between the start of a reset and the call of the driver with `ENODEV`, and after a
+    /// failure with `EIO`. Does not sleep.
     pub(crate) fn not_reset(&self) -> Result {
-        self.inner.lock().is_accepted().then_some(()).ok_or(ENODEV)
+        let inner = self.inner.lock();
+        match inner.is_accepted() {
+            true => Ok(()),
+            false if inner.failed => Err(EIO),
+            false => Err(ENODEV),
+        }
     }
 
-    /// Returns the number of resets. Does not sleep.
+    /// Returns the number of resets and failures. Does not sleep.
     pub(crate) fn count(&self) -> u64 {
         self.inner.lock().count
     }
 
-    /// Returns the number of resets if there were more than `seen`, and the calling task has begun
-    /// the last one. Does not sleep.
+    /// Returns the number of resets and failures if there were more than `seen`, and the calling
+    /// task has begun the last one. Does not sleep.
     pub(crate) fn own_after(&self, seen: u64) -> Option<u64> {
         let inner = self.inner.lock();
         let is_own = inner.count > seen && inner.task == current!().pid();
         is_own.then_some(inner.count)
     }
 
-    /// Returns whether the driver must still be called after a reset. Does not sleep.
+    /// Returns whether a reset or a failure must still be handled. Does not sleep.
     pub(crate) fn is_unsettled(&self) -> bool {
         let inner = self.inner.lock();
         inner.settled != inner.count
+    }
+
+    /// Returns whether the device has failed since the last reset began. Does not sleep.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.inner.lock().failed
     }
 
     fn wait(&self, state: c_uint) -> Result<u64> {
@@ -154,8 +181,8 @@ impl Resets {
         Ok(count)
     }
 
-    /// Waits for the end of a reset, if one is under way, and returns the number of resets. May
-    /// sleep.
+    /// Waits for the end of a reset, if one is under way, and returns the number of resets and
+    /// failures. May sleep.
     pub(crate) fn wait_for_end(&self) -> u64 {
         // No signal ends this wait.
         self.wait(bindings::TASK_UNINTERRUPTIBLE)
@@ -168,14 +195,14 @@ impl Resets {
         self.wait(KILLABLE).map_err(|_| EINTR)
     }
 
-    /// Allows accesses after all resets so far, for the driver to reset the device.
+    /// Allows accesses after all resets and failures so far, for the driver to reset the device.
     pub(crate) fn accept(&self) {
         let mut inner = self.inner.lock();
         inner.accepted = inner.count;
     }
 
-    /// Records that the driver was called after the first `count` resets. Returns whether no other
-    /// reset has begun since.
+    /// Records that the first `count` resets and failures were handled. Returns whether there was
+    /// no other since.
     pub(crate) fn settle(&self, count: u64) -> bool {
         let mut inner = self.inner.lock();
         inner.settled = count;
