@@ -32,6 +32,14 @@
 //! A reset by the host does not take `memory_lock`, so it may begin while the driver accesses the
 //! device. Such an access fails, too.
 //!
+//! # Errors
+//!
+//! `error_detected` and `slot_reset` are called with locks of the PCI core held, too. They record
+//! the failure, and the next call of the user completes it: the session ends, and the state is
+//! `ERROR` until a reset. A reset of the bus that recovers from an error comes without
+//! `reset_prepare`. The crate notices it by the command register and the BARs, which it clears, and
+//! restores them before the driver resets the device.
+//!
 //! The order of the locks is: that of the reset to complete, those of the engine, those of
 //! [`Function`], `memory_lock`.
 //!

@@ -12,6 +12,7 @@ use crate::{
 };
 use core::ptr::NonNull;
 use kernel::{
+    device,
     error::{
         from_err_ptr,
         to_result, //
@@ -89,13 +90,12 @@ impl Enabled {
     /// Returns whether the user has enabled the memory BARs, and the device has power, like
     /// `__vfio_pci_memory_enabled()`. `memory_lock` must be held.
     fn is_memory_enabled(&self) -> bool {
-        let pdev = self.pdev();
-        // SAFETY: By the type invariants both are valid, and the device has a virtual configuration
-        // space, of at least 256 bytes.
+        // SAFETY: By the type invariants the device has a virtual configuration space, of at least
+        // 256 bytes.
         unsafe {
             let command = (*self.core.as_ptr()).vconfig.add(COMMAND as usize);
             let command = u16::from_le_bytes(command.cast::<[u8; 2]>().read_volatile());
-            (*pdev).no_command_memory() != 0 || command & COMMAND_MEMORY != 0
+            self.is_always_enabled() || command & COMMAND_MEMORY != 0
         }
     }
 
@@ -113,10 +113,111 @@ impl Enabled {
         unsafe { (*self.pdev()).error_state != bindings::pci_channel_io_normal }
     }
 
-    /// Returns whether the device responds, even if its removal was not reported yet.
-    fn is_present(&self) -> bool {
+    /// Returns whether the device has no bit to enable its memory BARs, like VFs.
+    fn is_always_enabled(&self) -> bool {
         // SAFETY: By the type invariants.
-        !self.is_offline() && unsafe { bindings::pci_device_is_present(self.pdev()) }
+        unsafe { (*self.pdev()).no_command_memory() != 0 }
+    }
+
+    /// Returns the command register. Returns [`None`] if the device is offline or does not respond,
+    /// even if that was not reported yet: all registers read as all ones then.
+    fn command(&self) -> Option<u16> {
+        let mut command = u16::MAX;
+        // SAFETY: By the type invariants `pdev` is valid.
+        let failed = unsafe { bindings::pci_read_config_word(self.pdev(), COMMAND, &mut command) };
+        // `failed` is a code of PCI, not an errno.
+        (failed == 0 && command != u16::MAX && !self.is_offline()).then_some(command)
+    }
+
+    /// Writes the command register.
+    fn set_command(&self, command: u16) {
+        // SAFETY: By the type invariants `pdev` is valid.
+        unsafe { bindings::pci_write_config_word(self.pdev(), COMMAND, command) };
+    }
+
+    /// Returns whether the device responds to accesses to its memory BARs.
+    ///
+    /// It does not after a reset that the PCI core has not announced, such as one that recovers
+    /// from an error of another device, even if the user has enabled them.
+    fn decodes(&self) -> bool {
+        let command = self.command();
+        command.is_some_and(|command| self.is_always_enabled() || command & COMMAND_MEMORY != 0)
+    }
+
+    /// Returns whether the BARs have their addresses, which such a reset clears, like
+    /// `vfio_need_bar_restore()`.
+    fn has_addresses(&self) -> bool {
+        // SAFETY: By the type invariants. The core has set the values when it enabled the device.
+        let bars = unsafe { (*self.core.as_ptr()).rbar };
+        let offsets = (bindings::PCI_BASE_ADDRESS_0 as c_int..).step_by(size_of::<u32>());
+        let mut bars = offsets.zip(bars).take(BARS);
+        bars.all(|(offset, address)| {
+            let mut found = address;
+            // SAFETY: By the type invariants `pdev` is valid.
+            let failed = unsafe {
+                match address {
+                    // There is none.
+                    0 => 0,
+                    _ => bindings::pci_read_config_dword(self.pdev(), offset, &mut found),
+                }
+            };
+            failed == 0 && found == address
+        })
+    }
+
+    /// Restores the configuration space if a reset that was not announced has cleared it, so that
+    /// the driver can reset the device. A reset by the user saves and restores what it finds. May
+    /// sleep.
+    fn restore(&self) {
+        let (core, pdev) = (self.core.as_ptr(), self.pdev());
+        // SAFETY: By the type invariants both are valid. No lock is held that a runtime resume
+        // needs. A reset of the PCI core, which uses the saved state, excludes other accesses to
+        // the configuration space, and so does this.
+        unsafe {
+            let device = &raw mut (*pdev).dev;
+            if bindings::pm_runtime_resume_and_get(device) != 0 {
+                return;
+            }
+            bindings::down_write(&raw mut (*core).memory_lock);
+            if self.has_power() && bindings::pci_cfg_access_trylock(pdev) {
+                self.restore_locked();
+                bindings::pci_cfg_access_unlock(pdev);
+            }
+            bindings::up_write(&raw mut (*core).memory_lock);
+            bindings::pm_runtime_put(device);
+        }
+    }
+
+    /// The part of [`restore()`](Self::restore) with the locks held.
+    fn restore_locked(&self) {
+        let (core, pdev) = (self.core.as_ptr(), self.pdev());
+        if self.command().is_none() {
+            return;
+        }
+        // SAFETY: By the type invariants both are valid. The core has saved the state when it
+        // enabled the device, and keeps it until it disables the device.
+        unsafe {
+            let saved = (*core).pci_saved_state;
+            if !self.has_addresses()
+                && !saved.is_null()
+                && bindings::pci_load_saved_state(pdev, saved) == 0
+            {
+                dev_info!(
+                    device::Device::<device::Normal>::from_raw(&raw mut (*pdev).dev),
+                    "the configuration space is restored after a reset\n"
+                );
+                bindings::pci_restore_state(pdev);
+                if (*core).nointx() {
+                    bindings::pci_intx(pdev, 0);
+                }
+            }
+        }
+        // As the user has set it.
+        if let Some(command) = self.command().filter(|_| !self.is_always_enabled()) {
+            if (command & COMMAND_MEMORY != 0) != self.is_memory_enabled() {
+                self.set_command(command ^ COMMAND_MEMORY);
+            }
+        }
     }
 
     /// Brings the device to D0, like `vfio_pci_core_disable()` does later, and keeps it there until
@@ -149,8 +250,8 @@ impl Enabled {
         unsafe { bindings::pm_runtime_put(&raw mut (*self.pdev()).dev) };
     }
 
-    /// Resumes the device, and returns whether it is present. Returns `false` if the resume fails.
-    /// May sleep.
+    /// Resumes the device, and returns whether it responds, and was not reset by surprise. Returns
+    /// `false` if the resume fails. May sleep.
     fn responds(&self) -> bool {
         // SAFETY: By the type invariants.
         let (device, lock) = unsafe {
@@ -166,10 +267,13 @@ impl Enabled {
                 return false;
             }
             bindings::down_read(lock);
-            let present = self.is_present();
+            let responds = match self.is_memory_enabled() {
+                true => self.decodes(),
+                false => self.command().is_some(),
+            } && self.has_addresses();
             bindings::up_read(lock);
             bindings::pm_runtime_put(device);
-            present
+            responds
         }
     }
 
@@ -247,32 +351,24 @@ impl Enabled {
         may: impl Fn() -> Result,
         access: impl FnOnce() -> Result,
     ) -> Result {
-        let pdev = self.pdev();
         // SAFETY: The lock is valid.
         unsafe { bindings::down_write(lock) };
         let result = may().and_then(|()| {
-            if !self.has_power() {
-                return Err(EIO);
-            }
-            let mut command = 0;
-            // SAFETY: By the type invariants `pdev` is valid.
-            let failed = unsafe { bindings::pci_read_config_word(pdev, COMMAND, &mut command) };
-            // A code of PCI, not an errno.
-            if failed != 0 {
+            let command = self.command().filter(|_| self.has_power()).ok_or(EIO)?;
+            // Without addresses, other devices would respond, or none.
+            if !self.has_addresses() {
                 return Err(EIO);
             }
             if command & COMMAND_MEMORY != 0 {
                 return self.online(may, access);
             }
-            // SAFETY: As above. Other bits may change meanwhile.
-            unsafe {
-                bindings::pci_write_config_word(pdev, COMMAND, command | COMMAND_MEMORY);
-                let result = self.online(may, access);
-                if bindings::pci_read_config_word(pdev, COMMAND, &mut command) == 0 {
-                    bindings::pci_write_config_word(pdev, COMMAND, command & !COMMAND_MEMORY);
-                }
-                result
+            self.set_command(command | COMMAND_MEMORY);
+            let result = self.online(&may, access);
+            // Other bits may have changed. A reset by the host saves and restores the register.
+            if let Some(command) = self.command().filter(|_| may().is_ok()) {
+                self.set_command(command & !COMMAND_MEMORY);
             }
+            result
         });
         // SAFETY: The lock was taken above.
         unsafe { bindings::up_write(lock) };
@@ -377,8 +473,8 @@ impl Enabled {
 
     /// Copies from a BAR. `memory_lock` must be held.
     ///
-    /// Fails with `EIO` if the device does not respond. On most machines it reads as all ones then.
-    /// A large access is so slow that its check does not matter.
+    /// Fails with `EIO` if the BAR does not respond. On most machines it reads as all ones then. A
+    /// large access is so slow that its check does not matter.
     fn read(&self, pos: Position, to: &mut [u8]) -> Result {
         let io = self.address(pos, to.len())?;
         let mut at = 0;
@@ -402,13 +498,16 @@ impl Enabled {
             at += width;
         }
         let is_suspect = to.len() >= BULK || to.iter().all(|byte| *byte == 0xff);
-        if is_suspect && !to.is_empty() && !self.is_present() {
+        if is_suspect && !to.is_empty() && !self.decodes() {
             return Err(EIO);
         }
         Ok(())
     }
 
     /// Copies to a BAR. `memory_lock` must be held.
+    ///
+    /// Fails with `EIO` if the BAR does not respond to a large access. After smaller ones, the next
+    /// state change finds that.
     fn write(&self, pos: Position, from: &[u8]) -> Result {
         let io = self.address(pos, from.len())?;
         let mut at = 0;
@@ -432,6 +531,9 @@ impl Enabled {
                 }
             }
             at += width;
+        }
+        if from.len() >= BULK && !self.decodes() {
+            return Err(EIO);
         }
         Ok(())
     }
@@ -481,7 +583,7 @@ impl Enabled {
 /// it enables them temporarily. It fails with
 ///
 /// * `EIO` if the user has put the device into D3hot by the configuration space, or the device was
-///   removed, reported an error or does not respond,
+///   removed, reported an error, was reset without a notice to its driver or does not respond,
 /// * `ENODEV` if a reset has begun and [`Migratable::reset`] has not been called since: the caller
 ///   belongs to a session that the reset ends. The same error is returned if the reset begins
 ///   during the access, and after the last close, because the function may outlive the open device.
@@ -586,7 +688,12 @@ impl Function {
     /// Does not fail during a reset, in which a device need not respond.
     pub(crate) fn check(&self) -> Result {
         let guard = self.enabled.lock();
-        if guard.as_ref().ok_or(ENODEV)?.responds() {
+        self.check_enabled(guard.as_ref().ok_or(ENODEV)?)
+    }
+
+    /// The part of [`check()`](Self::check) with the lock held.
+    fn check_enabled(&self, enabled: &Enabled) -> Result {
+        if enabled.responds() {
             return Ok(());
         }
         // Orders the read of the device before the check for a reset.
@@ -598,8 +705,8 @@ impl Function {
         Err(EIO)
     }
 
-    /// Returns whether an access since the last reset found that the device is gone. Does not
-    /// sleep.
+    /// Returns whether an access since the last reset found that the device is gone, or was reset
+    /// without a notice. Does not sleep.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken.load(Relaxed)
     }
@@ -617,8 +724,9 @@ impl Function {
         };
         let enabled = guard.as_ref().ok_or(ENODEV)?;
         let done = enabled.with_memory(by, || self.resets.not_reset(), || access(enabled));
-        if done == Err(EIO) && !enabled.is_present() {
-            self.broken.store(true, Relaxed);
+        if done == Err(EIO) {
+            // The error is that of the access.
+            let _ = self.check_enabled(enabled);
         }
         done
     }
@@ -729,8 +837,11 @@ impl Function {
         self.dropped.store(0, Relaxed);
     }
 
-    /// Allows accesses after all resets so far, for the driver to reset the device.
+    /// Allows accesses after all resets so far, for the driver to reset the device. May sleep.
     pub(crate) fn accept(&self) {
+        if let Some(enabled) = &*self.enabled.lock() {
+            enabled.restore();
+        }
         self.broken.store(false, Relaxed);
         self.resets.accept();
     }
