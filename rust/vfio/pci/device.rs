@@ -300,19 +300,28 @@ impl<T: Operations> Variant<T> {
         self.private.opened.lock().clone().ok_or(ENODEV)
     }
 
-    /// Returns the data of the open device, after a reset is completed. May sleep.
+    /// Returns the data of the open device, after a reset or a failure is completed. May sleep.
     ///
-    /// Fails with `ENODEV` if it is not open, with `EINTR` if the task is killed while it waits,
-    /// and, in the call that completes a reset, with the error of the driver.
+    /// Fails with `ENODEV` if it is not open, and with `EINTR` if the task is killed while it
+    /// waits. If the driver fails to reset the device, the state is `ERROR`, but the call of the
+    /// user may be the reset that repairs it.
     pub(super) fn settled(&self) -> Result<Arc<OpenDevice<T>>> {
         let opened = self.opened()?;
-        self.settle(&opened, ResetBy::Host)?;
+        self.settle_host(&opened)?;
         Ok(opened)
     }
 
-    /// Completes a reset by its originator, if there was one. Waits for the end of a reset under
-    /// way.
-    pub(super) fn settle(&self, opened: &Arc<OpenDevice<T>>, by: ResetBy) -> Result {
+    /// Completes a reset by the host or a failure, if there was one. Fails only with `EINTR`.
+    fn settle_host(&self, opened: &Arc<OpenDevice<T>>) -> Result {
+        match self.settle(opened, ResetBy::Host) {
+            Err(EINTR) => Err(EINTR),
+            _ => Ok(()),
+        }
+    }
+
+    /// Completes a reset by its originator, or a failure, if there was one. Waits for the end of a
+    /// reset under way. Fails with the error of the driver's reset, and with `EINTR`.
+    fn settle(&self, opened: &Arc<OpenDevice<T>>, by: ResetBy) -> Result {
         if !self.private.resets.is_unsettled() {
             return Ok(());
         }
@@ -382,8 +391,8 @@ impl<T: Operations> Variant<T> {
         if done < 0 {
             return Ok(done);
         }
-        settled?;
         if let Some(own) = own {
+            settled?;
             let mut lost = lock_killable(&self.private.settling)?;
             // A later reset stays to be reported.
             *lost = lost.filter(|&lost| lost > own);
@@ -525,7 +534,7 @@ impl<T: Operations> Variant<T> {
     ) -> Result {
         loop {
             let count = self.private.resets.count();
-            self.settle(opened, ResetBy::Host)?;
+            self.settle_host(opened)?;
             let result = access(opened);
             if result != Err(ENODEV) || self.private.resets.count() == count {
                 return result;
