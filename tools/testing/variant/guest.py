@@ -66,17 +66,22 @@ ERROR, STOP, RUNNING, STOP_COPY, RESUMING = 0, 1, 2, 3, 4
 RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = 5, 6, 7
 ALL_STATES = (RUNNING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P, STOP_COPY, STOP, RESUMING)
 STOPPED = (STOP_COPY, STOP, RESUMING)
-# The parameters of vfio_pci_test, and the states of a PCI device for the first one.
-REPORT, CLAIM, FOLLOW = (Path("/sys/module/vfio_pci_test/parameters", name)
-                       for name in ("report", "claim", "follow"))
+# The parameters of vfio_pci_test, and the events for the first two: states of a PCI device, and
+# calls of other error handlers.
+REPORT, STALL, VANISH, CLAIM, FOLLOW = (
+    Path("/sys/module/vfio_pci_test/parameters", name)
+    for name in ("report", "stall", "vanish", "claim", "follow"))
 IO_NORMAL, IO_FROZEN, IO_PERM_FAILURE = 0, 1, 2
+SLOT_RESET, RESET_PREPARE, RESET_DONE = 3, 4, 5
 REGION_MMAP = 1 << 2
 COMMAND, MEMORY = 4, 2
 CONFIG = 7
-# In the configuration space: the capabilities. In the PCIe capability of a port: the slot control
+# In the configuration space: the capabilities. In that of a port: the bridge control register with
+# the bit that resets the bus. In the PCIe capability of a port: the slot control
 # register with the bit that turns off the power. In that of a device: the control register, with
 # the bit that starts an FLR. In that of power management: the control register, with the state.
 CAPABILITIES, PM, PCIE = 0x34, 0x01, 0x10
+BRIDGE, BUS_RESET = 0x3E, 1 << 6
 SLOT, POWER_OFF = 0x18, 1 << 10
 CONTROL, START_FLR = 8, 1 << 15
 PM_CONTROL, D0, D3HOT = 4, 0, 3
@@ -144,6 +149,23 @@ def power(path, enabled):
     os.close(port)
 
 
+def bus_reset(path):
+    """Resets the bus of a device, unknown to the kernel, like the AER driver does.
+
+    The device has neither addresses nor memory space afterwards.
+    """
+    port = os.open(path.resolve().parent / "config", os.O_RDWR)
+    control = struct.unpack("<H", os.pread(port, 2, BRIDGE))[0]
+    for value in (control | BUS_RESET, control):
+        os.pwrite(port, struct.pack("<H", value), BRIDGE)
+    os.close(port)
+
+
+def command_of(path):
+    """Returns the command register of a device, not that which its user sees."""
+    return struct.unpack_from("<H", (path / "config").read_bytes(), COMMAND)[0]
+
+
 def start(function, *arguments):
     """Calls a function in a thread of its own."""
     thread = threading.Thread(target=function, args=arguments, daemon=True)
@@ -163,9 +185,9 @@ def host_reset(path):
     (path / "reset").write_text("1")
 
 
-def report(path, state):
-    """Reports an error of a device to its driver, like AER."""
-    REPORT.write_text(f"{path.name} {state}")
+def report(path, event):
+    """Reports an event of a device to its driver, like AER."""
+    REPORT.write_text(f"{path.name} {event}")
 
 
 def wait_for(condition, what):
@@ -664,6 +686,102 @@ def dies(pair, bar):
         check(device.read() == pattern(device.size, 11), "the device does not work")
 
 
+def surprises(pair, bar):
+    """a device after an unannounced reset of its bus is neither saved nor run, until a reset"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        session = device.set_state(STOP_COPY)
+        image = stream(session, None)
+        os.close(session)
+        device.set_state(RUNNING)
+        cases = itertools.product(ALL_STATES, ((MEMORY, False, device.reset),
+                                               (0, False, lambda: host_reset(pair[0])),
+                                               (MEMORY, True, lambda: host_reset(pair[0])),
+                                               (0, True, device.reset)))
+        for state, (memory, is_told, reset) in cases:
+            device.write(pattern(device.size, 26))
+            session = device.set_state(state)
+            if state == RESUMING:
+                os.write(session, image[:RECORD])
+            else:
+                begin(session, state)
+            device.command(memory)
+            bus_reset(pair[0])
+            check(fails(device.read) == errno.EIO, "the device can be read")
+            if state == RESUMING:
+                error = fails(os.write, session, image[RECORD : 2 * RECORD])
+                check(error == errno.EIO, f"write: {error}")
+            elif session >= 0:
+                check(len(stream(session, errno.EIO)) < RECORD, "a page is saved")
+            target = RUNNING if state in (STOP_COPY, RESUMING) else STOP_COPY
+            if is_told:
+                report(pair[0], SLOT_RESET)
+            else:
+                check(fails(device.set_state, target) == errno.EIO, "it runs or is saved")
+            check(device.state() == ERROR, "the device is not in ERROR")
+            if session >= 0:
+                check_ended(session, state)
+            check(fails(device.set_state, target) == errno.EINVAL, "ERROR can be left")
+            reset()
+            check(device.state() == RUNNING, "the device is not in RUNNING")
+            if not memory:
+                check(not command_of(pair[0]) & MEMORY, "the memory is enabled")
+                device.command(MEMORY)
+            check(device.read() == bytes(device.size), "the memory is not clear")
+        device.write(pattern(device.size, 27))
+        bus_reset(pair[0])
+    unbind(pair[0])
+    found = content(pair[0], bar)
+    check(found == bytes(len(found)), "the host sees what the user has left")
+
+
+def stall(path, event, errors):
+    """Reports an event while a task waits for the device. Adds the error, or None."""
+    errors.append(fails(STALL.write_text, f"{path.name} {event}"))
+
+
+def stalls(pair, bar):
+    """an error is reported while a saver waits for the device"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        for event in IO_FROZEN, SLOT_RESET:
+            device.write(pattern(device.size, 28))
+            session = device.set_state(PRE_COPY)
+            errors = []
+            reporter = start(stall, pair[0], event, errors)
+            wait_for(lambda: STALL.read_text() == "Y\n", "the lock is not held")
+            error = fails(os.read, session, 1 << 20) or fails(os.read, session, 1 << 20)
+            finish(reporter)
+            report(pair[0], IO_NORMAL)
+            check(errors == [None], f"the report fails: {errors}")
+            check(error in (errno.EIO, errno.ENODEV), f"read: {error}")
+            check(device.state() == ERROR, "the device is not in ERROR")
+            check_ended(session, PRE_COPY)
+            device.reset()
+            device.command(MEMORY)
+            check(device.read() == bytes(device.size), "the memory is not clear")
+
+
+def vanishes(pair, bar):
+    """a device that vanishes while the crate has enabled its memory keeps its command register"""
+    bind(pair[0])
+    with Device(pair[0], bar) as device:
+        device.write(pattern(device.size, 29))
+        session = device.set_state(PRE_COPY)
+        os.read(session, 100)
+        device.command(0)
+        old = command_of(pair[0])
+        VANISH.write_text(f"{pair[0].name} 1")
+        try:
+            part = stream(session, errno.EIO)
+        finally:
+            VANISH.write_text(f"{pair[0].name} 0")
+        check(len(part) < RECORD, "a page is saved")
+        found = command_of(pair[0])
+        check((old ^ found) & ~MEMORY == 0, f"the command register was {old:#x}, is {found:#x}")
+        os.close(session)
+
+
 def removes(pair, bar):
     """a removal of an open device waits for the close, and the device is clear afterwards"""
     bind(pair[0])
@@ -816,6 +934,7 @@ def reports_errors(path, bar):
                     check_ended(session, state)
                 check(fails(device.set_state, RUNNING) == errno.EINVAL, "ERROR can be left")
                 check(fails(device.read) == errno.EIO, "the device can be read")
+                check(fails(device.write, b"dropped!") is None, "a write is not dropped")
                 report(path, IO_NORMAL)
                 check(device.state() == ERROR, "the device is not in ERROR")
                 reset()
@@ -889,6 +1008,7 @@ def claims(pair, bar):
             check_reset(device, lambda: host_reset(pair[0]), False)
             check_advice(pair[0], 2)
             check_power(pair[0], device)
+            check_unpowered(pair[0], device)
             device.write(pattern(device.size, 24))
             device.power(D3HOT)
         unbind(pair[0])
@@ -947,6 +1067,74 @@ def check_power(path, device):
         check(device.read() == bytes(device.size), "the memory is not clear")
         if reset != device.reset:
             check_told(device, state)
+
+
+def check_unpowered(path, device):
+    """Writes to a device in D3hot, changes its state there, and resets it late."""
+    for state in ALL_STATES:
+        device.write(pattern(device.size, 30))
+        session = device.set_state(state)
+        device.power(D3HOT)
+        want = None if state in STOPPED else errno.EIO
+        check(fails(device.write, b"dropped!") == want, "a write without power has a wrong end")
+        device.power(D0)
+        device.command(MEMORY)
+        check(device.read(PAGE) == pattern(PAGE, 30), "a write without power is not dropped")
+        device.power(D3HOT)
+        if session >= 0:
+            os.close(session)
+        for target in (RUNNING, RUNNING_P2P, STOP, RUNNING, PRE_COPY, PRE_COPY_P2P, RUNNING,
+                       STOP_COPY, STOP, RUNNING):
+            if state == RESUMING:
+                check(fails(device.set_state, target) == errno.EINVAL, "half an image runs")
+                check(device.state() == RESUMING, "the device is not in RESUMING")
+                break
+            new = device.set_state(target)
+            check(device.state() == target, "the device is not in the target")
+            if new >= 0:
+                os.close(new)
+        device.reset()
+        device.command(MEMORY)
+    check_unpowered_transfer(device)
+    # A reset of which the driver was told, but which has left the device in D3hot.
+    device.write(pattern(device.size, 31))
+    device.power(D3HOT)
+    for event in RESET_PREPARE, RESET_DONE:
+        report(path, event)
+    device.reset()
+    check(device.state() == RUNNING, "the device is not in RUNNING")
+    device.command(MEMORY)
+    check(device.read() == bytes(device.size), "the memory is not clear")
+
+
+def check_unpowered_transfer(device):
+    """Saves a device that is in D3hot at first, and loads it in D3hot."""
+    data = pattern(device.size, 32)
+    device.write(data)
+    session = device.set_state(PRE_COPY)
+    device.power(D3HOT)
+    device.set_state(STOP_COPY)
+    image = stream(session, errno.EIO)
+    device.power(D0)
+    # The saver was called again after its error, which the next read() returns.
+    check(fails(os.read, session, 1) == errno.EIO, "the second error is lost")
+    image += stream(session, None)
+    os.close(session)
+    check(len(image) == (device.size // PAGE + 2) * RECORD, f"{len(image)} bytes of an image")
+    device.set_state(RUNNING)
+    session = device.set_state(RESUMING)
+    device.power(D3HOT)
+    # The first record needs no device.
+    check(os.write(session, image[:RECORD]) == RECORD, "the first record is not loaded")
+    for _ in range(2):
+        check(fails(os.write, session, image[RECORD:]) == errno.EIO, "a page is loaded")
+        device.power(D0)
+    check(fails(device.set_state, RUNNING) == errno.EIO, "half an image runs")
+    check(device.state() == RESUMING, "the device is not in RESUMING")
+    check(device.read(PAGE) == data[:PAGE], "the content differs")
+    os.close(session)
+    device.reset()
+    device.command(MEMORY)
 
 
 def suspend(path, device):
@@ -1068,7 +1256,8 @@ def races(pair, bar):
 TESTS = [(test, kind, label)
          for kind, label in ((BOCHS, "bochs-display"), (IVSHMEM, "ivshmem-plain"))
          for test in (clears, moves, judges, tracks, states, shares, follows, remains, wakes,
-                      resets, sleeps, claims, closes, dies, reports, removes, unplugs, races)
+                      resets, sleeps, claims, closes, dies, surprises, vanishes, stalls, reports,
+                      removes, unplugs, races)
          # QEMU 10.0 does not tell when it has unplugged a bochs-display. ivshmem-plain has no
          # PCIe capability.
          if not (test is unplugs and kind is BOCHS or test is claims and kind is IVSHMEM)]

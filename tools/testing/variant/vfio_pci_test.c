@@ -3,9 +3,17 @@
  * Events of PCI devices that no program can cause, for tests. Each parameter is
  * written.
  *
- * report, "ADDRESS NUMBER": sets the state of the device to that with this index in
- * states[], and calls its driver like report_error_detected(), the part of the AER
- * driver in front of a driver.
+ * report, "ADDRESS NUMBER": calls an error handler of the device's driver. Up to 2, sets
+ * the state of the device to that with this index in states[] and calls error_detected,
+ * like report_error_detected(), the part of the AER driver in front of a driver. Others
+ * are in enum event.
+ *
+ * stall, "ADDRESS NUMBER": holds memory_lock of vfio-pci until a task waits for it, and
+ * then until that event was reported. Fails with ETIMEDOUT if the driver waits for the
+ * task. Reads as Y meanwhile.
+ *
+ * vanish, "ADDRESS 1": all registers in the configuration space of the only device of a
+ * bus read as all ones after the next time that its memory is enabled, until "ADDRESS 0".
  *
  * claim, "ADDRESS 1": the only device of a bus claims to support FLR, and power
  * management with D3hot, until "ADDRESS 0". FLR and D3hot have no effect. The kernel
@@ -15,10 +23,13 @@
  * page that is unmapped within a second after its page fault is not found.
  */
 
+#include <linux/completion.h>
 #include <linux/delay.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/pci.h>
+#include <linux/vfio_pci_core.h>
+#include <linux/workqueue.h>
 
 static const pci_channel_state_t states[] = {
 	pci_channel_io_normal,
@@ -36,28 +47,42 @@ static struct pci_dev *find(const char *text, unsigned int *number)
 	return pci_get_domain_bus_and_slot(domain, bus, PCI_DEVFN(slot, function));
 }
 
+enum event { SLOT_RESET = ARRAY_SIZE(states), RESET_PREPARE, RESET_DONE, EVENTS };
+
+static int call(struct pci_dev *pdev, unsigned int event)
+{
+	static const struct pci_error_handlers none;
+	const struct pci_error_handlers *handlers = &none;
+	int done = 0;
+
+	device_lock(&pdev->dev);
+	if (pdev->driver && pdev->driver->err_handler)
+		handlers = pdev->driver->err_handler;
+	if (event < ARRAY_SIZE(states))
+		pdev->error_state = states[event];
+	if (event < ARRAY_SIZE(states) && handlers->error_detected)
+		handlers->error_detected(pdev, states[event]);
+	else if (event == SLOT_RESET && handlers->slot_reset)
+		handlers->slot_reset(pdev);
+	else if (event == RESET_PREPARE && handlers->reset_prepare)
+		handlers->reset_prepare(pdev);
+	else if (event == RESET_DONE && handlers->reset_done)
+		handlers->reset_done(pdev);
+	else
+		done = -ENODEV;
+	device_unlock(&pdev->dev);
+	return done;
+}
+
 static int report(const char *text, const struct kernel_param *param)
 {
-	const struct pci_error_handlers *handlers = NULL;
-	unsigned int number;
-	struct pci_dev *pdev = find(text, &number);
-	int done = -ENODEV;
+	unsigned int event;
+	struct pci_dev *pdev = find(text, &event);
+	int done;
 
 	if (!pdev)
 		return -ENODEV;
-	if (number >= ARRAY_SIZE(states)) {
-		pci_dev_put(pdev);
-		return -EINVAL;
-	}
-	device_lock(&pdev->dev);
-	pdev->error_state = states[number];
-	if (pdev->driver)
-		handlers = pdev->driver->err_handler;
-	if (handlers && handlers->error_detected) {
-		handlers->error_detected(pdev, states[number]);
-		done = 0;
-	}
-	device_unlock(&pdev->dev);
+	done = event < EVENTS ? call(pdev, event) : -EINVAL;
 	pci_dev_put(pdev);
 	return done;
 }
@@ -66,11 +91,71 @@ static const struct kernel_param_ops report_param_ops = {
 	.set = report,
 };
 
+/* A report in a task of its own. */
+struct stall {
+	struct work_struct work;
+	struct completion reported;
+	struct pci_dev *pdev;
+	unsigned int event;
+	int done;
+};
+
+static bool stalling;
+
+static void stall_report(struct work_struct *work)
+{
+	struct stall *stall = container_of(work, struct stall, work);
+
+	stall->done = call(stall->pdev, stall->event);
+	complete(&stall->reported);
+}
+
+static int stall(const char *text, const struct kernel_param *param)
+{
+	struct vfio_pci_core_device *core;
+	struct stall stall;
+	int round, done = 0;
+
+	stall.pdev = find(text, &stall.event);
+	if (!stall.pdev)
+		return -ENODEV;
+	/* For stall_get(). */
+	kernel_param_unlock(THIS_MODULE);
+	INIT_WORK_ONSTACK(&stall.work, stall_report);
+	init_completion(&stall.reported);
+	core = dev_get_drvdata(&stall.pdev->dev);
+	down_write(&core->memory_lock);
+	stalling = true;
+	for (round = 0; round < 3000 && !rwsem_is_contended(&core->memory_lock); round++)
+		msleep(20);
+	schedule_work(&stall.work);
+	if (!wait_for_completion_timeout(&stall.reported, 60 * HZ))
+		done = -ETIMEDOUT;
+	stalling = false;
+	up_write(&core->memory_lock);
+	flush_work(&stall.work);
+	destroy_work_on_stack(&stall.work);
+	kernel_param_lock(THIS_MODULE);
+	pci_dev_put(stall.pdev);
+	return done ?: stall.done;
+}
+
+static int stall_get(char *buffer, const struct kernel_param *param)
+{
+	return sysfs_emit(buffer, "%c\n", stalling ? 'Y' : 'N');
+}
+
+static const struct kernel_param_ops stall_param_ops = {
+	.set = stall,
+	.get = stall_get,
+};
+
 /* Place of the capability, which bochs-display does not use. */
 #define PM_CAP 0x50
 
 static struct pci_ops *plain_ops;
-static struct pci_ops claim_ops;
+static struct pci_ops claim_ops, vanish_ops;
+static bool vanished;
 /* The offset of the real capability, and the power state of the device of each bus. */
 static u8 pcie_cap;
 static u8 power_states[256];
@@ -113,7 +198,25 @@ static int claim_write(struct pci_bus *bus, unsigned int devfn, int where, int s
 	return 0;
 }
 
-static int claim(const char *text, const struct kernel_param *param)
+static int vanish_read(struct pci_bus *bus, unsigned int devfn, int where, int size, u32 *value)
+{
+	if (!vanished)
+		return plain_ops->read(bus, devfn, where, size, value);
+	PCI_SET_ERROR_RESPONSE(value);
+	return PCIBIOS_SUCCESSFUL;
+}
+
+static int vanish_write(struct pci_bus *bus, unsigned int devfn, int where, int size, u32 value)
+{
+	int done = plain_ops->write(bus, devfn, where, size, value);
+
+	if (where == PCI_COMMAND && value & PCI_COMMAND_MEMORY)
+		vanished = true;
+	return done;
+}
+
+/* Replaces the operations of a device's bus, or restores them. */
+static int set_ops(const char *text, struct pci_ops *ops)
 {
 	unsigned int on;
 	struct pci_dev *pdev = find(text, &on);
@@ -121,19 +224,38 @@ static int claim(const char *text, const struct kernel_param *param)
 	if (!pdev)
 		return -ENODEV;
 	if (!plain_ops) {
-		pcie_cap = pci_pcie_cap(pdev);
 		plain_ops = pdev->bus->ops;
 		claim_ops = *plain_ops;
 		claim_ops.read = claim_read;
 		claim_ops.write = claim_write;
+		vanish_ops = *plain_ops;
+		vanish_ops.read = vanish_read;
+		vanish_ops.write = vanish_write;
 	}
-	pci_bus_set_ops(pdev->bus, on ? &claim_ops : plain_ops);
+	vanished = false;
+	/* Only bochs-display, whose place of the capability is always the same. */
+	pcie_cap = pci_pcie_cap(pdev) ?: pcie_cap;
+	pci_bus_set_ops(pdev->bus, on ? ops : plain_ops);
 	pci_dev_put(pdev);
 	return 0;
 }
 
+static int claim(const char *text, const struct kernel_param *param)
+{
+	return set_ops(text, &claim_ops);
+}
+
 static const struct kernel_param_ops claim_param_ops = {
 	.set = claim,
+};
+
+static int vanish(const char *text, const struct kernel_param *param)
+{
+	return set_ops(text, &vanish_ops);
+}
+
+static const struct kernel_param_ops vanish_param_ops = {
+	.set = vanish,
 };
 
 /* Returns 0 if a page is mapped, or an error. */
@@ -189,11 +311,15 @@ static const struct kernel_param_ops follow_param_ops = {
 };
 
 module_param_cb(report, &report_param_ops, NULL, 0200);
+module_param_cb(stall, &stall_param_ops, NULL, 0600);
+module_param_cb(vanish, &vanish_param_ops, NULL, 0200);
 module_param_cb(claim, &claim_param_ops, NULL, 0200);
 module_param_cb(follow, &follow_param_ops, NULL, 0200);
 /* sparse cannot evaluate __builtin_strlen(). */
 #ifndef __CHECKER__
-MODULE_PARM_DESC(report, "address of a device and the state to report");
+MODULE_PARM_DESC(report, "address of a device and the event to report");
+MODULE_PARM_DESC(stall, "the same while a task waits for memory_lock");
+MODULE_PARM_DESC(vanish, "address of a device, and whether it vanishes");
 MODULE_PARM_DESC(claim, "address of a device, and whether it claims more than it has");
 MODULE_PARM_DESC(follow, "virtual address of a page to find");
 
