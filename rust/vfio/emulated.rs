@@ -170,9 +170,10 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Writes to a BAR. The whole range is inside the BAR. The [`Function`] has handled writes to
     /// the MSI-X table, and the driver should ignore these bytes.
     ///
-    /// Not called while the device is stopped or being reset: such writes are dropped and counted,
-    /// see [`Function::dropped_writes()`]. [`Migratable::stop`] and [`Migratable::reset`] are
-    /// called after the writes under way have returned.
+    /// Not called while the device is stopped: such writes are dropped and counted, see
+    /// [`Function::dropped_writes()`]. Writes during a reset, or during a state change that stops
+    /// the device, wait for its end. [`Migratable::stop`] and [`Migratable::reset`] are called
+    /// after the writes under way have returned.
     ///
     /// May sleep. The bytes were copied from the user before the call. An access of 1 to 8 bytes is
     /// passed as a whole, like on a bus. A longer one is passed in blocks of at most 64 KiB. A
@@ -276,14 +277,15 @@ impl<T: Operations> Migratable for OpenDevice<T> {
 
     fn stop(&self) -> Result {
         let gate = &self.function.gate;
-        gate.close(Reason::Stopped)?;
+        gate.close(Reason::Stopping)?;
         self.mapped()
             .try_for_each(StateMemory::freeze)
             .and_then(|()| self.data.stop())
             .inspect_err(|_| {
                 self.mapped().for_each(StateMemory::thaw);
-                gate.open(Reason::Stopped);
+                gate.open(Reason::Stopping);
             })?;
+        gate.stop();
         self.function.run(false);
         Ok(())
     }

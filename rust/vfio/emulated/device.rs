@@ -336,9 +336,10 @@ impl<T: Operations> Emulated<T> {
                 }
                 _ => {
                     let engine = &self.private.engine;
-                    // Before the write, during which the state may begin.
-                    let is_quiesced = engine.state().is_p2p();
+                    let mut is_quiesced = false;
                     let written = opened.function.gate.write(|| {
+                        // Before the write, during which the state may begin.
+                        is_quiesced = engine.state().is_p2p();
                         opened.function.write_msix(pos, from);
                         T::write(&opened.data, pos, from)
                     })?;

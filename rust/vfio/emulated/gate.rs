@@ -53,10 +53,12 @@ pub enum Work {
 pub(crate) enum Reason {
     /// The device is in a P2P state, or on its way to a stopped one.
     P2p = 1,
-    /// The device is stopped. The gate is closed for writes, too.
+    /// The device is stopped. Writes are dropped.
     Stopped = 2,
     /// Bus mastering is off in the command register.
     NotMaster = 4,
+    /// The device is about to stop, which may fail. Writes wait.
+    Stopping = 8,
 }
 
 /// State of a gate, protected by its lock.
@@ -100,8 +102,9 @@ impl Inner {
         self.reasons == 0 && self.halts == 0
     }
 
+    /// Returns whether writes may begin. The others wait, unless the device is stopped.
     fn admits_writes(&self) -> bool {
-        !self.holds(Reason::Stopped) && self.halts == 0
+        !self.holds(Reason::Stopped) && !self.holds(Reason::Stopping) && self.halts == 0
     }
 
     /// Makes the call of `work()` under way fail where it waits for a page fault.
@@ -121,7 +124,9 @@ impl Inner {
 ///
 /// Closing it waits until the calls under way have returned. They raise their interrupts before
 /// they return. No lock is held during the wait. A stopped device can be read: for reads, the gate
-/// is closed only without memory space and during a reset.
+/// is closed only without memory space and during a reset. Accesses wait for the end of a reset,
+/// and writes for the end of the change to a stopped state, because both may be given up. Only
+/// writes to a stopped device are dropped.
 #[pin_data]
 pub(crate) struct Gate {
     #[pin]
@@ -180,16 +185,25 @@ impl Gate {
     }
 
     /// Closes the gate for a reason: no call of `work()` begins, and none is under way when this
-    /// returns. For [`Reason::Stopped`], the same applies to writes. May sleep.
+    /// returns. For [`Reason::Stopping`], the same applies to writes. May sleep.
     ///
     /// Fails with `ERESTARTSYS` if the task is killed while it waits. Then the gate is not closed,
     /// and the work goes on.
     pub(crate) fn close(&self, reason: Reason) -> Result {
         self.inner.lock().reasons |= reason as u32;
         self.wait(KILLABLE, FOREVER, |inner, _| {
-            !inner.working && (reason != Reason::Stopped || inner.writes == 0)
+            !inner.working && (reason != Reason::Stopping || inner.writes == 0)
         })
         .inspect_err(|_| self.open(reason))
+    }
+
+    /// Replaces [`Reason::Stopping`] by [`Reason::Stopped`]: drops the writes that wait. Does not
+    /// sleep.
+    pub(crate) fn stop(&self) {
+        self.change(|inner| {
+            inner.reasons &= !(Reason::Stopping as u32);
+            inner.reasons |= Reason::Stopped as u32;
+        });
     }
 
     /// Stops a device that failed: closes the gate for [`Reason::Stopped`] and interrupts the call
@@ -197,10 +211,10 @@ impl Gate {
     ///
     /// The gate stays closed if the task is killed while it waits for the calls in progress.
     pub(crate) fn shut(&self) {
-        let mut inner = self.inner.lock();
-        inner.reasons |= Reason::Stopped as u32;
-        inner.interrupt();
-        drop(inner);
+        self.change(|inner| {
+            inner.reasons |= Reason::Stopped as u32;
+            inner.interrupt();
+        });
         // Only a fatal signal ends the wait early.
         let _ = self.wait(KILLABLE, FOREVER, |inner, _| {
             !inner.working && inner.writes == 0
@@ -292,21 +306,42 @@ impl Gate {
         self.change(|inner| inner.kicked = true);
     }
 
-    /// Calls `write` to write to a BAR. If the gate is closed for writes, drops and counts the
-    /// write instead, and returns `false`. May sleep if `write` does.
+    /// Waits until `admit` returns a result for an access, and returns it. May sleep.
     ///
-    /// Fails with `EIO` if memory space is off.
-    pub(crate) fn write(&self, write: impl FnOnce() -> Result) -> Result<bool> {
-        let mut inner = self.inner.lock();
-        if !inner.decodes {
-            return Err(EIO);
+    /// Fails with `ERESTARTSYS` if the task is killed while it waits.
+    fn pass<R>(&self, mut admit: impl FnMut(&mut Inner) -> Option<Result<R>>) -> Result<R> {
+        let mut passed = admit(&mut self.inner.lock());
+        if passed.is_none() {
+            self.wait(KILLABLE, FOREVER, |inner, _| {
+                passed = admit(inner);
+                passed.is_some()
+            })?;
         }
-        if !inner.admits_writes() {
-            inner.dropped += 1;
+        passed.unwrap_or(Err(EIO))
+    }
+
+    /// Calls `write` to write to a BAR. If the device is stopped, drops and counts the write
+    /// instead, and returns `false`. Waits for the end of a reset, and of a change to a stopped
+    /// state. May sleep.
+    ///
+    /// Fails with `EIO` if memory space is off, and with `ERESTARTSYS` if the task is killed while
+    /// it waits.
+    pub(crate) fn write(&self, write: impl FnOnce() -> Result) -> Result<bool> {
+        let admitted = self.pass(|inner| {
+            if !inner.decodes {
+                return Some(Err(EIO));
+            }
+            if inner.holds(Reason::Stopped) {
+                inner.dropped += 1;
+                return Some(Ok(false));
+            }
+            let admitted = inner.admits_writes();
+            inner.writes += u32::from(admitted);
+            admitted.then_some(Ok(true))
+        })?;
+        if !admitted {
             return Ok(false);
         }
-        inner.writes += 1;
-        drop(inner);
         let result = write();
         let mut inner = self.inner.lock();
         inner.writes -= 1;
@@ -325,20 +360,14 @@ impl Gate {
     /// Fails with `EIO` if memory space is off, and with `ERESTARTSYS` if the task is killed while
     /// it waits.
     pub(crate) fn read(&self, read: impl FnOnce() -> Result) -> Result {
-        let mut decodes = false;
-        let mut begin = |inner: &mut Inner| {
-            decodes = inner.decodes;
-            let admitted = decodes && inner.halts == 0;
+        self.pass(|inner| {
+            if !inner.decodes {
+                return Some(Err(EIO));
+            }
+            let admitted = inner.halts == 0;
             inner.reads += u32::from(admitted);
-            admitted || !decodes
-        };
-        let begun = begin(&mut self.inner.lock());
-        if !begun {
-            self.wait(KILLABLE, FOREVER, |inner, _| begin(inner))?;
-        }
-        if !decodes {
-            return Err(EIO);
-        }
+            admitted.then_some(Ok(()))
+        })?;
         let result = read();
         let mut inner = self.inner.lock();
         inner.reads -= 1;

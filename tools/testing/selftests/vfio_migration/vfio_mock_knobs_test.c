@@ -911,4 +911,58 @@ TEST_F_TIMEOUT(knobs, delayed_arc_ends_on_command, 60)
 	move_on(_metadata, &src->dev, MIG_RUNNING);
 }
 
+/* A thread that writes to the scratch register. */
+struct scratcher {
+	struct poller poller;
+	const struct mock *m;
+	__u64 value;
+	ssize_t ret;
+};
+
+static void *scratcher_main(void *arg)
+{
+	struct scratcher *s = arg;
+
+	atomic_store(&s->poller.tid, gettid());
+	s->ret = mock_write(s->m, BAR0, VFIO_MOCK_REG_SCRATCH, &s->value, sizeof(s->value));
+	atomic_store(&s->poller.done, true);
+	return NULL;
+}
+
+/* A RESET that waits for a state change, and is killed meanwhile, has no effect. */
+TEST_F_TIMEOUT(knobs, write_is_kept_if_the_reset_is_killed, 60)
+{
+	struct mock *src = &self->src;
+	struct scratcher writer = { .m = src, .value = 0x0123456789abcdefULL };
+	struct stopper s = { .dev = &src->dev };
+	__u64 dropped = reg64(src, DROPPED);
+	pid_t child;
+
+	set_faults(_metadata, src, "arc RUNNING->* delay_us=4294967295");
+	ASSERT_EQ(0, pthread_create(&s.poller.thread, NULL, stopper_main, &s));
+	wait_until_asleep(&s.poller);
+	child = fork();
+	ASSERT_LE(0, child);
+	if (!child)
+		_exit(mig_reset(&src->dev) ? 1 : 0);
+	WAIT_FOR(sleeps_uninterruptibly(child), "a RESET waits for the state change");
+	ASSERT_EQ(0, pthread_create(&writer.poller.thread, NULL, scratcher_main, &writer));
+	wait_until_asleep(&writer.poller);
+	EXPECT_FALSE(atomic_load(&writer.poller.done))
+		PROMISE("a write waits for the end of the RESET");
+	ASSERT_EQ(0, kill(child, SIGKILL));
+	ASSERT_EQ(child, waitpid(child, NULL, 0));
+	ASSERT_TRUE(joined(writer.poller.thread))
+		PROMISE("a write continues when the RESET was killed");
+	EXPECT_EQ((ssize_t)sizeof(writer.value), writer.ret);
+	EXPECT_EQ(writer.value, reg64(src, SCRATCH))
+		PROMISE("a write to a running device has an effect");
+	EXPECT_EQ(dropped, reg64(src, DROPPED))
+		PROMISE("a running device drops no write");
+	expect_state(_metadata, &src->dev, MIG_RUNNING, "after the RESET was killed");
+	set_faults(_metadata, src, "off");
+	ASSERT_TRUE(joined(s.poller.thread));
+	EXPECT_EQ(0, s.ret);
+}
+
 MIG_HARNESS_MAIN(mock_options)

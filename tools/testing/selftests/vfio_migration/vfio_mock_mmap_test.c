@@ -1157,6 +1157,52 @@ TEST_F_TIMEOUT(map, device_stops_when_no_page_is_pinned, 60)
 	mig_stream_free(&image);
 }
 
+/* A thread that writes to the scratch register until it is to end. */
+struct scratcher {
+	pthread_t thread;
+	const struct mock *m;
+	atomic_ulong count;
+	atomic_bool end;
+	bool lost;
+};
+
+static void *scratcher_main(void *arg)
+{
+	struct scratcher *s = arg;
+	__u64 value, found;
+
+	do {
+		value = atomic_load(&s->count) + 1;
+		if (mock_write(s->m, BAR0, VFIO_MOCK_REG_SCRATCH, &value, 8) != 8 ||
+		    mock_read(s->m, BAR0, VFIO_MOCK_REG_SCRATCH, &found, 8) != 8 ||
+		    found != value)
+			s->lost = true;
+		atomic_store(&s->count, value);
+	} while (!atomic_load(&s->end));
+	return NULL;
+}
+
+TEST_F_TIMEOUT(map, stop_that_fails_drops_no_write, 60)
+{
+	struct mock *m = &self->m;
+	struct scratcher writer = { .m = m };
+	struct direct_read direct = {};
+	struct mig_stall stall;
+
+	DIRECT_OR_SKIP(&direct, &stall);
+	take_page_in_hand(_metadata, self, &direct, &stall);
+	ASSERT_EQ(0, pthread_create(&writer.thread, NULL, scratcher_main, &writer));
+	WAIT_FOR(atomic_load(&writer.count), "the thread has written");
+	expect_pin_refused(_metadata, self, MIG_RUNNING, MIG_STOP);
+	atomic_store(&writer.end, true);
+	ASSERT_TRUE(joined(writer.thread));
+	EXPECT_FALSE(writer.lost)
+		PROMISE("a write during a state change that fails has an effect");
+	EXPECT_EQ(0U, reg64(m, DROPPED))
+		PROMISE("a device that does not stop drops no write");
+	let_page_go(_metadata, &direct, &stall, NULL);
+}
+
 /* A pin does not affect a reset or the next user. */
 TEST_F_TIMEOUT(map, reset_and_close_ignore_pins, 60)
 {

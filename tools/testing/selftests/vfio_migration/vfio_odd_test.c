@@ -90,7 +90,7 @@ static __u64 attribute(struct __test_metadata *_metadata, odd_data *self, const 
 	return strtoull(text, NULL, 10);
 }
 
-/* ---- Reads ---- */
+/* ---- Reads and writes ---- */
 
 /* A thread that makes one call to the device. */
 struct user {
@@ -106,6 +106,17 @@ static void *read_main(void *arg)
 
 	atomic_store(&u->poller.tid, gettid());
 	u->ret = mig_region_read(u->dev, BAR0, 0, &value, sizeof(value));
+	atomic_store(&u->poller.done, true);
+	return NULL;
+}
+
+static void *write_main(void *arg)
+{
+	struct user *u = arg;
+	__u32 value = 1;
+
+	atomic_store(&u->poller.tid, gettid());
+	u->ret = mig_region_write(u->dev, BAR0, 0, &value, sizeof(value));
 	atomic_store(&u->poller.done, true);
 	return NULL;
 }
@@ -181,9 +192,9 @@ TEST_F_TIMEOUT(odd, memory_space_off_waits_for_reads, 60)
 	EXPECT_EQ(-EIO, reader.ret);
 }
 
-TEST_F_TIMEOUT(odd, reset_and_reads_wait_for_each_other, 60)
+TEST_F_TIMEOUT(odd, reset_and_accesses_wait_for_each_other, 60)
 {
-	struct user reader, second, resetter;
+	struct user reader, second, writer, resetter;
 
 	begin_slow_read(_metadata, self, variant->backend, &reader);
 	begin(_metadata, self, &resetter, reset_main);
@@ -193,37 +204,47 @@ TEST_F_TIMEOUT(odd, reset_and_reads_wait_for_each_other, 60)
 	EXPECT_FALSE(atomic_load(&second.poller.done));
 	EXPECT_EQ(1U, attribute(_metadata, self, "begun"))
 		PROMISE("no read begins during a reset");
+	begin(_metadata, self, &writer, write_main);
+	EXPECT_FALSE(atomic_load(&writer.poller.done))
+		PROMISE("no write begins during a reset");
 	let_reads_end(_metadata, self);
 	ASSERT_TRUE(joined(resetter.poller.thread));
 	EXPECT_EQ(0, resetter.ret);
 	ASSERT_TRUE(joined(second.poller.thread))
 		PROMISE("a read continues after the reset");
 	EXPECT_EQ(4, second.ret);
+	ASSERT_TRUE(joined(writer.poller.thread))
+		PROMISE("a write continues after the reset");
+	EXPECT_EQ(4, writer.ret);
 	ASSERT_TRUE(joined(reader.poller.thread));
 	EXPECT_EQ(4, reader.ret);
 }
 
-/* A process that is killed while its read waits for a reset ends immediately. */
-TEST_F_TIMEOUT(odd, read_that_waits_for_a_reset_can_be_killed, 60)
+/* A process that is killed while its access waits for a reset ends immediately. */
+TEST_F_TIMEOUT(odd, access_that_waits_for_a_reset_can_be_killed, 60)
 {
+	void *(*const accesses[])(void *) = { read_main, write_main };
 	struct user reader, resetter;
+	unsigned int i;
 	pid_t pid;
 
 	begin_slow_read(_metadata, self, variant->backend, &reader);
 	begin(_metadata, self, &resetter, reset_main);
-	pid = fork();
-	ASSERT_LE(0, pid);
-	if (!pid) {
-		struct user second = { .dev = &self->guest.dev };
+	for (i = 0; i < ARRAY_SIZE(accesses); i++) {
+		pid = fork();
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			struct user second = { .dev = &self->guest.dev };
 
-		read_main(&second);
-		_exit(0);
+			accesses[i](&second);
+			_exit(0);
+		}
+		WAIT_FOR(sleeps_uninterruptibly(pid), "an access waits for a reset");
+		ASSERT_EQ(0, kill(pid, SIGKILL));
+		WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
+			 "an access that waits for a reset can be killed");
+		EXPECT_FALSE(atomic_load(&resetter.poller.done));
 	}
-	WAIT_FOR(sleeps_uninterruptibly(pid), "a read waits for a reset");
-	ASSERT_EQ(0, kill(pid, SIGKILL));
-	WAIT_FOR(waitpid(pid, NULL, WNOHANG) == pid,
-		 "a read that waits for a reset can be killed");
-	EXPECT_FALSE(atomic_load(&resetter.poller.done));
 	let_reads_end(_metadata, self);
 	ASSERT_TRUE(joined(resetter.poller.thread));
 	ASSERT_TRUE(joined(reader.poller.thread));
