@@ -328,7 +328,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
         for memory in self.mapped() {
             // A page is pinned, or the task was killed: no store by a mapping may pass.
             if memory.freeze().is_err() {
-                memory.enable(false);
+                memory.fail();
             }
         }
         self.data.halt();

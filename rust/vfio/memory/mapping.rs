@@ -89,8 +89,10 @@ pub(super) struct Mappings {
     file_range: Option<FileRange>,
     /// One bit for each page.
     writable: KVVec<u64>,
-    /// Accesses raise `SIGBUS`.
+    /// Accesses raise `SIGBUS`, because memory space is off.
     disabled: bool,
+    /// Accesses raise `SIGBUS`, because the device failed and its stores cannot be dropped.
+    failed: bool,
     /// Stores are dropped.
     frozen: bool,
     /// Page that is mapped instead of pages with dropped stores.
@@ -128,6 +130,7 @@ impl Mappings {
             file_range: None,
             writable: KVVec::zeroed(leaf_words(pages), GFP_MAYFAIL)?,
             disabled: false,
+            failed: false,
             frozen: false,
             sink: None,
             sink_used: false,
@@ -142,18 +145,37 @@ impl Mappings {
 
     /// Enables accesses by mappings, or makes them raise `SIGBUS`. May sleep.
     pub(super) fn enable(&mut self, enabled: bool, pages: usize) {
-        let was_disabled = core::mem::replace(&mut self.disabled, !enabled);
-        if let Some(file_range) = self
-            .file_range
-            .as_ref()
-            .filter(|_| !enabled && !was_disabled)
-        {
-            file_range.unmap(0..pages);
+        let was_blocked = self.is_blocked();
+        self.disabled = !enabled;
+        self.unmap_blocked(was_blocked, pages);
+    }
+
+    /// Makes accesses by mappings raise `SIGBUS` until the next reset, whether they are enabled or
+    /// not. May sleep.
+    pub(super) fn fail(&mut self, pages: usize) {
+        let was_blocked = self.is_blocked();
+        self.failed = true;
+        self.unmap_blocked(was_blocked, pages);
+    }
+
+    /// Returns whether accesses raise `SIGBUS`.
+    fn is_blocked(&self) -> bool {
+        self.disabled || self.failed
+    }
+
+    /// Unmaps all pages if accesses raise `SIGBUS` from now on.
+    fn unmap_blocked(&self, was_blocked: bool, pages: usize) {
+        if let Some(file_range) = &self.file_range {
+            if self.is_blocked() && !was_blocked {
+                file_range.unmap(0..pages);
+            }
         }
     }
 
-    /// Enables stores again, and clears the number of dropped stores.
+    /// Ends the effects of [`freeze()`](Self::freeze) and [`fail()`](Self::fail), and clears the
+    /// number of dropped stores.
     pub(super) fn reset(&mut self, pages: usize) {
+        self.failed = false;
         self.thaw(pages);
         self.dropped = 0;
     }
@@ -242,7 +264,7 @@ impl Inner {
             .as_ref()
             .and_then(|file_range| pgoff.checked_sub(file_range.base))
             .filter(|page| *page < self.memory.size() / PAGE_SIZE);
-        let Some(page) = page.filter(|_| !mappings.disabled) else {
+        let Some(page) = page.filter(|_| !mappings.is_blocked()) else {
             return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
         };
 

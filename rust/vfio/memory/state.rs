@@ -434,13 +434,19 @@ impl StateMemory {
         self.0.mappings.lock().enable(enabled, self.pages());
     }
 
+    /// Makes accesses of users raise `SIGBUS` until the next reset, because the device failed. May
+    /// sleep.
+    pub(crate) fn fail(&self) {
+        self.0.mappings.lock().fail(self.pages());
+    }
+
     /// Enables stores of users again. May sleep.
     pub(crate) fn thaw(&self) {
         self.0.mappings.lock().thaw(self.pages());
     }
 
-    /// Enables stores of users again after a reset, and clears the count of dropped stores. May
-    /// sleep.
+    /// Ends the effects of [`freeze()`](Self::freeze) and [`fail()`](Self::fail) after a reset, and
+    /// clears the count of dropped stores. May sleep.
     pub(crate) fn reset(&self) {
         self.0.mappings.lock().reset(self.pages());
     }

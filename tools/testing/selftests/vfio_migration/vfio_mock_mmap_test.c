@@ -1203,6 +1203,35 @@ TEST_F_TIMEOUT(map, stop_that_fails_drops_no_write, 60)
 	let_page_go(_metadata, &direct, &stall, NULL);
 }
 
+/* A device fails while a page is pinned, so that it cannot drop stores. */
+TEST_F_TIMEOUT(map, failed_device_stays_blocked, 60)
+{
+	struct mock *m = &self->m;
+	struct direct_read direct = {};
+	struct mig_stall stall;
+	__u32 state;
+
+	DIRECT_OR_SKIP(&direct, &stall);
+	take_page_in_hand(_metadata, self, &direct, &stall);
+	ASSERT_EQ(0, mock_set(m, "faults", "arc *->STOP state=ERROR errno=ENODEV"));
+	ASSERT_EQ(-ENODEV, mig_set_state(&m->dev, MIG_STOP, NULL));
+	ASSERT_EQ(0, mig_get_state(&m->dev, &state));
+	ASSERT_EQ(MIG_ERROR, state);
+	EXPECT_EQ(SIGBUS, mig_touch(self->map + 3 * PAGE, true))
+		PROMISE("in ERROR a store with an unknown effect is SIGBUS");
+	put(_metadata, m, CONFIG, 4, 6, 2);
+	EXPECT_EQ(SIGBUS, mig_touch(self->map + 3 * PAGE, true))
+		PROMISE("the command register does not enable the mappings of a failed device");
+	put(_metadata, m, CONFIG, 4, 4, 2);
+	put(_metadata, m, CONFIG, 4, 6, 2);
+	EXPECT_EQ(SIGBUS, mig_touch(self->map + 3 * PAGE, false))
+		PROMISE("nor does it after memory space was off");
+	ASSERT_EQ(0, mig_reset(&m->dev));
+	EXPECT_EQ(0, mig_touch(self->map + 3 * PAGE, true))
+		PROMISE("after a reset stores have an effect");
+	let_page_go(_metadata, &direct, &stall, NULL);
+}
+
 /* A pin does not affect a reset or the next user. */
 TEST_F_TIMEOUT(map, reset_and_close_ignore_pins, 60)
 {
