@@ -1029,6 +1029,35 @@ mod tests {
     }
 
     #[test]
+    fn reinit_notifies_only_a_reader_at_the_end() -> Result {
+        const SIZE: usize = 4 + 64 * PAGE_SIZE;
+
+        let user = UserMemory::new(SIZE)?;
+        let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
+        let fd = rig.enter(State::PreCopy)?.ok_or(EINVAL)?;
+        let memory = StateMemory::new(2 * 64)?;
+        let tracking = memory.track(rig.fake.notifier()?)?;
+
+        ensure_eq!(fd.poll(), 0, "a session that begins");
+        memory.reinit();
+        ensure_eq!(fd.poll(), 0, "pages are left");
+        for _ in 0..2 {
+            let run = tracking.take(64).ok_or(EINVAL)?;
+            rig.fake
+                .provide_chunk(Chunk::new(b"head")?.pages(run), SIZE as u64);
+            ensure_eq!(fd.read(user.addr, SIZE), Ok(SIZE), "all pages are read");
+        }
+        ensure_eq!(fd.read(user.addr, SIZE), Err(ENOMSG), "the temporary end");
+        ensure_eq!(fd.poll(), 0, "the temporary end");
+        memory.reinit();
+        ensure_eq!(fd.poll(), POLLIN, "a reinit at the end");
+        ensure_eq!(tracking.pending().initial.pages, 128, "a reinit");
+        ensure_eq!(tracking.pending().dirty.pages, 0, "a reinit");
+        ensure_eq!(tracking.pending().reinits, 2, "both");
+        Ok(())
+    }
+
+    #[test]
     fn precopy_info_matches_stop_copy() -> Result {
         let user = UserMemory::new(32)?;
         let rig = Rig::new(Flags::STOP_COPY.with_pre_copy())?;
