@@ -12,20 +12,21 @@ use kernel::prelude::*;
 ///
 /// # Invariants
 ///
-/// The pointer is null or a string that lives as long as the module. It changes only before code of
-/// the module runs.
+/// The pointer is null, or a string that is freed after the exit of the module. It changes only
+/// while the arguments of the module are parsed: before its init, or at boot.
 #[repr(transparent)]
 pub struct TextParam(UnsafeCell<*mut c_char>);
 
-// SAFETY: By the type invariants, nothing changes it while it is shared.
+// SAFETY: By the type invariants, it does not change once code of the module runs.
 unsafe impl Sync for TextParam {}
 
 impl TextParam {
     #[doc(hidden)]
     #[allow(clippy::new_without_default)]
     pub const fn new() -> Self {
-        // INVARIANT: The pointer is null. `param_ops_charp` sets it to a string before code of the
-        // module runs, and frees that after the exit of the module.
+        // INVARIANT: The pointer is null. Only `param_ops_charp` has its address. The kernel calls
+        // its `set` while it parses the arguments, because the parameter is not in sysfs, and its
+        // `free` in `free_module()`.
         Self(UnsafeCell::new(core::ptr::null_mut()))
     }
 
@@ -34,14 +35,16 @@ impl TextParam {
         self.0.get().cast()
     }
 
-    /// Returns the text.
+    /// Returns the text. Takes no lock: there is no writer.
     pub fn value(&'static self) -> &'static CStr {
-        // SAFETY: By the type invariants, nothing writes to it now.
+        // SAFETY: By the type invariants, nothing writes to it now: only code of the module, which
+        // has this reference, calls this.
         let text = unsafe { *self.0.get() };
         if text.is_null() {
             return c"";
         }
-        // SAFETY: By the type invariants, it is a string.
+        // SAFETY: By the type invariants, it is a string that lives as long as code of the module
+        // runs.
         unsafe { CStr::from_char_ptr(text) }
     }
 }
@@ -56,6 +59,20 @@ pub const fn to_bytes<const LEN: usize>(text: &str) -> [u8; LEN] {
         at += 1;
     }
     bytes
+}
+
+/// Returns a text, followed by a null. It begins with the name of the module if the code is not a
+/// loadable module.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! module_param_text {
+    ($module:ident, $($part:expr),*) => {
+        if cfg!(MODULE) {
+            concat!($($part,)* "\0")
+        } else {
+            concat!(stringify!($module), ".", $($part,)* "\0")
+        }
+    };
 }
 
 /// Declares a [`TextParam`] of a module, with the name of the module, its own name and a
@@ -77,28 +94,23 @@ macro_rules! module_text_param {
         static $name: $crate::module_param::TextParam = $crate::module_param::TextParam::new();
 
         const _: () = {
-            /// Name of the parameter, with that of the module unless this is one.
-            const NAME: &str = if cfg!(MODULE) {
-                concat!(stringify!($name), "\0")
-            } else {
-                concat!(stringify!($module), ".", stringify!($name), "\0")
-            };
+            const NAME: &str = $crate::module_param_text!($module, stringify!($name));
+            const TYPE: &str =
+                $crate::module_param_text!($module, "parmtype=", stringify!($name), ":charp");
+            const TEXT: &str =
+                $crate::module_param_text!($module, "parm=", stringify!($name), ":", $description);
 
-            const TYPE: &str = concat!("parmtype=", stringify!($name), ":charp\0");
-            const TEXT: &str = concat!("parm=", stringify!($name), ":", $description, "\0");
-
-            #[cfg(MODULE)]
+            // Like `module!`: with `used` alone, the linker would see sections of two kinds.
             #[link_section = ".modinfo"]
-            #[used]
+            #[used(compiler)]
             static TYPE_INFO: [u8; TYPE.len()] = $crate::module_param::to_bytes(TYPE);
 
-            #[cfg(MODULE)]
             #[link_section = ".modinfo"]
-            #[used]
+            #[used(compiler)]
             static TEXT_INFO: [u8; TEXT.len()] = $crate::module_param::to_bytes(TEXT);
 
             #[link_section = "__param"]
-            #[used]
+            #[used(compiler)]
             static PARAM: ::kernel::module_param::KernelParam =
                 ::kernel::module_param::KernelParam::new(::kernel::bindings::kernel_param {
                     name: NAME.as_ptr().cast(),

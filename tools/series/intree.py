@@ -14,6 +14,7 @@ AT_TOP = (
     "bindings",
     "module_emulated_driver",
     "module_mdev_driver",
+    "module_param_text",
     "module_text_param",
     "module_vfio_pci_driver",
     "vfio_pci_device_table",

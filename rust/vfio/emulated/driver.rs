@@ -21,6 +21,7 @@ use kernel::{
     page::PAGE_SIZE,
     prelude::*,
     str::{
+        BStr,
         CString,
         Formatter, //
     },
@@ -94,10 +95,15 @@ impl<T> Attribute<T> {
         }
     }
 
+    fn is_writable(&self) -> bool {
+        matches!(self, Self::Number { .. } | Self::Text { .. })
+    }
+
     fn mode(&self) -> bindings::umode_t {
-        match self {
-            Self::Number { .. } | Self::Text { .. } => 0o644,
-            Self::Counter { .. } | Self::Fixed { .. } => 0o444,
+        if self.is_writable() {
+            0o644
+        } else {
+            0o444
         }
     }
 
@@ -233,7 +239,10 @@ impl<T: Driver> Files<T> {
                 raw.attr.key = kernel::static_lock_class!().as_ptr();
             }
             raw.__bindgen_anon_1.show = Some(Self::show);
-            raw.__bindgen_anon_2.store = Some(Self::store);
+            // The mode of a file in sysfs can be changed.
+            if attribute.is_writable() {
+                raw.__bindgen_anon_2.store = Some(Self::store);
+            }
             files.push(File { raw, attribute }, GFP_KERNEL)?;
         }
         let mut attributes = KVec::with_capacity(files.len() + 1, GFP_KERNEL)?;
@@ -329,18 +338,21 @@ impl<T: Driver> Files<T> {
 ///
 /// Fails with `EINVAL`, and logs the reason, if there is no such attribute or it refuses the value.
 pub(crate) fn set_defaults<T: Driver>(data: &T, text: &CStr) -> Result {
-    let set = |part: &str| {
-        let (name, value) = part.split_once('=').ok_or(EINVAL)?;
+    let set = |part: &[u8]| {
+        let (name, value) = core::str::from_utf8(part)?.split_once('=').ok_or(EINVAL)?;
         let mut attributes = T::ATTRIBUTES.iter();
         let attribute = attributes.find(|entry| entry.name().to_bytes() == name.as_bytes());
         let value = CString::try_from_fmt(fmt!("{value}"))?;
         attribute.ok_or(EINVAL)?.set(data, &value)
     };
-    for part in text.to_str()?.split(',').map(str::trim_ascii) {
+    let parts = text.to_bytes().split(|byte| *byte == b',');
+    for part in parts.map(<[u8]>::trim_ascii) {
         if part.is_empty() {
             continue;
         }
         if let Err(error) = set(part) {
+            // Prints no control characters.
+            let part = BStr::from_bytes(part);
             pr_err!("{}: invalid default \"{}\"\n", T::NAME, part);
             return Err(if error == ENOMEM { ENOMEM } else { EINVAL });
         }

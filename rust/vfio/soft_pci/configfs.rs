@@ -57,6 +57,10 @@ const BIND: u64 = 3;
 const POWER: u64 = 4;
 const ADDRESS: u64 = 5;
 
+/// Largest number of bytes that configfs passes to a file. It passes the rest of a longer write()
+/// by itself.
+const MAX_WRITE: usize = 4095;
+
 /// Number of the files, and of the null at the end of their list.
 const FILES: usize = 7;
 
@@ -211,6 +215,9 @@ impl<T: Driver> AttributeOperations<DEFAULTS> for Settings<T> {
     }
 
     fn store(this: &Self, page: &[u8]) -> Result {
+        if page.len() >= MAX_WRITE {
+            return Err(E2BIG);
+        }
         let text = core::str::from_utf8(page.trim_ascii())?;
         let defaults = Arc::new(CString::try_from_fmt(fmt!("{text}"))?, GFP_KERNEL)?;
         let mut kind = this.choice.lock().kind.clone();

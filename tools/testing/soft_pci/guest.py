@@ -275,6 +275,11 @@ def defaults():
             with refused(errno.EINVAL):
                 one.set("defaults", bad)
             check(one.get("defaults") == text, f"{bad} has changed the defaults")
+        with refused(errno.E2BIG):
+            one.set("defaults", "dirty_rate=7,".ljust(4095, ",") + "save_rate=7")
+        check(one.get("defaults") == text, "a part of a long text has changed the defaults")
+        with refused(errno.EINVAL):
+            one.set("defaults", "dirty_rate=7\0")
         one.set("type", "1M")
         one.set("defaults", f"{text},dirty_span=65537")
         one.set("type", "64K")

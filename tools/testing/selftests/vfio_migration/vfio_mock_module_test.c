@@ -222,9 +222,15 @@ TEST_F(module, defaults)
 	static const char *const bad[] = {
 		"defaults=save_rate", "defaults=save_rate=x", "defaults=rate=7",
 		"defaults=save_rate=7,dirtied=7", "defaults=migration_flags=6",
+		"defaults==", "defaults==7", "defaults=save_rate=7,\xff", "defaults=faults=\xff",
+		"defaults=\"save_rate =7\"", "defaults=\"save_rate= 7\"",
+		"defaults=save_rate=18446744073709551616", "defaults=save_rate=-1",
 	};
 	static const char good[] =
 		"defaults=\"save_rate=0x10, faults=size; read nth=2,migration_flags=1,dma_log=0\"";
+	static const char *const fixed[] = {
+		DEVICE "/knobs/migration_flags", DEVICE "/knobs/dma_log", DEVICE "/knobs/dirtied",
+	};
 	unsigned int i;
 
 	ASSERT_EQ(0, load_with(self->file, good));
@@ -234,6 +240,14 @@ TEST_F(module, defaults)
 	EXPECT_STREQ("1\n", read_knob(_metadata, "migration_flags"));
 	EXPECT_STREQ("0\n", read_knob(_metadata, "dma_log"));
 	EXPECT_STREQ("0\n", read_knob(_metadata, "load_rate"));
+	EXPECT_NE(0, access("/sys/module/vfio_mock/parameters/defaults", F_OK))
+		PROMISE("the parameter cannot be written while it is read");
+	for (i = 0; i < ARRAY_SIZE(fixed); i++) {
+		ASSERT_EQ(0, chmod(fixed[i], 0666));
+		EXPECT_GT(0, write_word(fixed[i], "0"))
+			PROMISE("%s cannot be written whatever its mode is", fixed[i]);
+	}
+	EXPECT_STREQ("1\n", read_knob(_metadata, "migration_flags"));
 	ASSERT_EQ(0, write_word(DEVICE "/knobs/save_rate", "7"));
 	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
 	ASSERT_EQ(0, write_word(TYPE "create", UUID));
@@ -249,6 +263,62 @@ TEST_F(module, defaults)
 		EXPECT_NE(0, access(DEVICE, F_OK));
 		ASSERT_EQ(0, unload());
 	}
+}
+
+/* Is there a new message in the kernel log that has this text? */
+static bool is_logged(int kmsg, const char *text)
+{
+	char record[4096];
+	bool found = false;
+	ssize_t len;
+
+	while ((len = read(kmsg, record, sizeof(record) - 1)) > 0 || errno == EPIPE) {
+		record[len > 0 ? len : 0] = 0;
+		found = found || strstr(record, text);
+	}
+	return found;
+}
+
+TEST_F(module, invalid_default_is_logged)
+{
+	/* In /dev/kmsg, \x5c is a backslash and \x0a a newline. */
+	static const char *const cases[][2] = {
+		{ "defaults=rate=7", "invalid default \"rate=7\"" },
+		{ "defaults=\"rate=7\nvfio_mock: fake\"",
+		  "invalid default \"rate=7\\x5cnvfio_mock: fake\"" },
+		{ "defaults=save_rate=7,\xff", "invalid default \"\\x5cxff\"" },
+	};
+	unsigned int i;
+	int kmsg;
+
+	kmsg = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	ASSERT_LE(0, kmsg);
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		ASSERT_EQ(0, load_with(self->file, cases[i][0]));
+		ASSERT_LE(0, lseek(kmsg, 0, SEEK_END));
+		EXPECT_EQ(-EINVAL, write_word(TYPE "create", UUID));
+		EXPECT_TRUE(is_logged(kmsg, cases[i][1]))
+			PROMISE("the log has: %s", cases[i][1]);
+		ASSERT_EQ(0, unload());
+	}
+	close(kmsg);
+}
+
+TEST_F(module, defaults_have_a_length)
+{
+	/* The kernel accepts 1024 bytes. */
+	static char text[9 + 1024 + 2];
+	char *end = stpcpy(text, "defaults=");
+
+	memset(end, ',', 1024);
+	memcpy(end + 1024 - strlen("save_rate=7"), "save_rate=7", strlen("save_rate=7"));
+	ASSERT_EQ(0, load_with(self->file, text));
+	ASSERT_EQ(0, write_word(TYPE "create", UUID));
+	EXPECT_STREQ("7\n", read_knob(_metadata, "save_rate"));
+	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
+	ASSERT_EQ(0, unload());
+	end[1024] = '7';
+	EXPECT_EQ(-ENOSPC, load_with(self->file, text));
 }
 
 #define TRACING	"/sys/kernel/tracing/"
