@@ -100,13 +100,13 @@ STEPS = {
         3,
         limit=LONG,
         target={"load_rate": 2 * MIB},
-        capabilities=("multifd", "return-path"),
+        capabilities=CAPABILITIES,
         queue=True,
     ),
 }
 
 # More memory than QEMU needs for the target's device, unless it queues the stream.
-QUEUE = 4 * MIB
+QUEUE = 8 * MIB
 
 
 class Knobs:
