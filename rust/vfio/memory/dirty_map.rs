@@ -15,6 +15,11 @@
 //! the stream, so both counters together give the exact size of the pending stream without a scan
 //! of the map.
 //!
+//! To mark all pages does not write to the map. It makes the words of both levels invalid, which
+//! stands for dirty pages. They become valid from the first one on, when a page behind them is
+//! taken. So the start of a stream takes no time in a large device, and each step of a stream in
+//! the order of the pages makes one word valid.
+//!
 //! `kernel::bitmap` has one level, no counters and no access to whole words, and its memory comes
 //! from kmalloc(), which is too little for a large device.
 
@@ -48,15 +53,21 @@ pub struct Run {
 /// # Invariants
 ///
 /// - `leaf` has [`leaf_words`] and `summary` has [`summary_words`] of `pages` words.
-/// - No bit of `leaf` at or after `pages` is set.
-/// - A bit of `summary` is set if and only if the word of `leaf` is not zero.
-/// - `dirty` is the number of bits set in `leaf`, `runs` is the number of runs in `leaf`.
+/// - `valid` is at most the length of `leaf`. All pages of the words of `leaf` from there on are
+///   dirty, and these words have any content.
+/// - In the valid words of `leaf`, no bit at or after `pages` is set.
+/// - The bit of `summary` for a valid word of `leaf` is set if and only if that word is not zero.
+///   The other bits of a word of `summary` that has such a bit are clear.
+/// - `dirty` is the number of dirty pages, `runs` is the number of runs that they form.
 pub struct DirtyMap<S: DerefMut<Target = [u64]>> {
     /// One bit for each page.
     leaf: S,
 
     /// One bit for each word of `leaf`.
     summary: S,
+
+    /// Number of words of `leaf` that are valid.
+    valid: usize,
 
     /// Number of pages that the map covers.
     pages: usize,
@@ -83,14 +94,6 @@ const fn word_mask(first: usize, count: usize) -> u64 {
     }
 }
 
-/// Sets the first `count` bits of `words`, which has exactly as many words as needed.
-fn fill(words: &mut [u64], count: usize) {
-    words.fill(u64::MAX);
-    if let Some(last) = words.last_mut() {
-        *last >>= count.wrapping_neg() % PAGES_PER_WORD;
-    }
-}
-
 /// Returns the number of bits set in `word`.
 const fn word_dirty(word: u64) -> usize {
     word.count_ones() as usize
@@ -112,8 +115,10 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         leaf.fill(0);
         summary.fill(0);
 
-        // INVARIANT: The lengths are checked, and no bit is set on either level.
+        // INVARIANT: The lengths are checked, all words are valid, and no bit is set on either
+        // level.
         Some(Self {
+            valid: leaf.len(),
             leaf,
             summary,
             pages,
@@ -154,7 +159,11 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
     /// Pages outside of the map are ignored.
     pub fn mark_range(&mut self, first: usize, count: usize) -> usize {
         let before = self.dirty;
-        let end = first.saturating_add(count).min(self.pages);
+        // The others are dirty already.
+        let end = first
+            .saturating_add(count)
+            .min(self.pages)
+            .min(self.valid * PAGES_PER_WORD);
         let mut page = first;
 
         while page < end {
@@ -186,10 +195,8 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
     pub fn mark_all(&mut self) -> usize {
         let fresh = self.pages - self.dirty;
 
-        fill(&mut self.summary, self.leaf.len());
-        fill(&mut self.leaf, self.pages);
-
-        // INVARIANT: All bits within the map are set on both levels. A run ends with its word.
+        // INVARIANT: All pages are dirty. A run ends with its word.
+        self.valid = 0;
         self.dirty = self.pages;
         self.runs = self.leaf.len();
         fresh
@@ -200,7 +207,8 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.leaf.fill(0);
         self.summary.fill(0);
 
-        // INVARIANT: No bit is set on either level.
+        // INVARIANT: All words are valid, and no bit is set on either level.
+        self.valid = self.leaf.len();
         self.dirty = 0;
         self.runs = 0;
     }
@@ -238,16 +246,29 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         Some(run)
     }
 
+    /// Returns a leaf word with all pages dirty, 0 outside of the map.
+    fn full_word(&self, index: usize) -> u64 {
+        let first = index.saturating_mul(PAGES_PER_WORD);
+
+        word_mask(0, self.pages.saturating_sub(first))
+    }
+
     /// Returns the leaf word at `index`, 0 outside of the map.
     fn word(&self, index: usize) -> u64 {
-        self.leaf.get(index).copied().unwrap_or(0)
+        if index < self.valid {
+            self.leaf.get(index).copied().unwrap_or(0)
+        } else {
+            self.full_word(index)
+        }
     }
 
     /// Finds the first leaf word at or after `from` that is not zero.
     fn next_index(&self, from: usize) -> Option<usize> {
         let mut mask = u64::MAX << (from % PAGES_PER_WORD);
+        let valid = self.valid.div_ceil(PAGES_PER_WORD);
+        let summary = self.summary.iter().take(valid).enumerate();
 
-        for (index, summary) in self.summary.iter().enumerate().skip(from / PAGES_PER_WORD) {
+        for (index, summary) in summary.skip(from / PAGES_PER_WORD) {
             let word = summary & mask;
 
             if word != 0 {
@@ -255,20 +276,49 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
             }
             mask = u64::MAX;
         }
-        None
+        let next = from.max(self.valid);
+
+        (next < self.leaf.len()).then_some(next)
+    }
+
+    /// Makes the leaf words before `end` valid.
+    fn validate(&mut self, end: usize) {
+        let end = end.min(self.leaf.len());
+
+        while self.valid < end {
+            let index = self.valid;
+            let bit = word_mask(index % PAGES_PER_WORD, 1);
+            let full = self.full_word(index);
+
+            if let Some(word) = self.leaf.get_mut(index) {
+                *word = full;
+            }
+            if let Some(word) = self.summary.get_mut(index / PAGES_PER_WORD) {
+                // The first bit of a word clears the others.
+                *word = if bit == 1 { bit } else { *word | bit };
+            }
+            // INVARIANT: The word has the value that it stood for.
+            self.valid += 1;
+        }
     }
 
     /// Replaces the leaf word at `index` and updates the summary and the counters.
     fn replace(&mut self, index: usize, new: u64) {
+        let old = self.word(index);
+
+        if new == old {
+            return;
+        }
+        self.validate(index.saturating_add(1));
         let Some(word) = self.leaf.get_mut(index) else {
             return;
         };
         let Some(summary) = self.summary.get_mut(index / PAGES_PER_WORD) else {
             return;
         };
-        let old = core::mem::replace(word, new);
         let bit = word_mask(index % PAGES_PER_WORD, 1);
 
+        *word = new;
         if new != 0 {
             *summary |= bit;
         } else {

@@ -21,10 +21,7 @@ use crate::{
     user::cond_resched, //
 };
 use core::{
-    mem::{
-        replace,
-        take, //
-    },
+    mem::take,
     ops::Range, //
 };
 use kernel::{
@@ -35,8 +32,7 @@ use kernel::{
     sync::{
         Arc,
         Mutex,
-        SpinLock,
-        SpinLockGuard, //
+        SpinLock, //
     },
     time::{
         delay::fsleep,
@@ -50,9 +46,6 @@ const CLEAR_WORDS: usize = (1 << 20) / WORD;
 /// Number of words of the map that are changed before the tracker's lock is released for a moment:
 /// those of 16 MiB with pages of 4 KiB.
 const LOCKED_WORDS: usize = 64;
-
-/// Time between two checks whether all pages have been marked. It takes 81 us for 64 GiB.
-const FILL_WAIT: Delta = Delta::from_micros(50);
 
 /// A number of pages to stream, and the number of their runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,16 +79,13 @@ pub struct Pending {
 /// The pages from `initial` on were never streamed. They are dirty in the map too, so that writes
 /// to them need no action.
 pub(crate) struct Tracker {
-    pages: usize,
-    /// [`None`] while a task marks all pages without the lock. Then all pages count as dirty, and
-    /// `initial` is 0.
-    map: Option<DirtyMap<KVVec<u64>>>,
+    map: DirtyMap<KVVec<u64>>,
     initial: usize,
     /// Start of the next search for changed pages, so that pages that always change do not starve
     /// the others. A multiple of 64, so that no run is cut.
     cursor: usize,
     /// Pages that the kernel could write to unnoticed when they were streamed: one bit for each
-    /// page.
+    /// page. None while it is not active.
     held: KVVec<u64>,
     /// Number of bits set in `held`.
     held_count: u64,
@@ -109,8 +99,7 @@ impl Tracker {
         let leaf = KVVec::zeroed(dirty_map::leaf_words(pages), GFP_MAYFAIL)?;
         let summary = KVVec::zeroed(dirty_map::summary_words(pages), GFP_MAYFAIL)?;
         Ok(Self {
-            pages,
-            map: Some(DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?),
+            map: DirtyMap::new(pages, leaf, summary).ok_or(EINVAL)?,
             initial: 0,
             cursor: 0,
             held: KVVec::zeroed(dirty_map::leaf_words(pages), GFP_MAYFAIL)?,
@@ -120,67 +109,38 @@ impl Tracker {
         })
     }
 
-    /// Starts tracking, with all pages initial. Does not sleep.
+    /// Starts tracking, with all pages initial.
     ///
     /// Fails with `EBUSY` if it is active.
-    pub(crate) fn begin(lock: &SpinLock<Self>, notifier: Arc<Notifier>) -> Result {
-        let mut this = lock.lock();
-        if this.is_active() {
+    pub(crate) fn begin(&mut self, notifier: Arc<Notifier>) -> Result {
+        if self.is_active() {
             return Err(EBUSY);
         }
-        this.notifier = Some(notifier);
-        this.cursor = 0;
-        this.reinits = 0;
-        // No page becomes held before the caller has the `Tracking`.
-        let held = (this.held_count > 0).then(|| replace(&mut this.held, KVVec::new()));
-        this.held_count = 0;
-        Self::mark_all(lock, this);
-        if let Some(mut held) = held {
-            held.fill(0);
-            lock.lock().held = held;
-        }
+        self.notifier = Some(notifier);
+        self.cursor = 0;
+        self.reinits = 0;
+        self.mark_all();
         Ok(())
     }
 
-    /// Makes all pages initial again if it is active. Does not sleep.
-    fn reinit(lock: &SpinLock<Self>) {
-        let mut this = lock.lock();
-        if !this.is_active() {
+    /// Makes all pages initial again if it is active.
+    fn reinit(&mut self) {
+        if !self.is_active() {
             return;
         }
-        this.reinits = this.reinits.wrapping_add(1);
-        Self::mark_all(lock, this);
-    }
-
-    /// Makes all pages initial. Marks them without the lock, because that takes long in a large
-    /// memory.
-    fn mark_all(lock: &SpinLock<Self>, mut this: SpinLockGuard<'_, Self>) {
-        this.initial = 0;
-        let Some(mut map) = this.map.take() else {
-            // Another task is marking all pages.
-            return;
-        };
-        drop(this);
-        let fresh = map.mark_all();
-        let this = &mut *lock.lock();
-        // Only a reader at the end of the stream waits, and a new session has none.
-        let wake = fresh == map.dirty() && this.reinits > 0;
-        this.map = Some(map);
-        if let Some(notifier) = this.notifier.as_ref().filter(|_| wake) {
+        self.reinits = self.reinits.wrapping_add(1);
+        let fresh = self.mark_all();
+        // Only a reader at the end of the stream waits.
+        if let Some(notifier) = self.notifier.as_ref().filter(|_| fresh == self.map.dirty()) {
             notifier.notify();
         }
     }
 
-    /// Locks the tracker when no task is marking all pages. May sleep.
-    pub(crate) fn lock_filled(lock: &SpinLock<Self>) -> SpinLockGuard<'_, Self> {
-        loop {
-            let this = lock.lock();
-            if this.map.is_some() {
-                return this;
-            }
-            drop(this);
-            fsleep(FILL_WAIT);
-        }
+    /// Makes all pages initial, and returns the number of pages that became dirty. It takes the
+    /// same time for any number of pages.
+    fn mark_all(&mut self) -> usize {
+        self.initial = 0;
+        self.map.mark_all()
     }
 
     /// Returns whether it is active.
@@ -198,10 +158,10 @@ impl Tracker {
     pub(crate) fn changed(&mut self, range: Range<usize>) {
         let first = range.start / PAGE_SIZE;
         let last = (range.end - 1) / PAGE_SIZE;
-        if let (Some(notifier), Some(map)) = (&self.notifier, &mut self.map) {
-            let fresh = map.mark_range(first, last - first + 1);
+        if let Some(notifier) = &self.notifier {
+            let fresh = self.map.mark_range(first, last - first + 1);
             // Only a reader at the end of the stream waits.
-            if fresh > 0 && fresh == map.dirty() {
+            if fresh > 0 && fresh == self.map.dirty() {
                 notifier.notify();
             }
         }
@@ -227,12 +187,14 @@ impl Tracker {
     /// Marks the held pages in the next [`LOCKED_WORDS`] words from `from` on, and returns the
     /// start of the others, if any.
     fn release(&mut self, from: usize) -> Option<usize> {
-        let map = self.map.as_mut().filter(|_| self.held_count > 0)?;
+        if self.held_count == 0 {
+            return None;
+        }
         let words = self.held.iter_mut().enumerate();
         for (index, word) in words.skip(from).take(LOCKED_WORDS) {
             if *word != 0 {
                 self.held_count -= u64::from(word.count_ones());
-                map.mark_word(index, take(word));
+                self.map.mark_word(index, take(word));
             }
         }
         let next = from + LOCKED_WORDS;
@@ -242,15 +204,14 @@ impl Tracker {
     /// Takes the next run of at most `max` pages to stream, and returns whether it was never
     /// streamed. Pages that were never streamed come first.
     pub(crate) fn take(&mut self, max: usize) -> Option<(dirty_map::Run, bool)> {
-        let map = self.map.as_mut()?;
-        let initial = self.initial < self.pages;
+        let initial = self.initial < self.map.pages();
         let from = if initial { self.initial } else { self.cursor };
-        let mut run = match map.take_run(from) {
+        let mut run = match self.map.take_run(from) {
             Some(run) => run,
-            None => map.take_run(0)?,
+            None => self.map.take_run(0)?,
         };
         if run.count > max {
-            map.mark_range(run.first + max, run.count - max);
+            self.map.mark_range(run.first + max, run.count - max);
             run.count = max;
         }
         if initial {
@@ -266,41 +227,36 @@ impl Tracker {
         let Some(notifier) = &self.notifier else {
             return;
         };
-        if let Some(map) = &mut self.map {
-            map.mark_range(pages.start, pages.len());
-            // Pages below `initial` count as changed.
-            if initial && self.initial == pages.end {
-                self.initial = pages.start;
-            }
+        self.map.mark_range(pages.start, pages.len());
+        // Pages below `initial` count as changed.
+        if initial && self.initial == pages.end {
+            self.initial = pages.start;
         }
         notifier.notify();
     }
 
     /// Returns the pages still to be streamed.
     pub(crate) fn pending(&self) -> Pending {
-        let words = self.pages.div_ceil(PAGES_PER_WORD);
+        let words = self.map.pages().div_ceil(PAGES_PER_WORD);
         let initial = Pages {
-            pages: (self.pages - self.initial) as u64,
+            pages: (self.map.pages() - self.initial) as u64,
             runs: words.saturating_sub(self.initial / PAGES_PER_WORD) as u64,
         };
+        // A run across `initial` is one run in the map, but two to stream.
+        let across = self.initial < self.map.pages()
+            && self.initial % PAGES_PER_WORD != 0
+            && self.map.is_dirty(self.initial - 1);
         let initial = if initial.pages == 0 {
             Pages::default()
         } else {
             initial
         };
-        let dirty = self.map.as_ref().map_or_else(Pages::default, |map| {
-            // A run across `initial` is one run in the map, but two to stream.
-            let across = self.initial < self.pages
-                && self.initial % PAGES_PER_WORD != 0
-                && map.is_dirty(self.initial - 1);
-            Pages {
-                pages: map.dirty() as u64 - initial.pages,
-                runs: map.runs() as u64 + u64::from(across) - initial.runs,
-            }
-        });
         Pending {
             initial,
-            dirty,
+            dirty: Pages {
+                pages: self.map.dirty() as u64 - initial.pages,
+                runs: self.map.runs() as u64 + u64::from(across) - initial.runs,
+            },
             held: Pages {
                 pages: self.held_count,
                 runs: self.held_count,
@@ -472,7 +428,7 @@ impl StateMemory {
     ///
     /// Reported to the user by `VFIO_PRECOPY_INFO_REINIT`. Does not sleep.
     pub fn reinit(&self) {
-        Tracker::reinit(&self.0.tracker);
+        self.0.tracker.lock().reinit();
     }
 
     /// Drops stores of users through mappings from now on. May sleep.
@@ -542,7 +498,7 @@ impl StateMemory {
     /// Notifies `notifier` when a page is to be streamed and there was none before. Fails with
     /// `EBUSY` if the memory is tracked already. Does not sleep.
     pub fn track(&self, notifier: Arc<Notifier>) -> Result<Tracking> {
-        Tracker::begin(&self.0.tracker, notifier)?;
+        self.0.tracker.lock().begin(notifier)?;
         Ok(Tracking(self.clone()))
     }
 }
@@ -691,7 +647,7 @@ impl Tracking {
         // Held until the pages are write-protected, so that a store sets the mark of its page after
         // the mark was cleared.
         let mut mappings = inner.mappings.lock();
-        let mut tracker = Tracker::lock_filled(&inner.tracker);
+        let mut tracker = inner.tracker.lock();
         let phase = tracker.notifier.as_ref()?.phase();
         if phase == Phase::StopCopy {
             // The mutex is held, so no page becomes held meanwhile.
@@ -699,7 +655,7 @@ impl Tracking {
             while let Some(from) = next {
                 drop(tracker);
                 cond_resched();
-                tracker = Tracker::lock_filled(&inner.tracker);
+                tracker = inner.tracker.lock();
                 next = tracker.release(from);
             }
         }
@@ -729,7 +685,14 @@ impl Tracking {
 
 impl Drop for Tracking {
     fn drop(&mut self) {
-        let notifier = self.0 .0.tracker.lock().end();
+        let tracker = &self.0 .0.tracker;
+        // The next session begins without held pages.
+        let mut next = Some(0);
+        while let Some(from) = next {
+            next = tracker.lock().release(from);
+            cond_resched();
+        }
+        let notifier = tracker.lock().end();
         // Outside of the lock: this may be the last reference.
         drop(notifier);
     }

@@ -222,7 +222,7 @@ impl BarMemory {
     /// Notifies `notifier` when a page is to be streamed and there was none before. Fails with
     /// `EBUSY` if the memory is tracked already. Does not sleep.
     pub fn track(&self, notifier: Arc<Notifier>) -> Result<BarTracking> {
-        Tracker::begin(&self.0.tracker, notifier)?;
+        self.0.tracker.lock().begin(notifier)?;
         Ok(BarTracking(self.clone()))
     }
 }
@@ -289,7 +289,7 @@ impl BarTracking {
         // Held until the pages are write-protected, so that a store sets the mark of its page after
         // the mark was cleared.
         let mut mappings = memory.0.mappings.lock();
-        let Some((run, initial)) = Tracker::lock_filled(&memory.0.tracker).take(max) else {
+        let Some((run, initial)) = memory.0.tracker.lock().take(max) else {
             return Ok(None);
         };
         let pages = run.first..run.first + run.count;

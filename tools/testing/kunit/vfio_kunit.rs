@@ -244,6 +244,34 @@ mod dirty_map_tests {
     }
 
     #[test]
+    fn marked_map_is_taken_in_order() -> Result {
+        const PAGES: usize = (1 << 18) + 3;
+
+        let mut map = new_map(PAGES)?;
+
+        for round in 0..3 {
+            // The first round ends in the middle of a word of the summary.
+            let words = if round == 0 { 70 } else { leaf_words(PAGES) };
+
+            map.mark_all();
+            assert_eq!((map.dirty(), map.runs()), (PAGES, leaf_words(PAGES)));
+            for index in 0..words {
+                let first = index * PAGES_PER_WORD;
+                let count = PAGES_PER_WORD.min(PAGES - first);
+
+                assert_eq!(map.take_run(first), Some(Run { first, count }));
+                assert!(!map.is_dirty(first));
+            }
+            let left = PAGES.saturating_sub(words * PAGES_PER_WORD);
+            assert_eq!(map.dirty(), left);
+            assert_eq!(map.next_run(0).is_some(), left > 0);
+            assert_eq!(map.mark(0), 1);
+            assert_eq!(map.mark(PAGES - 1), usize::from(left == 0));
+        }
+        Ok(())
+    }
+
+    #[test]
     fn map_behaves_like_single_flags() -> Result {
         const PAGES: usize = 200;
 

@@ -297,13 +297,69 @@ fn runs_end_with_their_word() {
     assert_eq!((map.dirty(), map.runs()), (200, 4));
 }
 
+/// To mark all pages writes nothing. Taking a page writes its word, and those before it.
+#[test]
+fn all_pages_are_marked_without_a_write() {
+    let (mut leaf, mut summary) = ([0; 130], [0; 3]);
+    let mut map = DirtyMap::new(129 * 64 + 10, &mut leaf[..], &mut summary[..]).unwrap();
+
+    assert_eq!(map.mark_all(), 129 * 64 + 10);
+    assert_eq!(map.mark_all(), 0);
+    assert_eq!(map.mark_range(0, usize::MAX), 0);
+    assert_eq!(map.mark_word(129, u64::MAX), 0);
+    assert_eq!(leaf, [0; 130]);
+    assert_eq!(summary, [0; 3]);
+
+    let mut map = DirtyMap::new(129 * 64 + 10, &mut leaf[..], &mut summary[..]).unwrap();
+    map.mark_all();
+    assert_eq!(
+        map.take_run(65 * 64 + 1),
+        Some(Run {
+            first: 65 * 64 + 1,
+            count: 63
+        })
+    );
+    assert_eq!((map.dirty(), map.runs()), (129 * 64 + 10 - 63, 130));
+    assert_eq!((leaf[64], leaf[65], leaf[66]), (u64::MAX, 1, 0));
+    assert_eq!(summary, [u64::MAX, 3, 0]);
+}
+
+/// A map that was dirty in part is dirty from end to end, whatever its words are.
+#[test]
+fn old_words_do_not_count() {
+    let mut map = new_map(70 * 64);
+
+    for round in 1..4 {
+        assert_eq!(map.mark_all(), if round == 1 { 70 * 64 } else { 66 * 64 });
+        // The last round leaves the words 0, 2, 4 and 69.
+        for index in (0..69).filter(|index| *index > 4 || index % 2 == 1) {
+            assert_eq!(
+                map.take_run(index * 64),
+                Some(Run {
+                    first: index * 64,
+                    count: 64
+                })
+            );
+        }
+        assert_eq!((map.dirty(), map.runs()), (4 * 64, 4));
+        let left = [0, 2, 4, 69].map(|index| index * 64);
+        let mut from = 0;
+        for first in left {
+            assert_eq!(map.next_run(from), Some(Run { first, count: 64 }));
+            assert!(map.is_dirty(first));
+            from = first + 64;
+        }
+        assert_eq!(map.next_run(from), None);
+    }
+}
+
 /// The map works on borrowed memory too.
 #[test]
 fn borrowed_memory() {
     let (mut leaf, mut summary) = ([0; 2], [0; 1]);
     let mut map = DirtyMap::new(100, &mut leaf[..], &mut summary[..]).unwrap();
 
-    assert_eq!(map.mark_all(), 100);
-    assert_eq!(leaf, [u64::MAX, (1 << 36) - 1]);
+    assert_eq!((map.mark(1), map.mark(99)), (1, 1));
+    assert_eq!(leaf, [2, 1 << 35]);
     assert_eq!(summary, [3]);
 }
