@@ -259,6 +259,11 @@ impl<T: Operations> Migratable for OpenDevice<T> {
         self.data.begin_arc(from, to)
     }
 
+    fn end_arc(&self) {
+        self.function.gate.settle();
+        self.data.end_arc();
+    }
+
     fn quiesce_p2p(&self) -> Result {
         let gate = &self.function.gate;
         if T::PEER_TO_PEER {
@@ -285,7 +290,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
                 self.mapped().for_each(StateMemory::thaw);
                 gate.open(Reason::Stopping);
             })?;
-        gate.stop();
+        // Writes wait for the end of the arc, which may still fail.
         self.function.run(false);
         Ok(())
     }
@@ -294,7 +299,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
         self.data.start()?;
         self.mapped().for_each(StateMemory::thaw);
         self.function.run(true);
-        self.function.gate.open(Reason::Stopped);
+        self.function.gate.start();
         Ok(())
     }
 

@@ -36,8 +36,8 @@
 //!
 //! "Without P2P" means without `VFIO_MIGRATION_P2P` in the device's [`Flags`].
 //!
-//! [`begin_arc`] is called first on each arc. Each call of [`pre_copy`] and [`Saver::seal`] is
-//! followed by one of [`Saver::next`].
+//! [`begin_arc`] is called first on each arc, and [`end_arc`] last. Each call of [`pre_copy`] and
+//! [`Saver::seal`] is followed by one of [`Saver::next`].
 //!
 //! If a method fails, the calls before it on the same arc are undone, and the state is the start of
 //! the arc. Earlier arcs are not undone. If undoing fails too, or if the driver reports that the
@@ -46,6 +46,7 @@
 //! loader first, and close calls no method.
 //!
 //! [`begin_arc`]: Migratable::begin_arc
+//! [`end_arc`]: Migratable::end_arc
 //! [`quiesce_p2p`]: Migratable::quiesce_p2p
 //! [`resume_p2p`]: Migratable::resume_p2p
 //! [`stop`]: Migratable::stop
@@ -251,6 +252,12 @@ pub trait Migratable: Send + Sync + 'static {
     fn begin_arc(&self, _from: State, _to: State) -> Result {
         Ok(())
     }
+
+    /// Ends an arc that has succeeded, has failed or was undone. Not called if the state is `ERROR`
+    /// now, see [`halt`](Self::halt). Must not fail.
+    ///
+    /// For drivers that must know whether [`stop`](Self::stop) is final: an arc may fail after it.
+    fn end_arc(&self) {}
 
     /// Ends peer-to-peer DMA, for the arcs from `RUNNING` to `RUNNING_P2P` and from `PRE_COPY` to
     /// `PRE_COPY_P2P`.

@@ -57,7 +57,7 @@ pub(crate) enum Reason {
     Stopped = 2,
     /// Bus mastering is off in the command register.
     NotMaster = 4,
-    /// The device is about to stop, which may fail. Writes wait.
+    /// The device is about to stop, or has stopped in an arc that may still fail. Writes wait.
     Stopping = 8,
 }
 
@@ -197,12 +197,27 @@ impl Gate {
         .inspect_err(|_| self.open(reason))
     }
 
-    /// Replaces [`Reason::Stopping`] by [`Reason::Stopped`]: drops the writes that wait. Does not
-    /// sleep.
-    pub(crate) fn stop(&self) {
-        self.change(|inner| {
+    /// Replaces [`Reason::Stopping`], if the gate is closed for it, by [`Reason::Stopped`]: drops
+    /// the writes that wait. Does not sleep.
+    pub(crate) fn settle(&self) {
+        let mut inner = self.inner.lock();
+        let stops = inner.holds(Reason::Stopping);
+        if stops {
             inner.reasons &= !(Reason::Stopping as u32);
             inner.reasons |= Reason::Stopped as u32;
+        }
+        drop(inner);
+        if stops {
+            self.wake();
+        }
+    }
+
+    /// Opens the gate for writes, and for work as far as the state is the reason for which it is
+    /// closed. Does not sleep.
+    pub(crate) fn start(&self) {
+        self.change(|inner| {
+            inner.reasons &= !(Reason::Stopping as u32 | Reason::Stopped as u32);
+            inner.kicked = true;
         });
     }
 
@@ -280,7 +295,10 @@ impl Gate {
     /// is in the state of power on.
     pub(crate) fn reset(&self) {
         self.change(|inner| {
-            inner.reasons &= !(Reason::P2p as u32 | Reason::Stopped as u32);
+            const STATES: u32 =
+                Reason::P2p as u32 | Reason::Stopping as u32 | Reason::Stopped as u32;
+
+            inner.reasons &= !STATES;
             inner.dropped = 0;
             inner.kicked = true;
         });

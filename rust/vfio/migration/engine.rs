@@ -458,8 +458,10 @@ impl<M: Migratable> Engine<M> {
             if done.is_err() && driver.is_broken() {
                 current.leave(Current::Error);
             }
-            // A device that was reset meanwhile is running, and release() changes the state.
-            if current.state() == State::Error && *self.event.lock() != Some(Event::Reset) {
+            if current.state() != State::Error {
+                driver.end_arc();
+            } else if *self.event.lock() != Some(Event::Reset) {
+                // A device that was reset meanwhile is running, and release() changes the state.
                 driver.halt();
             }
             self.publish(current);

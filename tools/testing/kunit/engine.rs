@@ -254,6 +254,7 @@ mod tests {
                             let what = fmt!("{from:?} to {to:?} without {failing:?}");
                             ensure_eq!(done, Some(FAILURE), "{what}");
                             ensure_eq!(rig.engine.state(), arc_from, "{what}");
+                            ensure_eq!(rig.fake.open_arcs(), 0, "{what}");
                             let calls = rig.fake.calls();
                             let undo = undo_of(arc_from, arc_to, failing);
                             ensure_eq!(calls.get(..before.len()), Some(&before[..]), "{what}");
@@ -312,6 +313,8 @@ mod tests {
                         let what = fmt!("{from:?} to {to:?} without {failing:?}, {undoing:?}");
                         ensure_eq!(result, Some(FAILURE), "{what}");
                         ensure_eq!(rig.engine.state(), State::Error, "{what}");
+                        // halt() ends the arc.
+                        ensure_eq!(rig.fake.open_arcs(), 1, "{what}");
                         let mut expected = KVec::new();
                         for &call in calls_of(from, to) {
                             expected.push(call, GFP_KERNEL)?;

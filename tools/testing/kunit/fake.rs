@@ -118,6 +118,8 @@ const PATIENCE: usize = 5_000;
 #[derive(Default)]
 struct Script {
     calls: KVec<Call>,
+    /// Arcs that have begun and not ended.
+    arcs: i32,
     /// Calls of the saver.
     asked: KVec<Call>,
     /// Failures break the device until it is reset.
@@ -225,6 +227,11 @@ impl Fake {
     /// Returns the calls since the last call of this method.
     pub(crate) fn calls(&self) -> KVec<Call> {
         core::mem::take(&mut self.script.lock().calls)
+    }
+
+    /// Returns the number of arcs that have begun and not ended since the last call of this method.
+    pub(crate) fn open_arcs(&self) -> i32 {
+        core::mem::take(&mut self.script.lock().arcs)
     }
 
     /// Makes a call and all later equal calls fail.
@@ -367,6 +374,15 @@ impl Migratable for Fake {
     type Saver = FakeSaver;
     type Loader = FakeLoader;
     const FLAGS: Flags = Flags::STOP_COPY.with_p2p().with_pre_copy();
+
+    fn begin_arc(&self, _from: State, _to: State) -> Result {
+        self.script.lock().arcs += 1;
+        Ok(())
+    }
+
+    fn end_arc(&self) {
+        self.script.lock().arcs -= 1;
+    }
 
     fn quiesce_p2p(&self) -> Result {
         self.called(Call::QuiesceP2p)

@@ -860,6 +860,7 @@ TEST_F(knobs, other_version_is_refused_in_pre_copy)
 struct stopper {
 	struct poller poller;
 	const struct mig_device *dev;
+	__u32 state;
 	int ret;
 };
 
@@ -868,7 +869,7 @@ static void *stopper_main(void *arg)
 	struct stopper *s = arg;
 
 	atomic_store(&s->poller.tid, gettid());
-	s->ret = mig_set_state(s->dev, MIG_STOP, NULL);
+	s->ret = mig_set_state(s->dev, s->state, NULL);
 	atomic_store(&s->poller.done, true);
 	return NULL;
 }
@@ -876,7 +877,7 @@ static void *stopper_main(void *arg)
 TEST_F_TIMEOUT(knobs, delayed_arc_ends_on_command, 60)
 {
 	const struct mock *src = &self->src;
-	struct stopper s = { .dev = &src->dev };
+	struct stopper s = { .dev = &src->dev, .state = MIG_STOP };
 	pid_t child;
 	int status;
 
@@ -934,7 +935,7 @@ TEST_F_TIMEOUT(knobs, write_is_kept_if_the_reset_is_killed, 60)
 {
 	struct mock *src = &self->src;
 	struct scratcher writer = { .m = src, .value = 0x0123456789abcdefULL };
-	struct stopper s = { .dev = &src->dev };
+	struct stopper s = { .dev = &src->dev, .state = MIG_STOP };
 	__u64 dropped = reg64(src, DROPPED);
 	pid_t child;
 
@@ -963,6 +964,47 @@ TEST_F_TIMEOUT(knobs, write_is_kept_if_the_reset_is_killed, 60)
 	set_faults(_metadata, src, "off");
 	ASSERT_TRUE(joined(s.poller.thread));
 	EXPECT_EQ(0, s.ret);
+}
+
+/* The device has stopped when its saver refuses, and goes on. */
+TEST_F_TIMEOUT(knobs, write_is_kept_if_the_seal_fails, 60)
+{
+	static const char *const rules[] = {
+		"seal errno=ENOSPC delay_us=4294967295", "seal delay_us=4294967295",
+	};
+	static const int rets[] = { -ENOSPC, 0 };
+	struct mock *src = &self->src;
+	__u64 dropped = reg64(src, DROPPED);
+	__u64 faulted = number(_metadata, src, "faulted");
+	unsigned int i;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	begin(_metadata, self, &fd);
+	set64(src, SCRATCH, 0);
+	for (i = 0; i < ARRAY_SIZE(rules); i++) {
+		struct scratcher writer = { .m = src, .value = i + 1 };
+		struct stopper s = { .dev = &src->dev, .state = MIG_STOP_COPY };
+
+		set_faults(_metadata, src, rules[i]);
+		ASSERT_EQ(0, pthread_create(&s.poller.thread, NULL, stopper_main, &s));
+		WAIT_FOR(number(_metadata, src, "faulted") > faulted + i, "the saver waits");
+		ASSERT_EQ(0, pthread_create(&writer.poller.thread, NULL, scratcher_main,
+					    &writer));
+		wait_until_asleep(&writer.poller);
+		EXPECT_FALSE(atomic_load(&writer.poller.done))
+			PROMISE("a write waits for the end of an arc that stops the device");
+		set_faults(_metadata, src, "off");
+		ASSERT_TRUE(joined(s.poller.thread));
+		EXPECT_EQ(rets[i], s.ret);
+		ASSERT_TRUE(joined(writer.poller.thread));
+		EXPECT_EQ((ssize_t)sizeof(writer.value), writer.ret);
+		EXPECT_EQ(1U, reg64(src, SCRATCH))
+			PROMISE("a write has an effect only if the device goes on running");
+		EXPECT_EQ(dropped + i, reg64(src, DROPPED))
+			PROMISE("a write is dropped only if the device has stopped");
+	}
+	close(fd);
 }
 
 MIG_HARNESS_MAIN(mock_options)
