@@ -140,6 +140,14 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     const HAS_RESUME_P2P: bool = <T::OpenData as Migratable>::HAS_RESUME_P2P;
     const HAS_PRE_COPY: bool = <T::OpenData as Migratable>::HAS_PRE_COPY;
 
+    fn begin_arc(&self, from: State, to: State) -> Result {
+        self.data.begin_arc(from, to)
+    }
+
+    fn end_arc(&self) {
+        self.data.end_arc();
+    }
+
     // Each arc that calls the driver fails if the device is gone. Otherwise an arc that needs no
     // access, or writes that are posted, would succeed.
 
