@@ -212,8 +212,12 @@ impl Enabled {
                 }
             }
         }
+        // Without addresses, other devices would respond, or none.
+        if self.is_always_enabled() || !self.has_addresses() {
+            return;
+        }
         // As the user has set it.
-        if let Some(command) = self.command().filter(|_| !self.is_always_enabled()) {
+        if let Some(command) = self.command() {
             if (command & COMMAND_MEMORY != 0) != self.is_memory_enabled() {
                 self.set_command(command ^ COMMAND_MEMORY);
             }
