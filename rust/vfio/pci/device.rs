@@ -145,6 +145,7 @@ impl<T: Operations> Migratable for OpenDevice<T> {
     }
 
     fn end_arc(&self) {
+        self.function.end_arc();
         self.data.end_arc();
     }
 

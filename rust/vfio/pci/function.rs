@@ -8,7 +8,12 @@ use crate::{
     bindings,
     pci::resets::Resets,
     region::Position,
-    user::lock_killable, //
+    user::lock_killable,
+    wait::{
+        WaitQueue,
+        FOREVER,
+        KILLABLE, //
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -20,6 +25,7 @@ use kernel::{
     new_mutex,
     page::PAGE_SHIFT,
     prelude::*,
+    static_lock_class,
     sync::{
         atomic::{
             Atomic,
@@ -27,6 +33,7 @@ use kernel::{
             Relaxed, //
         },
         barrier,
+        lock::mutex::MutexGuard,
         Arc,
         Mutex, //
     },
@@ -579,6 +586,17 @@ impl Enabled {
     }
 }
 
+/// What happens to writes of the user to BARs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Writes {
+    /// They reach the device.
+    Pass,
+    /// They wait: the device stops, but the state change may still fail.
+    Wait,
+    /// They are dropped: the device is stopped.
+    Drop,
+}
+
 /// The PCI function of an open device: the driver's access to its BARs and its configuration
 /// space.
 ///
@@ -614,10 +632,14 @@ pub struct Function {
     /// Present while the device is open. Outside of `memory_lock`.
     #[pin]
     enabled: Mutex<Option<Enabled>>,
-    /// Whether the device is stopped: writes of the user to BARs are dropped. Held during such a
-    /// write. Outside of `enabled`.
+    /// What happens to writes of the user to BARs. Held during such a write. Outside of `enabled`.
     #[pin]
-    stopped: Mutex<bool>,
+    writes: Mutex<Writes>,
+    /// A copy of whether writes wait. Changes with `writes` held.
+    waiting: AtomicFlag,
+    /// Writes that wait.
+    #[pin]
+    writers: WaitQueue,
     /// Number of writes dropped since the last reset.
     dropped: Atomic<u64>,
     /// An access since the last reset found that the device is gone.
@@ -647,7 +669,9 @@ impl Function {
         Arc::pin_init(
             pin_init!(Self {
                 enabled <- new_mutex!(Some(enabled), "vfio::pci::Function::enabled"),
-                stopped <- new_mutex!(false, "vfio::pci::Function::stopped"),
+                writes <- new_mutex!(Writes::Pass, "vfio::pci::Function::writes"),
+                waiting: AtomicFlag::new(false),
+                writers <- WaitQueue::new(c"vfio::pci::Function::writers", static_lock_class!()),
                 dropped: Atomic::new(0),
                 broken: AtomicFlag::new(false),
                 resets,
@@ -801,31 +825,59 @@ impl Function {
     }
 
     /// Calls `write`, which writes on behalf of the user. Counts the write instead if the device is
-    /// stopped.
+    /// stopped. Waits while it is being stopped, because that may fail.
+    ///
+    /// Fails with `EINTR` if the task is killed while it waits.
     pub(crate) fn pass(&self, write: impl FnOnce() -> Result) -> Result {
-        let stopped = lock_killable(&self.stopped)?;
-        if *stopped {
-            self.dropped();
-            return Ok(());
+        loop {
+            let writes = lock_killable(&self.writes)?;
+            match *writes {
+                Writes::Pass => return write(),
+                Writes::Drop => {
+                    self.dropped();
+                    return Ok(());
+                }
+                Writes::Wait => (),
+            }
+            drop(writes);
+            self.writers
+                .wait(KILLABLE, FOREVER, |_| !self.waiting.load(Relaxed))
+                .map_err(|_| EINTR)?;
         }
-        write()
     }
 
-    /// Drops writes of the user from now on. No write is under way when this returns. Fails with
-    /// `EINTR`, without an effect, if the task is killed while it waits for one.
+    /// Decides about writes of the user from now on, with `writes` locked.
+    fn decide(&self, mut writes: MutexGuard<'_, Writes>, to: Writes) {
+        *writes = to;
+        self.waiting.store(to == Writes::Wait, Relaxed);
+        drop(writes);
+        self.writers.wake();
+    }
+
+    /// Lets writes of the user wait from now on, until [`end_arc()`](Self::end_arc),
+    /// [`halt()`](Self::halt) or [`start()`](Self::start). No write is under way when this returns.
+    /// Fails with `EINTR`, without an effect, if the task is killed while it waits for one.
     pub(crate) fn stop(&self) -> Result {
-        *lock_killable(&self.stopped)? = true;
+        self.decide(lock_killable(&self.writes)?, Writes::Wait);
         Ok(())
     }
 
-    /// The same for a device that failed.
+    /// Drops writes of the user from now on if they wait: the device is stopped.
+    pub(crate) fn end_arc(&self) {
+        let writes = self.writes.lock();
+        if *writes == Writes::Wait {
+            self.decide(writes, Writes::Drop);
+        }
+    }
+
+    /// Drops writes of the user from now on, because the device failed.
     pub(crate) fn halt(&self) {
-        *self.stopped.lock() = true;
+        self.decide(self.writes.lock(), Writes::Drop);
     }
 
     /// Passes writes of the user again.
     pub(crate) fn start(&self) {
-        *self.stopped.lock() = false;
+        self.decide(self.writes.lock(), Writes::Pass);
     }
 
     /// Returns the number of writes to BARs that were dropped since the last reset, because the
@@ -837,7 +889,7 @@ impl Function {
 
     /// Passes writes of the user again after a reset, and clears the count of dropped ones.
     pub(crate) fn reset_gate(&self) {
-        *self.stopped.lock() = false;
+        self.start();
         self.dropped.store(0, Relaxed);
     }
 
