@@ -76,6 +76,7 @@ pub(crate) use generated::{
 pub(crate) use generated::{
     rust_helper_vfio_frame_to_page as vfio_frame_to_page,
     rust_helper_vfio_iommu_dirty_bitmap_record as vfio_iommu_dirty_bitmap_record,
-    rust_helper_vfio_iommu_fwspec_init as vfio_iommu_fwspec_init, //
+    rust_helper_vfio_iommu_fwspec_init as vfio_iommu_fwspec_init,
+    rust_helper_vfio_kill_device as vfio_kill_device, //
 };
 pub(crate) use kernel::bindings::*;

@@ -5,6 +5,7 @@
 
 #include <linux/cgroup.h>
 #include <linux/cred.h>
+#include <linux/device.h>
 #include <linux/freezer.h>
 #include <linux/iommu.h>
 #include <linux/iova_bitmap.h>
@@ -115,6 +116,18 @@ __rust_helper int rust_helper_pm_runtime_resume_and_get(struct device *dev)
 __rust_helper void rust_helper_pm_runtime_put(struct device *dev)
 {
 	pm_runtime_put(dev);
+}
+
+/*
+ * No driver can be bound to the device any more. A device that is still being added is
+ * left as it is.
+ */
+__rust_helper void rust_helper_vfio_kill_device(struct device *dev)
+{
+	device_lock(dev);
+	if (device_is_registered(dev))
+		kill_device(dev);
+	device_unlock(dev);
 }
 
 __rust_helper void rust_helper_release_fault_lock(struct vm_fault *vmf)

@@ -38,6 +38,7 @@ void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg);
 struct mem_cgroup *rust_helper_set_active_memcg(struct mem_cgroup *memcg);
 int rust_helper_pm_runtime_resume_and_get(struct device *dev);
 void rust_helper_pm_runtime_put(struct device *dev);
+void rust_helper_vfio_kill_device(struct device *dev);
 void rust_helper_release_fault_lock(struct vm_fault *vmf);
 unsigned long rust_helper_page_to_pfn(struct page *page);
 pgprot_t rust_helper_vfio_pci_page_prot(const struct vm_area_struct *vma, bool writable,

@@ -81,8 +81,7 @@ impl Register {
 /// A slot of the bus. Config accesses take no locks: they can come from any context.
 struct Slot {
     is_present: Atomic<bool>,
-    /// The function to which a driver can be bound. Set before the function is present, and empty
-    /// from the beginning of its removal.
+    /// The function, if there was one. Set while the slot is empty.
     kind: Pin<KBox<Mutex<Option<Kind>>>>,
     registers: KVec<Register>,
 }
@@ -585,9 +584,6 @@ impl Bridge {
         let Some(slot) = self.root.slots.get(number) else {
             return;
         };
-        // If the driver was bound again before the lock is taken, a new user would delay everything
-        // that waits for the lock.
-        *slot.kind.lock() = None;
         let find = || {
             let devfn = number as c_uint * FUNCTIONS;
             // SAFETY: By the type invariants, the bus is valid.
@@ -598,7 +594,11 @@ impl Bridge {
         if let Some(pdev) = find() {
             // SAFETY: `pdev` is a reference.
             unsafe {
-                bindings::device_release_driver(&raw mut (*pdev.as_ptr()).dev);
+                let dev = &raw mut (*pdev.as_ptr()).dev;
+                // If a driver was bound before the lock is taken, a new user would delay everything
+                // that waits for the lock.
+                bindings::vfio_kill_device(dev);
+                bindings::device_release_driver(dev);
                 bindings::pci_dev_put(pdev.as_ptr());
             }
         }
@@ -616,7 +616,7 @@ impl Bridge {
 
     /// Returns the settings of a function.
     ///
-    /// Fails with `ENODEV` if the device is not on the bus, or is being unplugged.
+    /// Fails with `ENODEV` if the device is not on the bus.
     ///
     /// # Safety
     ///

@@ -83,7 +83,7 @@ impl Host {
 
     /// Returns the settings of a function.
     ///
-    /// Fails with `ENODEV` if the device is not on the bus, or is being unplugged.
+    /// Fails with `ENODEV` if the device is not on the bus.
     ///
     /// # Safety
     ///

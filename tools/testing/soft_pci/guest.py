@@ -452,7 +452,8 @@ def unload():
 
 
 def rebinding():
-    """a function that is being unplugged cannot be bound again"""
+    """a function that is being unplugged cannot be bound again, to any driver"""
+    subprocess.run(["modprobe", "vfio-pci"], check=True)
     with Function("one") as one, Function("two") as two:
         path, other = one.path, two.path
         device = Device(two)
@@ -464,8 +465,10 @@ def rebinding():
             wait(lambda: not any((other / "vfio-dev").glob("*")), "the removal of two")
             waiter.start()
             wait(lambda: not (path / "driver").exists(), "the driver of one")
-            with refused(errno.ENODEV):
-                (DRIVER / "bind").write_text(path.name)
+            for driver in DRIVER, DRIVER.with_name("vfio-pci"):
+                (path / "driver_override").write_text(driver.name)
+                with refused(errno.ENODEV):
+                    (driver / "bind").write_text(path.name)
             check(waiter.is_alive() and remover.is_alive(), "the removal does not wait")
         finally:
             device.close()
