@@ -443,9 +443,9 @@ pub trait Saver: Send + Unpin + 'static {
     ///
     /// For `VFIO_MIG_GET_PRECOPY_INFO` and `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`, which fail with the
     /// same error. It should be exact: users decide from it when to stop the device. The engine
-    /// warns once about a saver that has bytes left at its end, and about one that returns a chunk
-    /// although nothing was left and it has not notified since. May query firmware: read(), poll()
-    /// and state changes do not call it.
+    /// notes once in the kernel log that a saver had bytes left at its end, and that one returned a
+    /// chunk although nothing was left and it had not notified since. May query firmware: read(),
+    /// poll() and state changes do not call it.
     fn remaining(&self) -> Result<Remaining>;
 
     /// Takes back the pages of a chunk that a user has read entirely, with

@@ -47,7 +47,7 @@ use kernel::{
         IovIterSource, //
     },
     module::this_module,
-    new_mutex, pr_warn_once,
+    new_mutex, pr_info_once,
     prelude::*,
     sync::{
         aref::ARef,
@@ -107,7 +107,7 @@ impl<M: Migratable> Saving<M> {
         let remaining = self.saver.remaining()?;
         let left = remaining.left(notifier.phase());
         if left > 0 && self.is_at_end(notifier.events()) {
-            pr_warn_once!("a saver says that {left} bytes are left at its end\n");
+            pr_info_once!("inexact sizes: {left} bytes are reported at the end of a stream\n");
         }
         self.none_left = (left == 0).then_some(seen);
         Ok(remaining)
@@ -149,7 +149,7 @@ impl<M: Migratable> Saving<M> {
             Ok(Next::Chunk(chunk)) if chunk.len() == 0 => Answer::Failed(EIO),
             Ok(Next::Chunk(mut chunk)) => {
                 if none_left && seen == notifier.events() {
-                    pr_warn_once!("a saver has a chunk after it said that nothing is left\n");
+                    pr_info_once!("inexact sizes: a stream goes on after none were reported\n");
                 }
                 self.pos = 0;
                 self.len = chunk.len();

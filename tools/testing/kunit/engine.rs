@@ -1237,8 +1237,8 @@ mod tests {
         let size = || rig.engine.data_size(&rig.fake);
         let reports = || {
             (
-                logged(c"a saver has a chunk after it said that nothing is left"),
-                logged(c"a saver says that 5 bytes are left at its end"),
+                logged(c"inexact sizes: a stream goes on after none were reported"),
+                logged(c"inexact sizes: 5 bytes are reported at the end of a stream"),
             )
         };
         let (chunks, ends) = reports();
