@@ -63,7 +63,7 @@ impl Sink for Target {
 
 /// Content of a [`MockLoader`], boxed because of its size.
 struct Inner {
-    decoder: Decoder<VVec<u64>, PAGE_SIZE>,
+    decoder: Decoder<KVVec<u64>, PAGE_SIZE>,
     target: Target,
     /// Number of bytes taken.
     bytes: u64,
@@ -79,7 +79,7 @@ pub(crate) struct MockLoader(KBox<Inner>);
 impl MockLoader {
     /// Creates a loader for a stopped device.
     pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
-        let table = VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
+        let table = KVVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?;
         let identity = chip.identity();
         let waits = Waits::new(chip.knobs.loading.clone(), notifier)?;
         Ok(Self(KBox::init(

@@ -93,7 +93,7 @@ pub(crate) struct MockSaver {
     next_page: Option<Timer>,
     identity: Identity<PAGE_SIZE>,
     step: Step,
-    digests: Digests<VVec<u64>>,
+    digests: Digests<KVVec<u64>>,
     /// Except while a run of pages has it.
     page_digests: Option<PageDigests>,
     tally: Tally,
@@ -102,7 +102,7 @@ pub(crate) struct MockSaver {
 impl MockSaver {
     /// Creates a saver and starts dirty tracking.
     pub(crate) fn new(chip: Arc<Chip>, notifier: Arc<Notifier>) -> Result<Self> {
-        let digests = Digests::new(VVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?);
+        let digests = Digests::new(KVVec::zeroed(chip.memory.pages(), GFP_MAYFAIL)?);
         let identity = chip.identity();
         let tracking = chip.memory.track(notifier.clone())?;
         Ok(Self {
