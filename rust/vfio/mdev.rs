@@ -217,7 +217,7 @@ impl<T: Driver> Registration<T> {
         unsafe {
             driver.write(bindings::mdev_driver {
                 device_api: c"vfio-pci".as_char_ptr(),
-                max_instances: T::MAX_INSTANCES,
+                max_instances: T::max_instances().min(T::MAX_INSTANCES),
                 probe: Some(Self::probe),
                 remove: Some(Self::remove),
                 get_available: None,

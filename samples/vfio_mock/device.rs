@@ -9,6 +9,7 @@ use crate::{
         rules::Event,
         Knobs, //
     },
+    max_instances,
     migration_flags,
     registers, //
 };
@@ -110,6 +111,10 @@ impl mdev::Driver for Mock {
     }
 
     const MAX_INSTANCES: u32 = 64;
+
+    fn max_instances() -> u32 {
+        max_instances()
+    }
 
     fn probe(type_index: usize) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {

@@ -68,6 +68,10 @@ module! {
             default: 7,
             description: "Supported migration features: 1 (STOP_COPY) + 2 (P2P) + 4 (PRE_COPY)",
         },
+        max_instances: u32 {
+            default: 64,
+            description: "Maximum number of devices, and of PCI functions, up to 64",
+        },
     },
 }
 
@@ -80,6 +84,11 @@ vfio::module_text_param!(
 /// Returns the migration features in the module parameter, or [`None`] if they are invalid.
 fn migration_flags() -> Option<Flags> {
     Flags::from_raw(module_parameters::migration_flags.value())
+}
+
+/// Returns the maximum number of devices on each bus.
+fn max_instances() -> u32 {
+    module_parameters::max_instances.value()
 }
 
 #[pin_data]

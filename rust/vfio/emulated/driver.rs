@@ -198,6 +198,12 @@ pub trait Driver: Operations {
     /// Maximum number of devices of all types at the same time, on the bus of each front end.
     const MAX_INSTANCES: u32;
 
+    /// Returns a lower maximum, such as a [parameter of the module](crate::module_param). Numbers
+    /// above [`MAX_INSTANCES`](Self::MAX_INSTANCES) have no effect.
+    fn max_instances() -> u32 {
+        Self::MAX_INSTANCES
+    }
+
     /// Returns an initializer for the data of a new device of the type `TYPES[type_index]`.
     ///
     /// Called when an administrator creates the device. An error is returned to the administrator.

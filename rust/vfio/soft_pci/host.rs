@@ -50,7 +50,7 @@ impl Host {
 
     /// Plugs a function of a type. May sleep.
     ///
-    /// Fails with `ENOSPC` if there are [`Driver::MAX_INSTANCES`], and with the error of the
+    /// Fails with `ENOSPC` if there are [`Driver::max_instances()`], and with the error of the
     /// driver if it cannot describe the function.
     pub(super) fn plug<T: Driver>(this: &Arc<Self>, kind: Kind, bind: bool) -> Result<Plugged> {
         let function = Function {
@@ -60,7 +60,7 @@ impl Host {
         let slot = this.bridge.plug(
             &function,
             bind.then_some(T::NAME),
-            T::MAX_INSTANCES as usize,
+            T::max_instances().min(T::MAX_INSTANCES) as usize,
         )?;
         Ok(Plugged {
             host: this.clone(),

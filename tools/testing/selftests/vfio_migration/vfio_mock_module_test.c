@@ -15,7 +15,9 @@
 #include "mock_fail.h"
 
 /* The core accepts a failure to create the link in /sys/class/mdev_bus. */
-#define TYPE	"/sys/class/vfio_mock/vfio_mock/mdev_supported_types/vfio_mock-64K/"
+#define TYPES	"/sys/class/vfio_mock/vfio_mock/mdev_supported_types/"
+#define TYPE	TYPES "vfio_mock-64K/"
+#define OTHER	TYPES "vfio_mock-1M/"
 #define UUID	"5eed0000-fa11-4000-8000-000000000002"
 #define DEVICE	"/sys/bus/mdev/devices/" UUID
 
@@ -319,6 +321,26 @@ TEST_F(module, defaults_have_a_length)
 	ASSERT_EQ(0, unload());
 	end[1024] = '7';
 	EXPECT_EQ(-ENOSPC, load_with(self->file, text));
+}
+
+/* A device of another type counts, too. */
+TEST_F(module, max_instances)
+{
+	char text[16] = {};
+	int fd;
+
+	ASSERT_EQ(0, load_with(self->file, "max_instances=1"));
+	ASSERT_EQ(0, write_word(TYPE "create", UUID));
+	fd = open(OTHER "available_instances", O_RDONLY | O_CLOEXEC);
+	ASSERT_LE(0, fd);
+	ASSERT_LT(0, read(fd, text, sizeof(text) - 1));
+	close(fd);
+	EXPECT_STREQ("0\n", text);
+	EXPECT_EQ(-EUSERS, write_word(OTHER "create", "5eed0000-fa11-4000-8000-000000000003"))
+		PROMISE("no more devices than max_instances are created");
+	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
+	ASSERT_EQ(0, write_word(TYPE "create", UUID));
+	ASSERT_EQ(0, write_word(DEVICE "/remove", "1"));
 }
 
 #define TRACING	"/sys/kernel/tracing/"
