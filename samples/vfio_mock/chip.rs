@@ -129,6 +129,9 @@ impl Chip {
         if effect.breaks {
             self.broken.store(true, Relaxed);
         }
+        if effect.reinit {
+            self.knobs.load.order_reinit();
+        }
         match effect.errno {
             Some(errno) => Err(Error::from_errno(-errno)),
             None => Ok(effect.xor),

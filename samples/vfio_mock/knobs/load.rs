@@ -102,7 +102,7 @@ impl Load {
     }
 
     /// Re-initialises the device, if it is in pre-copy: all of its state is initial again.
-    pub(super) fn order_reinit(&self) {
+    pub(crate) fn order_reinit(&self) {
         let settings = &mut *self.settings.lock();
         settings.reinits = settings.reinits.wrapping_add(1);
         if let Some(notifier) = &settings.notifier {

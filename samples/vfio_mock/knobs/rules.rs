@@ -129,6 +129,8 @@ pub struct Effect {
     pub breaks: bool,
     /// Bits to change in the next byte of the stream.
     pub xor: u8,
+    /// Whether the device re-initialises itself.
+    pub reinit: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,8 +192,9 @@ impl Rule {
             errno,
             breaks,
             xor,
+            reinit,
         } = rule.effect;
-        if errno.is_none() && (breaks || delay_us == 0 && xor == 0) {
+        if errno.is_none() && (breaks || delay_us == 0 && xor == 0 && !reinit) {
             rule.effect.errno = Some(EIO);
         }
         Some(rule)
@@ -209,6 +212,9 @@ impl Rule {
             }
             ("xor", Place::Write) => {
                 self.effect.xor = number(value).filter(|bits| *bits > 0)?;
+            }
+            ("reinit", Place::Arc(..) | Place::Read) if value == "1" => {
+                self.effect.reinit = true;
             }
             // Only an arc may wait, and is followed by the question whether the device is broken.
             ("delay_us", Place::Arc(..)) => self.effect.delay_us = number(value)?,
@@ -277,6 +283,9 @@ impl fmt::Display for Rule {
         }
         if self.effect.xor > 0 {
             write!(f, " xor={}", self.effect.xor)?;
+        }
+        if self.effect.reinit {
+            f.write_str(" reinit=1")?;
         }
         Ok(())
     }

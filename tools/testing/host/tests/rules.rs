@@ -71,7 +71,7 @@ proptest! {
             prop_oneof![
                 prop::sample::select(&["arc", "STOP->*", "read", "seal", "nth=2", "times=-1",
                     "write", "errno=EIO", "state=ERROR", "delay_us=7", "after=4096", "xor=9",
-                    ";", "off"][..])
+                    "reinit=1", ";", "off"][..])
                     .prop_map(str::to_owned),
                 "[a-zA-Z0-9=;>* -]{0,9}",
             ],
@@ -133,6 +133,8 @@ fn invalid_rules_are_refused() {
         "write xor=0",
         "write xor=256",
         "read xor=1",
+        "read reinit=0",
+        "write reinit=1",
         "seal after=5",
         "seal state=STOP",
         "seal when=5",
@@ -169,6 +171,7 @@ fn effects_are_those_of_the_rule() {
         errno: Some(19),
         breaks: true,
         xor: 0,
+        reinit: false,
     };
     let text = "arc *->* state=ERROR delay_us=7 errno=ENODEV";
     assert_eq!(effect(text, stop), Some(broken));
@@ -184,6 +187,15 @@ fn effects_are_those_of_the_rule() {
     assert_eq!(
         effect("write xor=1 errno=EIO", Event::Write(0)).map(|effect| effect.errno),
         Some(EIO)
+    );
+    let begins_again = Effect {
+        reinit: true,
+        ..Effect::default()
+    };
+    assert_eq!(effect("arc *->STOP reinit=1", stop), Some(begins_again));
+    assert_eq!(
+        effect("read after=7 reinit=1", Event::Read(7)),
+        Some(begins_again)
     );
     for (text, event) in [
         ("seal", Event::Seal),

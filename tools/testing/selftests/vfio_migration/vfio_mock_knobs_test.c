@@ -399,6 +399,43 @@ TEST_F(knobs, reinit_on_command)
 	close(fd);
 }
 
+/* The device begins again at a byte of the stream, and when the client stops it. */
+TEST_F(knobs, reinit_at_a_chosen_moment)
+{
+	struct mock *src = &self->src;
+	struct vfio_precopy_info info;
+	struct mock_front front;
+	__u64 reinits, size;
+	int fd;
+
+	NEED_PRE_COPY(&src->dev);
+	ASSERT_EQ(0, mig_opt_in_v2(&src->dev));
+	populate(_metadata, src, 1);
+	reinits = number(_metadata, src, "reinit");
+	ASSERT_EQ(0, mock_set(src, "faults", "read after=1 reinit=1; arc PRE_COPY->* reinit=1"));
+	begin(_metadata, self, &fd);
+	EXPECT_LT(2 * src->size, self->image.len)
+		PROMISE("all of the memory is streamed again");
+	EXPECT_EQ(reinits + 1, number(_metadata, src, "reinit"));
+	ASSERT_EQ(0, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0U, info.initial_bytes);
+	read_front(_metadata, src, &front);
+	if (src->dev.flags & VFIO_MIGRATION_P2P) {
+		move_on(_metadata, &src->dev, MIG_PRE_COPY_P2P);
+		ASSERT_EQ(0, mig_precopy_info(fd, &info));
+		EXPECT_EQ((__u32)VFIO_PRECOPY_INFO_REINIT, info.flags);
+		EXPECT_LT(src->size, info.initial_bytes);
+	}
+	move_on(_metadata, &src->dev, MIG_STOP_COPY);
+	ASSERT_EQ(0, mig_data_size(&src->dev, &size));
+	EXPECT_LT(src->size, size)
+		PROMISE("all of the state is to be streamed again");
+	EXPECT_EQ(reinits + 2, number(_metadata, src, "reinit"));
+	ASSERT_EQ(0, mig_save(fd, &self->image, stream_limit(&src->dev)));
+	close(fd);
+	load_and_compare(_metadata, &self->dst, &self->image, 0, src->want, &front);
+}
+
 /* ---- Pace ---- */
 
 /* A thread that reads or writes once. */
