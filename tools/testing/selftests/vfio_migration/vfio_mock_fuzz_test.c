@@ -2,9 +2,9 @@
 /*
  * A hostile client: threads that call the uAPI with random and invalid arguments on
  * one device: regions at any offset, every ioctl with wrong sizes and pointers,
- * partial mappings, interrupts, states, damaged streams, DMA to any address. The
- * kernel has to survive, and the device has to be in its power-on state when it is
- * opened again.
+ * partial mappings, interrupts, states, damaged streams, DMA to any address. Meanwhile
+ * the host turns the knobs of the device. The kernel has to survive, and the device has
+ * to be in its power-on state when it is opened again.
  *
  *	./vfio_mock_fuzz_test --small "SOURCE TARGET"
  *
@@ -309,11 +309,58 @@ static void call_mapping(struct hand *h)
 	}
 }
 
+/* The knobs, with the values that turn them off. */
+static const char *const knobs[][2] = {
+	{ "save_delay_us", "0" }, { "save_rate", "0" },
+	{ "load_delay_us", "0" }, { "load_rate", "0" },
+	{ "dirty_rate", "0" }, { "dirty_span", "0" }, { "dirty_pattern", "sequential" },
+	{ "initial_bytes", "exact" }, { "dirty_bytes", "exact" }, { "tail_bytes", "exact" },
+	{ "stream_version", "1" }, { "stream_features", "0" },
+	{ "faults", "off" },
+};
+
+static void turn_off(const struct mock *m)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(knobs); i++)
+		mock_set(m, knobs[i][0], knobs[i][1]);
+}
+
+static void call_knob(struct hand *h)
+{
+	/* No delay that only another thread could end. */
+	static const char *const rules[] = {
+		"arc *->* nth=3 times=2 errno=EAGAIN", "arc *->* delay_us=100 times=-1",
+		"arc *->STOP_COPY state=ERROR", "arc PRE_COPY->* reinit=1",
+		"read after=1 times=9 errno=ENOMSG", "read nth=2 times=-1 reinit=1",
+		"write after=4097 xor=255", "write nth=2; loaded nth=2 state=ERROR",
+		"seal errno=EAGAIN; size times=5; reset nth=2",
+		"log_start; log_report; log_stop", "dma times=-1 errno=ENOMEM",
+	};
+	unsigned int i = below(h, ARRAY_SIZE(knobs));
+	const char *name = knobs[i][0], *value = knobs[i][1];
+	char text[32];
+
+	snprintf(text, sizeof(text), "%llu%s", (unsigned long long)number(h),
+		 below(h, 4) ? "" : "%");
+	if (!below(h, 8))
+		name = "reinit";
+	else if (!strcmp(name, "faults") && below(h, 4))
+		value = rules[below(h, ARRAY_SIZE(rules))];
+	else if (!strcmp(name, "dirty_pattern") && below(h, 2))
+		value = below(h, 2) ? "hot" : "random";
+	else if (below(h, 2))
+		value = text;
+	mock_set(h->f->m, name, value);
+}
+
 static void *hand_main(void *arg)
 {
 	static void (*const calls[])(struct hand *h) = {
 		call_region, call_region, call_dma, call_ioctl, call_irqs, call_feature,
 		call_log, call_state, call_data_fd, call_data_fd, call_mapping,
+		call_knob,
 	};
 	struct hand *h = arg;
 	unsigned long i;
@@ -344,6 +391,7 @@ FIXTURE_SETUP(fuzz)
 
 FIXTURE_TEARDOWN(fuzz)
 {
+	turn_off(&self->m);
 	mig_stream_free(&self->image);
 	mock_close(&self->m);
 }
@@ -384,6 +432,7 @@ TEST_F_TIMEOUT(fuzz, hostile_client, 3600)
 	for (i = 0; i < THREADS; i++)
 		pthread_join(hands[i].thread, NULL);
 
+	turn_off(m);
 	EXPECT_EQ(0, mig_reset(&m->dev))
 		PROMISE("RESET succeeds after any calls");
 	expect_state(_metadata, &m->dev, MIG_RUNNING, "after RESET");
