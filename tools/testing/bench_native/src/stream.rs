@@ -5,8 +5,7 @@
 use crate::{
     prefetch::prefetch,
     way,
-    Figure,
-    Way, //
+    Figure, //
 };
 use std::{
     hint::black_box,
