@@ -216,8 +216,8 @@ impl Rule {
             ("reinit", Place::Arc(..) | Place::Read) if value == "1" => {
                 self.effect.reinit = true;
             }
-            // Only an arc may wait, and is followed by the question whether the device is broken.
-            ("delay_us", Place::Arc(..)) => self.effect.delay_us = number(value)?,
+            // Only these may wait, and are followed by the question whether the device is broken.
+            ("delay_us", Place::Arc(..) | Place::Seal) => self.effect.delay_us = number(value)?,
             ("state", Place::Arc(..) | Place::Seal | Place::Loaded) if value == "ERROR" => {
                 self.effect.breaks = true;
             }

@@ -166,6 +166,7 @@ fn effects_are_those_of_the_rule() {
         ..Effect::default()
     };
     assert_eq!(effect("arc *->* delay_us=7", stop), Some(delayed));
+    assert_eq!(effect("seal delay_us=7", Event::Seal), Some(delayed));
     let broken = Effect {
         delay_us: 7,
         errno: Some(19),
