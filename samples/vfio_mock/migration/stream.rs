@@ -34,8 +34,8 @@
 //! of the identity. A sum can be updated while pages are sent again, and in any order. It detects
 //! corruption and programming errors. It does not detect forgery.
 //!
-//! A page has [`LANES`] lanes, each with every fourth pair of adjacent words. Each pair is folded
-//! into one word. The digest of a page is the digest of the digests of its lanes.
+//! A page has [`LANES`] lanes, each with every fourth word. The digest of a page is the digest of
+//! the digests of its lanes.
 
 use core::ops::DerefMut;
 
@@ -105,7 +105,7 @@ const DIGEST_REGISTERS: u64 = 3;
 /// The start value of the digest of page 0. That of each next page is one higher.
 const DIGEST_PAGE: u64 = 0x100;
 
-/// The number of digests among which the pairs of words of a page are distributed in turn.
+/// The number of digests among which the words of a page are distributed in turn.
 pub const LANES: usize = 4;
 
 /// The number of words of a page that are added at once: 64 bytes, a line of most caches.
@@ -258,17 +258,6 @@ pub fn groups(bytes: &[u8]) -> impl Iterator<Item = [u64; GROUP]> + '_ {
     })
 }
 
-/// Folds a pair of words of a page into one word.
-///
-/// A change of one of them always changes the result. A digest is limited by its multiplications,
-/// so folded pairs take little more than half the time. The factor distinguishes swapped words and
-/// spreads a changed bit, so that no single bit of the other word can cancel it, except for the two
-/// highest bits.
-#[inline]
-const fn fold(first: u64, second: u64) -> u64 {
-    first.wrapping_add(second.rotate_left(29).wrapping_mul(5))
-}
-
 /// Returns two numbers of 32 bits as one word.
 const fn pair(low: u32, high: u32) -> u64 {
     low as u64 | ((high as u64) << 32)
@@ -360,9 +349,9 @@ impl PageDigest {
     /// Adds the next words.
     #[inline]
     pub fn add(&mut self, words: [u64; GROUP]) {
-        for (lane, pair) in self.lanes.iter_mut().zip(words.chunks_exact(2)) {
-            if let [first, second] = pair {
-                lane.add(fold(*first, *second));
+        for words in words.chunks_exact(LANES) {
+            for (lane, word) in self.lanes.iter_mut().zip(words) {
+                lane.add(*word);
             }
         }
     }

@@ -5,18 +5,14 @@
 use crate::{
     prefetch::prefetch,
     way,
-    Figure, //
+    Figure,
+    Way, //
 };
 use std::{
     hint::black_box,
-    rc::Rc,
-    time::{
-        Duration,
-        Instant, //
-    },
+    rc::Rc, //
 };
 use vfio_host_tests::stream::{
-    digest,
     groups,
     page_digest,
     registers_digest,
@@ -25,7 +21,6 @@ use vfio_host_tests::stream::{
     run_header,
     words,
     Decoder,
-    Digest,
     Digests,
     Error,
     Identity,
@@ -34,7 +29,6 @@ use vfio_host_tests::stream::{
     Trailer,
     GROUP,
     IDENTITY_RECORD,
-    LANES,
     RUN_PAGES, //
 };
 
@@ -111,100 +105,81 @@ fn hot_page() -> Figure {
     }
 }
 
-/// The digest of a page with a multiplication for each word, and not for two words.
-fn unfolded(page: u64, content: &[u8]) -> u64 {
-    let mut lanes = [Digest::new(page); LANES];
+/// Copies the next record of the state in each iteration, after `before` was called with each part
+/// of `part` bytes.
+fn read_record(
+    name: &'static str,
+    state: &Rc<[u8]>,
+    part: usize,
+    mut before: impl FnMut(&[u8]) + 'static,
+) -> Way {
+    let state = state.clone();
+    let mut buffer = vec![0; BUFFER];
+    let mut at = 0;
 
-    for words in prefetched(content) {
-        for words in words.chunks_exact(LANES) {
-            for (lane, word) in lanes.iter_mut().zip(words) {
-                lane.add(*word);
+    way(name, move |bencher| {
+        bencher.iter(|| {
+            let from = &state[at % STATE..][..RECORD];
+            let to = &mut buffer[at % BUFFER..][..RECORD];
+
+            for (to, from) in to.chunks_mut(part).zip(from.chunks(part)) {
+                before(from);
+                to.copy_from_slice(from);
             }
-        }
-    }
-    digest(page, lanes.into_iter().map(Digest::value))
-}
-
-/// Returns the words of a page like the crate, which prefetches the next pages meanwhile.
-fn prefetched(content: &[u8]) -> impl Iterator<Item = [u64; GROUP]> + '_ {
-    let lines = content.chunks_exact(8 * GROUP).map(<[u8]>::as_ptr);
-
-    groups(content).zip(lines).map(|(words, line)| {
-        prefetch(line.wrapping_add(AHEAD));
-        words
+            at += RECORD;
+        });
     })
 }
 
-/// A way of reading a record: the size of the parts that are copied, and a function that is called
-/// with each page of a part before.
-type Reader = (&'static str, usize, PageSum);
+/// Returns a function that computes the digests of pages.
+fn sums(sum: PageSum) -> impl FnMut(&[u8]) {
+    move |content| {
+        for (page, content) in (0..).zip(content.chunks(PAGE)) {
+            black_box(sum(page, content));
+        }
+    }
+}
 
-const READERS: [Reader; 10] = [
-    ("copy", RECORD, |_, _| 0),
-    ("digests of the record, copy", RECORD, SUMS[0].1),
-    ("page by page, digest of the stream, copy", PAGE, SUMS[0].1),
-    ("page by page, crc32c, copy", PAGE, SUMS[1].1),
-    ("page by page, crc-fast CRC-32C, copy", PAGE, SUMS[2].1),
-    ("page by page, crc-fast CRC-64 NVME, copy", PAGE, SUMS[3].1),
-    ("page by page, xxhash-rust XXH3, copy", PAGE, SUMS[4].1),
-    ("page by page, prefetch, copy", PAGE, |_, content| {
-        prefetched(content).fold(0, |sum, words| sum ^ words[0])
-    }),
-    (
-        "page by page, unfolded digest with prefetch, copy",
-        PAGE,
-        unfolded,
-    ),
-    (
-        "page by page, digest with prefetch, copy",
-        PAGE,
-        |page, content| page_digest(page, prefetched(content)),
-    ),
-];
-
-/// read() of a large state. All ways read records in turn, so that the load of the machine affects
-/// them in the same way, and each measures its own.
+/// read() of a large state.
 fn read() -> Figure {
     let state: Rc<[u8]> = memory(STATE).into();
-    let ways = READERS.iter().map(|own| {
-        let state = state.clone();
-        let mut buffer = vec![0; BUFFER];
-        let mut at = 0;
+    let mut ways = vec![
+        read_record("copy", &state, RECORD, |_| ()),
+        read_record(
+            "digests of the record, copy",
+            &state,
+            RECORD,
+            sums(SUMS[0].1),
+        ),
+    ];
 
-        way(own.0, move |bencher| {
-            bencher.iter_custom(|iterations| {
-                let mut time = Duration::ZERO;
+    for ((_, sum), name) in SUMS.into_iter().zip([
+        "page by page, digest of the stream, copy",
+        "page by page, crc32c, copy",
+        "page by page, crc-fast CRC-32C, copy",
+        "page by page, crc-fast CRC-64 NVME, copy",
+        "page by page, xxhash-rust XXH3, copy",
+    ]) {
+        ways.push(read_record(name, &state, PAGE, sums(sum)));
+    }
+    let prefetched: PageSum = |page, content| {
+        let lines = content.chunks_exact(8 * GROUP).map(<[u8]>::as_ptr);
 
-                for (name, part, sum) in READERS
-                    .iter()
-                    .cycle()
-                    .take(iterations as usize * READERS.len())
-                {
-                    let from = &state[at % STATE..][..RECORD];
-                    let to = &mut buffer[at % BUFFER..][..RECORD];
-                    let start = Instant::now();
-
-                    for (to, from) in to.chunks_mut(*part).zip(from.chunks(*part)) {
-                        for (page, content) in (0..).zip(from.chunks(PAGE)) {
-                            black_box(sum(page, content));
-                        }
-                        black_box(to).copy_from_slice(from);
-                    }
-                    if *name == own.0 {
-                        time += start.elapsed();
-                    }
-                    at += RECORD;
-                }
-                time
-            });
-        })
-    });
-
+        page_digest(
+            page,
+            groups(content).zip(lines).map(|(words, line)| {
+                prefetch(line.wrapping_add(AHEAD));
+                words
+            }),
+        )
+    };
+    let name = "page by page, digest with prefetch, copy";
+    ways.push(read_record(name, &state, PAGE, sums(prefetched)));
     Figure {
         name: "read of 256 MiB".into(),
         work: RECORD as f64 / 1024.0,
         unit: "KiB",
-        ways: ways.collect(),
+        ways,
     }
 }
 

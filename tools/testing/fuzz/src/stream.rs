@@ -55,19 +55,12 @@ fn digest_of_words(digest: u64, words: impl Iterator<Item = u64>) -> u64 {
 /// Returns the digest of a page, as defined by the format.
 fn digest_of_page(page: u64, bytes: &[u8]) -> u64 {
     let lanes = (0..4).map(|lane| {
-        let pairs = (lane * 16..bytes.len()).step_by(64);
+        let words = (lane * 8..bytes.len()).step_by(32);
 
-        digest_of_words(0x100 + page, pairs.map(|at| pair(bytes, at)))
+        digest_of_words(0x100 + page, words.map(|at| number(bytes, at)))
     });
 
     digest_of_words(0x100 + page, lanes).max(1)
-}
-
-/// Returns the two words at `at`, folded into one.
-fn pair(bytes: &[u8], at: usize) -> u64 {
-    let second = number(bytes, at + 8).rotate_left(29);
-
-    number(bytes, at).wrapping_add(second.wrapping_mul(5))
 }
 
 fn number(bytes: &[u8], at: usize) -> u64 {

@@ -22,12 +22,12 @@ struct Golden {
 mod pages_of_4_kib {
     const PAGE_SIZE: usize = 4 << 10;
     const GOLDEN: Golden = Golden {
-        page_of_zeroes: 0x9b2f8b0e8f798589,
-        page: 0xc3c3a501eaf3f862,
+        page_of_zeroes: 0x38e6d43f61059f84,
+        page: 0x4d58a37e0563a24a,
         identity: 0x18a0449a3f59c0ac,
-        trailer: 0x03acff922afdea88,
+        trailer: 0x4f1f13b77ab250a2,
         image_len: 8348,
-        image: 0xf1b19c735e3d44cd,
+        image: 0x9f299da614b1db62,
     };
 
     include!("stream/pages.rs");
@@ -36,12 +36,12 @@ mod pages_of_4_kib {
 mod pages_of_16_kib {
     const PAGE_SIZE: usize = 16 << 10;
     const GOLDEN: Golden = Golden {
-        page_of_zeroes: 0xbac2d5e2cf79f00d,
-        page: 0xd0715a673870a425,
+        page_of_zeroes: 0xeacf9ae7eb1dacd0,
+        page: 0xc69ad22fbee3bcfb,
         identity: 0x60e339d48b9b0ba,
-        trailer: 0x804a21e4d7a5ccf3,
+        trailer: 0xcb8e6cb87bcc1b2e,
         image_len: 32924,
-        image: 0x2c12b2ba0f3a6656,
+        image: 0xa4d0d5992e190f34,
     };
 
     include!("stream/pages.rs");
@@ -50,12 +50,12 @@ mod pages_of_16_kib {
 mod pages_of_64_kib {
     const PAGE_SIZE: usize = 64 << 10;
     const GOLDEN: Golden = Golden {
-        page_of_zeroes: 0xd8ff1ce69f424bd6,
-        page: 0x662c9e47ee2a1c5f,
+        page_of_zeroes: 0x14a6659c85383819,
+        page: 0x2816c3aa9b9a0f0f,
         identity: 0xe47dad1fd83e777d,
-        trailer: 0x7d0707125756220f,
+        trailer: 0x9306bc8eae459ffe,
         image_len: 131228,
-        image: 0x7d4c860f14a63397,
+        image: 0xc11cae5eec211b1f,
     };
 
     include!("stream/pages.rs");

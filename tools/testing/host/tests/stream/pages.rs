@@ -353,74 +353,28 @@ fn changes_change_the_digest() {
     }
 }
 
-/// Pages of ordinary kinds of data: sectors and lines of one byte value, counters, text, addresses,
-/// floating-point numbers, few bytes that are not zero, and words with all bits clear or set.
-fn contents() -> Vec<Vec<u8>> {
-    let bytes = |byte: fn(usize) -> u8| (0..PAGE_SIZE).map(byte).collect();
-    let words = |word: fn(u64) -> [u8; 8]| (0..PAGE / 8).flat_map(word).collect();
-
-    vec![
-        bytes(|at| (at / 512 * 17 + 3) as u8),
-        bytes(|at| (at / 64) as u8),
-        bytes(|at| (at / 8) as u8),
-        bytes(|at| if at / 8 % 2 == 0 { 0 } else { 0xff }),
-        bytes(|at| if at % 97 == 0 { (at / 97) as u8 } else { 0 }),
-        bytes(|at| b"int main(void) { return 0; }\n"[at % 29]),
-        words(u64::to_be_bytes),
-        words(u64::to_le_bytes),
-        words(|index| (0xffff_8880_0000_0000 + index * PAGE).to_le_bytes()),
-        words(|index| (index as f64).to_le_bytes()),
-        words(|index| (index.to_be() >> 40 | index << 41).to_le_bytes()),
-        memory(1, 3),
-    ]
-}
-
-/// Ordinary damage of a page changes the digest: swapped parts, and words that are lost, repeated,
-/// reversed, replaced or that have a bit stuck.
+/// Swapped parts of a page change the digest, also parts that a sum of rotated words and a sum of
+/// sums do not distinguish: sectors of one byte value, and words that differ in the highest byte.
 #[test]
-#[cfg_attr(miri, ignore = "too slow")]
-fn ordinary_damage_changes_the_digest() {
-    let damages: [fn(&mut [u64], usize); 9] = [
-        |words, at| words[at..].rotate_left(1),
-        |words, at| words[at..].rotate_right(1),
-        |words, _| words.reverse(),
-        |words, _| words.fill(0),
-        |words, _| words.fill(u64::MAX),
-        |words, _| words.iter_mut().for_each(|word| *word = !*word),
-        |words, _| words.iter_mut().for_each(|word| *word = word.swap_bytes()),
-        |words, at| words.iter_mut().for_each(|word| *word |= 1 << (at % 64)),
-        |words, at| words.iter_mut().for_each(|word| *word ^= 1 << (at % 64)),
-    ];
+fn swapped_parts_change_the_digest() {
+    let sectors: Vec<u8> = (0..PAGE_SIZE).map(|at| (at / 512 * 17 + 3) as u8).collect();
+    let counters: Vec<u8> = (0..PAGE / 8).flat_map(u64::to_be_bytes).collect();
 
-    for page in contents() {
-        let page: Vec<u64> = words(&page).collect();
-        let sum = |words: &[u64]| {
-            let groups = words.chunks_exact(GROUP).map(|words| words.try_into());
-            page_digest(0, groups.map(|words| words.expect("the group is complete")))
-        };
-        let good = sum(&page);
-        let mut other = page.clone();
+    for (mut page, len) in [(sectors, 512), (counters, 8)] {
+        let good = page_digest(0, groups(&page));
+        let step = len.max(128);
 
-        // Parts of a word to two sectors.
-        for len in [1, 2, 8, 64, 128] {
-            for first in (0..page.len() - len).step_by(len * (STEP | 4)) {
-                for second in (first + len..page.len()).step_by(len * (PAGE_SIZE / 4096)) {
-                    let (head, tail) = other.split_at_mut(second);
+        for second in (step..PAGE_SIZE).step_by(step) {
+            let swap = |page: &mut [u8]| {
+                let (head, tail) = page.split_at_mut(second);
 
-                    head[first..][..len].swap_with_slice(&mut tail[..len]);
-                    assert_eq!(other == page, sum(&other) == good, "{first} {second} {len}");
-                    other.copy_from_slice(&page);
-                }
-            }
-        }
-        for (damage, change) in damages.into_iter().enumerate() {
-            for len in [2, 8, 64, page.len()] {
-                for first in (0..=page.len() - len).step_by(STEP) {
-                    change(&mut other[first..][..len], first % len);
-                    assert_eq!(other == page, sum(&other) == good, "{damage} {first} {len}");
-                    other.copy_from_slice(&page);
-                }
-            }
+                head[..len].swap_with_slice(&mut tail[..len]);
+            };
+            let differ = page[..len] != page[second..][..len];
+
+            swap(&mut page);
+            assert_eq!(page_digest(0, groups(&page)) != good, differ, "{second}");
+            swap(&mut page);
         }
     }
 }
@@ -432,10 +386,10 @@ fn page_digest_is_never_zero() {
     let mut memory = memory(6, 1);
     let page = &mut memory[5 * PAGE_SIZE..];
     page.fill(0);
-    // Compute the digest of the last lane for a total of 0, and then the last pair of that lane.
-    // The inverse of the factor undoes a step. A pair is its first word if the other is 0.
+    // Compute the digest of the last lane for a total of 0, and then the last word of that lane.
+    // The inverse of the factor undoes a step.
     let lane = |words: usize| digest(start, core::iter::repeat_n(0, words));
-    let words = PAGE_SIZE / 16 / LANES;
+    let words = PAGE_SIZE / 8 / LANES;
     let wanted = digest(start, core::iter::repeat_n(lane(words), 3)).rotate_left(5);
     let factor = 0x9e37_79b9_7f4a_7c15_u64;
     let inverse = (0..6).fold(factor, |inverse, _| {
@@ -444,7 +398,7 @@ fn page_digest_is_never_zero() {
     let last = wanted
         .wrapping_mul(inverse)
         .wrapping_add(lane(words - 1).rotate_left(5));
-    page[PAGE_SIZE - 16..][..8].copy_from_slice(&last.to_le_bytes());
+    page[PAGE_SIZE - 8..].copy_from_slice(&last.to_le_bytes());
     assert_eq!(page_digest(5, groups(page)), 1);
 
     let (loader, result) = load(6, &save(&memory, registers(REGISTERS)));
@@ -1150,20 +1104,6 @@ proptest! {
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
-
-    /// A page with one other word has another digest, whatever the word and the content are.
-    #[test]
-    fn another_word_is_another_digest(kind: usize, at: usize, difference in 1..=u64::MAX) {
-        let contents = contents();
-        let mut page = contents[kind % contents.len()].clone();
-        let good = page_digest(7, groups(&page));
-        let at = at % (PAGE_SIZE / 8) * 8;
-        let word: [u8; 8] = page[at..][..8].try_into().unwrap();
-
-        let word = u64::from_le_bytes(word) ^ difference;
-        page[at..][..8].copy_from_slice(&word.to_le_bytes());
-        prop_assert_ne!(page_digest(7, groups(&page)), good);
-    }
 
     /// Any pieces, any order of runs, pages again and optional records: the last content arrives.
     #[test]
