@@ -11,8 +11,12 @@ from machine import Failure, Guest, expect, wait
 
 END_TIMEOUT = 240
 
+# Those that a migration has only if it names them.
+CAPABILITIES = ("multifd", "return-path")
+
 # What a migration with a fault leads to, apart from its status.
 REFUSED = "the guest goes on at the source"
+UNSTOPPED = "the guest goes on at the source, and was never stopped"
 RESET = "QEMU resets the device of the source, and the guest goes on with that"
 LOST = "QEMU resets the device of the target, and the guest goes on with that"
 ABORTED = "QEMU aborts"
@@ -21,7 +25,9 @@ ABORTED = "QEMU aborts"
 # with `stopped`, after the devices of the source have stopped. The migration is
 # cancelled if that is the status to expect. All but the last ones leave the guest intact.
 Case = namedtuple(
-    "Case", "outcome source target stopped status", defaults=({}, {}, False, "failed")
+    "Case",
+    "outcome source target stopped status capabilities",
+    defaults=({}, {}, False, "failed", ()),
 )
 
 
@@ -30,6 +36,9 @@ def faults(rules, **more):
     return {"faults": rules} | more
 
 
+# The source stays in pre-copy, until the target has refused the stream.
+ENDLESS = {"dirty_bytes": 1 << 30}
+
 CASES = {
     "start": Case(REFUSED, faults("arc RUNNING->PRE_COPY")),
     "read": Case(REFUSED, faults("read after=65536")),
@@ -37,11 +46,33 @@ CASES = {
     "size-0": Case(
         REFUSED, {"initial_bytes": 0, "dirty_bytes": 0, "tail_bytes": 0}
     ),
+    "log-start": Case(UNSTOPPED, faults("log_start errno=ENOMEM")),
+    "log-report": Case(UNSTOPPED, faults("log_report")),
+    "version": Case(UNSTOPPED, {"stream_version": 2} | ENDLESS),
+    "features": Case(UNSTOPPED, {"stream_features": 1} | ENDLESS),
+    "target-quiesce": Case(REFUSED, target=faults("arc RUNNING->RUNNING_P2P")),
+    "target-stop": Case(REFUSED, target=faults("arc RUNNING_P2P->STOP")),
     "target-start": Case(REFUSED, target=faults("arc STOP->RESUMING")),
     "target-broken": Case(REFUSED, target=faults("arc STOP->RESUMING state=ERROR")),
     "write": Case(REFUSED, target=faults("write after=65536")),
-    "write-stopped": Case(REFUSED, target=faults("write"), stopped=True),
+    # Without a return path, the source may complete before it notices.
+    "write-stopped": Case(
+        REFUSED,
+        target=faults("write"),
+        stopped=True,
+        capabilities=("return-path",),
+    ),
     "no-room": Case(REFUSED, target=faults("write after=524288 errno=ENOSPC")),
+    # Each write, because a page that is damaged may arrive again.
+    "corrupt": Case(
+        REFUSED,
+        target=faults("write times=-1 xor=1"),
+        stopped=True,
+        capabilities=("return-path",),
+    ),
+    "target-end": Case(
+        LOST, target=faults("arc RESUMING->STOP"), status="completed"
+    ),
     "loaded": Case(LOST, target=faults("loaded"), status="completed"),
     "loaded-broken": Case(
         LOST, target=faults("loaded state=ERROR"), status="completed"
@@ -58,6 +89,7 @@ CASES = {
     "broken": Case(RESET, faults("arc PRE_COPY_P2P->STOP_COPY state=ERROR")),
     "cancel": Case(RESET, faults("arc PRE_COPY->RUNNING"), status="cancelled"),
     "back": Case(RESET, faults("read; arc STOP->RUNNING_P2P"), stopped=True),
+    "back-run": Case(RESET, faults("read; arc RUNNING_P2P->RUNNING"), stopped=True),
     "end": Case(RESET, faults("arc STOP_COPY->STOP"), status="completed"),
     "reset": Case(ABORTED, faults("arc PRE_COPY->PRE_COPY_P2P; reset")),
 }
@@ -76,8 +108,6 @@ Step = namedtuple(
 DIRTY = {"dirty_rate": 1 << 30}
 MIB = 1 << 20
 LONG = 60000
-
-CAPABILITIES = ("multifd", "return-path")
 
 STEPS = {
     "converge": Step(DIRTY, 4, {"dirty_rate": 0}),
@@ -153,6 +183,8 @@ def play_case(scenario, source, name, case):
     target = scenario.target(name)
     (one,), (other,) = source.mdevs, target.mdevs
     knobs = Knobs()
+    for machine in (source, target):
+        machine.allow(*case.capabilities, among=CAPABILITIES)
 
     def turn():
         knobs.turn(one, case.source)
@@ -225,6 +257,9 @@ def survive(scenario, source, case, resets):
 
     wait([], runs, END_TIMEOUT, "the guest continues")
     expect_resets(source, resets, 1 if case.outcome is RESET else 0)
+    if case.outcome is UNSTOPPED:
+        stopped = "STOP_COPY" in (state for _, state in source.states)
+        expect("the device was stopped", stopped, False)
     if case.outcome is RESET:
         notices(source)
     else:
