@@ -12,7 +12,7 @@ from machine import Failure, Guest, expect, wait
 END_TIMEOUT = 240
 
 # Those that a migration has only if it names them.
-CAPABILITIES = ("multifd", "return-path")
+CAPABILITIES = ("multifd", "return-path", "switchover-ack")
 
 # What a migration with a fault leads to, apart from its status.
 REFUSED = "the guest goes on at the source"
@@ -100,8 +100,8 @@ CASES = {
 # least `downtime` milliseconds.
 Step = namedtuple(
     "Step",
-    "source rounds then limit target downtime capabilities queue",
-    defaults=({}, 0, {}, None, {}, 0, (), None),
+    "source rounds then limit target downtime capabilities queue advice",
+    defaults=({}, 0, {}, None, {}, 0, (), None, None),
 )
 
 # So much that all of the device is dirty when a round ends, and when it stops.
@@ -133,6 +133,17 @@ STEPS = {
         capabilities=CAPABILITIES,
         queue=True,
     ),
+    "reinit": Step(
+        DIRTY,
+        3,
+        {"reinit": 1, "dirty_rate": 0},
+        LONG,
+        capabilities=("return-path", "switchover-ack"),
+        advice="reinit_not_seen",
+    ),
+    "reinit-late": Step(
+        faults("arc PRE_COPY->PRE_COPY_P2P reinit=1", save_rate=8 * MIB), downtime=1500
+    ),
 }
 
 # More memory than QEMU needs for the target's device, unless it queues the stream.
@@ -153,6 +164,8 @@ class Knobs:
         """Restores all of them."""
         while self.former:
             mdev, knobs = self.former.pop()
+            # Each write is an order.
+            knobs.pop("reinit", None)
             mdev.turn(knobs)
 
 
@@ -339,4 +352,8 @@ def play_step(scenario, source, name, step):
         raise Failure(f"{name}: downtime {downtime} ms, not {step.downtime}")
     if step.queue is not None:
         expect(f"{name}: the target's QEMU queues", grown > QUEUE, step.queue)
+    verdict = one.verdict()
+    if step.advice and verdict:
+        told = any(line.startswith(f"advice: {step.advice}:") for line in verdict)
+        expect(f"{name}: the advice {step.advice}", told, True)
     return target
