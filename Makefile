@@ -100,6 +100,9 @@ bench: modules		## measure the speed, print a table, write bench.json
 bench-native:		## measure the parts that need no kernel, write bench_native.json
 	$(testing)/run bench_native -- $(BENCHFLAGS)
 
+scale:			## measure how the cost grows, write scale_native.json and scale.svg
+	$(testing)/run scale
+
 lint: modules		## check format, style and warnings of all sources
 	$(testing)/run lint
 
@@ -144,5 +147,5 @@ help:			## print this
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict env kdir vm shell
 .PHONY: demo test test-debug test-strict test-host test-device selftest selftest-mtty
-.PHONY: selftest-kernel selftest-mutations soak bench bench-native lint doc htmldocs bundle series
-.PHONY: rust-analyzer clean help
+.PHONY: selftest-kernel selftest-mutations soak bench bench-native scale lint doc htmldocs
+.PHONY: bundle series rust-analyzer clean help
