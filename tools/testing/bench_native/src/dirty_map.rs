@@ -4,11 +4,10 @@
 
 use crate::{
     random,
-    way,
+    timed,
     Figure,
     Way, //
 };
-use criterion::Bencher;
 use roaring::RoaringBitmap;
 use std::{
     hint::black_box,
@@ -134,9 +133,15 @@ enum Call {
 }
 
 /// Measures a method, not what has to be done before and after it.
-fn measure<M: Map>(bencher: &mut Bencher<'_>, call: Call, size: usize, dirty: &[u32]) {
+fn measured<M: Map + 'static>(
+    name: &'static str,
+    call: Call,
+    size: usize,
+    dirty: &Rc<[u32]>,
+) -> Way {
+    let dirty = dirty.clone();
     let mut map = M::new(size);
-    let mark = |map: &mut M| {
+    let mark = move |map: &mut M| {
         let start = Instant::now();
 
         dirty.iter().for_each(|page| map.mark(*page));
@@ -149,47 +154,29 @@ fn measure<M: Map>(bencher: &mut Bencher<'_>, call: Call, size: usize, dirty: &[
     if call == Call::Scan {
         mark(&mut map);
     }
-    bencher.iter_custom(|iterations| {
-        let mut time = Duration::ZERO;
+    timed(name, move || {
+        let marked = match call {
+            Call::Scan => Duration::ZERO,
+            Call::Mark | Call::Take => mark(&mut map),
+        };
+        let start = Instant::now();
 
-        for _ in 0..iterations {
-            match call {
-                Call::Scan => {
-                    let start = Instant::now();
-
-                    map.scan(report);
-                    time += start.elapsed();
-                }
-                Call::Mark | Call::Take => {
-                    let marked = mark(&mut map);
-                    let start = Instant::now();
-
-                    map.take(report);
-                    time += match call {
-                        Call::Mark => marked,
-                        _ => start.elapsed(),
-                    };
-                }
-            }
+        match call {
+            Call::Scan => map.scan(report),
+            Call::Mark | Call::Take => map.take(report),
         }
-        time
-    });
+        match call {
+            Call::Mark => marked,
+            Call::Scan | Call::Take => start.elapsed(),
+        }
+    })
 }
 
 fn ways(call: Call, size: usize, dirty: &Rc<[u32]>) -> Vec<Way> {
-    let pages = [dirty.clone(), dirty.clone(), dirty.clone()];
-    let [plain, ours, roaring] = pages;
-
     vec![
-        way("bit map", move |bencher| {
-            measure::<Plain>(bencher, call, size, &plain);
-        }),
-        way("DirtyMap", move |bencher| {
-            measure::<DirtyMap<Vec<u64>>>(bencher, call, size, &ours);
-        }),
-        way("roaring", move |bencher| {
-            measure::<RoaringBitmap>(bencher, call, size, &roaring);
-        }),
+        measured::<Plain>("bit map", call, size, dirty),
+        measured::<DirtyMap<Vec<u64>>>("DirtyMap", call, size, dirty),
+        measured::<RoaringBitmap>("roaring", call, size, dirty),
     ]
 }
 

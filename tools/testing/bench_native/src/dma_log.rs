@@ -31,52 +31,43 @@ const BATCH: usize = 256;
 fn round(name: String, pages: Vec<u64>) -> Figure {
     let pages: Rc<[u64]> = pages.into();
     let dirty = pages.clone();
-    let set = way("BTreeSet", move |bencher| {
-        let mut set = BTreeSet::new();
-
-        bencher.iter(|| {
-            set.extend(dirty.iter().copied());
-            set.iter().for_each(|page| {
-                black_box(page);
-            });
-            set.clear();
+    let mut set = BTreeSet::new();
+    let set = way("BTreeSet", move || {
+        set.extend(dirty.iter().copied());
+        set.iter().for_each(|page| {
+            black_box(page);
         });
+        set.clear();
     });
     let dirty = pages.clone();
-    let ours = way("DMA log", move |bencher| {
-        let all = vec![(0, u64::MAX)];
-        let log = Written::new(PAGE, all, ZONES, GFP_KERNEL_ACCOUNT);
-        let mut log = log.expect("there is memory");
-        let mut runs = [(0, 0); BATCH];
+    let all = vec![(0, u64::MAX)];
+    let log = Written::new(PAGE, all, ZONES, GFP_KERNEL_ACCOUNT);
+    let mut log = log.expect("there is memory");
+    let mut runs = [(0, 0); BATCH];
+    let ours = way("DMA log", move || {
+        for page in &dirty[..] {
+            log.mark(page * PAGE, page * PAGE + PAGE - 1);
+        }
+        assert_eq!(log.take_rest(0, u64::MAX), None);
+        let mut from = Some(0);
+        while let Some(first) = from {
+            let count;
 
-        bencher.iter(|| {
-            for page in &dirty[..] {
-                log.mark(page * PAGE, page * PAGE + PAGE - 1);
-            }
-            assert_eq!(log.take_rest(0, u64::MAX), None);
-            let mut from = Some(0);
-            while let Some(first) = from {
-                let count;
-
-                (count, from) = log.take(first, u64::MAX, &mut runs);
-                black_box(&runs[..count]);
-            }
-            assert!(log.is_empty());
-        });
+            (count, from) = log.take(first, u64::MAX, &mut runs);
+            black_box(&runs[..count]);
+        }
+        assert!(log.is_empty());
     });
     let dirty = pages.clone();
-    let roaring = way("roaring", move |bencher| {
-        let mut map = RoaringTreemap::new();
-
-        bencher.iter(|| {
-            for page in &dirty[..] {
-                map.insert(*page);
-            }
-            map.iter().for_each(|page| {
-                black_box(page);
-            });
-            map.clear();
+    let mut map = RoaringTreemap::new();
+    let roaring = way("roaring", move || {
+        for page in &dirty[..] {
+            map.insert(*page);
+        }
+        map.iter().for_each(|page| {
+            black_box(page);
         });
+        map.clear();
     });
 
     Figure {

@@ -2,10 +2,9 @@
 
 //! Benchmark of the parts that need no kernel, on the CPU of this machine.
 //!
-//! A *figure* compares ways of doing the same work. criterion measures the ways of a figure one
-//! after the other, several times, so that the load of the machine affects all of them. The table
-//! has the speed of each way relative to the first one: the median of these ratios, the lowest and
-//! the highest. Arguments are those of criterion; a word selects figures.
+//! A *figure* compares ways of doing the same work. The ways take short turns, so that the load of
+//! the machine affects all of them. The table has the speed of each way relative to the first one:
+//! the median of these ratios and their quartiles. Arguments are words that select figures.
 //!
 //! Compile it without automatic vectorization: kernel code must not use vector registers. The
 //! libraries that are measured use them explicitly.
@@ -31,31 +30,33 @@ use kernel_containers::{
     rbtree, //
 };
 
-use criterion::{
-    Bencher,
-    Criterion,
-    SamplingMode, //
-};
-use serde_json::{
-    json,
-    Value, //
-};
+use serde_json::json;
 use std::{
     error::Error,
-    fmt::Write as _,
     fs,
-    path::Path,
-    time::Duration, //
+    time::{
+        Duration,
+        Instant, //
+    },
 };
 
-/// Number of times that each figure is measured.
-const ROUNDS: usize = 3;
+/// Number of turns of each way.
+const TURNS: usize = 201;
+
+/// Number of turns of each way if they take longer than [`LONGEST`].
+const FEWEST: usize = 7;
+
+/// Shortest time of a turn, in which the work is repeated.
+const TURN: Duration = Duration::from_micros(400);
+
+/// Time for a figure.
+const LONGEST: Duration = Duration::from_secs(3);
 
 /// The table as JSON.
 const JSON: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../bench_native.json");
 
-/// A way of doing the work of a figure.
-type Way = (&'static str, Box<dyn FnMut(&mut Bencher<'_>)>);
+/// A way of doing the work of a figure. Returns the time that it takes.
+type Way = (&'static str, Box<dyn FnMut() -> Duration>);
 
 /// Ways of doing the same work.
 struct Figure {
@@ -66,9 +67,19 @@ struct Figure {
     ways: Vec<Way>,
 }
 
-/// Boxes the function of a way.
-fn way(name: &'static str, run: impl FnMut(&mut Bencher<'_>) + 'static) -> Way {
-    (name, Box::new(run))
+/// Returns a way that takes the time of all of `work`.
+fn way(name: &'static str, mut work: impl FnMut() + 'static) -> Way {
+    timed(name, move || {
+        let start = Instant::now();
+
+        work();
+        start.elapsed()
+    })
+}
+
+/// Returns a way that measures its time.
+fn timed(name: &'static str, work: impl FnMut() -> Duration + 'static) -> Way {
+    (name, Box::new(work))
 }
 
 /// Returns pseudo-random numbers, the same ones each time.
@@ -76,58 +87,49 @@ fn random(seed: u64) -> impl Iterator<Item = u64> {
     (0..).map(move |index| vfio_host_tests::stream::pattern_word(seed, index))
 }
 
-/// Measures a figure once. Returns the nanoseconds per unit of work for each way.
-fn measure(
-    criterion: &mut Criterion,
-    out: &Path,
-    figure: &mut Figure,
-    round: usize,
-) -> Option<Vec<f64>> {
-    let id = |way: &str| format!("{way}, {round}");
-    let mut group = criterion.benchmark_group(&figure.name);
+/// Returns the nanoseconds per unit of work of each way in each turn.
+fn measure(figure: &mut Figure) -> Vec<Vec<f64>> {
+    let begin = Instant::now();
+    let turn = |way: &mut Way, repeat: u32| (0..repeat).map(|_| way.1()).sum::<Duration>();
+    let repeat: Vec<u32> = figure
+        .ways
+        .iter_mut()
+        .map(|way| {
+            let mut repeat = 1;
 
-    group.sampling_mode(SamplingMode::Flat);
-    for (way, run) in &mut figure.ways {
-        group.bench_function(id(way), |bencher| run(bencher));
+            while turn(way, repeat) < TURN {
+                repeat *= 2;
+            }
+            repeat
+        })
+        .collect();
+    let mut turns = Vec::new();
+
+    while turns.len() < TURNS && (turns.len() < FEWEST || begin.elapsed() < LONGEST) {
+        let ways = figure.ways.iter_mut().zip(&repeat);
+
+        turns.push(
+            ways.map(|(way, repeat)| {
+                let time = turn(way, *repeat).as_secs_f64() / f64::from(*repeat);
+
+                time * 1e9 / figure.work
+            })
+            .collect(),
+        );
     }
-    group.finish();
-
-    let times = figure.ways.iter().map(|(way, _)| {
-        let path = out
-            .join(&figure.name)
-            .join(id(way))
-            .join("new/estimates.json");
-        let estimates: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
-        let median = estimates["median"]["point_estimate"].as_f64()?;
-
-        Some(median / figure.work)
-    });
-    // There are none if the arguments do not select the figure.
-    times.collect()
+    turns
 }
 
-/// Returns the lowest, the median and the highest of these.
-fn spread(values: impl Iterator<Item = f64>) -> [f64; 3] {
+/// Returns the first quartile, the median and the third quartile of these.
+fn quartiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
     let mut values: Vec<f64> = values.collect();
 
     values.sort_by(f64::total_cmp);
-    [
-        values[0],
-        values[values.len() / 2],
-        values[values.len() - 1],
-    ]
+    [1, 2, 3].map(|quarters| values[(values.len() - 1) * quarters / 4])
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let out = std::env::temp_dir().join(format!("vfio-bench-native-{}", std::process::id()));
-    let mut criterion = Criterion::default()
-        .without_plots()
-        .sample_size(10)
-        .nresamples(1001)
-        .warm_up_time(Duration::from_millis(10))
-        .measurement_time(Duration::from_millis(50))
-        .output_directory(&out)
-        .configure_from_args();
+    let words: Vec<String> = std::env::args().skip(1).collect();
     let parts = [
         stream::figures,
         dirty_map::figures,
@@ -135,35 +137,31 @@ fn main() -> Result<(), Box<dyn Error>> {
         table::figures,
     ];
     let mut rows = Vec::new();
-    let mut text = format!("{:46} {:>11} {:>6} (lowest - highest)\n", "", "ns", "ratio");
 
+    println!("{:46} {:>11} {:>6} (quartiles)", "", "ns", "ratio");
     for figures in parts {
         for mut figure in figures() {
-            let rounds: Option<Vec<_>> = (0..ROUNDS)
-                .map(|round| measure(&mut criterion, &out, &mut figure, round))
-                .collect();
-            let _ = fs::remove_dir_all(&out);
-            let Some(rounds) = rounds else {
+            let selected = |word: &String| figure.name.contains(word);
+
+            if !words.is_empty() && !words.iter().any(selected) {
                 continue;
-            };
+            }
+            let turns = measure(&mut figure);
 
-            writeln!(text, "{}, for each {}", figure.name, figure.unit)?;
+            println!("{}, for each {}", figure.name, figure.unit);
             for (index, (way, _)) in figure.ways.iter().enumerate() {
-                let [_, time, _] = spread(rounds.iter().map(|times| times[index]));
-                let [low, ratio, high] = spread(rounds.iter().map(|times| times[0] / times[index]));
+                let [_, time, _] = quartiles(turns.iter().map(|times| times[index]));
+                let [lower, ratio, upper] =
+                    quartiles(turns.iter().map(|times| times[0] / times[index]));
 
-                writeln!(
-                    text,
-                    "  {way:44} {time:11.3} {ratio:6.2} ({low:.2} - {high:.2})"
-                )?;
+                println!("  {way:44} {time:11.3} {ratio:6.2} ({lower:.2} - {upper:.2})");
                 rows.push(json!({
                     "figure": figure.name, "unit": figure.unit, "way": way, "ns": time,
-                    "ratio": ratio, "lowest": low, "highest": high,
+                    "ratio": ratio, "lower": lower, "upper": upper,
                 }));
             }
         }
     }
-    print!("{text}");
     fs::write(JSON, serde_json::to_vec_pretty(&rows)?)?;
     Ok(())
 }

@@ -76,39 +76,31 @@ fn translate(name: &str, pages: Vec<u64>) -> Figure {
     let work = pages.len() as f64;
     let order = pages.clone();
     let array: Vec<u64> = (0..PAGES).map(|page| FRAME + page).collect();
-    let array = way("array", move |bencher| {
-        bencher.iter(|| {
-            for page in &order[..] {
-                black_box(array.get(*page as usize).copied());
-            }
-        });
+    let array = way("array", move || {
+        for page in &order[..] {
+            black_box(array.get(*page as usize).copied());
+        }
     });
     let order = pages.clone();
     let mut table = Table::new(node());
     map(&mut table, 0, PAGES);
-    let table = way("Table", move |bencher| {
-        bencher.iter(|| {
-            for page in &order[..] {
-                let _ = black_box(table.translate(*page, true));
-            }
-        });
+    let table = way("Table", move || {
+        for page in &order[..] {
+            let _ = black_box(table.translate(*page, true));
+        }
     });
     let order = pages.clone();
     let hash: HashMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
-    let hash = way("HashMap", move |bencher| {
-        bencher.iter(|| {
-            for page in &order[..] {
-                black_box(hash.get(page).copied());
-            }
-        });
+    let hash = way("HashMap", move || {
+        for page in &order[..] {
+            black_box(hash.get(page).copied());
+        }
     });
     let tree: BTreeMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
-    let tree = way("BTreeMap", move |bencher| {
-        bencher.iter(|| {
-            for page in &pages[..] {
-                black_box(tree.get(page).copied());
-            }
-        });
+    let tree = way("BTreeMap", move || {
+        for page in &pages[..] {
+            black_box(tree.get(page).copied());
+        }
     });
 
     Figure {
@@ -129,24 +121,20 @@ fn sparse() -> Figure {
     let work = order.len() as f64;
     let pages = order.clone();
     let array: Vec<u64> = (0..PAGES).map(|page| FRAME + page).collect();
-    let array = way("array", move |bencher| {
-        bencher.iter(|| {
-            for page in &pages[..] {
-                black_box(array.get(*page as usize).copied());
-            }
-        });
+    let array = way("array", move || {
+        for page in &pages[..] {
+            black_box(array.get(*page as usize).copied());
+        }
     });
     let mut table = Table::new(node());
     for piece in 0..PAGES / PIECE {
         map(&mut table, piece * STRIDE, PIECE);
     }
-    let table = way("Table", move |bencher| {
-        bencher.iter(|| {
-            for page in &order[..] {
-                let at = page / PIECE * STRIDE + page % PIECE;
-                assert!(black_box(table.translate(at, true)).is_ok());
-            }
-        });
+    let table = way("Table", move || {
+        for page in &order[..] {
+            let at = page / PIECE * STRIDE + page % PIECE;
+            assert!(black_box(table.translate(at, true)).is_ok());
+        }
     });
 
     Figure {
@@ -159,46 +147,34 @@ fn sparse() -> Figure {
 
 /// Maps and unmaps 2 MiB in an address space with 1 GiB.
 fn change() -> Figure {
-    let array = way("array", |bencher| {
-        let mut array = vec![0_u64; 2 * PAGES as usize];
+    let mut array = vec![0_u64; 2 * PAGES as usize];
+    let array = way("array", move || {
+        let piece = &mut array[PAGES as usize..][..PIECE as usize];
 
-        bencher.iter(|| {
-            let piece = &mut array[PAGES as usize..][..PIECE as usize];
-
-            for (entry, frame) in black_box(&mut *piece).iter_mut().zip(FRAME..) {
-                *entry = frame;
-            }
-            black_box(piece).fill(0);
-        });
+        for (entry, frame) in black_box(&mut *piece).iter_mut().zip(FRAME..) {
+            *entry = frame;
+        }
+        black_box(piece).fill(0);
     });
-    let table = way("Table", |bencher| {
-        let mut table = Table::new(node());
-
-        map(&mut table, 0, PAGES);
-        bencher.iter(|| {
-            map(&mut table, PAGES, PIECE);
-            assert_eq!(table.unmap(PAGES, PIECE), PIECE);
-        });
+    let mut table = Table::new(node());
+    map(&mut table, 0, PAGES);
+    let table = way("Table", move || {
+        map(&mut table, PAGES, PIECE);
+        assert_eq!(table.unmap(PAGES, PIECE), PIECE);
     });
-    let hash = way("HashMap", |bencher| {
-        let mut hash: HashMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
-
-        bencher.iter(|| {
-            hash.extend((PAGES..PAGES + PIECE).map(|page| (page, FRAME + page)));
-            for page in PAGES..PAGES + PIECE {
-                hash.remove(&page);
-            }
-        });
+    let mut hash: HashMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
+    let hash = way("HashMap", move || {
+        hash.extend((PAGES..PAGES + PIECE).map(|page| (page, FRAME + page)));
+        for page in PAGES..PAGES + PIECE {
+            hash.remove(&page);
+        }
     });
-    let tree = way("BTreeMap", |bencher| {
-        let mut tree: BTreeMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
-
-        bencher.iter(|| {
-            tree.extend((PAGES..PAGES + PIECE).map(|page| (page, FRAME + page)));
-            for page in PAGES..PAGES + PIECE {
-                tree.remove(&page);
-            }
-        });
+    let mut tree: BTreeMap<u64, u64> = (0..PAGES).map(|page| (page, FRAME + page)).collect();
+    let tree = way("BTreeMap", move || {
+        tree.extend((PAGES..PAGES + PIECE).map(|page| (page, FRAME + page)));
+        for page in PAGES..PAGES + PIECE {
+            tree.remove(&page);
+        }
     });
 
     Figure {
