@@ -62,9 +62,9 @@ __rust_helper void rust_helper_allow_kernel_signal(int sig)
 	allow_kernel_signal(sig);
 }
 
-__rust_helper bool rust_helper_set_freezable(void)
+__rust_helper void rust_helper_set_freezable(void)
 {
-	return set_freezable();
+	set_freezable();
 }
 
 __rust_helper bool rust_helper_try_to_freeze(void)

@@ -28,7 +28,7 @@ void rust_helper_cond_resched(void);
 int rust_helper_fatal_signal_pending(struct task_struct *task);
 int rust_helper_mutex_lock_killable(struct mutex *lock);
 void rust_helper_allow_kernel_signal(int sig);
-bool rust_helper_set_freezable(void);
+void rust_helper_set_freezable(void);
 bool rust_helper_try_to_freeze(void);
 int rust_helper_cgroup_attach_task_all(struct task_struct *from, struct task_struct *task);
 int rust_helper_cgroup_detach_task_all(struct task_struct *task);
