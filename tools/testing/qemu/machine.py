@@ -220,6 +220,37 @@ class Machine:
         self.qmp.command("migrate", {"uri": f"file:{path}"})
         wait([self], self.migrated, FILE_TIMEOUT, "the guest is saved")
 
+    def job(self, command, arguments):
+        """Runs a command of QEMU that is a job, and waits for its end."""
+        self.qmp.command(command, arguments | {"job-id": "job"})
+
+        def concluded():
+            jobs = self.qmp.command("query-jobs")
+            return [job for job in jobs if job["status"] == "concluded"]
+
+        (job,) = wait([self], concluded, FILE_TIMEOUT, command)
+        self.qmp.command("job-dismiss", {"id": "job"})
+        if "error" in job:
+            raise Failure(f"{command}: {job['error']}")
+
+    def add_disk(self):
+        """Adds a disk that the guest does not see, for snapshots."""
+        path = str(self.folder / "disk")
+        for driver, disk in (
+            ("file", {"filename": path}),
+            ("qcow2", {"file": "file"}),
+        ):
+            options = {"driver": driver, "size": 1 << 20} | disk
+            self.job("blockdev-create", {"options": options})
+            self.qmp.command(
+                "blockdev-add", {"driver": driver, "node-name": driver} | disk
+            )
+
+    def snapshot(self, action):
+        """Saves a snapshot on that disk, or loads it: `action` is save or load."""
+        disk = {"devices": ["qcow2"], "vmstate": "qcow2"}
+        self.job(f"snapshot-{action}", disk | {"tag": "snapshot"})
+
     def migrated(self):
         """Returns whether a migration has completed."""
         info = self.qmp.command("query-migrate")
