@@ -100,8 +100,8 @@ bench: modules		## measure the speed, print a table, write bench.json
 bench-native:		## measure the parts that need no kernel, write bench_native.json
 	$(testing)/run bench_native -- $(BENCHFLAGS)
 
-scale:			## measure how the cost grows, write scale_native.json and scale.svg
-	$(testing)/run scale
+scale: modules		## measure how the cost grows, write scale.json and scale.svg
+	$(testing)/run scale -- $(SCALEFLAGS)
 
 lint: modules		## check format, style and warnings of all sources
 	$(testing)/run lint
@@ -138,6 +138,7 @@ help:			## print this
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'KSELFTESTFLAGS=--write  selftest-kernel: update the table of the results'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench or bench_native'
+	echo 'SCALEFLAGS="-r N" number of measurements of a point of vfio_mock_scale'
 	echo 'ONLY="name..."    the only mutations for selftest-mutations'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --compile, --build, --vm'
 	echo 'KSRC=folder       source of Linux for series'

@@ -977,9 +977,21 @@ Each failure point of an operation fails in turn.
                  "Each failure of the firmware leads to the state of the uAPI."),
                 ("vfio_odd_test", "test properties of odd devices",
                  "Those that no device of vfio_mock can show. Skipped without them."),
-                ("vfio_mock_bench", "measure the speed of vfio_mock",
-                 "Each figure is a ratio to an operation on the same machine."),
             )
+        ),
+        suite(
+            """selftests: vfio_migration: measure the speed of vfio_mock
+
+Each figure is a ratio to an operation on the same machine.
+""",
+            "mock_bench.h", "vfio_mock_bench.c",
+        ),
+        suite(
+            """selftests: vfio_migration: measure how the cost of vfio_mock grows
+
+With the size of the state, and with the number of devices.
+""",
+            "vfio_mock_scale.c",
         ),
         suite(
             """selftests: vfio_migration: add scripts for vfio_mock

@@ -13,29 +13,18 @@
  * Prints JSON to the standard output, and a table to the standard error. A figure
  * that misses its aim is not a failure.
  */
-#include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <linux/iommufd.h>
 
 #include "kselftest.h"
-#include "mig.h"
-#include "vfio_mock.h"
+#include "mock_bench.h"
 
-#define PAGE		mig_page_size()
-/* The length of one read() or write(). */
-#define PIECE		(1 << 20)
 /* The factor for the runs of short operations. */
 #define MANY		8
 #define MAX_RUNS	1000
@@ -60,34 +49,6 @@ static unsigned int runs = 11;
 static char **words;
 static __u8 *buffer;
 
-static void __attribute__((noreturn, format(printf, 1, 2))) give_up(const char *fmt, ...)
-{
-	va_list args;
-
-	va_start(args, fmt);
-	fputs("vfio_mock_bench: ", stderr);
-	vfprintf(stderr, fmt, args);
-	fputc('\n', stderr);
-	va_end(args);
-	exit(1);
-}
-
-/* Exits on a negative errno. */
-static ssize_t must(ssize_t ret, const char *what)
-{
-	if (ret < 0)
-		give_up("could not %s: %s", what, strerror(-ret));
-	return ret;
-}
-
-static double now(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec + ts.tv_nsec / 1e9;
-}
-
 static bool wanted(const char *name)
 {
 	char **word;
@@ -99,20 +60,6 @@ static bool wanted(const char *name)
 			return true;
 	}
 	return false;
-}
-
-static int by_value(const void *a, const void *b)
-{
-	double x = *(const double *)a, y = *(const double *)b;
-
-	return (x > y) - (x < y);
-}
-
-/* The value with this many quarters of the values below it; sorts them. */
-static double quartile(double *values, unsigned int nr, unsigned int quarters)
-{
-	qsort(values, nr, sizeof(*values), by_value);
-	return values[(nr - 1) * quarters / 4];
 }
 
 /*
@@ -147,22 +94,6 @@ static void add(const char *name, const double *ours, const double *theirs,
 static bool met(const struct figure *f)
 {
 	return f->sense == AT_LEAST ? f->ratio >= f->aim : f->ratio <= f->aim;
-}
-
-/* The model name of the CPU. */
-static const char *cpu_model(void)
-{
-	FILE *file = fopen("/proc/cpuinfo", "r");
-	static char model[128];
-	char line[256];
-
-	while (file && fgets(line, sizeof(line), file)) {
-		if (sscanf(line, "model name : %127[^\n\"]", model) == 1)
-			break;
-	}
-	if (file)
-		fclose(file);
-	return model;
 }
 
 static void print_json(void)
@@ -205,54 +136,17 @@ static void print_table(void)
 
 /* ---- Devices ---- */
 
-struct mock {
-	struct mig_device dev;
-	__u64 bar0, bar2;	/* offsets in the file */
-	__u64 size;		/* of the state memory */
-};
-
-/* Opens a device by either backend. */
-static void open_device(struct mig_device *dev, const char *path)
-{
-	int ret = mig_open(dev, path, MIG_IOMMUFD);
-
-	if (ret == -EOPNOTSUPP)
-		ret = mig_open(dev, path, MIG_GROUP);
-	if (ret)
-		give_up("could not open %s: %s", path, dev->why);
-}
-
 /* Opens the device in an option. */
 static bool open_mock(struct mock *m, const char *name)
 {
 	const char *path = mig_option(name);
-	struct vfio_region_info info;
 
 	if (!path) {
 		fprintf(stderr, "vfio_mock_bench: no --%s\n", name);
 		return false;
 	}
-	open_device(&m->dev, path);
-	must(mig_region_info(&m->dev, VFIO_PCI_BAR0_REGION_INDEX, &info), "find BAR0");
-	m->bar0 = info.offset;
-	must(mig_region_info(&m->dev, VFIO_PCI_BAR2_REGION_INDEX, &info), "find BAR2");
-	m->bar2 = info.offset;
-	m->size = info.size;
+	open_mock_at(m, path);
 	return true;
-}
-
-static void write_device(const struct mock *m, __u64 at, const void *data, size_t len)
-{
-	if (pwrite(m->dev.fd, data, len, at) != (ssize_t)len)
-		give_up("could not write to the device: %s", strerror(errno));
-}
-
-static int to_state(const struct mig_device *dev, __u32 state)
-{
-	int fd;
-
-	must(mig_set_state(dev, state, &fd), mig_state_name(state));
-	return fd;
 }
 
 /* Gives each page a content of its own. */
@@ -269,19 +163,6 @@ static void fill_all(const struct mock *m)
 	if (pread(m->dev.fd, &status, 4, m->bar0 + VFIO_MOCK_REG_STATUS) != 4 ||
 	    status != VFIO_MOCK_STATUS_DONE)
 		give_up("could not fill the memory");
-}
-
-/* Reads to the end of the stream, and returns its length. */
-static size_t drain(int fd)
-{
-	size_t done = 0;
-	ssize_t ret;
-
-	while ((ret = read(fd, buffer, PIECE)) > 0)
-		done += ret;
-	if (ret < 0 && errno != ENOMSG)
-		give_up("could not read the stream: %s", strerror(errno));
-	return done;
 }
 
 /* A memfd of @size bytes. */
@@ -450,27 +331,6 @@ static void bench_readv(void)
 
 /* ---- A round of pre-copy ---- */
 
-#define ROUND_PAGES	64
-
-static double precopy_round(const struct mock *m, int fd)
-{
-	struct vfio_precopy_info info;
-	__u64 page, step = m->size / PAGE / ROUND_PAGES;
-	double start;
-	size_t len;
-
-	for (page = 0; page < ROUND_PAGES; page++)
-		write_device(m, m->bar2 + page * step * PAGE, &page, 8);
-	start = now();
-	must(mig_precopy_info(fd, &info), "get the pre-copy info");
-	len = drain(fd);
-	must(mig_precopy_info(fd, &info), "get the pre-copy info");
-	start = now() - start;
-	if (info.dirty_bytes || len < ROUND_PAGES * PAGE || len > 2 * ROUND_PAGES * PAGE)
-		give_up("a round of %u pages has %zu bytes", ROUND_PAGES, len);
-	return start;
-}
-
 static void bench_round(void)
 {
 	const char *name = "PRE_COPY round, 64 pages, 1 GiB : 16 MiB";
@@ -485,11 +345,11 @@ static void bench_round(void)
 		return;
 	large_fd = to_state(&large.dev, MIG_PRE_COPY);
 	small_fd = to_state(&small.dev, MIG_PRE_COPY);
-	drain(large_fd);
-	drain(small_fd);
+	drain(large_fd, buffer);
+	drain(small_fd, buffer);
 	for (i = 0; i < runs * MANY; i++) {
-		ours[i] = precopy_round(&large, large_fd);
-		theirs[i] = precopy_round(&small, small_fd);
+		ours[i] = precopy_round(&large, large_fd, buffer);
+		theirs[i] = precopy_round(&small, small_fd, buffer);
 	}
 	add(name, ours, theirs, i, false, "us", 1 / 1e6, AT_MOST, 1.2);
 	close(large_fd);
@@ -527,7 +387,7 @@ static void bench_write(void)
 	for (i = 0; i < runs * 2; i++) {
 		off[i] = write_pages(&m);
 		fd = to_state(&m.dev, MIG_PRE_COPY);
-		drain(fd);
+		drain(fd, buffer);
 		on[i] = write_pages(&m);
 		close(fd);
 		to_state(&m.dev, MIG_RUNNING);
