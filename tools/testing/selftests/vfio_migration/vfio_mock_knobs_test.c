@@ -675,6 +675,7 @@ TEST_F(knobs, seal_fails)
 {
 	const struct mock *src = &self->src;
 	__u32 from = src->dev.flags & VFIO_MIGRATION_P2P ? MIG_PRE_COPY_P2P : MIG_PRE_COPY;
+	struct vfio_precopy_info info;
 	__u64 size;
 	int fd;
 
@@ -697,6 +698,12 @@ TEST_F(knobs, seal_fails)
 	set_faults(_metadata, src, "size errno=EBUSY");
 	EXPECT_EQ(-EBUSY, mig_data_size(&src->dev, &size));
 	EXPECT_EQ(0, mig_data_size(&src->dev, &size));
+	self->image.len = 0;
+	begin(_metadata, self, &fd);
+	set_faults(_metadata, src, "size errno=EBUSY");
+	EXPECT_EQ(-EBUSY, mig_precopy_info(fd, &info));
+	EXPECT_EQ(0, mig_precopy_info(fd, &info));
+	close(fd);
 }
 
 /* A failed read() loses nothing; the image loads. */
