@@ -617,20 +617,14 @@ impl<M: Migratable> Engine<M> {
     /// device is [gone](Self::fence), and with `EINTR`, without a reset, if the task is killed
     /// while it waits.
     pub fn reset(&self, driver: &Arc<M>) -> Result {
-        self.reset_from(driver, ResetBy::Client, |_| ())
+        self.reset_from(driver, ResetBy::Client)
     }
 
-    /// The same, and passes the state that the reset leaves to `from`.
-    pub(crate) fn reset_from(
-        &self,
-        driver: &Arc<M>,
-        by: ResetBy,
-        from: impl FnOnce(State),
-    ) -> Result {
+    /// The same for a reset by `by`.
+    pub(crate) fn reset_from(&self, driver: &Arc<M>, by: ResetBy) -> Result {
         self.try_with_current(|current| {
             current.present()?;
             let state = current.state();
-            from(state);
             if by != ResetBy::Open {
                 let by_client = by == ResetBy::Client;
                 self.ledger

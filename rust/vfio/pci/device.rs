@@ -251,8 +251,8 @@ pub(super) struct Private<T: Operations> {
     resets: Arc<Resets>,
     /// Held while a reset is completed, and during a state change. Outside of the engine's locks.
     ///
-    /// The last reset that has discarded the state of a stopped device, if the user was not told
-    /// of it and has not requested that reset or a later one.
+    /// The number of the last reset, or failure, that has discarded the state of a stopped device,
+    /// if the user was not told of it and has not requested a later reset.
     #[pin]
     settling: Mutex<Option<u64>>,
     /// Present while the device is open.
@@ -342,17 +342,19 @@ impl<T: Operations> Variant<T> {
         let resets = &self.private.resets;
         while resets.is_unsettled() {
             let count = resets.wait_killable()?;
-            let mut from = State::Running;
             let engine = &self.private.engine;
+            // The state does not change meanwhile: state changes hold `lost`, too. A reset that
+            // fails also discards the state, and the next one begins in `ERROR`.
+            let state = engine.state();
+            if matches!(state, State::Stop | State::StopCopy | State::Resuming) {
+                *lost = Some(count);
+            }
             let done = match resets.has_failed() {
                 true => engine.fail_killable(opened),
-                false => engine.reset_from(opened, by, |state| from = state),
+                false => engine.reset_from(opened, by),
             };
             if done == Err(EINTR) {
                 return done;
-            }
-            if done.is_ok() && matches!(from, State::Stop | State::StopCopy | State::Resuming) {
-                *lost = Some(count);
             }
             if resets.settle(count) {
                 // If it failed, the state is `ERROR`, until the next reset.
@@ -375,8 +377,13 @@ impl<T: Operations> Variant<T> {
         // Held until the state has changed, so that another call cannot complete a reset between
         // the check and the change.
         let mut lost = lock_killable(&self.private.settling)?;
-        self.complete(&opened, ResetBy::Host, &mut lost)?;
+        self.complete(&opened, ResetBy::Host, &mut lost)
+            .inspect_err(|e| *lost = lost.filter(|_| *e == EINTR))?;
         let engine = &self.private.engine;
+        if engine.state() == State::Error {
+            // The error of this call tells the user.
+            *lost = None;
+        }
         engine.set_state_if(&opened, device, target, || match lost.take() {
             Some(_) => Err(ECANCELED),
             None => Ok(()),

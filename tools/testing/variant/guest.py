@@ -941,6 +941,18 @@ def reports_errors(path, bar):
                 check(device.state() == RUNNING, "the device is not in RUNNING")
                 device.command(MEMORY)
                 check(device.read() == bytes(device.size), "the memory is not clear")
+        # The state of a stopped device is lost, although no call has said so before the reset.
+        device.write(pattern(device.size, 18))
+        for state in STOPPED:
+            session = device.set_state(state)
+            report(path, IO_FROZEN)
+            check(fails(device.read) == errno.EIO, "the device can be read")
+            report(path, IO_NORMAL)
+            host_reset(path)
+            check_told(device, state)
+            device.command(MEMORY)
+            if session >= 0:
+                os.close(session)
         device.write(pattern(device.size, 18))
         report(path, IO_PERM_FAILURE)
         check(fails(device.reset) is not None, "a device that is gone is reset")
@@ -1105,6 +1117,17 @@ def check_unpowered(path, device):
     check(device.state() == RUNNING, "the device is not in RUNNING")
     device.command(MEMORY)
     check(device.read() == bytes(device.size), "the memory is not clear")
+    # The same by the host: the driver fails, and the next reset by the host repairs the device.
+    device.set_state(STOP)
+    device.power(D3HOT)
+    for event in RESET_PREPARE, RESET_DONE:
+        report(path, event)
+    check(fails(device.read) == errno.EIO, "a device without power can be read")
+    check(device.state() == ERROR, "the device is not in ERROR")
+    device.power(D0)
+    host_reset(path)
+    check_told(device, STOP)
+    device.command(MEMORY)
 
 
 def check_unpowered_transfer(device):
