@@ -322,7 +322,7 @@ impl<M: Migratable> SaveSession<M> {
     /// stream.
     fn next(&self, nonblock: bool, first: bool) -> Result<Option<(Chunk, usize)>> {
         loop {
-            let mut guard = self.saving.lock();
+            let mut guard = lock_killable(&self.saving)?;
             let saving = self.notifier.live(&mut *guard)?;
             if saving.chunk.is_none() && !matches!(saving.answer, Answer::Failed(_)) {
                 saving.ask(&self.notifier);
@@ -399,11 +399,15 @@ impl<M: Migratable> SaveSession<M> {
         result
     }
 
-    /// Serves poll(): readable if read() would not wait. Calls no method of the driver.
+    /// Serves poll(): readable if read() would not wait. Calls no method of the driver, but waits
+    /// killably for one that another task calls.
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         self.ledger.note(|verdict, _| verdict.poll(self.generation));
-        match self.notifier.live(&mut *self.saving.lock()) {
+        let Ok(mut guard) = lock_killable(&self.saving) else {
+            return 0;
+        };
+        match self.notifier.live(&mut *guard) {
             Err(_) => bindings::POLLIN | bindings::POLLRDNORM | bindings::POLLRDHUP,
             Ok(saving) if saving.is_readable(&self.notifier) => {
                 bindings::POLLIN | bindings::POLLRDNORM
@@ -625,7 +629,7 @@ impl<M: Migratable> LoadSession<M> {
         loop {
             // Read before the loader is called, so that a notification meanwhile is not missed.
             let seen = self.notifier.events();
-            let mut guard = self.loading.lock();
+            let mut guard = lock_killable(&self.loading)?;
             let loading = self.notifier.live(&mut *guard)?;
             if loading.is_ready(&self.notifier) {
                 return Ok(true);
@@ -650,7 +654,7 @@ impl<M: Migratable> LoadSession<M> {
 
     /// Hands bytes to the loader, and returns the number of bytes that it has taken.
     fn load(&self, bytes: &[u8]) -> Result<usize> {
-        let mut guard = self.loading.lock();
+        let mut guard = lock_killable(&self.loading)?;
         let loading = self.notifier.live(&mut *guard)?;
         loading.load(bytes, &self.notifier)
     }
@@ -701,7 +705,10 @@ impl<M: Migratable> LoadSession<M> {
     fn poll(&self, file: &File, table: &PollTable<'_>) -> u32 {
         table.register_wait(file, &self.notifier.wait);
         let events = bindings::POLLOUT | bindings::POLLWRNORM;
-        match self.notifier.live(&mut *self.loading.lock()) {
+        let Ok(mut guard) = lock_killable(&self.loading) else {
+            return 0;
+        };
+        match self.notifier.live(&mut *guard) {
             Ok(loading) if loading.block.is_some() && loading.is_ready(&self.notifier) => events,
             Ok(_) => 0,
             Err(_) => events | bindings::POLLERR,

@@ -1051,4 +1051,33 @@ TEST_F_TIMEOUT(knobs, write_is_kept_if_the_seal_fails, 60)
 	close(fd);
 }
 
+/* A driver may take long in the method that begins the end of the stream. */
+TEST_F(knobs, poll_during_a_seal_is_killed)
+{
+	struct mock *src = &self->src;
+	__u64 faulted = number(_metadata, src, "faulted");
+	struct stopper s = { .dev = &src->dev, .state = MIG_STOP_COPY };
+	struct pollfd p = { .events = POLLIN };
+	pid_t child;
+	int status;
+
+	NEED_PRE_COPY(&src->dev);
+	begin(_metadata, self, &p.fd);
+	set_faults(_metadata, src, "seal delay_us=4294967295");
+	ASSERT_EQ(0, pthread_create(&s.poller.thread, NULL, stopper_main, &s));
+	WAIT_FOR(number(_metadata, src, "faulted") > faulted, "the saver waits");
+	child = fork();
+	ASSERT_LE(0, child);
+	if (!child)
+		_exit(poll(&p, 1, 0));
+	WAIT_FOR(sleeps_uninterruptibly(child), "poll() of the child waits");
+	kill(child, SIGKILL);
+	ASSERT_EQ(child, waitpid(child, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status));
+	set_faults(_metadata, src, "off");
+	ASSERT_TRUE(joined(s.poller.thread));
+	EXPECT_EQ(0, s.ret);
+	close(p.fd);
+}
+
 MIG_HARNESS_MAIN(mock_options)
