@@ -173,8 +173,8 @@ impl Enabled {
     }
 
     /// Restores the configuration space if a reset that was not announced has cleared it, so that
-    /// the driver can reset the device. A reset by the user saves and restores what it finds. May
-    /// sleep.
+    /// the driver can reset the device. Otherwise, the PCI core would save the lost configuration
+    /// before a reset by the user, and restore it afterwards. May sleep.
     fn restore(&self) {
         let (core, pdev) = (self.core.as_ptr(), self.pdev());
         // SAFETY: By the type invariants both are valid. No lock is held that a runtime resume
@@ -635,7 +635,8 @@ pub struct Function {
     /// What happens to writes of the user to BARs. Held during such a write. Outside of `enabled`.
     #[pin]
     writes: Mutex<Writes>,
-    /// A copy of whether writes wait. Changes with `writes` held.
+    /// Whether `writes` is [`Writes::Wait`], for the condition of the waiters. Changes with
+    /// `writes` held.
     waiting: AtomicFlag,
     /// Writes that wait.
     #[pin]
@@ -864,9 +865,9 @@ impl Function {
 
     /// Drops writes of the user from now on if they wait: the device is stopped.
     pub(crate) fn end_arc(&self) {
-        let writes = self.writes.lock();
-        if *writes == Writes::Wait {
-            self.decide(writes, Writes::Drop);
+        // Only the caller's arc lets writes wait. On others, do not wait for a write under way.
+        if self.waiting.load(Relaxed) {
+            self.decide(self.writes.lock(), Writes::Drop);
         }
     }
 
