@@ -287,12 +287,12 @@ impl<M: Migratable> Engine<M> {
                 return drop(current);
             };
             drop(event);
-            self.take_note(&mut current, happened);
+            self.handle_event(&mut current, happened);
         }
     }
 
     /// Handles an event of the device.
-    fn take_note(&self, current: &mut Current<M>, event: Event) {
+    fn handle_event(&self, current: &mut Current<M>, event: Event) {
         if current.present().is_ok() {
             current.leave(match event {
                 Event::Failed => Current::Error,
@@ -338,7 +338,7 @@ impl<M: Migratable> Engine<M> {
     /// without an effect, if the task is killed while it waits.
     pub(crate) fn fail_killable(&self, driver: &Arc<M>) -> Result {
         self.try_with_current(|current| {
-            self.take_note(current, Event::Failed);
+            self.handle_event(current, Event::Failed);
             driver.halt();
             Ok(())
         })
@@ -458,13 +458,14 @@ impl<M: Migratable> Engine<M> {
             if done.is_err() && driver.is_broken() {
                 current.leave(Current::Error);
             }
+            // First, so that the verdict sees the new state when waiting writes are dropped.
+            self.publish(current);
             if current.state() != State::Error {
                 driver.end_arc();
             } else if *self.event.lock() != Some(Event::Reset) {
                 // A device that was reset meanwhile is running, and release() changes the state.
                 driver.halt();
             }
-            self.publish(current);
             file = done?;
             if *self.event.lock() == Some(Event::Failed) {
                 return Err(Event::Failed.error());
