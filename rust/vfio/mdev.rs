@@ -165,7 +165,10 @@ impl<T: Driver> Registration<T> {
             files: Files::new()?,
             driver <- {
                 let groups = files.groups.as_mut_ptr();
-                Opaque::try_ffi_init(move |driver| Self::register_driver(driver, groups))
+                Opaque::try_ffi_init(move |driver| {
+                    // SAFETY: Both are pinned, and live until the driver is unregistered.
+                    unsafe { Self::register_driver(driver, groups) }
+                })
             },
             parent <- {
                 let device = class.device;
@@ -207,13 +210,16 @@ impl<T: Driver> Registration<T> {
 
     /// Registers the driver in the memory that `driver` points to.
     ///
-    /// `groups` must live until the driver is unregistered.
-    fn register_driver(
+    /// # Safety
+    ///
+    /// `driver` must be valid for writes and pinned, and live until the driver is unregistered. So
+    /// must `groups`, a list that ends with a null pointer.
+    unsafe fn register_driver(
         driver: *mut bindings::mdev_driver,
         groups: *mut *const bindings::attribute_group,
     ) -> Result {
         let module = this_module::<T::OwnerModule>().as_ptr();
-        // SAFETY: `driver` is valid for writes, and pinned until it is unregistered.
+        // SAFETY: By the safety requirements.
         unsafe {
             driver.write(bindings::mdev_driver {
                 device_api: c"vfio-pci".as_char_ptr(),
