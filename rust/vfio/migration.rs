@@ -247,8 +247,8 @@ pub trait Migratable: Send + Sync + 'static {
     /// Begins an arc, before its other methods are called. If this fails, none of them is, and the
     /// state does not change.
     ///
-    /// For drivers that refuse or delay state changes, such as those for tests. A reset and the
-    /// last close are no arcs.
+    /// For drivers that refuse or delay state changes, such as those for tests. Not called for a
+    /// reset or the last close.
     fn begin_arc(&self, _from: State, _to: State) -> Result {
         Ok(())
     }

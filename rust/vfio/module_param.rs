@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Parameters of modules that are texts. `module!` supports only numbers.
+//! String parameters of modules (`charp`). `module!` supports only integers.
 //!
 //! C header: [`include/linux/moduleparam.h`](srctree/include/linux/moduleparam.h)
 

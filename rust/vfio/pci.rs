@@ -251,8 +251,8 @@ pub trait Operations: Sized + Send + Sync + 'static {
     /// Writes to a [trapped](Region::Trapped) BAR. The whole range is inside the BAR.
     ///
     /// Not called while the device is stopped. [`Migratable::stop`] is called after the write under
-    /// way has returned; there is at most one. A write during a state change that stops the device
-    /// waits for its end. May sleep. The bytes were copied from the user
+    /// way has returned; there is at most one. A write that arrives while a state change stops
+    /// the device waits for the end of that change. May sleep. The bytes were copied from the user
     /// before the call. By default, it writes to the device.
     fn write(_open: &Self::OpenData, _pos: Position, _from: &[u8]) -> Result {
         Err(EINVAL)

@@ -70,7 +70,7 @@ module! {
         },
         max_instances: u32 {
             default: 64,
-            description: "Maximum number of devices, and of PCI functions, up to 64",
+            description: "Maximum number of devices, up to 64, and of PCI functions, up to 32",
         },
     },
 }

@@ -125,8 +125,8 @@ impl Inner {
 /// Closing it waits until the calls under way have returned. They raise their interrupts before
 /// they return. No lock is held during the wait. A stopped device can be read: for reads, the gate
 /// is closed only without memory space and during a reset. Accesses wait for the end of a reset,
-/// and writes for the end of the change to a stopped state, because both may be given up. Only
-/// writes to a stopped device are dropped.
+/// and writes for the end of the change to a stopped state, because a reset can be killed and a
+/// state change can fail. Only writes to a stopped device are dropped.
 #[pin_data]
 pub(crate) struct Gate {
     #[pin]
@@ -197,8 +197,8 @@ impl Gate {
         .inspect_err(|_| self.open(reason))
     }
 
-    /// Replaces [`Reason::Stopping`], if the gate is closed for it, by [`Reason::Stopped`]: drops
-    /// the writes that wait. Does not sleep.
+    /// Completes a stop: turns [`Reason::Stopping`] into [`Reason::Stopped`], and drops the writes
+    /// that wait. Has no effect without a stop under way. Does not sleep.
     pub(crate) fn settle(&self) {
         let mut inner = self.inner.lock();
         let stops = inner.holds(Reason::Stopping);

@@ -15,10 +15,10 @@
 //! the stream, so both counters together give the exact size of the pending stream without a scan
 //! of the map.
 //!
-//! To mark all pages does not write to the map. It makes the words of both levels invalid, which
-//! stands for dirty pages. They become valid from the first one on, when a page behind them is
-//! taken. So the start of a stream takes no time in a large device, and each step of a stream in
-//! the order of the pages makes one word valid.
+//! Marking all pages does not write to the bitmaps. It sets `valid` to 0: words at or beyond
+//! `valid` are stale, and stand for dirty pages. Taking a page writes the words up to that page. So
+//! the start of a stream takes no time in a large device, and a stream in the order of the pages
+//! writes each word once.
 //!
 //! `kernel::bitmap` has one level, no counters and no access to whole words, and its memory comes
 //! from kmalloc(), which is too little for a large device.
@@ -54,7 +54,7 @@ pub struct Run {
 ///
 /// - `leaf` has [`leaf_words`] and `summary` has [`summary_words`] of `pages` words.
 /// - `valid` is at most the length of `leaf`. All pages of the words of `leaf` from there on are
-///   dirty, and these words have any content.
+///   dirty, and the content of these words has no meaning.
 /// - In the valid words of `leaf`, no bit at or after `pages` is set.
 /// - The bit of `summary` for a valid word of `leaf` is set if and only if that word is not zero.
 ///   The other bits of a word of `summary` that has such a bit are clear.

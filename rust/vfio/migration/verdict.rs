@@ -491,8 +491,7 @@ impl Verdict {
         }
     }
 
-    /// Notes a write to a BAR that was dropped, because the device is stopped, is being stopped or
-    /// is being reset.
+    /// Notes a write to a BAR that was dropped, because the device is stopped.
     pub fn dropped_write(&mut self, now: u64) {
         if let State::Stop | State::StopCopy | State::Resuming = self.state {
             self.statistics.dropped_writes += 1;

@@ -50,7 +50,8 @@ impl Host {
 
     /// Plugs a function of a type. May sleep.
     ///
-    /// Fails with `ENOSPC` if there are [`Driver::max_instances()`], and with the error of the
+    /// Fails with `ENOSPC` if there are [`Driver::max_instances()`] functions or no slot is
+    /// free, and with the error of the
     /// driver if it cannot describe the function.
     pub(super) fn plug<T: Driver>(this: &Arc<Self>, kind: Kind, bind: bool) -> Result<Plugged> {
         let function = Function {

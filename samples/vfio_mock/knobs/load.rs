@@ -119,7 +119,7 @@ impl Load {
         settings.notifier = Some(notifier);
     }
 
-    /// Stops to dirty pages. May sleep.
+    /// Stops dirtying pages. May sleep.
     pub(crate) fn end(&self) {
         let notifier = self.settings.lock().notifier.take();
         // Outside of the lock: this may be the last reference.

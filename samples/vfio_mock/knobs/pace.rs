@@ -177,7 +177,8 @@ pub(crate) struct Waits {
     pace: Arc<Pace>,
     notifier: Arc<Notifier>,
     epoch: Instant<Monotonic>,
-    /// Time in nanoseconds at which the bytes so far are through, at the bandwidth.
+    /// Time in nanoseconds at which a link of this bandwidth has transferred the bytes so
+    /// far.
     through: u64,
     timer: Option<Timer>,
     /// For the next timer.
