@@ -414,7 +414,7 @@ def removals():
 
 
 def limits():
-    """there are as many functions as slots"""
+    """there are as many functions as slots, or as the module allows"""
     with contextlib.ExitStack() as stack:
         functions = [stack.enter_context(Function(f"n{number}")) for number in range(32)]
         check(len({function.path for function in functions}) == 32, "addresses are not unique")
@@ -423,6 +423,17 @@ def limits():
             last.set("power", 1)
         functions[5].set("power", 0)
         last.set("power", 1)
+    subprocess.run(["rmmod", "vfio_mock"], check=True)
+    subprocess.run(["insmod", MODULE, "max_instances=1"], check=True)
+    try:
+        with Function("one") as one, Function("two", power=False) as two:
+            with refused(errno.ENOSPC):
+                two.set("power", 1)
+            one.set("power", 0)
+            two.set("power", 1)
+    finally:
+        subprocess.run(["rmmod", "vfio_mock"], check=True)
+        subprocess.run(["insmod", MODULE], check=True)
 
 
 def unload():
