@@ -300,14 +300,14 @@ def play_steps(scenario):
     """Migrations that complete after a while, with one guest."""
     source = scenario.boot()
     for name, step in chosen(scenario, STEPS).items():
-        source = play_step(scenario, source, name, step)
+        source, _ = play_step(scenario, source, name, step)
     scenario.verify(source)
     scenario.quit(source)
     return f"{len(chosen(scenario, STEPS))} migrations"
 
 
 def play_step(scenario, source, name, step):
-    """One migration that completes; returns the target."""
+    """One migration that completes; returns the target and the last sample."""
     target = scenario.target(name)
     (one,), (other,) = source.mdevs, target.mdevs
     knobs = Knobs()
@@ -356,4 +356,4 @@ def play_step(scenario, source, name, step):
     if step.advice and verdict:
         told = any(line.startswith(f"advice: {step.advice}:") for line in verdict)
         expect(f"{name}: the advice {step.advice}", told, True)
-    return target
+    return target, sample

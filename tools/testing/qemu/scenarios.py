@@ -597,7 +597,7 @@ def ends(scenario, source, target, status):
 
 
 def cancel(scenario):
-    """The migration is cancelled half-way, and a second one completes."""
+    """Migrations are cancelled and fail, and one completes when the host lets it."""
     source = scenario.boot()
     target = scenario.target("target")
     scenario.half_way(source, target)
@@ -609,11 +609,13 @@ def cancel(scenario):
     scenario.view.say("cancelled half-way, the source continues")
     scenario.verify(source)
 
-    target = scenario.target("second-target")
-    sample = scenario.complete(source, target)
+    for name in ("read", "write"):
+        cases.play_case(scenario, source, name, cases.CASES[name])
+    step = cases.STEPS["converge"]
+    target, sample = cases.play_step(scenario, source, "converge", step)
     scenario.verify(target)
     scenario.quit(target)
-    return "cancelled half-way, then " + scenario.summary(sample)
+    return "cancelled half-way, then failed twice, then " + scenario.summary(sample)
 
 
 def peers(scenario):
@@ -822,7 +824,7 @@ Plan = namedtuple(
 SCENARIOS = {
     "group": Plan(migrate, "group and container", ["group"]),
     "iommufd": Plan(migrate, "character device and iommufd", ["iommufd"]),
-    "cancel": Plan(cancel, "cancelled half-way, then completed", ANY),
+    "cancel": Plan(cancel, "cancelled half-way, failed, and completed once it converges", ANY),
     "multifd": Plan(
         migrate,
         "device state over a channel of its own, switchover acknowledged",
