@@ -88,9 +88,12 @@ test-device:		## run the conformance tests on the devices of DRIVER or M
 	$(testing)/device/run $(if $(DRIVER),--driver $(DRIVER)) $(if $(TYPE),--type $(TYPE)) \
 		$(if $(OPS),--ops $(OPS)) $(abspath $(or $(M),.)) $(VMFLAGS) -- $(TESTFLAGS)
 
+matrix:			## test kernels with other options
+	$(testing)/run matrix -- $(MATRIXFLAGS) $(ONLY)
+
 soak:			## run the long tests, some of them on the debug and strict kernels
 	$(testing)/run build soak host_fuzz_long miri mtty mtty_fixed \
-		selftest_kernel_all mutations fresh_all stock bundle demo_more
+		selftest_kernel_all mutations matrix fresh_all stock bundle demo_more
 	$(testing)/run --kernel debug build fuzz
 	$(testing)/run --kernel strict
 
@@ -137,9 +140,10 @@ help:			## print this
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
 	echo 'KSELFTESTFLAGS=--write  selftest-kernel: update the table of the results'
+	echo 'MATRIXFLAGS=--write  matrix: update the table of the results'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench or bench_native'
 	echo 'SCALEFLAGS="-r N" number of measurements of a point of vfio_mock_scale'
-	echo 'ONLY="name..."    the only mutations for selftest-mutations'
+	echo 'ONLY="name..."    the only mutations for selftest-mutations, kernels for matrix'
 	echo 'SERIESFLAGS="..." options of tools/series/run: --compile, --build, --vm'
 	echo 'KSRC=folder       source of Linux for series'
 	echo 'RUSTC=path        use this rustc, not /usr/bin/rustc'
@@ -148,5 +152,5 @@ help:			## print this
 
 .PHONY: all modules modules_install setup kernel kernel-debug kernel-strict env kdir vm shell
 .PHONY: demo test test-debug test-strict test-host test-device selftest selftest-mtty
-.PHONY: selftest-kernel selftest-mutations soak bench bench-native scale lint doc htmldocs
-.PHONY: bundle series rust-analyzer clean help
+.PHONY: selftest-kernel selftest-mutations matrix soak bench bench-native scale lint doc
+.PHONY: htmldocs bundle series rust-analyzer clean help

@@ -57,6 +57,9 @@ prepared) vm_prepare=1 ;;
 arm64) vm_prepare=1 vm_required=$vm_top/.config.arm64.fragment ;;
 # That of the distribution, see stock.
 stock) ;;
+# With the options that the script matrix chooses: built, or only configured.
+matrix) vm_required=$vm_cache/matrix.fragment ;;
+matrix-*) vm_prepare=1 vm_required=$vm_cache/matrix.fragment ;;
 *) die "--kernel $vm_kernel: unknown kernel" ;;
 esac
 if [ -n "$vm_kernel" ]; then
@@ -64,6 +67,7 @@ if [ -n "$vm_kernel" ]; then
 	vm_build+=$vm_suffix
 	case $vm_kernel in
 	prepared | stock) ;;
+	matrix*) vm_fragments+=" $vm_required" ;;
 	*)
 		vm_fragments+=" $vm_top/.config.$vm_kernel.fragment"
 		[ "$vm_kernel" = arm64 ] || vm_required=$vm_fragments
@@ -142,6 +146,7 @@ tool_env()
 	# builds of the scripts.
 	unset MAKEFLAGS MFLAGS MAKELEVEL RUSTFLAGS RUSTUP_TOOLCHAIN
 	export PATH RUSTC RUSTDOC RUSTFMT LLVM LIBCLANG_PATH
+	[ "$vm_kernel" != matrix-gcc ] || unset LLVM
 	if [ "$vm_kernel" = stock ]; then
 		# The tools that the distribution has built its kernel with.
 		PATH=/usr/bin:/bin:/usr/sbin:/sbin
