@@ -21,8 +21,18 @@ LISTS = {RUST: ("kvm", "rust-for-linux"), SUITE: ("kvm", "linux-kselftest")}
 # Lines of code in a patch.
 LIMIT = 400
 CRATE = "rust/kernel/vfio"
+KUNIT = "drivers/vfio/kunit"
 TESTS = "tools/testing/selftests/vfio_migration"
 MOD = re.compile(r"^ *(?:#\[.*\]\n *)*(?:pub(?:\([a-z]+\))? )?mod (\w+);\n", re.MULTILINE)
+SUITE_OF_TESTS = re.compile(
+    r"^#\[kunit_tests\(\w+\)\]\nmod (\w+)_tests \{\n.*?^\}\n\n?", re.MULTILINE | re.DOTALL
+)
+KUNIT_MAKEFILE = """\
+# SPDX-License-Identifier: GPL-2.0
+
+obj-$(CONFIG_RUST_VFIO_KUNIT_TEST) += vfio_kunit.o
+vfio_kunit-y := vfio_kunit_main.o vfio_kunit_core.o vfio_kunit_device.o
+"""
 UNFINISHED = [
     "",
     "#![allow(",
@@ -124,6 +134,7 @@ class Files:
         for name in ("vfio_membar", "vfio_minimal", "vfio_fw", "vfio_mock"):
             self.add_sample(name)
         self.add_suite()
+        self.add_kunit()
         self.format(source)
 
     def match(self, patterns):
@@ -162,6 +173,24 @@ class Files:
                 "# SPDX-License-Identifier: GPL-2.0\n\n"
                 f"obj-$(CONFIG_SAMPLE_RUST_{name.upper()}) += {name}.o\n"
             )
+
+    def add_kunit(self):
+        """Adds the KUnit tests, a module."""
+        testing = TOP / "tools/testing"
+        for file in sorted([*(testing / "kunit").iterdir(), testing / "host/src/paths.rs"]):
+            if file.suffix not in (".rs", ".c", ".h"):
+                continue
+            name, text = file.name.replace("vfio_kunit.rs", "vfio_kunit_main.rs"), file.read_text()
+            # Sentences about tests that are not part of the series.
+            text = re.sub(r"\n//! The [^.]* run\n//! on the host \([^.]*\.|"
+                          r" The main tests [^(]*\(`tools/testing/host`\)\.|"
+                          r" Host tests [^.]*\.", "", text)
+            text = text.replace('#[path = "../host/src/paths.rs"]\n', "")
+            for here, there in ("rust/vfio/", "rust/kernel/vfio/"), ("samples/", "samples/rust/"):
+                text = text.replace(f'"../../../{here}', f'"../../../{there}')
+            self.text[f"{KUNIT}/{name}"] = (
+                intree.driver_source(text) if file.suffix == ".rs" else text)
+        self.text[f"{KUNIT}/Makefile"] = KUNIT_MAKEFILE
 
     def add_suite(self):
         """Adds the selftests."""
@@ -339,10 +368,14 @@ def starts(path, text):
         return [text]
     lines = text.rstrip("\n").split("\n")
     ends = [n + 1 for n, line in enumerate(lines) if line in ("}", "};")] + [len(lines)]
+    inner = [n + 1 for n, line in enumerate(lines) if line == "    }"]
     result, begin = [], 0
     while begin < len(lines):
-        good = [end for end in ends
-                if end > begin and code(path, "\n".join(lines[begin:end])) <= LIMIT]
+        # An item that is too large, such as a module with tests, ends after one of its items.
+        good = next(filter(None, ([
+            end for end in some
+            if end > begin and code(path, "\n".join(lines[begin:end])) <= LIMIT
+        ] for some in (ends, inner))), None)
         if not good:
             sys.exit(f"{path}: no item ends within the limit after line {begin}")
         begin = good[-1]
@@ -466,3 +499,56 @@ config {option}
 """
     tree.insert("samples/rust/Kconfig", "config SAMPLE_RUST_HOSTPROGS", kconfig, before=True)
     tree.maintain(RUST, f"samples/rust/vfio_{name}{'/' if folder else '.rs'}")
+
+
+def without_suites(text, absent):
+    """Returns the root of the KUnit tests without some suites and their modules."""
+    text = SUITE_OF_TESTS.sub(lambda found: "" if found[1] in absent else found[0], text)
+    text = re.sub(r'^#\[path = "[^"]*"\]\npub mod (\w+);\n',
+                  lambda found: "" if found[1] in absent else found[0], text, flags=re.MULTILINE)
+    return text.rstrip() + "\n"
+
+
+def kunit_root(tree, absent):
+    """Writes the root of the KUnit tests."""
+    path = f"{KUNIT}/vfio_kunit_main.rs"
+    tree.write(path, without_suites(tree.files.text[path], absent))
+
+
+def kunit(message, *names, absent=None):
+    """A patch that adds files of the KUnit tests; the last one adds the module."""
+
+    def change(tree):
+        for name in names:
+            path = f"{KUNIT}/{name}"
+            tree.write(path, tree.files.text[path])
+        if absent is not None:
+            kunit_root(tree, absent)
+            add_kunit(tree)
+
+    return Added(message, change, [f"{KUNIT}/{name}" for name in names])
+
+
+def add_kunit(tree):
+    """Adds the entries of the KUnit tests in Kconfig, Makefile and MAINTAINERS."""
+    kconfig = """\
+config RUST_VFIO_KUNIT_TEST
+	tristate "KUnit tests of the Rust VFIO abstractions" if !KUNIT_ALL_TESTS
+	depends on RUST_VFIO_ABSTRACTIONS && KUNIT=y
+	default KUNIT_ALL_TESTS
+	help
+	  This builds KUnit tests of the migration engine, with a device
+	  that is not on a bus, and of other parts of the abstractions.
+	  They run when the module is loaded, which is called
+	  vfio_kunit.
+
+	  If unsure, say N.
+
+"""
+    tree.insert("drivers/vfio/Kconfig", 'source "drivers/vfio/pci/Kconfig"', kconfig, before=True)
+    tree.insert(
+        "drivers/vfio/Makefile",
+        "obj-$(CONFIG_RUST_VFIO_ABSTRACTIONS) += rust_trace.o",
+        "obj-$(CONFIG_RUST_VFIO_KUNIT_TEST) += kunit/",
+    )
+    tree.maintain(RUST, f"{KUNIT}/")

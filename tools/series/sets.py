@@ -14,6 +14,8 @@ from patches import (
     crate,
     diff,
     grow_suite,
+    kunit,
+    kunit_root,
     sample,
     suite,
 )
@@ -484,6 +486,10 @@ files are one unit: a mapping unmaps what the tracking takes.
     ),
 )
 
+# KUnit tests of parts that are in later patches than the engine.
+LATER_SUITES = ("msix", "table", "config_space")
+STREAM_SUITES = ("stream", "dirty_map")
+
 ENGINE = Set(
     "4-vfio-engine",
     ("3-rust-abstractions",),
@@ -503,7 +509,8 @@ device that is not open, and has no unsafe code.
 
 The engine needs nothing but a struct vfio_device. Its first user is a
 variant driver on vfio_pci_core for two devices that every QEMU has. No
-hardware is needed to test it.
+hardware is needed to test it. KUnit tests use a device that is not on a
+bus.
 """,
     (
         crate(
@@ -565,6 +572,30 @@ All code that changes the migration state of a device. Each arc commits
 or is undone by itself.
 """,
             "migration/engine",
+        ),
+        kunit(
+            """rust: vfio: test the engine: add calls of a data_fd
+
+Functions in C that KUnit tests need: a device that is not registered, the
+state machine of vfio core, and calls of a file without a descriptor.
+""",
+            "vfio_kunit_core.c", "vfio_kunit_device.c", "vfio_kunit_device.h",
+        ),
+        kunit(
+            """rust: vfio: test the engine: add a device
+
+It records the calls of the engine, and fails or hangs on request. Also a
+model of the states, written from the text of the uAPI.
+""",
+            "fake.rs", "paths.rs",
+        ),
+        kunit(
+            """rust: vfio: test the engine with KUnit
+
+All arcs, each failure of each operation, and sessions, reset and close at
+any time. The state machine of vfio core is compared with the model.
+""",
+            "engine.rs", "Makefile", absent=LATER_SUITES + STREAM_SUITES,
         ),
         crate(
             """rust: vfio: add positions in regions
@@ -885,6 +916,20 @@ The module, as a mediated device and as a PCI function.
             "mock", "samples/rust/vfio_mock/vfio_mock.rs", "samples/rust/vfio_mock/Makefile",
             what="a device that can be live-migrated and\n	  has no hardware: registers,"
             " interrupts, DMA and state memory",
+        ),
+        Patch(
+            """rust: vfio: emulated: test MSI-X, config space and IOMMU with KUnit
+
+The same tables with the build flags of a kernel.
+""",
+            lambda tree: kunit_root(tree, STREAM_SUITES),
+        ),
+        Patch(
+            """rust: vfio: test dirty map and stream with KUnit
+
+Both are pure functions, and the tests draw random inputs.
+""",
+            lambda tree: kunit_root(tree, ()),
         ),
         Patch(message_of("libvfio_mock.patch"), mock_library),
         Patch(
