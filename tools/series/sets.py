@@ -607,6 +607,13 @@ The file offset and the vma of a device file, as region and position.
             "region",
         ),
         crate(
+            """rust: vfio: add a wait queue
+
+Unlike with CondVar of the kernel crate, a wait can be killable.
+""",
+            "wait",
+        ),
+        crate(
             """rust: vfio: pci: add the trait of variant drivers
 
 Also a record of resets, so that a driver handles each of them once.
@@ -724,7 +731,7 @@ Of a PCI function with BARs and MSI-X.
 A gate for the work of a device and for accesses to its BARs: when
 the device is stopped, none is running and none begins.
 """,
-            "wait", "emulated/gate",
+            "emulated/gate",
         ),
         crate(
             """rust: vfio: emulated: add the trait of software devices
