@@ -239,12 +239,13 @@ class Files:
                 self.text[path] = file.read_text()
 
 
-def without(text, absent):
-    """Returns a module without the declarations and imports of absent submodules."""
+def without(text, absent, root=("self",)):
+    """Returns a module without the declarations and imports of absent submodules of root."""
+    size = len(root)
 
     def use(found):
-        paths = intree.paths(found[2])
-        kept = [path for path in paths if path[0] != "self" or path[1] not in absent]
+        paths = [tuple(path) for path in intree.paths(found[2])]
+        kept = [path for path in paths if path[:size] != root or path[size] not in absent]
         if len(kept) == len(paths):
             return found[0]
         tree = intree.Tree()
@@ -298,6 +299,9 @@ def grow_crate(tree, names):
             text = only_modules(text, below)
         else:
             text = without(text, {found[1] for found in MOD.finditer(text)} - below)
+        if name == "prelude":
+            absent = {found[1] for found in MOD.finditer(files.text[f"{CRATE}.rs"])}
+            text = without(text, absent - tree.modules, ("crate", "vfio"))
         if not name and set(files.crate) != tree.modules:
             text = unfinished(text)
         if not (tree.path / path).exists() or tree.read(path) != text:

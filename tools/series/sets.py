@@ -654,9 +654,10 @@ driver does not.
         crate(
             """rust: vfio: pci: register variant drivers
 
-The struct pci_driver, and a macro for a module.
+The struct pci_driver, and a macro for a module. The prelude has the items
+that nearly every driver uses.
 """,
-            "pci/driver",
+            "pci/driver", "prelude",
         ),
         sample(
             """samples: rust: add a variant driver for devices of QEMU
@@ -829,9 +830,8 @@ A directory for each function, as an administrator creates them.
             """rust: vfio: add PCI functions of software devices
 
 The second front end. A module chooses one or both; the driver is the same.
-The prelude has the items that nearly every driver uses.
 """,
-            "soft_pci", "soft_pci/driver", "soft_pci/absent", "prelude",
+            "soft_pci", "soft_pci/driver", "soft_pci/absent",
         ),
         sample(
             """samples: rust: add a minimal migratable VFIO driver
