@@ -80,7 +80,7 @@ pub struct DirtyMap<S: DerefMut<Target = [u64]>> {
 }
 
 /// Returns a word with `count` bits set, starting at bit `first`. Bits that do not fit are ignored.
-const fn word_mask(first: usize, count: usize) -> u64 {
+pub const fn word_mask(first: usize, count: usize) -> u64 {
     let low = if count >= PAGES_PER_WORD {
         u64::MAX
     } else {

@@ -16,6 +16,7 @@
 use super::{
     dirty_map::{
         leaf_words,
+        word_mask,
         PAGES_PER_WORD, //
     },
     state::Inner,
@@ -189,7 +190,7 @@ impl Mappings {
         let Some(word) = self.writable.get_mut(pages.start / PAGES_PER_WORD) else {
             return 0;
         };
-        let mask = (u64::MAX >> (PAGES_PER_WORD - pages.len())) << shift;
+        let mask = word_mask(shift, pages.len());
         if *word & mask == 0 {
             return 0;
         }
@@ -284,7 +285,7 @@ impl Inner {
         }
         if writable && !mappings.frozen {
             if let Some(word) = mappings.writable.get_mut(page / PAGES_PER_WORD) {
-                *word |= 1 << (page % PAGES_PER_WORD);
+                *word |= word_mask(page % PAGES_PER_WORD, 1);
             }
         }
         // SAFETY: This is a page fault on an area that may have such pages, and the page is valid.

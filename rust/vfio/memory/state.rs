@@ -175,7 +175,7 @@ impl Tracker {
         }
         // No run crosses a word.
         let shift = run.first % PAGES_PER_WORD;
-        let mask = (u64::MAX >> (PAGES_PER_WORD - run.count)) << shift;
+        let mask = dirty_map::word_mask(shift, run.count);
         if let Some(word) = self.held.get_mut(run.first / PAGES_PER_WORD) {
             let new = (*word & !mask) | (pinned << shift & mask);
             self.held_count += u64::from(new.count_ones());

@@ -20,6 +20,7 @@ use crate::{
     memory::{
         dirty_map::{
             leaf_words,
+            word_mask,
             PAGES_PER_WORD, //
         },
         GFP_MAYFAIL, //
@@ -81,7 +82,7 @@ impl Mappings {
         let Some(word) = self.writable.get_mut(pages.start / PAGES_PER_WORD) else {
             return;
         };
-        let mask = (u64::MAX >> (PAGES_PER_WORD - pages.len())) << (pages.start % PAGES_PER_WORD);
+        let mask = word_mask(pages.start % PAGES_PER_WORD, pages.len());
         if *word & mask == 0 {
             return;
         }
@@ -169,7 +170,7 @@ impl Mappings {
             .get_mut(page / PAGES_PER_WORD)
             .filter(|_| writable)
         {
-            *word |= 1 << (page % PAGES_PER_WORD);
+            *word |= word_mask(page % PAGES_PER_WORD, 1);
         }
         // INVARIANT: The bit of a writable page is set, which no page is while `frozen` is.
         // SAFETY: By the safety requirements.
