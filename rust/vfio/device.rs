@@ -168,3 +168,17 @@ unsafe impl Send for Device {}
 
 // SAFETY: The core synchronises all operations that a shared reference allows.
 unsafe impl Sync for Device {}
+
+/// Waits until no task executes code of the module for a device that it has dropped. May sleep.
+///
+/// The drop of a driver's registration calls it last. The task that dropped a device may be
+/// preempted before it returns to the core, while it still has to execute some instructions of the
+/// module. Only RCU Tasks waits for such a task. Kernels with kprobes, BPF or function tracing have
+/// it if they have preemption. Without preemption, the unloading of a module waits long enough.
+pub(crate) fn wait_for_tasks() {
+    #[cfg(CONFIG_TASKS_RCU)]
+    // SAFETY: An FFI call with no additional requirements.
+    unsafe {
+        bindings::synchronize_rcu_tasks()
+    };
+}

@@ -16,6 +16,7 @@ pub use crate::emulated::{
 
 use crate::{
     bindings,
+    device::wait_for_tasks,
     emulated::{
         self,
         Files, //
@@ -323,14 +324,7 @@ impl<T: Driver> PinnedDrop for Registration<T> {
             bindings::mdev_unregister_parent(self.parent.get());
             bindings::mdev_unregister_driver(self.driver.get());
         }
-        // A task that dropped a device may be preempted before it returns to the core, while it
-        // still has to execute some instructions of this module. Without preemption, the core waits
-        // for it anyway.
-        #[cfg(CONFIG_TASKS_RCU)]
-        // SAFETY: An FFI call with no additional requirements.
-        unsafe {
-            bindings::synchronize_rcu_tasks()
-        };
+        wait_for_tasks();
     }
 }
 

@@ -10,7 +10,10 @@
 
 use crate::{
     bindings, debugfs,
-    device::Device,
+    device::{
+        wait_for_tasks,
+        Device, //
+    },
     migration::Ledger,
     pci::{
         device::{
@@ -300,13 +303,6 @@ impl<T: Driver> PinnedDrop for Registration<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: The driver is registered.
         unsafe { bindings::pci_unregister_driver(self.driver.get()) };
-        // A task that dropped a device may be preempted before it returns to the core, while it
-        // still has to execute some instructions of this module. Without preemption, the core waits
-        // for it anyway.
-        #[cfg(CONFIG_TASKS_RCU)]
-        // SAFETY: An FFI call with no additional requirements.
-        unsafe {
-            bindings::synchronize_rcu_tasks()
-        };
+        wait_for_tasks();
     }
 }

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     bindings,
+    device::wait_for_tasks,
     emulated::{
         self,
         Files,
@@ -192,14 +193,7 @@ struct Tasks;
 
 impl Drop for Tasks {
     fn drop(&mut self) {
-        // A task that dropped a device may be preempted before it returns to the core, while it
-        // still has to execute some instructions of this module. Without preemption, the core waits
-        // for it anyway.
-        #[cfg(CONFIG_TASKS_RCU)]
-        // SAFETY: An FFI call with no additional requirements.
-        unsafe {
-            bindings::synchronize_rcu_tasks()
-        };
+        wait_for_tasks();
     }
 }
 
