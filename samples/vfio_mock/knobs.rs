@@ -67,6 +67,20 @@ struct Sizes {
     tail: Told,
 }
 
+/// Declares the knob of a setting of a [`Pace`].
+macro_rules! pace_knob {
+    ($name:expr, $pace:ident, $get:ident, $set:ident) => {
+        Attribute::Number {
+            name: $name,
+            show: |mock| mock.knobs.$pace.$get().into(),
+            store: |mock, number| {
+                mock.knobs.$pace.$set(number.try_into()?);
+                Ok(())
+            },
+        }
+    };
+}
+
 /// Declares the knob of a field of [`Sizes`].
 macro_rules! size_knob {
     ($name:expr, $field:ident) => {
@@ -107,41 +121,13 @@ impl Knobs {
             },
         },
         // Time to prepare each record, in microseconds.
-        Attribute::Number {
-            name: c"save_delay_us",
-            show: |mock| u64::from(mock.knobs.saving.delay()),
-            store: |mock, micros| {
-                mock.knobs.saving.set_delay(u32::try_from(micros)?);
-                Ok(())
-            },
-        },
+        pace_knob!(c"save_delay_us", saving, delay, set_delay),
         // Bytes per second of the stream; 0 is no limit.
-        Attribute::Number {
-            name: c"save_rate",
-            show: |mock| mock.knobs.saving.rate(),
-            store: |mock, rate| {
-                mock.knobs.saving.set_rate(rate);
-                Ok(())
-            },
-        },
+        pace_knob!(c"save_rate", saving, rate, set_rate),
         // Time to take each part of a stream, of up to 64 KiB, in microseconds.
-        Attribute::Number {
-            name: c"load_delay_us",
-            show: |mock| u64::from(mock.knobs.loading.delay()),
-            store: |mock, micros| {
-                mock.knobs.loading.set_delay(u32::try_from(micros)?);
-                Ok(())
-            },
-        },
+        pace_knob!(c"load_delay_us", loading, delay, set_delay),
         // Bytes per second of a stream to load; 0 is no limit.
-        Attribute::Number {
-            name: c"load_rate",
-            show: |mock| mock.knobs.loading.rate(),
-            store: |mock, rate| {
-                mock.knobs.loading.set_rate(rate);
-                Ok(())
-            },
-        },
+        pace_knob!(c"load_rate", loading, rate, set_rate),
         // Bytes per second that are dirtied in pre-copy.
         Attribute::Number {
             name: c"dirty_rate",
