@@ -160,10 +160,11 @@ impl Pace {
     /// Sets the bandwidth. A higher one ends the current wait at once.
     pub(crate) fn set_rate(&self, rate: u64) {
         let alarm = self.alarm.lock();
-        // 0 becomes the highest.
-        let old = self.rate().wrapping_sub(1);
+        let old = self.rate();
         self.rate.store(rate, Relaxed);
-        if let Some(alarm) = alarm.as_ref().filter(|_| rate.wrapping_sub(1) > old) {
+        // 0 is no limit.
+        let is_higher = old != 0 && (rate == 0 || rate > old);
+        if let Some(alarm) = alarm.as_ref().filter(|_| is_higher) {
             alarm.expire();
         }
     }
