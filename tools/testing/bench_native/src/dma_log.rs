@@ -4,12 +4,11 @@
 //!
 //! It uses containers of the kernel. The tree is one of the standard library here.
 
-#[path = "../../../../rust/vfio/dma/written.rs"]
-mod written;
-
-use self::written::Written;
 use crate::{
-    prelude::GFP_KERNEL_ACCOUNT,
+    log::{
+        Log,
+        PAGE, //
+    },
     random,
     way,
     Figure, //
@@ -20,12 +19,6 @@ use std::{
     hint::black_box,
     rc::Rc, //
 };
-
-const PAGE: u64 = 4096;
-
-/// The same number as the device.
-const ZONES: usize = 8192;
-const BATCH: usize = 256;
 
 /// Marks pages of the address space, and reports them.
 fn round(name: String, pages: Vec<u64>) -> Figure {
@@ -40,23 +33,12 @@ fn round(name: String, pages: Vec<u64>) -> Figure {
         set.clear();
     });
     let dirty = pages.clone();
-    let all = vec![(0, u64::MAX)];
-    let log = Written::new(PAGE, all, ZONES, GFP_KERNEL_ACCOUNT);
-    let mut log = log.expect("there is memory");
-    let mut runs = [(0, 0); BATCH];
+    let mut log = Log::new(u64::MAX);
     let ours = way("DMA log", move || {
         for page in &dirty[..] {
-            log.mark(page * PAGE, page * PAGE + PAGE - 1);
+            log.mark(page * PAGE);
         }
-        assert_eq!(log.take_rest(0, u64::MAX), None);
-        let mut from = Some(0);
-        while let Some(first) = from {
-            let count;
-
-            (count, from) = log.take(first, u64::MAX, &mut runs);
-            black_box(&runs[..count]);
-        }
-        assert!(log.is_empty());
+        assert_eq!(log.take_all(), 0);
     });
     let dirty = pages.clone();
     let mut map = RoaringTreemap::new();

@@ -13,6 +13,7 @@
 
 mod dirty_map;
 mod dma_log;
+mod log;
 #[allow(unsafe_code)]
 #[path = "../../../../rust/vfio/memory/prefetch.rs"]
 mod prefetch;

@@ -18,11 +18,10 @@ use kernel_containers::{
     prelude,
     rbtree, //
 };
-#[path = "../../../../../rust/vfio/dma/written.rs"]
-mod written;
+#[path = "../log.rs"]
+mod log;
 
-use self::written::Written;
-use crate::prelude::GFP_KERNEL_ACCOUNT;
+use self::log::Log;
 use rustix::time::{
     clock_gettime,
     ClockId, //
@@ -41,7 +40,7 @@ use vfio_host_tests::{
     stream::pattern_word,
 };
 
-const PAGE: usize = 4096;
+const PAGE: usize = log::PAGE as usize;
 
 /// Number of measurements of a point.
 const RUNS: usize = 15;
@@ -51,12 +50,6 @@ const SIZES: [usize; 6] = [64 << 10, 1 << 20, 16 << 20, 1 << 30, 16 << 30, 64 <<
 
 /// Number of pages of a round.
 const ROUND: usize = 64;
-
-/// The same number as the device.
-const ZONES: usize = 8192;
-
-/// Number of runs that are moved out of the log at once.
-const BATCH: usize = 256;
 
 /// Shortest time of a measurement in seconds, in which the work is repeated.
 const SHORTEST: f64 = 1e-3;
@@ -147,30 +140,17 @@ fn round(size: usize) -> [f64; 4] {
 }
 
 /// Marks pages of an address space of 48 bits, and takes them out of the log.
-fn log(pages: usize) -> [f64; 4] {
-    let all = vec![(0, (1 << 48) - 1)];
-    let log = Written::new(PAGE as u64, all, ZONES, GFP_KERNEL_ACCOUNT);
-    let mut log = log.expect("there is memory");
-    let mut runs = [(0, 0); BATCH];
+fn report(pages: usize) -> [f64; 4] {
+    let mut log = Log::new((1 << 48) - 1);
     let addresses: Vec<u64> = (0..pages as u64)
         .map(|index| pattern_word(1, index) >> 16 & !(PAGE as u64 - 1))
         .collect();
 
     point(pages, || {
         for address in &addresses {
-            log.mark(*address, address + PAGE as u64 - 1);
+            log.mark(*address);
         }
-        while let Some(part) = log.take_rest(0, u64::MAX) {
-            black_box(part);
-        }
-        let mut from = Some(0);
-        while let Some(first) = from {
-            let count;
-
-            (count, from) = log.take(first, u64::MAX, &mut runs);
-            black_box(&runs[..count]);
-        }
-        assert!(log.is_empty());
+        log.take_all();
     })
 }
 
@@ -205,7 +185,7 @@ fn main() {
             "pages written in 256 TiB",
             1,
             [1, 10, 100, 1000, 10_000, 100_000, 1_000_000]
-                .map(log)
+                .map(report)
                 .into(),
         ),
     ];
