@@ -147,13 +147,6 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.word(page / PAGES_PER_WORD) & word_mask(page % PAGES_PER_WORD, 1) != 0
     }
 
-    /// Marks `page` and returns the number of pages that became dirty: 0 or 1.
-    ///
-    /// A page outside of the map is ignored.
-    pub fn mark(&mut self, page: usize) -> usize {
-        self.mark_range(page, 1)
-    }
-
     /// Marks `count` pages starting at `first` and returns the number of pages that became dirty.
     ///
     /// Pages outside of the map are ignored.
@@ -200,17 +193,6 @@ impl<S: DerefMut<Target = [u64]>> DirtyMap<S> {
         self.dirty = self.pages;
         self.runs = self.leaf.len();
         fresh
-    }
-
-    /// Makes all pages clean.
-    pub fn clear_all(&mut self) {
-        self.leaf.fill(0);
-        self.summary.fill(0);
-
-        // INVARIANT: All words are valid, and no bit is set on either level.
-        self.valid = self.leaf.len();
-        self.dirty = 0;
-        self.runs = 0;
     }
 
     /// Finds the first run at or after page `from`.

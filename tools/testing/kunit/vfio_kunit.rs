@@ -179,8 +179,8 @@ mod dirty_map_tests {
 
         assert_eq!((map.dirty(), map.runs()), (0, 0));
         assert_eq!(map.mark_range(60, 70), 70);
-        assert_eq!(map.mark(61), 0);
-        assert_eq!(map.mark(199), 1);
+        assert_eq!(map.mark_range(61, 1), 0);
+        assert_eq!(map.mark_range(199, 1), 1);
         assert_eq!(map.mark_range(200, usize::MAX), 0);
         assert_eq!((map.dirty(), map.runs()), (71, 4));
         assert_eq!(
@@ -228,11 +228,8 @@ mod dirty_map_tests {
         // The number of pages of a device of 1 GiB.
         let mut map = new_map(1 << 18)?;
 
-        assert_eq!(map.mark_all(), 1 << 18);
-        assert_eq!((map.dirty(), map.runs()), (1 << 18, 1 << 12));
-        map.clear_all();
         assert_eq!(map.next_run(0), None);
-        assert_eq!(map.mark((1 << 18) - 1), 1);
+        assert_eq!(map.mark_range((1 << 18) - 1, 1), 1);
         assert_eq!(
             map.next_run(0),
             Some(Run {
@@ -265,8 +262,8 @@ mod dirty_map_tests {
             let left = PAGES.saturating_sub(words * PAGES_PER_WORD);
             assert_eq!(map.dirty(), left);
             assert_eq!(map.next_run(0).is_some(), left > 0);
-            assert_eq!(map.mark(0), 1);
-            assert_eq!(map.mark(PAGES - 1), usize::from(left == 0));
+            assert_eq!(map.mark_range(0, 1), 1);
+            assert_eq!(map.mark_range(PAGES - 1, 1), usize::from(left == 0));
         }
         Ok(())
     }

@@ -45,7 +45,7 @@ impl Map for DirtyMap<Vec<u64>> {
     }
 
     fn mark(&mut self, page: u32) {
-        self.mark(page as usize);
+        self.mark_range(page as usize, 1);
     }
 
     fn scan(&self, mut call: impl FnMut(usize, usize)) {

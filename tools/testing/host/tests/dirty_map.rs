@@ -63,11 +63,9 @@ impl Model {
 /// Operation on a map.
 #[derive(Clone, Debug)]
 enum Step {
-    Mark(usize),
     MarkRange(usize, usize),
     MarkWord(usize, u64),
     MarkAll,
-    ClearAll,
     TakeRun(usize),
     Drain(usize),
 }
@@ -86,13 +84,12 @@ fn step(pages: usize) -> impl Strategy<Value = Step> {
     let page = 0..pages + 70;
 
     prop_oneof![
-        6 => page.clone().prop_map(Step::Mark),
+        6 => page.clone().prop_map(|page| Step::MarkRange(page, 1)),
         6 => (page.clone(), 0..200usize).prop_map(|(first, count)| Step::MarkRange(first, count)),
         1 => page.clone().prop_map(|first| Step::MarkRange(first, usize::MAX)),
         3 => (page.clone(), any::<u64>())
             .prop_map(|(page, bits)| Step::MarkWord(page / PAGES_PER_WORD, bits)),
         1 => Just(Step::MarkAll),
-        1 => Just(Step::ClearAll),
         6 => page.clone().prop_map(Step::TakeRun),
         2 => page.prop_map(Step::Drain),
     ]
@@ -143,9 +140,6 @@ proptest! {
         compare(&map, &model);
         for step in steps {
             match step {
-                Step::Mark(page) => {
-                    assert_eq!(map.mark(page), model.mark_range(page, 1));
-                }
                 Step::MarkRange(first, count) => {
                     assert_eq!(map.mark_range(first, count), model.mark_range(first, count));
                 }
@@ -155,10 +149,6 @@ proptest! {
                     assert_eq!(map.mark_word(index, bits), marked.sum());
                 }
                 Step::MarkAll => assert_eq!(map.mark_all(), model.mark_range(0, pages)),
-                Step::ClearAll => {
-                    map.clear_all();
-                    model.0.fill(false);
-                }
                 Step::TakeRun(from) => assert_eq!(map.take_run(from), model.take_run(from)),
                 Step::Drain(from) => {
                     while let Some(run) = model.take_run(from) {
@@ -226,7 +216,7 @@ fn lengths_are_checked() {
 fn no_pages() {
     let mut map = new_map(0);
 
-    assert_eq!((map.mark(0), map.mark_all()), (0, 0));
+    assert_eq!((map.mark_range(0, 1), map.mark_all()), (0, 0));
     assert_eq!((map.next_run(0), map.take_run(usize::MAX)), (None, None));
 }
 
@@ -235,7 +225,7 @@ fn no_pages() {
 fn largest_numbers() {
     let mut map = new_map(130);
 
-    assert_eq!(map.mark(usize::MAX), 0);
+    assert_eq!(map.mark_range(usize::MAX, 1), 0);
     assert_eq!(map.mark_range(usize::MAX, usize::MAX), 0);
     assert_eq!(map.mark_word(usize::MAX, u64::MAX), 0);
     assert_eq!(map.mark_range(129, usize::MAX), 1);
@@ -283,7 +273,7 @@ fn runs_end_with_their_word() {
     assert_eq!(map.next_run(130), None);
 
     // The middle of a run goes, so two runs are left of it.
-    assert_eq!(map.mark(140), 1);
+    assert_eq!(map.mark_range(140, 1), 1);
     assert_eq!(
         map.take_run(70),
         Some(Run {
@@ -292,7 +282,7 @@ fn runs_end_with_their_word() {
         })
     );
     assert_eq!((map.dirty(), map.runs()), (13, 4));
-    assert_eq!(map.mark(66), 0);
+    assert_eq!(map.mark_range(66, 1), 0);
     assert_eq!(map.mark_all(), 187);
     assert_eq!((map.dirty(), map.runs()), (200, 4));
 }
@@ -359,7 +349,7 @@ fn borrowed_memory() {
     let (mut leaf, mut summary) = ([0; 2], [0; 1]);
     let mut map = DirtyMap::new(100, &mut leaf[..], &mut summary[..]).unwrap();
 
-    assert_eq!((map.mark(1), map.mark(99)), (1, 1));
+    assert_eq!((map.mark_range(1, 1), map.mark_range(99, 1)), (1, 1));
     assert_eq!(leaf, [2, 1 << 35]);
     assert_eq!(summary, [3]);
 }

@@ -133,7 +133,7 @@ fn round(size: usize) -> [f64; 4] {
 
     point(size, || {
         for index in 0..count {
-            black_box(map.mark(index * (pages / count)));
+            black_box(map.mark_range(index * (pages / count), 1));
         }
         assert_eq!(take(&mut map), count);
     })

@@ -504,7 +504,7 @@ fn round_trip_with_rounds() {
         }
         for page in (round..PAGES).step_by(3 + round) {
             memory[page * PAGE_SIZE + 8 * round] ^= 0x5a;
-            map.mark(page);
+            map.mark_range(page, 1);
         }
     }
 
