@@ -120,12 +120,13 @@ __rust_helper void rust_helper_pm_runtime_put(struct device *dev)
 
 /*
  * No driver can be bound to the device any more. A device that is still being added is
- * left as it is.
+ * left as it is: if device_add() fails, it frees the data that kill_device() changes.
+ * It cannot fail any more when it allows drivers to be bound.
  */
 __rust_helper void rust_helper_vfio_kill_device(struct device *dev)
 {
 	device_lock(dev);
-	if (device_is_registered(dev))
+	if (dev_ready_to_probe(dev))
 		kill_device(dev);
 	device_unlock(dev);
 }

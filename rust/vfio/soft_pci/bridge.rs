@@ -586,13 +586,16 @@ impl Bridge {
         };
         let find = || {
             let devfn = number as c_uint * FUNCTIONS;
-            // SAFETY: By the type invariants, the bus is valid.
+            // SAFETY: By the type invariants, the bus is valid. The result is a reference, or null.
             NonNull::new(unsafe { bindings::pci_get_slot(self.bus.as_ptr(), devfn) })
         };
         // Without the lock, because the user of a device may delay this: other functions can be
         // plugged meanwhile.
         if let Some(pdev) = find() {
-            // SAFETY: `pdev` is a reference.
+            // SAFETY: `pdev` is a reference to a device that was in the list of the bus, and that
+            // another task may be adding or removing now. Such a device is initialised, which is
+            // all that both functions need: they take its lock, and `vfio_kill_device()` checks
+            // under that lock that `device_add()` cannot fail any more.
             unsafe {
                 let dev = &raw mut (*pdev.as_ptr()).dev;
                 // If a driver was bound before the lock is taken, a new user would delay everything
@@ -605,7 +608,9 @@ impl Bridge {
         let _lock = RescanRemove::lock();
         // The administrator may have removed it, or added it again.
         if let Some(pdev) = find() {
-            // SAFETY: `pdev` is a reference to a device on the bus, as the lock is held.
+            // SAFETY: `pdev` is a reference. The lock is held under which devices are added to the
+            // bus and removed from it, so that the device is on the bus, and nothing else adds or
+            // removes it.
             unsafe {
                 bindings::pci_stop_and_remove_bus_device(pdev.as_ptr());
                 bindings::pci_dev_put(pdev.as_ptr());
