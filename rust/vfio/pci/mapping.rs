@@ -134,7 +134,10 @@ impl Mappings {
         if flags & bindings::fault_flag_FAULT_FLAG_MKWRITE != 0 {
             // A page that is mapped read-only is not replaced.
             //
-            // SAFETY: By the safety requirements. `mmap_lock` is held.
+            // SAFETY: By the safety requirements, this is a call of `pfn_mkwrite`, for which
+            // `vma` contains the page at `address`. `wp_pfn_shared()` has released the lock of the
+            // page table. As the area has no `map_pages`, see `VTable::VM_OPS`, it makes this call
+            // only with `mmap_lock` held, so that the area does not change meanwhile.
             unsafe {
                 let fault = &(*vmf).__bindgen_anon_1;
                 bindings::zap_special_vma_range(fault.vma, fault.address, PAGE_SIZE);

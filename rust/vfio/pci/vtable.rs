@@ -258,7 +258,8 @@ impl<T: Operations> VTable<T> {
             // SAFETY: These are the arguments of the core.
             to_result(unsafe { bindings::vfio_pci_core_mmap(vdev, vma) })?;
             if !opened.is_direct(index) {
-                // SAFETY: The area is undergoing its setup. The core has stored `vdev` in it.
+                // SAFETY: The area is undergoing its setup. `index` is that of a BAR, for which the
+                // core has stored the device in `vm_private_data`, as `fault()` needs.
                 unsafe { (*vma).vm_ops = &Self::VM_OPS };
             }
             Ok(0)
@@ -268,6 +269,8 @@ impl<T: Operations> VTable<T> {
     /// The operations of areas of tracked regions.
     ///
     /// With `pfn_mkwrite`, the kernel calls the fault handler before a page becomes writable.
+    /// Without `map_pages`, it calls both with `mmap_lock` held, and not only with the lock of the
+    /// area; see `vmf_can_call_fault()`.
     const VM_OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
         fault: Some(Self::fault),
         pfn_mkwrite: Some(Self::fault),
@@ -278,14 +281,19 @@ impl<T: Operations> VTable<T> {
     ///
     /// Must be called by the core in a page fault on an area with these operations.
     unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
-        // SAFETY: The area has a reference to the file of the device, which keeps it open.
+        // SAFETY: The core holds a lock of the area, so that the area is not removed before the
+        // lock is released. The area has a reference to the file of the device, and the device is
+        // open, with a reference count that is not zero, until the file is released.
+        // `vfio_pci_core_mmap()` has stored the `struct vfio_pci_core_device` in `vm_private_data`,
+        // which nothing changes. It begins with the `struct vfio_device`.
         let (this, pgoff) = unsafe {
             let vma = (*vmf).__bindgen_anon_1.vma;
             let vdev = (*vma).vm_private_data.cast();
             (Variant::<T>::from_raw(vdev), (*vmf).__bindgen_anon_1.pgoff)
         };
         let (index, page) = place(pgoff);
-        // SAFETY: By the safety requirements. `mmap()` made the area for this region.
+        // SAFETY: By the safety requirements. `mmap()` has given these operations only to areas
+        // made by `vfio_pci_core_mmap()`, of one region, to which all pages of the area belong.
         unsafe { this.fault(vmf, index, page) }
     }
 
