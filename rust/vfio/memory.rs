@@ -15,6 +15,7 @@ pub use self::state::{
     StateMemory,
     Tracking, //
 };
+pub use crate::user::GFP_MAYFAIL;
 
 use self::prefetch::prefetch;
 use crate::bindings;
@@ -24,22 +25,9 @@ use core::{
     ptr, //
 };
 use kernel::{
-    alloc::Flags,
     iov::IovIterDest,
     page::PAGE_SIZE,
     prelude::*, //
-};
-
-/// Allocation flags for memory with a size that the user controls.
-///
-/// The memory is charged to the memory cgroup of the caller, like with `GFP_KERNEL_ACCOUNT`. If the
-/// cgroup or the machine has not enough memory, the allocation fails without invoking the OOM
-/// killer: `__GFP_RETRY_MAYFAIL`.
-pub const GFP_MAYFAIL: Flags = {
-    let bits =
-        bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | bindings::__GFP_RETRY_MAYFAIL;
-    // SAFETY: `Flags` is a newtype of `gfp_t` without invariants. It has no constant for each flag.
-    unsafe { core::mem::transmute::<u32, Flags>(bits) }
 };
 
 /// Bytes in a word, the unit in which [`Memory`] is accessed where alignment allows.

@@ -112,7 +112,8 @@ pub use crate::notifier::{
 use crate::{
     bindings,
     bindings::vfio_device_mig_state,
-    memory::PageRun, //
+    memory::PageRun,
+    user::GFP_MAYFAIL, //
 };
 use kernel::{
     iov::IovIterDest,
@@ -716,7 +717,7 @@ impl Records {
             return Err(EINVAL);
         }
         Ok(Self {
-            record: KVVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
+            record: KVVec::with_capacity(size, GFP_MAYFAIL)?,
             size,
             header: size,
             rest,
@@ -726,12 +727,13 @@ impl Records {
     /// Takes bytes up to the end of a header or record, and calls `take` with a complete record,
     /// including its header. Returns the number of bytes, for [`Loader::write`].
     ///
-    /// Fails with the error of `take` or of the function for the header. After that, neither this
-    /// nor the [`Loader`] may be used.
+    /// Fails with the error of `take` or of the function for the header, and with `ENOMEM` if there
+    /// is no memory for a record of variable size. After that, neither this nor the [`Loader`] may
+    /// be used.
     pub fn feed(&mut self, bytes: &[u8], take: impl FnOnce(&[u8]) -> Result) -> Result<usize> {
         let missing = self.size - self.record.len();
         let bytes = &bytes[..missing.min(bytes.len())];
-        self.record.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
+        self.record.extend_from_slice(bytes, GFP_MAYFAIL)?;
         if self.record.len() == self.header {
             let rest = (self.rest)(&self.record)?;
             self.size = self.header.checked_add(rest).ok_or(EINVAL)?;

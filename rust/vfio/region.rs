@@ -8,7 +8,8 @@ use crate::{
     bindings,
     user::{
         cond_resched_killable,
-        UserBuf, //
+        UserBuf,
+        GFP_MAYFAIL, //
     },
 };
 use core::ops::Range;
@@ -148,7 +149,7 @@ impl Block {
         Ok(if count <= ACCESS {
             Self::Access([0; ACCESS])
         } else {
-            Self::Large(KVVec::zeroed(count.min(BLOCK), GFP_KERNEL_ACCOUNT)?)
+            Self::Large(KVVec::zeroed(count.min(BLOCK), GFP_MAYFAIL)?)
         })
     }
 

@@ -3,6 +3,7 @@
 //! User buffers of read() and write(), which may fault at any byte.
 
 use kernel::{
+    alloc::Flags,
     error::to_result,
     iov::IovIterSource,
     prelude::*,
@@ -16,6 +17,18 @@ use kernel::{
 
 use crate::bindings;
 use core::ptr;
+
+/// Allocation flags for memory with a size that the user controls.
+///
+/// The memory is charged to the memory cgroup of the caller, like with `GFP_KERNEL_ACCOUNT`. If the
+/// cgroup or the machine has not enough memory, the allocation fails without invoking the OOM
+/// killer: `__GFP_RETRY_MAYFAIL`.
+pub const GFP_MAYFAIL: Flags = {
+    let bits =
+        bindings::GFP_KERNEL_ACCOUNT | bindings::__GFP_NOWARN | bindings::__GFP_RETRY_MAYFAIL;
+    // SAFETY: `Flags` is a newtype of `gfp_t` without invariants. It has no constant for each flag.
+    unsafe { core::mem::transmute::<u32, Flags>(bits) }
+};
 
 /// Number of bytes that a [`Block`] copies from the user at once.
 const BLOCK: usize = 64 << 10;
@@ -120,7 +133,7 @@ impl Block {
     /// May sleep and may fault. Fails with `ENOMEM` if the buffer cannot be allocated.
     pub(crate) fn read(&mut self, user: &mut IovIterSource<'_>) -> Result<&[u8]> {
         if self.0.is_empty() {
-            self.0 = KVVec::zeroed(BLOCK, GFP_KERNEL_ACCOUNT)?;
+            self.0 = KVVec::zeroed(BLOCK, GFP_MAYFAIL)?;
         }
         let copied = user.copy_from_iter(&mut self.0);
         Ok(&self.0[..copied])

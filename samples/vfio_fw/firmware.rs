@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A simulated device with firmware. It depends on VFIO only for the handler of its interrupt.
+//! A simulated device with firmware. It depends on VFIO only for the handler of its interrupt, and
+//! for the flags of allocations.
 //!
 //! The device has [`SIZE`] bytes of memory. Only the firmware can save and load its state, in
 //! images with a format of its own. A command takes time and ends with an interrupt, may be
@@ -35,7 +36,10 @@ use kernel::{
         Monotonic, //
     },
 };
-use vfio::migration::Notifier;
+use vfio::{
+    memory::GFP_MAYFAIL,
+    migration::Notifier, //
+};
 
 /// The size of the device's memory in bytes.
 pub(crate) const SIZE: usize = BLOCKS * BLOCK;
@@ -196,16 +200,16 @@ struct State {
 impl State {
     /// Makes an image of the changes.
     fn save(&mut self) -> Result<KVVec<u8>> {
-        let mut image = KVVec::with_capacity(image_size(self.changed), GFP_KERNEL_ACCOUNT)?;
-        image.extend_from_slice(&MAGIC.to_le_bytes(), GFP_KERNEL_ACCOUNT)?;
+        let mut image = KVVec::with_capacity(image_size(self.changed), GFP_MAYFAIL)?;
+        image.extend_from_slice(&MAGIC.to_le_bytes(), GFP_MAYFAIL)?;
         for (number, block) in self.memory.chunks_exact(BLOCK).enumerate() {
             if self.changed >> number & 1 != 0 {
-                image.extend_from_slice(&(number as u64).to_le_bytes(), GFP_KERNEL_ACCOUNT)?;
-                image.extend_from_slice(block, GFP_KERNEL_ACCOUNT)?;
+                image.extend_from_slice(&(number as u64).to_le_bytes(), GFP_MAYFAIL)?;
+                image.extend_from_slice(block, GFP_MAYFAIL)?;
             }
         }
         let sum = checksum(&image);
-        image.extend_from_slice(&sum.to_le_bytes(), GFP_KERNEL_ACCOUNT)?;
+        image.extend_from_slice(&sum.to_le_bytes(), GFP_MAYFAIL)?;
         self.changed = 0;
         Ok(image)
     }
@@ -243,7 +247,7 @@ pub(crate) struct Firmware {
 impl Firmware {
     /// Returns a device in its state at power on.
     pub(crate) fn new(faults: Arc<Faults>) -> Result<Arc<Self>> {
-        let memory = KVVec::zeroed(SIZE, GFP_KERNEL_ACCOUNT)?;
+        let memory = KVVec::zeroed(SIZE, GFP_MAYFAIL)?;
         Arc::pin_init(
             pin_init!(Self {
                 faults,

@@ -15,7 +15,10 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
-use vfio::prelude::*;
+use vfio::{
+    memory::GFP_MAYFAIL,
+    prelude::*, //
+};
 
 const VERSION: u64 = 1;
 /// Tags of the first and the last record. The tag of another record is the number of its page.
@@ -166,7 +169,7 @@ impl Migratable for Chip {
         Ok(BarLoader {
             chip: this.clone(),
             records: Records::new(RECORD)?,
-            loaded: KVVec::zeroed(this.memory.pages(), GFP_KERNEL_ACCOUNT)?,
+            loaded: KVVec::zeroed(this.memory.pages(), GFP_MAYFAIL)?,
             ended: false,
             sum: None,
         })

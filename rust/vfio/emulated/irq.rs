@@ -14,7 +14,10 @@ use self::msix::{
     Msix,
     Vector, //
 };
-use crate::bindings;
+use crate::{
+    bindings,
+    user::GFP_MAYFAIL, //
+};
 use core::ptr::NonNull;
 use kernel::{
     device::Device,
@@ -153,9 +156,9 @@ impl Irqs {
         try_pin_init!(Self {
             gate <- new_mutex!((), "vfio::emulated::Irqs::gate"),
             inner <- {
-                let mut all = KVec::with_capacity(vectors as usize, GFP_KERNEL_ACCOUNT)?;
+                let mut all = KVec::with_capacity(vectors as usize, GFP_MAYFAIL)?;
                 for _ in 0..vectors {
-                    all.push(Vector::POWER_ON, GFP_KERNEL_ACCOUNT)?;
+                    all.push(Vector::POWER_ON, GFP_MAYFAIL)?;
                 }
                 let inner = Inner {
                     msix: Msix::new(all),
@@ -288,7 +291,7 @@ impl Irqs {
                 &raw mut size,
             )
         })?;
-        let mut bytes = KVec::zeroed(size, GFP_KERNEL_ACCOUNT)?;
+        let mut bytes = KVec::zeroed(size, GFP_MAYFAIL)?;
         reader.read_slice(&mut bytes)?;
         let data = match flags & bindings::VFIO_IRQ_SET_DATA_TYPE_MASK {
             bindings::VFIO_IRQ_SET_DATA_NONE => Data::None,
@@ -310,9 +313,9 @@ impl Irqs {
     fn trigger(&self, start: u32, count: u32, data: &Data) -> Result {
         if let Data::EventFd(bytes) = data {
             // Get all new eventfds before an old one is released.
-            let mut eventfds = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
+            let mut eventfds = KVec::with_capacity(count as usize, GFP_MAYFAIL)?;
             for fd in fds(bytes) {
-                eventfds.push(EventFd::from_fd(fd)?, GFP_KERNEL_ACCOUNT)?;
+                eventfds.push(EventFd::from_fd(fd)?, GFP_MAYFAIL)?;
             }
             let mut inner = self.inner.lock();
             if !inner.enabled && start + count == 0 {

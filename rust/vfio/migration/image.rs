@@ -10,6 +10,7 @@ use super::{
     Remaining,
     Saver, //
 };
+use crate::user::GFP_MAYFAIL;
 use kernel::prelude::*;
 
 /// A [`Saver`] of a state that was copied when the session began.
@@ -37,7 +38,7 @@ impl ImageSaver {
     pub fn new(parts: &[&[u8]]) -> Result<Self> {
         let mut image = KVVec::new();
         for part in parts {
-            image.extend_from_slice(part, GFP_KERNEL_ACCOUNT)?;
+            image.extend_from_slice(part, GFP_MAYFAIL)?;
         }
         Ok(Self(image))
     }
@@ -84,7 +85,7 @@ impl ImageLoader {
     /// Creates a loader of a stream of `size` bytes. May sleep. Fails with `ENOMEM`.
     pub fn new(size: usize) -> Result<Self> {
         Ok(Self {
-            image: KVVec::with_capacity(size, GFP_KERNEL_ACCOUNT)?,
+            image: KVVec::with_capacity(size, GFP_MAYFAIL)?,
             size,
         })
     }
@@ -104,7 +105,7 @@ impl Loader for ImageLoader {
         if bytes.len() > self.size - self.image.len() {
             return Err(EINVAL);
         }
-        self.image.extend_from_slice(bytes, GFP_KERNEL_ACCOUNT)?;
+        self.image.extend_from_slice(bytes, GFP_MAYFAIL)?;
         Ok(bytes.len())
     }
 }

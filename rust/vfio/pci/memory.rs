@@ -16,7 +16,8 @@ use crate::{
     region::Position,
     user::{
         cond_resched,
-        lock_killable, //
+        lock_killable,
+        GFP_MAYFAIL, //
     },
 };
 use core::ops::Range;
@@ -295,7 +296,7 @@ impl BarTracking {
         let pages = run.first..run.first + run.count;
         mappings.write_protect(&memory.0.function, memory.position(0), pages.clone());
         drop(mappings);
-        let content = KVVec::zeroed(run.count * PAGE_SIZE, GFP_KERNEL_ACCOUNT)
+        let content = KVVec::zeroed(run.count * PAGE_SIZE, GFP_MAYFAIL)
             .map_err(Error::from)
             .and_then(|mut bytes| {
                 // Page by page, because each access excludes others.
