@@ -393,11 +393,6 @@ impl Firmware {
     ) -> Result<Command<T>> {
         let delay = self.faults.delay_ms();
         let timeout = self.faults.timeout_ms();
-        let answer = if self.faults.refused() & kind as u64 != 0 {
-            Err(EIO)
-        } else {
-            execute(&mut self.state.lock())
-        };
         let times_out = delay > timeout || self.faults.hanging() & kind as u64 != 0;
         let time = if times_out { timeout } else { delay };
         let alarm = Arc::pin_init(
@@ -408,6 +403,12 @@ impl Firmware {
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
+        // Nothing fails after this: the answer to SAVE has the only record of the changes.
+        let answer = if self.faults.refused() & kind as u64 != 0 {
+            Err(EIO)
+        } else {
+            execute(&mut self.state.lock())
+        };
         let timer = (time > 0).then(|| alarm.clone().start(Delta::from_millis(time as i64)));
         Ok(Command {
             alarm,
