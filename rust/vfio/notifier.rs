@@ -86,14 +86,22 @@ pub struct Notifier {
     /// Boxed, so that it is dropped without waiting: dropping a plain `PollCondVar` would delay
     /// close() and state changes by an RCU grace period.
     pub(crate) wait: PollCondVarBox,
-    /// The number of notifications. Waiters compare it under the lock, so that a notification
-    /// before they sleep is not lost.
+    /// Waiters compare these under the lock, so that a wake-up before they sleep is not lost.
     #[pin]
-    events: SpinLockIrq<u32>,
+    events: SpinLockIrq<Events>,
     /// The device of the session is stopped. Set under the session's lock.
     stopped: AtomicFlag,
     /// The session has ended, although its content remains.
     ended: AtomicFlag,
+}
+
+/// What a [`Notifier`] has done so far.
+#[derive(Clone, Copy, Default)]
+struct Events {
+    /// Number of notifications.
+    notifications: u32,
+    /// Number of wake-ups, including notifications.
+    wakes: u32,
 }
 
 impl Notifier {
@@ -104,7 +112,7 @@ impl Notifier {
                 stopped: AtomicFlag::new(phase == Phase::StopCopy),
                 ended: AtomicFlag::new(false),
                 wait: PollCondVarBox::new(c"vfio::migration::Notifier", static_lock_class!())?,
-                events <- new_spinlock_irq!(0, "vfio::migration::Notifier::events"),
+                events <- new_spinlock_irq!(Events::default(), "vfio::migration::Notifier::events"),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -121,7 +129,8 @@ impl Notifier {
     /// Dropping the last reference may sleep.
     pub fn notify(&self) {
         let mut events = self.events.lock();
-        *events = events.wrapping_add(1);
+        events.notifications = events.notifications.wrapping_add(1);
+        events.wakes = events.wakes.wrapping_add(1);
         drop(events);
         self.wait.notify_all();
     }
@@ -154,20 +163,39 @@ impl Notifier {
 
     /// Wakes readers or writers that wait for their turn. The last answer of the saver stays valid.
     pub(crate) fn wake(&self) {
+        let mut events = self.events.lock();
+        events.wakes = events.wakes.wrapping_add(1);
+        drop(events);
         self.wait.notify_all();
     }
 
     /// Returns the number of notifications.
     pub(crate) fn events(&self) -> u32 {
-        *self.events.lock()
+        self.events.lock().notifications
+    }
+
+    /// Returns the number of wake-ups, including notifications.
+    pub(crate) fn wakes(&self) -> u32 {
+        self.events.lock().wakes
     }
 
     /// Waits for a notification after `seen` was returned by [`events()`](Self::events).
     ///
     /// Fails with `ERESTARTSYS` at a signal.
     pub(crate) fn wait_after(&self, seen: u32) -> Result {
+        self.wait_until(|events| events.notifications != seen)
+    }
+
+    /// Waits for a wake-up after `seen` was returned by [`wakes()`](Self::wakes).
+    ///
+    /// Fails with `ERESTARTSYS` at a signal.
+    pub(crate) fn wait_after_wake(&self, seen: u32) -> Result {
+        self.wait_until(|events| events.wakes != seen)
+    }
+
+    fn wait_until(&self, done: impl Fn(&Events) -> bool) -> Result {
         let mut events = self.events.lock();
-        while *events == seen {
+        while !done(&events) {
             if self.wait.wait_interruptible(&mut events) {
                 return Err(ERESTARTSYS);
             }

@@ -51,7 +51,6 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
-        lock::mutex::MutexGuard,
         poll::PollTable,
         Arc,
         ArcBorrow,
@@ -282,27 +281,22 @@ impl<M: Migratable> SaveSession<M> {
         Ok(Some(remaining.left(Phase::StopCopy)))
     }
 
-    /// Waits for a notification. Fails with `EAGAIN` if the reader is nonblocking.
-    fn wait(&self, guard: &mut MutexGuard<'_, Option<Saving<M>>>, nonblock: bool) -> Result {
-        if nonblock {
-            return Err(EAGAIN);
-        }
-        if self.notifier.wait.wait_interruptible(guard) {
-            return Err(ERESTARTSYS);
-        }
-        Ok(())
-    }
-
     /// Waits for the turn of this reader.
     fn claim(&self, nonblock: bool) -> Result {
-        let mut guard = lock_killable(&self.saving)?;
         loop {
+            // Read before the check, so that a wake-up after it is not missed.
+            let seen = self.notifier.wakes();
+            let mut guard = lock_killable(&self.saving)?;
             let saving = self.notifier.live(&mut *guard)?;
             if !saving.reading {
                 saving.reading = true;
                 return Ok(());
             }
-            self.wait(&mut guard, nonblock)?;
+            drop(guard);
+            if nonblock {
+                return Err(EAGAIN);
+            }
+            self.notifier.wait_after_wake(seen)?;
         }
     }
 
@@ -608,18 +602,19 @@ impl<M: Migratable> LoadSession<M> {
 
     /// Waits for the turn of this writer, and returns the buffer, which represents the turn.
     fn claim(&self, nonblock: bool) -> Result<Block> {
-        let mut guard = lock_killable(&self.loading)?;
         loop {
+            // Read before the check, so that a wake-up after it is not missed.
+            let seen = self.notifier.wakes();
+            let mut guard = lock_killable(&self.loading)?;
             let loading = self.notifier.live(&mut *guard)?;
             if let Some(block) = loading.block.take() {
                 return Ok(block);
             }
+            drop(guard);
             if nonblock {
                 return Err(EAGAIN);
             }
-            if self.notifier.wait.wait_interruptible(&mut guard) {
-                return Err(ERESTARTSYS);
-            }
+            self.notifier.wait_after_wake(seen)?;
         }
     }
 
