@@ -18,10 +18,7 @@ use crate::{
 use core::ptr::NonNull;
 use kernel::{
     device,
-    error::{
-        from_err_ptr,
-        to_result, //
-    },
+    error::from_err_ptr,
     new_mutex,
     page::PAGE_SHIFT,
     prelude::*,
@@ -77,6 +74,36 @@ struct Enabled {
 // SAFETY: The device may be used on any thread.
 unsafe impl Send for Enabled {}
 
+/// A reference for runtime PM: the device is not suspended. Dropping it does not sleep.
+struct Awake<'a>(&'a Enabled);
+
+impl Drop for Awake<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants of `Enabled`. `resume()` has taken the reference.
+        unsafe { bindings::pm_runtime_put(&raw mut (*self.0.pdev()).dev) };
+    }
+}
+
+/// The `memory_lock` of the core, held for reading.
+struct ReadLock<'a>(&'a Enabled);
+
+impl Drop for ReadLock<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `lock_read()` has locked it.
+        unsafe { bindings::up_read(self.0.memory_lock()) };
+    }
+}
+
+/// The `memory_lock` of the core, held for writing.
+struct WriteLock<'a>(&'a Enabled);
+
+impl Drop for WriteLock<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `lock_write()` has locked it.
+        unsafe { bindings::up_write(self.0.memory_lock()) };
+    }
+}
+
 /// Returns the width in bytes of the next access, up to a word, which is naturally aligned.
 fn width(address: usize, len: usize) -> usize {
     let aligned = 1 << (address | size_of::<u64>()).trailing_zeros();
@@ -92,6 +119,37 @@ impl Enabled {
     fn pdev(&self) -> *mut bindings::pci_dev {
         // SAFETY: By the type invariants.
         unsafe { (*self.core.as_ptr()).pdev }
+    }
+
+    /// Resumes the device, and keeps it resumed until the result is dropped. Must not be called
+    /// with a lock held that a runtime resume needs. May sleep. Returns [`None`] if it cannot be
+    /// resumed.
+    fn resume(&self) -> Option<Awake<'_>> {
+        // SAFETY: By the type invariants.
+        match unsafe { bindings::pm_runtime_resume_and_get(&raw mut (*self.pdev()).dev) } {
+            0 => Some(Awake(self)),
+            _ => None,
+        }
+    }
+
+    /// Returns `memory_lock`.
+    fn memory_lock(&self) -> *mut bindings::rw_semaphore {
+        // SAFETY: By the type invariants.
+        unsafe { &raw mut (*self.core.as_ptr()).memory_lock }
+    }
+
+    /// Locks `memory_lock` for reading. May sleep.
+    fn lock_read(&self) -> ReadLock<'_> {
+        // SAFETY: By the type invariants, the lock is valid.
+        unsafe { bindings::down_read(self.memory_lock()) };
+        ReadLock(self)
+    }
+
+    /// Locks `memory_lock` for writing. May sleep.
+    fn lock_write(&self) -> WriteLock<'_> {
+        // SAFETY: By the type invariants, the lock is valid.
+        unsafe { bindings::down_write(self.memory_lock()) };
+        WriteLock(self)
     }
 
     /// Returns whether the user has enabled the memory BARs, and the device has power, like
@@ -176,22 +234,17 @@ impl Enabled {
     /// the driver can reset the device. Otherwise, the PCI core would save the lost configuration
     /// before a reset by the user, and restore it afterwards. May sleep.
     fn restore(&self) {
-        let (core, pdev) = (self.core.as_ptr(), self.pdev());
-        // SAFETY: By the type invariants both are valid. No lock is held that a runtime resume
-        // needs. A reset of the PCI core, which uses the saved state, excludes other accesses to
-        // the configuration space, and so does this.
-        unsafe {
-            let device = &raw mut (*pdev).dev;
-            if bindings::pm_runtime_resume_and_get(device) != 0 {
-                return;
-            }
-            bindings::down_write(&raw mut (*core).memory_lock);
-            if self.has_power() && bindings::pci_cfg_access_trylock(pdev) {
-                self.restore_locked();
-                bindings::pci_cfg_access_unlock(pdev);
-            }
-            bindings::up_write(&raw mut (*core).memory_lock);
-            bindings::pm_runtime_put(device);
+        let Some(_awake) = self.resume() else {
+            return;
+        };
+        let _lock = self.lock_write();
+        // A reset of the PCI core, which uses the saved state, excludes other accesses to the
+        // configuration space, and so does this.
+        // SAFETY: By the type invariants `pdev` is valid.
+        if self.has_power() && unsafe { bindings::pci_cfg_access_trylock(self.pdev()) } {
+            self.restore_locked();
+            // SAFETY: It was locked above.
+            unsafe { bindings::pci_cfg_access_unlock(self.pdev()) };
         }
     }
 
@@ -236,56 +289,42 @@ impl Enabled {
     /// it cannot be resumed.
     fn power_on(&self) -> bool {
         let (core, pdev) = (self.core.as_ptr(), self.pdev());
+        let Some(awake) = self.resume() else {
+            return false;
+        };
+        let _lock = self.lock_write();
+        let slept = !self.has_power();
         // SAFETY: By the type invariants both are valid. `pm_save` is protected by `memory_lock`.
-        // No lock is held that a runtime resume needs.
         unsafe {
-            let device = &raw mut (*pdev).dev;
-            if bindings::pm_runtime_resume_and_get(device) != 0 {
-                return false;
-            }
-            bindings::down_write(&raw mut (*core).memory_lock);
-            let slept = !self.has_power();
             let failed = bindings::pci_set_power_state(pdev, D0) != 0;
             if slept && !failed && (*core).needs_pm_restore() {
                 bindings::pci_load_and_free_saved_state(pdev, &raw mut (*core).pm_save);
                 bindings::pci_restore_state(pdev);
             }
-            bindings::up_write(&raw mut (*core).memory_lock);
         }
+        // `power_put()` gives the reference back.
+        core::mem::forget(awake);
         true
     }
 
-    /// Allows the device to be suspended again. May sleep.
+    /// Allows the device to be suspended again, after `power_on()` has returned true.
     fn power_put(&self) {
-        // SAFETY: By the type invariants. The caller has a reference from `power_on()`.
-        unsafe { bindings::pm_runtime_put(&raw mut (*self.pdev()).dev) };
+        drop(Awake(self));
     }
 
     /// Resumes the device, and returns whether it responds, and was not reset by surprise. Returns
     /// `false` if the resume fails. May sleep.
     fn responds(&self) -> bool {
-        // SAFETY: By the type invariants.
-        let (device, lock) = unsafe {
-            (
-                &raw mut (*self.pdev()).dev,
-                &raw mut (*self.core.as_ptr()).memory_lock,
-            )
+        let Some(_awake) = self.resume() else {
+            return false;
         };
-        // SAFETY: As above. No lock is held that a runtime resume needs. With `memory_lock` held,
-        // no reset by the user is under way.
-        unsafe {
-            if bindings::pm_runtime_resume_and_get(device) != 0 {
-                return false;
-            }
-            bindings::down_read(lock);
-            let responds = match self.is_memory_enabled() {
-                true => self.decodes(),
-                false => self.command().is_some(),
-            } && self.has_addresses();
-            bindings::up_read(lock);
-            bindings::pm_runtime_put(device);
-            responds
-        }
+        // With the lock held, no reset by the user is under way.
+        let _lock = self.lock_read();
+        let responds = match self.is_memory_enabled() {
+            true => self.decodes(),
+            false => self.command().is_some(),
+        };
+        responds && self.has_addresses()
     }
 
     /// Calls `access` while the device has power and `memory_lock` is held, unless `may` fails with
@@ -299,40 +338,16 @@ impl Enabled {
         may: impl Fn() -> Result,
         access: impl FnOnce() -> Result,
     ) -> Result {
-        // SAFETY: By the type invariants.
-        let device = unsafe { &raw mut (*self.pdev()).dev };
-        // SAFETY: As above. No lock is held that a runtime resume needs.
-        to_result(unsafe { bindings::pm_runtime_resume_and_get(device) }).map_err(|_| EIO)?;
-        let result = self.with_lock(by, may, access);
-        // SAFETY: The reference was taken above.
-        unsafe { bindings::pm_runtime_put(device) };
-        result
-    }
-
-    /// The part of [`with_memory()`](Self::with_memory) with a reference for runtime PM.
-    fn with_lock(
-        &self,
-        by: By,
-        may: impl Fn() -> Result,
-        access: impl FnOnce() -> Result,
-    ) -> Result {
-        // SAFETY: By the type invariants.
-        let lock = unsafe { &raw mut (*self.core.as_ptr()).memory_lock };
-        // SAFETY: The lock is valid.
-        unsafe { bindings::down_read(lock) };
-        let allowed = may();
-        if allowed.is_ok() && self.has_power() && self.is_memory_enabled() {
-            let result = self.online(may, access);
-            // SAFETY: The lock was taken above.
-            unsafe { bindings::up_read(lock) };
-            return result;
+        let _awake = self.resume().ok_or(EIO)?;
+        let lock = self.lock_read();
+        may()?;
+        if self.has_power() && self.is_memory_enabled() {
+            return self.online(may, access);
         }
-        // SAFETY: As above.
-        unsafe { bindings::up_read(lock) };
-        allowed?;
+        drop(lock);
         match by {
             By::User => Err(EIO),
-            By::Driver => self.with_memory_enabled(lock, may, access),
+            By::Driver => self.with_memory_enabled(may, access),
         }
     }
 
@@ -358,31 +373,25 @@ impl Enabled {
     /// `memory_lock` is held for writing.
     fn with_memory_enabled(
         &self,
-        lock: *mut bindings::rw_semaphore,
         may: impl Fn() -> Result,
         access: impl FnOnce() -> Result,
     ) -> Result {
-        // SAFETY: The lock is valid.
-        unsafe { bindings::down_write(lock) };
-        let result = may().and_then(|()| {
-            let command = self.command().filter(|_| self.has_power()).ok_or(EIO)?;
-            // Without addresses, other devices would respond, or none.
-            if !self.has_addresses() {
-                return Err(EIO);
-            }
-            if command & COMMAND_MEMORY != 0 {
-                return self.online(may, access);
-            }
-            self.set_command(command | COMMAND_MEMORY);
-            let result = self.online(&may, access);
-            // Other bits may have changed. A reset by the host saves and restores the register.
-            if let Some(command) = self.command().filter(|_| may().is_ok()) {
-                self.set_command(command & !COMMAND_MEMORY);
-            }
-            result
-        });
-        // SAFETY: The lock was taken above.
-        unsafe { bindings::up_write(lock) };
+        let _lock = self.lock_write();
+        may()?;
+        let command = self.command().filter(|_| self.has_power()).ok_or(EIO)?;
+        // Without addresses, other devices would respond, or none.
+        if !self.has_addresses() {
+            return Err(EIO);
+        }
+        if command & COMMAND_MEMORY != 0 {
+            return self.online(may, access);
+        }
+        self.set_command(command | COMMAND_MEMORY);
+        let result = self.online(&may, access);
+        // Other bits may have changed. A reset by the host saves and restores the register.
+        if let Some(command) = self.command().filter(|_| may().is_ok()) {
+            self.set_command(command & !COMMAND_MEMORY);
+        }
         result
     }
 
@@ -438,16 +447,14 @@ impl Enabled {
             };
             let (vma, address) = ((*vmf).__bindgen_anon_1.vma, (*vmf).__bindgen_anon_1.address);
             let prot = bindings::vfio_pci_page_prot(vma, writable, ram.is_none());
-            bindings::down_read(&raw mut (*core).memory_lock);
+            let _lock = self.lock_read();
             let accessible =
                 !(*core).pm_runtime_engaged && self.has_power() && self.is_memory_enabled();
-            let result = if accessible {
+            if accessible {
                 bindings::vmf_insert_pfn_prot(vma, address, pfn, prot)
             } else {
                 bindings::vm_fault_reason_VM_FAULT_SIGBUS
-            };
-            bindings::up_read(&raw mut (*core).memory_lock);
-            result
+            }
         }
     }
 
