@@ -64,6 +64,7 @@ config RUST_VFIO_ABSTRACTIONS
 	bool "Rust VFIO abstractions"
 	depends on RUST && VFIO=y
 	depends on EVENTFD && SYSFS && 64BIT
+	select NEED_TASKS_RCU
 	help
 	  This enables the Rust abstractions for VFIO drivers, in
 	  particular for their live migration. It is for drivers, and
