@@ -75,9 +75,17 @@ pub(crate) struct UserBuf {
 }
 
 impl UserBuf {
-    /// Creates a buffer from the arguments of a system call.
-    pub(crate) fn new(ptr: UserPtr, len: usize) -> Self {
-        Self { ptr, len }
+    /// Serves a read() or write() at `pos` in a file by `serve`, which returns the number of bytes
+    /// served, and advances `pos`.
+    pub(crate) fn serve(
+        ptr: UserPtr,
+        len: usize,
+        pos: &mut i64,
+        serve: impl FnOnce(&mut Self, i64) -> Result<usize>,
+    ) -> Result<isize> {
+        let done = serve(&mut Self { ptr, len }, *pos)?;
+        *pos += done as i64;
+        Ok(done as isize)
     }
 
     /// Returns the number of remaining bytes.

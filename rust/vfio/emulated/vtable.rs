@@ -133,12 +133,8 @@ impl<T: Operations> VTable<T> {
     ) -> isize {
         // SAFETY: The core holds a reference for the call, and `ppos` is valid.
         let (this, ppos) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *ppos) };
-        let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast()), count);
-        from_result(|| {
-            let done = this.read(&mut user, *ppos)?;
-            *ppos += done as i64;
-            Ok(done as isize)
-        })
+        let to = UserPtr::from_ptr(buf.cast());
+        from_result(|| UserBuf::serve(to, count, ppos, |user, pos| this.read(user, pos)))
     }
 
     /// # Safety
@@ -152,12 +148,8 @@ impl<T: Operations> VTable<T> {
     ) -> isize {
         // SAFETY: The core holds a reference for the call, and `ppos` is valid.
         let (this, ppos) = unsafe { (Emulated::<T>::from_raw(vdev), &mut *ppos) };
-        let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast_mut().cast()), count);
-        from_result(|| {
-            let done = this.write(&mut user, *ppos)?;
-            *ppos += done as i64;
-            Ok(done as isize)
-        })
+        let from = UserPtr::from_ptr(buf.cast_mut().cast());
+        from_result(|| UserBuf::serve(from, count, ppos, |user, pos| this.write(user, pos)))
     }
 
     /// # Safety

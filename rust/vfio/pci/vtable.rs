@@ -153,18 +153,19 @@ impl<T: Operations> VTable<T> {
         ppos: *mut bindings::loff_t,
     ) -> isize {
         // SAFETY: The core holds a reference for the call, and `ppos` is valid.
-        let (this, pos) = unsafe { (Variant::<T>::from_raw(vdev), *ppos) };
+        let (this, ppos) = unsafe { (Variant::<T>::from_raw(vdev), &mut *ppos) };
         from_result(|| {
             let opened = this.settled()?;
-            if opened.is_direct(index_at(pos)) {
+            if opened.is_direct(index_at(*ppos)) {
                 // SAFETY: These are the arguments of the core.
                 return Ok(unsafe { bindings::vfio_pci_core_read(vdev, buf, count, ppos) });
             }
-            let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast()), count);
-            let done = this.read(&opened, &mut user, pos)?;
-            // SAFETY: `ppos` is valid.
-            unsafe { *ppos += done as i64 };
-            Ok(done as isize)
+            UserBuf::serve(
+                UserPtr::from_ptr(buf.cast()),
+                count,
+                ppos,
+                |user, pos| this.read(&opened, user, pos), //
+            )
         })
     }
 
@@ -178,20 +179,21 @@ impl<T: Operations> VTable<T> {
         ppos: *mut bindings::loff_t,
     ) -> isize {
         // SAFETY: The core holds a reference for the call, and `ppos` is valid.
-        let (this, pos) = unsafe { (Variant::<T>::from_raw(vdev), *ppos) };
+        let (this, ppos) = unsafe { (Variant::<T>::from_raw(vdev), &mut *ppos) };
         from_result(|| {
             let opened = this.settled()?;
-            if opened.is_direct(index_at(pos)) {
+            if opened.is_direct(index_at(*ppos)) {
                 return this.call(&opened, || {
                     // SAFETY: These are the arguments of the core.
                     unsafe { bindings::vfio_pci_core_write(vdev, buf, count, ppos) }
                 });
             }
-            let mut user = UserBuf::new(UserPtr::from_ptr(buf.cast_mut().cast()), count);
-            let done = this.write(&opened, &mut user, pos)?;
-            // SAFETY: `ppos` is valid.
-            unsafe { *ppos += done as i64 };
-            Ok(done as isize)
+            UserBuf::serve(
+                UserPtr::from_ptr(buf.cast_mut().cast()),
+                count,
+                ppos,
+                |user, pos| this.write(&opened, user, pos), //
+            )
         })
     }
 
