@@ -49,8 +49,8 @@ impl Log {
     }
 
     /// Starts logging in `ranges`, for `VFIO_DEVICE_FEATURE_DMA_LOGGING_START`. Each range is a
-    /// first and a last byte; ranges are sorted and not adjacent. Returns the page size of the log,
-    /// in bytes: `page_size`, or the nearest supported one.
+    /// first and a last byte; ranges are sorted and do not overlap. Returns the page size of the
+    /// log, in bytes: `page_size`, or the nearest supported one.
     ///
     /// Fails with `EINVAL` if logging is on or `page_size` is not a power of two, and with
     /// `ENOMEM`. May sleep.

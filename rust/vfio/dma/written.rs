@@ -110,7 +110,7 @@ impl Rest {
 pub(super) struct Written {
     /// The size of a page, as a power of two.
     shift: u32,
-    /// The logged ranges: first and last byte, sorted and not adjacent.
+    /// The logged ranges: first and last byte, sorted. They do not overlap.
     ranges: KVVec<(u64, u64)>,
     /// Zones with written pages, by number. The cost depends on the number of written pages and not
     /// on the size of the ranges. Each zone has at least one written page.
@@ -127,8 +127,8 @@ pub(super) struct Written {
 
 impl Written {
     /// Creates an empty log. `page_size` is a power of two. `ranges` are the logged ranges: first
-    /// and last byte, sorted and not adjacent. `most` is the maximum number of zones, and `flags`
-    /// are used to allocate them.
+    /// and last byte, sorted. They do not overlap. `most` is the maximum number of zones, and
+    /// `flags` are used to allocate them.
     ///
     /// Fails with `ENOMEM`.
     pub(super) fn new(

@@ -183,7 +183,7 @@ pub(crate) fn target(data: &[u8]) {
     let mut input = Input(data);
     let page_size = 4096 << input.below(19);
 
-    // Sorted and not adjacent, like the core passes them.
+    // Sorted and without overlap, like the core passes them.
     let mut ranges = Vec::new();
     let mut from = Some(0_u64);
     for _ in 0..input.below(5) {
