@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     bindings,
-    emulated::Driver, //
+    emulated::Driver,
+    user::lock_killable, //
 };
 use core::{
     marker::PhantomData,
@@ -42,6 +43,7 @@ use kernel::{
         CString, //
     },
     sync::{
+        lock::mutex::MutexGuard,
         Arc,
         ArcBorrow,
         Mutex, //
@@ -115,9 +117,18 @@ impl<T: Driver> Settings<T> {
         }? Error)
     }
 
+    /// Locks the settings. Another task may hold the lock while it plugs the function, which waits
+    /// while a user delays the removal of a device. A task of that user may be the caller, and must
+    /// be killable.
+    ///
+    /// Fails with `EINTR` if the task is killed while it waits.
+    fn choice(&self) -> Result<MutexGuard<'_, Choice>> {
+        lock_killable(&self.choice)
+    }
+
     /// Changes a setting. Fails with `EBUSY` while the function is on the bus.
     fn change(&self, change: impl FnOnce(&mut Choice)) -> Result {
-        let mut choice = self.choice.lock();
+        let mut choice = self.choice()?;
         if !matches!(choice.power, Power::Off) {
             return Err(EBUSY);
         }
@@ -127,7 +138,7 @@ impl<T: Driver> Settings<T> {
 
     /// Plugs the function. Fails with `EBUSY` while it is being unplugged.
     fn plug(&self) -> Result {
-        let mut choice = self.choice.lock();
+        let mut choice = self.choice()?;
         match choice.power {
             Power::On(_) => return Ok(()),
             Power::Unplugging(_) => return Err(EBUSY),
@@ -140,7 +151,7 @@ impl<T: Driver> Settings<T> {
 
     /// Unplugs the function. Fails with `EBUSY` while another task does.
     fn unplug(&self) -> Result {
-        let mut choice = self.choice.lock();
+        let mut choice = self.choice()?;
         let address = match &choice.power {
             Power::Off => return Ok(()),
             Power::Unplugging(_) => return Err(EBUSY),
@@ -171,7 +182,7 @@ impl<T: Driver> AttributeOperations<TYPE> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        let index = this.choice.lock().kind.type_index;
+        let index = this.choice()?.kind.type_index;
         let name = T::TYPES.get(index).ok_or(EINVAL)?.name;
         line(page, fmt!("{}", name.to_str()?))
     }
@@ -192,10 +203,7 @@ impl<T: Driver> AttributeOperations<DMA_LOG> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        line(
-            page,
-            fmt!("{}", u8::from(this.choice.lock().kind.has_dma_log)),
-        )
+        line(page, fmt!("{}", u8::from(this.choice()?.kind.has_dma_log)))
     }
 
     fn store(this: &Self, page: &[u8]) -> Result {
@@ -210,7 +218,7 @@ impl<T: Driver> AttributeOperations<DEFAULTS> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        let defaults = this.choice.lock().kind.defaults.clone();
+        let defaults = this.choice()?.kind.defaults.clone();
         line(page, fmt!("{}", defaults.to_str()?))
     }
 
@@ -220,7 +228,7 @@ impl<T: Driver> AttributeOperations<DEFAULTS> for Settings<T> {
         }
         let text = core::str::from_utf8(page.trim_ascii())?;
         let defaults = Arc::new(CString::try_from_fmt(fmt!("{text}"))?, GFP_KERNEL)?;
-        let mut kind = this.choice.lock().kind.clone();
+        let mut kind = this.choice()?.kind.clone();
         kind.defaults = defaults.clone();
         drop(Host::example::<T>(&kind)?);
         this.change(|choice| choice.kind.defaults = defaults)
@@ -233,7 +241,7 @@ impl<T: Driver> AttributeOperations<BIND> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        line(page, fmt!("{}", u8::from(this.choice.lock().bind)))
+        line(page, fmt!("{}", u8::from(this.choice()?.bind)))
     }
 
     fn store(this: &Self, page: &[u8]) -> Result {
@@ -248,7 +256,7 @@ impl<T: Driver> AttributeOperations<POWER> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        let is_on = !matches!(this.choice.lock().power, Power::Off);
+        let is_on = !matches!(this.choice()?.power, Power::Off);
         line(page, fmt!("{}", u8::from(is_on)))
     }
 
@@ -267,7 +275,7 @@ impl<T: Driver> AttributeOperations<ADDRESS> for Settings<T> {
     type Data = Self;
 
     fn show(this: &Self, page: &mut [u8; PAGE_SIZE]) -> Result<usize> {
-        let address = match &this.choice.lock().power {
+        let address = match &this.choice()?.power {
             Power::Off => return Err(ENODEV),
             Power::On(plugged) => plugged.address(),
             Power::Unplugging(address) => *address,

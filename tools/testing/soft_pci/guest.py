@@ -491,6 +491,37 @@ def rebinding():
         check(one.driver() == "vfio_mock", "it cannot be bound any more")
 
 
+def reading():
+    """a task that reads a file of a function that is being plugged can be killed"""
+    with Function("one", power=False) as one, Function("two") as two:
+        other = two.path
+        device = Device(two)
+        # It waits for the user, with the lock of the PCI core held.
+        remover = threading.Thread(target=(other / "remove").write_text, args=("1",))
+        remover.start()
+        plugger = threading.Thread(target=one.set, args=("power", 1))
+        reader = None
+        try:
+            wait(lambda: not any((other / "vfio-dev").glob("*")), "the removal of two")
+            plugger.start()
+            time.sleep(1)
+            reader = subprocess.Popen(["cat", one.directory / "bind"])
+            status = Path(f"/proc/{reader.pid}/status")
+            wait(lambda: "State:\tD" in status.read_text(), "the wait of the reader")
+            time.sleep(1)
+            check(plugger.is_alive() and reader.poll() is None, "nothing waits")
+            reader.kill()
+            wait(lambda: reader.poll() is not None, "the end of the reader")
+        finally:
+            device.close()
+            remover.join(60)
+            if plugger.ident:
+                plugger.join(60)
+            if reader:
+                reader.wait()
+        check(one.driver() == "vfio_mock", "it is not plugged")
+
+
 def locking():
     """the IOMMU is registered and unregistered while no function can be plugged"""
     if not os.path.ismount(TRACING):
@@ -602,7 +633,7 @@ def qemu():
 
 
 TESTS = (identity, registers, events, settings, defaults, drivers, driverctl, aliases, others,
-         logs, removals, rebinding, limits, qemu, unload, locking, races)
+         logs, removals, rebinding, reading, limits, qemu, unload, locking, races)
 
 
 def suite():
