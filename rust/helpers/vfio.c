@@ -154,12 +154,15 @@ __rust_helper pgprot_t rust_helper_vfio_pci_page_prot(const struct vm_area_struc
 	return is_io ? pgprot_decrypted(pgprot_noncached(prot)) : prot;
 }
 
-/* The page of a frame that is memory, or NULL. */
+/*
+ * The page of a frame that is memory, or NULL. The kernel must not read memory that is
+ * known to be broken.
+ */
 __rust_helper struct page *rust_helper_vfio_frame_to_page(unsigned long frame)
 {
 	struct page *page = pfn_to_online_page(frame);
 
-	return page && !PageReserved(page) ? page : NULL;
+	return page && !PageReserved(page) && !PageHWPoison(page) ? page : NULL;
 }
 
 __rust_helper void rust_helper_vfio_iommu_dirty_bitmap_record(struct iommu_dirty_bitmap *dirty,

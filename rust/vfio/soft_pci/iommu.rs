@@ -17,8 +17,8 @@
 //! * Without a domain with a page table, no access succeeds. The default domain is the identity
 //!   domain, because the DMA API is never used with a function: it does DMA only while a user has
 //!   it open.
-//! * Only memory with a `struct page` that is online and not reserved can be accessed. BARs of
-//!   other devices can be mapped, but an access to them fails.
+//! * Only memory with a `struct page` that is online, not reserved and not known to be broken can
+//!   be accessed. BARs of other devices can be mapped, but an access to them fails.
 //!
 //! C header: [`include/linux/iommu.h`](srctree/include/linux/iommu.h)
 
