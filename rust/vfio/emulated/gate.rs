@@ -131,6 +131,10 @@ impl Inner {
 pub(crate) struct Gate {
     #[pin]
     inner: SpinLock<Inner>,
+    /// The worker waits here for its work, so that no change of a closed gate wakes it.
+    #[pin]
+    worker: WaitQueue,
+    /// All others wait here.
     #[pin]
     waiters: WaitQueue,
 }
@@ -154,6 +158,7 @@ impl Gate {
         Arc::pin_init(
             pin_init!(Self {
                 inner <- new_spinlock!(inner, "vfio::emulated::Gate::inner"),
+                worker <- WaitQueue::new(c"vfio::emulated::Gate::worker", static_lock_class!()),
                 waiters <- WaitQueue::new(c"vfio::emulated::Gate::waiters", static_lock_class!()),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -173,15 +178,16 @@ impl Gate {
             .wait(state, timeout, |due| done(&mut self.inner.lock(), due))
     }
 
-    fn wake(&self) {
+    /// Changes the state, and wakes all waiters; the worker only if it may work or must exit.
+    fn change(&self, change: impl FnOnce(&mut Inner)) {
+        let mut inner = self.inner.lock();
+        change(&mut inner);
+        let works = inner.admits_work() || inner.ended;
+        drop(inner);
+        if works {
+            self.worker.wake();
+        }
         self.waiters.wake();
-    }
-
-    /// Changes the state, and wakes all waiters.
-    fn change<R>(&self, change: impl FnOnce(&mut Inner) -> R) -> R {
-        let result = change(&mut self.inner.lock());
-        self.wake();
-        result
     }
 
     /// Closes the gate for a reason: no call of `work()` begins, and none is under way when this
@@ -208,7 +214,7 @@ impl Gate {
         }
         drop(inner);
         if stops {
-            self.wake();
+            self.waiters.wake();
         }
     }
 
@@ -367,7 +373,7 @@ impl Gate {
         let last = inner.writes == 0 && !(inner.decodes && inner.admits_writes());
         drop(inner);
         if last {
-            self.wake();
+            self.waiters.wake();
         }
         result.map(|()| true)
     }
@@ -393,7 +399,7 @@ impl Gate {
         let last = inner.reads == 0 && !(inner.decodes && inner.halts == 0);
         drop(inner);
         if last {
-            self.wake();
+            self.waiters.wake();
         }
         result
     }
@@ -450,7 +456,8 @@ impl Gate {
         };
         let mut entered = false;
         // No signal ends this wait, see `IDLE`.
-        let _ = self.wait(IDLE, timeout, |inner, due| {
+        let _ = self.worker.wait(IDLE, timeout, |due| {
+            let mut inner = self.inner.lock();
             entered = !inner.ended && inner.admits_work() && (due || inner.kicked);
             if entered {
                 inner.working = true;
@@ -474,7 +481,7 @@ impl Gate {
         let closed = !inner.admits_work();
         drop(inner);
         if closed {
-            self.wake();
+            self.waiters.wake();
         }
     }
 }
