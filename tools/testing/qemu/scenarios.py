@@ -1022,7 +1022,7 @@ def parse(argv):
     add("--pictures", type=Path, help="folder for screenshots of the test machine")
     add("--tap", action="store_true", help="print TAP")
     add("--columns", type=int, default=0, help="width of the terminal, if any")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.more:
         options.scenario = [name for name in SCENARIOS if name not in usual]
     for name in options.scenario:
