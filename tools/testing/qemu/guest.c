@@ -8,9 +8,9 @@
  * Two vfio_mock devices also do DMA, see peers.c. A display shows a picture, see
  * display.c.
  *
- * It reports on the second serial port. Each line has a word with an @, followed
- * by key=value pairs. It accepts commands there: "verify" compares the whole
- * devices with the model, "quit" powers the machine off.
+ * It reports on the second serial port, or the one in the variable "report". Each line
+ * has a word with an @, followed by key=value pairs. It accepts commands there: "verify"
+ * compares the whole devices with the model, "quit" powers the machine off.
  */
 #include <cpuid.h>
 #include <dirent.h>
@@ -770,7 +770,7 @@ static void load_modules(void)
 		   "1");
 }
 
-static void open_report(void)
+static void open_report(const char *port)
 {
 	struct termios tio;
 	int fd;
@@ -784,15 +784,15 @@ static void open_report(void)
 	    mount("proc", "/proc", "proc", 0, NULL))
 		die("mount");
 
-	fd = open(REPORT_PORT, O_RDWR | O_NOCTTY);
+	fd = open(port, O_RDWR | O_NOCTTY);
 	if (fd < 0 || tcgetattr(fd, &tio))
-		die("open %s", REPORT_PORT);
+		die("open %s", port);
 	cfmakeraw(&tio);
 	tio.c_cflag |= CLOCAL;
 	cfsetspeed(&tio, B115200);
 	if (tcsetattr(fd, TCSANOW, &tio))
-		die("set up %s", REPORT_PORT);
-	commands = open(REPORT_PORT, O_RDWR | O_NOCTTY | O_NONBLOCK);
+		die("set up %s", port);
+	commands = open(port, O_RDWR | O_NOCTTY | O_NONBLOCK);
 	report = fdopen(fd, "w");
 	if (commands < 0 || !report)
 		exit(1);
@@ -800,12 +800,12 @@ static void open_report(void)
 
 int main(void)
 {
-	const char *pace = getenv("pace");
+	const char *pace = getenv("pace"), *port = getenv("report");
 	struct device *d;
 	bool p2p = false;
 	__u64 size = 0;
 
-	open_report();
+	open_report(port ? port : REPORT_PORT);
 	if (mlockall(MCL_CURRENT | MCL_FUTURE))
 		die("mlockall");
 	load_modules();

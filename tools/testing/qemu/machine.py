@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-"""A QEMU process with its VFIO devices, and the guest that it runs."""
+"""A process of QEMU or of another VMM, with its VFIO devices and its guest."""
 
 import contextlib
 import json
@@ -111,23 +111,123 @@ class Guest:
         return f"{self.count('transfers')} DMA transfers, {moved} moved, "
 
 
-class Machine:
-    """A QEMU process, from start to close()."""
+class Vmm:
+    """A process of a VMM, with its VFIO devices and its guest."""
 
-    def __init__(self, name, options, devices=(), backend=None, guest=None):
-        """`devices` has each device and its properties.
+    # The name of the VMM, and the files with its output.
+    program = ""
+    files = ()
 
-        The guest boots, or is restored from a file, or migrates to this machine.
-        """
+    def __init__(self, name, options, devices, guest):
+        """`devices` has each device and its properties."""
         self.name = name
         self.guest = guest
         self.mdevs = [mdev for mdev, _ in devices]
         self.folder = options.folder / name
         self.folder.mkdir()
-        # The states that the devices reach: (number, state).
-        self.states = []
         self.closed = False
         self.excused = 0
+        # The other end of the serial port that the guest reports to.
+        self.report = None
+
+    def launch(self, argv, **more):
+        """Starts the process."""
+        with open(self.folder / "stderr", "wb") as stderr:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, **more
+            )
+        for mdev in self.mdevs:
+            mdev.holder = self.process.pid
+
+    @property
+    def pid(self):
+        """The process id."""
+        return self.process.pid
+
+    def poll(self):
+        """Processes output of the guest, and detects when the process has exited."""
+        self.receive()
+        if self.process.poll() is not None:
+            raise Failure(self.fate())
+
+    def receive(self):
+        """Processes output of the guest."""
+        while self.report:
+            try:
+                data = self.report.recv(65536)
+            except (BlockingIOError, ConnectionError):
+                break
+            if not data:
+                break
+            if self.guest:
+                self.guest.feed(data)
+
+    def send(self, command):
+        """Gives the guest a command."""
+        self.report.sendall(command.encode() + b"\n")
+
+    def gone(self):
+        """Returns whether the process has ended, or is about to."""
+        return self.process.poll() is not None
+
+    def fate(self, timeout=0):
+        """Returns a description of the status of the process."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return f"{self.name} {self.program} runs"
+        if status < 0:
+            name = signal.Signals(-status).name
+            return f"{self.name} {self.program} was killed by {name}"
+        return f"{self.name} {self.program} ended with status {status}"
+
+    def end(self):
+        """Waits for the exit of a process that was asked to end, and kills it if needed."""
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.report:
+            self.report.close()
+
+    def read(self, title):
+        """The lines of one of the files that the VMM writes."""
+        with contextlib.suppress(OSError):
+            path = self.folder / title
+            return path.read_text(errors="replace").splitlines()
+        return []
+
+    def excuse(self):
+        """Marks the messages so far as expected."""
+        self.excused = len(self.read("stderr"))
+
+    def complaints(self):
+        """Returns the unexpected messages."""
+        return self.read("stderr")[self.excused :]
+
+    def diagnostics(self):
+        """Returns the last lines of output of the VMM and of its guest."""
+        self.receive()
+        yield self.fate()
+        for title in self.files:
+            for line in ends(self.read(title)):
+                yield f"{self.name} {title}: {line}"
+        for line in self.guest.lines[-20:] if self.guest else ():
+            yield f"{self.name} guest: {line}"
+
+
+class Machine(Vmm):
+    """A QEMU process, from start to close()."""
+
+    program = "QEMU"
+    files = ("stderr", "console", "trace")
+
+    def __init__(self, name, options, devices=(), backend=None, guest=None):
+        """The guest boots, or is restored from a file, or migrates to this machine."""
+        super().__init__(name, options, devices, guest)
+        # The states that the devices reach: (number, state).
+        self.states = []
         # Called while the guest is stopped, before QEMU goes on.
         self.before_switchover = None
         report, far_report = socket.socketpair()
@@ -148,16 +248,7 @@ class Machine:
         if not self.restore:
             for each in devices:
                 argv += ["-device", json.dumps(each)]
-        with open(self.folder / "stderr", "wb") as stderr:
-            self.process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                pass_fds=(far_report.fileno(), far_monitor.fileno()),
-            )
-        for mdev in self.mdevs:
-            mdev.holder = self.process.pid
+        self.launch(argv, pass_fds=(far_report.fileno(), far_monitor.fileno()))
         far_report.close()
         far_monitor.close()
 
@@ -190,11 +281,6 @@ class Machine:
         argv += ["-D", str(self.folder / "trace")]
         return argv
 
-    @property
-    def pid(self):
-        """The process id of QEMU."""
-        return self.process.pid
-
     def start(self, timeout):
         """Waits until QEMU has created the machine, and restores the guest."""
         try:
@@ -213,6 +299,10 @@ class Machine:
         self.qmp.command("cont")
         if self.pending:
             self.send("plugged")
+
+    def resume(self):
+        """Continues a guest that is stopped."""
+        self.qmp.command("cont")
 
     def save(self, path):
         """Stops the guest and saves it in a file."""
@@ -295,21 +385,7 @@ class Machine:
         reason = self.shutdown()
         if reason:
             raise Failure(f"the {self.name} guest ended by itself: {reason}")
-        self.receive()
-        if self.process.poll() is not None:
-            raise Failure(self.fate())
-
-    def receive(self):
-        """Processes output of the guest."""
-        while True:
-            try:
-                data = self.report.recv(65536)
-            except (BlockingIOError, ConnectionError):
-                break
-            if not data:
-                break
-            if self.guest:
-                self.guest.feed(data)
+        super().poll()
 
     def shutdown(self):
         """Returns the reason for the guest's shutdown, or None."""
@@ -318,17 +394,13 @@ class Machine:
             return event["reason"]
         return None
 
-    def fate(self):
+    def gone(self):
+        """Returns whether QEMU has ended, or has closed its monitor to do so."""
+        return self.qmp.closed or super().gone()
+
+    def fate(self, timeout=0):
         """Returns a description of QEMU's status."""
-        try:
-            # QEMU has closed its monitor and is about to exit.
-            status = self.process.wait(END_TIMEOUT if self.qmp.closed else 0)
-        except subprocess.TimeoutExpired:
-            return f"{self.name} QEMU runs"
-        if status < 0:
-            name = signal.Signals(-status).name
-            return f"{self.name} QEMU was killed by {name}"
-        return f"{self.name} QEMU ended with status {status}"
+        return super().fate(END_TIMEOUT if self.qmp.closed else timeout)
 
     def memory(self, name):
         """Returns a number of the kernel about QEMU's memory, in bytes."""
@@ -346,10 +418,6 @@ class Machine:
         owners = [owner for owner, start in starts.items() if start.search(trace)]
         return owners, sum(int(count) for count in LOG_PAGES.findall(trace))
 
-    def send(self, command):
-        """Gives the guest a command."""
-        self.report.sendall(command.encode() + b"\n")
-
     def close(self):
         """Ends QEMU, first with a request, and waits for its exit."""
         if self.closed:
@@ -358,34 +426,12 @@ class Machine:
         with contextlib.suppress(QmpError, OSError):
             if self.process.poll() is None:
                 self.qmp.command("quit", timeout=5)
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.report.close()
+        self.end()
         self.qmp.sock.close()
-
-    def read(self, title):
-        """The lines of one of the files that QEMU writes."""
-        with contextlib.suppress(OSError):
-            path = self.folder / title
-            return path.read_text(errors="replace").splitlines()
-        return []
-
-    def excuse(self):
-        """Marks QEMU's messages so far as expected."""
-        self.excused = len(self.read("stderr"))
-
-    def complaints(self):
-        """Returns QEMU's unexpected messages."""
-        return self.read("stderr")[self.excused :]
 
     def diagnostics(self):
         """Returns the last lines of output of QEMU and of its guest."""
         self.qmp.poll()
-        self.receive()
-        yield self.fate()
         for event in self.qmp.events:
             what, data = event["event"], event.get("data", {})
             yield f"{self.name} event: {what} {data}"
@@ -398,11 +444,7 @@ class Machine:
                 ).splitlines():
                     if "IP=" in row or "SP=" in row:
                         yield f"{self.name} CPU: {row}"
-        for title in ("stderr", "console", "trace"):
-            for line in ends(self.read(title)):
-                yield f"{self.name} {title}: {line}"
-        for line in self.guest.lines[-20:] if self.guest else ():
-            yield f"{self.name} guest: {line}"
+        yield from super().diagnostics()
 
 
 def vfio_device(number, mdev, properties, backend):

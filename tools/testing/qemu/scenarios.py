@@ -104,19 +104,20 @@ class Scenario:
         backend = backends[self.started % len(backends)]
         self.started += 1
         devices = [(mdev, self.plan.properties) for mdev in mdevs]
-        machine = Machine(name, self.options, devices, backend, guest)
+        machine = self.plan.vmm(name, self.options, devices, backend, guest)
         self.stack.callback(machine.close)
         self.machines.append(machine)
         machine.start(BOOT_TIMEOUT)
-        machine.allow(*self.plan.capabilities)
+        if self.plan.capabilities:
+            machine.allow(*self.plan.capabilities)
         return machine
 
     def drop(self, machine, broken=()):
-        """Ends a QEMU that has done its part, and broke these rules of the verdict."""
+        """Ends a VMM that has done its part, and broke these rules of the verdict."""
         machine.close()
         self.machines.remove(machine)
         for line in machine.complaints():
-            self.view.say(f"{machine.name} QEMU says: {line}")
+            self.view.say(f"{machine.name} {machine.program} says: {line}")
         self.judge(machine, broken)
 
     def drop_source(self, source):
@@ -126,11 +127,11 @@ class Scenario:
         self.drop(source, ["log_not_stopped"] if "device" in owners else [])
 
     def judge(self, machine, broken=()):
-        """Shows the verdicts on a QEMU that has ended, and checks them."""
+        """Shows the verdicts on a VMM that has ended, and checks them."""
         for mdev in machine.mdevs:
             lines = mdev.verdict()
             for line in lines:
-                self.view.say(f"verdict on the {machine.name} QEMU: {line}")
+                self.view.say(f"verdict on the {machine.name} {machine.program}: {line}")
             told = [line for line in lines if not line.startswith("advice: ")]
             if told:
                 rules = [line.split(":")[0] for line in told]
@@ -169,7 +170,7 @@ class Scenario:
         return source
 
     def target(self, name="target"):
-        """Starts a QEMU that waits for the guest."""
+        """Starts a VMM that waits for the guest."""
         return self._machine(name, self.target_mdevs)
 
     def begin(self, source, target, bandwidth):
@@ -361,7 +362,7 @@ class Scenario:
     def enter(self, machine, guest):
         """Continues a guest that has reported this much."""
         self.guest = machine.guest = copy.deepcopy(guest)
-        machine.qmp.command("cont")
+        machine.resume()
 
     def hold(self, machine):
         """Returns the content of the device of a machine that is stopped."""
@@ -371,6 +372,11 @@ class Scenario:
             name: device.read_region(machine.pid, mdev, bar)
             for name, bar in self.plan.kind.bars.items()
         }
+
+    def expect_held(self, machine, held):
+        """Fails unless the device of a machine that is stopped has this content."""
+        for name, content in self.hold(machine).items():
+            same(name, held[name], content)
 
     def compare(self, source, target):
         """Compares the content of both devices, while both are stopped."""
@@ -757,8 +763,7 @@ def snapshot(scenario):
             raise Failure("the device has not changed since the snapshot")
         source.snapshot("load")
         scenario.leave(source)
-        for name, content in scenario.hold(source).items():
-            same(name, held[name], content)
+        scenario.expect_held(source, held)
         scenario.view.say(f"load {number}: the device is that of the snapshot")
         scenario.enter(source, guest)
         scenario.verify(source)
@@ -812,13 +817,13 @@ REQUIRED = {"enable-migration": "on"}
 HAVE_IOMMUFD = Path("/dev/iommu").exists()
 ANY = ["iommufd" if HAVE_IOMMUFD else "group"]
 
-# Steps of a scenario and options of QEMU for it. The backends alternate. Scenarios with
+# Steps of a scenario and options of the VMM for it. The backends alternate. Scenarios with
 # `more` run only if they are named. With `function`, the devices are software PCI functions
 # with these settings.
 Plan = namedtuple(
     "Plan",
-    "play title backends kind capabilities properties devices more function",
-    defaults=(device.MOCK, (), REQUIRED, 1, False, None),
+    "play title backends kind capabilities properties devices more function vmm",
+    defaults=(device.MOCK, (), REQUIRED, 1, False, None, Machine),
 )
 
 SCENARIOS = {
@@ -952,12 +957,12 @@ def run(name, options, view):
 
 
 def ended(scenario):
-    """Returns the exit status of each QEMU that has ended, and of its guest."""
+    """Returns the exit status of each VMM that has ended, and of its guest."""
     for machine in scenario.machines:
         reason = machine.shutdown()
         if reason:
             yield f"the {machine.name} guest ended by itself: {reason}"
-        if machine.qmp.closed or machine.process.poll() is not None:
+        if machine.gone():
             yield machine.fate()
 
 
