@@ -97,6 +97,11 @@ class Device:
         # The process that has the device open.
         self.holder = None
 
+    def cdev(self):
+        """Returns the path of the character device."""
+        (entry,) = (self.path / "vfio-dev").iterdir()
+        return f"/dev/vfio/devices/{entry.name}"
+
     def _debugfs(self, name):
         return (DEBUGFS / self.name / "migration" / name).read_text()
 
@@ -144,6 +149,14 @@ class Device:
             return None
         text = (DEBUGFS / self.name / "statistics").read_text()
         return int(re.search(r"^resets (\d+)$", text, re.MULTILINE)[1])
+
+    def times(self):
+        """Returns the microseconds in each state with the last VMM, none without debugfs."""
+        if not DEBUGFS.exists():
+            return {}
+        text = (DEBUGFS / self.name / "statistics").read_text()
+        times = re.findall(r"^(\w+)_us (\d+)$", text, re.MULTILINE)
+        return {state: int(us) for state, us in times}
 
     def verdict(self):
         """Returns the lines of the verdict on the last VMM, none without debugfs."""

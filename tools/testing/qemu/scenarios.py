@@ -3,7 +3,7 @@
 """Live migration of a guest that works with a device, end to end.
 
 Runs as root on a machine with the modules loaded, for example the test machine.
-Two QEMU processes have one or two devices each. The guest of the first one keeps
+Two QEMU processes, or those of another VMM, have one or two devices each. The guest of the first one keeps
 writing to its devices, migrates to the second one, and continues there.
 """
 
@@ -26,7 +26,9 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 
 import cases
+import cloud_hypervisor
 import device
+from cloud_hypervisor import CloudHypervisor
 from machine import Failure, Guest, Machine, expect, wait
 from outside import Outside, write_png
 from qmp import QmpError
@@ -882,6 +884,13 @@ SCENARIOS = {
         devices=2,
         more=True,
     ),
+    "ch": Plan(
+        cloud_hypervisor.play,
+        "from one Cloud Hypervisor to another, then to a snapshot and from there",
+        ["iommufd"],
+        more=True,
+        vmm=CloudHypervisor,
+    ),
     "variant": Plan(
         variant,
         "variant driver of a PCI device, its picture moves from display to display",
@@ -939,6 +948,8 @@ def run(name, options, view):
     view.say(f"{name}: {plan.title}")
     if "iommufd" in plan.backends and not HAVE_IOMMUFD:
         return "SKIP", "the kernel has no iommufd"
+    if plan.vmm is CloudHypervisor and not options.cloud_hypervisor:
+        return "SKIP", "CH does not name a folder with cloud-hypervisor and ch-remote"
     with tempfile.TemporaryDirectory(prefix="vfio-demo-") as folder:
         options.folder = Path(folder)
         scenario = Scenario(options, plan, view)
@@ -1003,6 +1014,7 @@ def parse(argv):
     add("--initramfs", required=True, help="initramfs, from initramfs.py")
     add("--append", default="", help="more options for the guest's kernel")
     add("--qemu", default="qemu-system-x86_64", help="the QEMU to run")
+    add("--cloud-hypervisor", type=Path, help="folder with cloud-hypervisor and ch-remote")
     add("--memory", default="160", help="memory of the guest in MiB")
     add("--type", default=device.MOCK.type, help="type of vfio_mock devices")
     add("--bandwidth", type=int, default=32, help="limit in MiB/s")
