@@ -25,9 +25,12 @@ CHANGED = (
     ".rustfmt.toml",
     "Documentation/driver-api/index.rst",
     "MAINTAINERS",
+    "drivers/iommu/iommufd/iova_bitmap.c",
     "drivers/pci/pci-sysfs.c",
     "drivers/vfio/Kconfig",
     "drivers/vfio/Makefile",
+    "drivers/vfio/group.c",
+    "drivers/vfio/mdev/mdev_core.c",
     "rust/bindgen_parameters",
     "rust/bindings/bindings_helper.h",
     "rust/helpers/helpers.c",
@@ -223,7 +226,32 @@ def message_of(name):
     return diff(name).message
 
 
-MTTY = sorted(f"mtty/{path.name}" for path in (TOP / "tools/series/mtty").glob("*.patch"))
+def diffs(folder):
+    """The patches in a folder, in the order of their names."""
+    names = sorted(path.name for path in (TOP / "tools/series" / folder).glob("*.patch"))
+    return tuple(diff(f"{folder}/{name}") for name in names)
+
+
+FIXES = Set(
+    "0-fixes",
+    (),
+    "vfio, mdev, PCI: fixes of rare failures",
+    """
+Four faults that tests of a migratable device have met. They do not depend
+on each other, and each can be applied alone:
+
+- A bitmap of dirty pages that is not mapped as a whole loses dirty pages
+  without an error.
+- A VFIO group that cannot be created leaks its IOMMU group, with a warning.
+- A mediated device that cannot be allocated counts as an instance for ever.
+- Two tasks that remove the same PCI device use it after its end, or wait
+  for each other.
+
+Each message says how to reproduce the fault.
+""",
+    diffs("fixes"),
+    limit=100,
+)
 
 SELFTESTS = Set(
     "1-selftests",
@@ -417,7 +445,7 @@ set "selftests: vfio: test migratable devices".
 mtty still does no DMA, has no dirty tracking, and does not implement the
 end-of-stream rules of pre-copy.
 """,
-    tuple(diff(name) for name in MTTY),
+    diffs("mtty"),
     limit=100,
 )
 
@@ -689,7 +717,6 @@ slow and fails, and a mock with up to 1 GiB of memory, DMA, MSI-X and all
 rules of the uAPI, which misbehaves on command.
 """,
     (
-        diff("pci_remove.patch"),
         crate(
             """rust: vfio: access the memory of users by IOVA
 
@@ -1058,4 +1085,4 @@ Create devices, and run all tests on them.
     ),
 )
 
-SETS = (SELFTESTS, MTTY_SET, ABSTRACTIONS, ENGINE, EMULATED, MOCK_TESTS)
+SETS = (FIXES, SELFTESTS, MTTY_SET, ABSTRACTIONS, ENGINE, EMULATED, MOCK_TESTS)

@@ -564,7 +564,7 @@ def races():
     end = time.monotonic() + 10
 
     # A write to "remove" during another removal is a fault in the PCI core of Linux 7.3, see
-    # tools/series/pci_remove.patch.
+    # tools/series/fixes/4-pci-remove.patch.
     removing = threading.Lock()
 
     def plug(name):

@@ -15,6 +15,8 @@ static struct mig_option common[] = {
 	  .help = "time limit for operations that must not wait (20)" },
 	{ .name = "patience", .argument = "N", .number = true,
 	  .help = "factor for the default time limits" },
+	{ .name = "fixed",
+	  .help = "the kernel has none of the faults that tests avoid" },
 	{}
 };
 
