@@ -643,11 +643,12 @@ Unlike with CondVar of the kernel crate, a wait can be killable.
             "wait",
         ),
         crate(
-            """rust: vfio: pci: add the trait of variant drivers
+            """rust: vfio: pci: record resets of a device
 
-Also a record of resets, so that a driver handles each of them once.
+Variant drivers of PCI devices handle each reset once, with the locks that
+they need, in the first call of the user after it.
 """,
-            "pci", "pci/resets", also=select("VFIO_PCI_CORE if PCI"),
+            "pci/resets", also=select("VFIO_PCI_CORE if PCI"),
         ),
         crate(
             """rust: vfio: pci: access BARs and the config space
@@ -664,6 +665,13 @@ The same tracking as of the memory of a software device: a store faults
 if its page must be marked.
 """,
             "pci/mapping", "pci/memory",
+        ),
+        crate(
+            """rust: vfio: pci: add the trait of variant drivers
+
+What a driver says about its devices, and which BARs it traps or tracks.
+""",
+            "pci",
         ),
         crate(
             """rust: vfio: pci: add devices of variant drivers
@@ -718,19 +726,19 @@ rules of the uAPI, which misbehaves on command.
 """,
     (
         crate(
+            """rust: vfio: log the pages that a device writes to
+
+For DMA logging. The log is charged to the user and bounded.
+""",
+            "dma/log", "dma/written",
+        ),
+        crate(
             """rust: vfio: access the memory of users by IOVA
 
 A software device reads and writes memory that its user mapped for DMA.
 Transfers are done in pieces, between which they can be killed.
 """,
             "dma", "dma/pieces",
-        ),
-        crate(
-            """rust: vfio: log the pages that a device writes to
-
-For DMA logging. The log is charged to the user and bounded.
-""",
-            "dma/log", "dma/written",
         ),
         crate(
             """rust: vfio: emulated: deliver MSI-X interrupts
