@@ -18,9 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import intree
 import sets
-from patches import CRATE, LIMIT, MOD, Files, Tree, git, is_code
+from names import Names
+from patches import LIMIT, Files, Tree, git, is_code
 
 
 def base(source, tree):
@@ -41,21 +41,6 @@ def commit(tree, message):
     """Commits all changes."""
     git(tree, "add", "--all")
     git(tree, "commit", "--quiet", "--signoff", "--no-verify", "-F", "-", input=message)
-
-
-def check_modules(tree):
-    """Checks that the last commit uses no module of the crate that a later one adds."""
-    root = tree.path / f"{CRATE}.rs"
-    if not root.exists():
-        return
-    there = {found[1] for found in MOD.finditer(root.read_text())}
-    absent = {found[1] for found in MOD.finditer(tree.files.text[f"{CRATE}.rs"])} - there
-    options = "--name-only", "--diff-filter=d", "HEAD~", "HEAD"
-    for name in git(tree.path, "diff", *options, "--", "*.rs").split():
-        for found in intree.USE.finditer(tree.read(name)):
-            for path in intree.paths(found[2]):
-                if path[1:2] == ["vfio"] and absent.intersection(path[2:3]):
-                    sys.exit(f"{name} uses {'::'.join(path)} before it is there")
 
 
 def check_complete(tree):
@@ -123,6 +108,7 @@ def main():
     files = Files(source)
     with tempfile.TemporaryDirectory() as temporary:
         tree = Tree(Path(temporary), files)
+        names = Names(tree)
         base(source, tree.path)
         for one in sets.SETS:
             first = git(tree.path, "rev-parse", "HEAD")
@@ -130,7 +116,7 @@ def main():
                 for part in patch.parts(files):
                     part.change(tree)
                     commit(tree.path, part.message)
-                    check_modules(tree)
+                    names.check()
             write_set(tree, one, first, folder / one.name)
             needs = "".join(f"{name}\n" for name in one.needs)
             (folder / one.name / "needs").write_text(needs)

@@ -284,15 +284,24 @@ def unfinished(text):
     return "\n".join(lines)
 
 
+def crate_path(module):
+    """Returns the path of a module of the crate, or of its root."""
+    return f"{CRATE}/{module}.rs" if module else f"{CRATE}.rs"
+
+
+def declared(modules):
+    """Returns modules of the crate with those that they are in."""
+    return modules | {str(up) for one in modules for up in Path(one).parents} - {"."}
+
+
 def grow_crate(tree, names):
     """Adds modules of the crate."""
     files = tree.files
     tree.modules |= set(names)
-    parents = {name.rpartition("/")[0] for name in tree.modules} - {""}
-    there = tree.modules | parents
+    there = declared(tree.modules)
     changed = []
     for name in ["", *sorted(there)]:
-        path = f"{CRATE}/{name}.rs" if name else f"{CRATE}.rs"
+        path = crate_path(name)
         below = {child.rpartition("/")[2] for child in there if child.rpartition("/")[0] == name}
         text = files.text[path]
         if name and name not in tree.modules:
