@@ -139,7 +139,7 @@ help:			## print this
 	echo 'TESTFLAGS="..."   test-device: options of vfio_migration_test'
 	echo 'VMFLAGS="..."     options of tools/testing/vm/run'
 	echo 'DEMOFLAGS="..."   options of tools/testing/qemu/demo'
-	echo 'CH=folder         demo: Cloud Hypervisor for the scenario ch'
+	echo 'CH=folder         demo: Cloud Hypervisor for the scenarios ch and ch-faults'
 	echo 'KSELFTESTFLAGS=--write  selftest-kernel: update the table of the results'
 	echo 'MATRIXFLAGS=--write  matrix: update the table of the results'
 	echo 'BENCHFLAGS="..."  options and words of vfio_mock_bench or bench_native'

@@ -10,15 +10,20 @@ sys.dont_write_bytecode = True
 top = Path(sys.argv[1])
 sys.path.append(str(top / "tools/testing/qemu"))
 import cases
+import cloud_hypervisor
 
 document = (top / "Documentation/vfio_vmms.rst").read_text()
 wrong = []
-for name in ("CASES", "STEPS"):
+for name, table in (
+    ("CASES", cases.CASES),
+    ("STEPS", cases.STEPS),
+    ("Cloud Hypervisor", cloud_hypervisor.CASES),
+):
+    played = list(table)
     # The table follows a comment with the name of the table of cases.
     table = document.partition(f"\n.. cases: {name}\n\n.. list-table::\n")[2]
     table = re.match(r"(?: .*\n|\n)*", table)[0]
     rows = re.findall(r"^   \* - ``(\S+)``$", table, re.MULTILINE)
-    played = list(getattr(cases, name))
     if rows != played:
         wrong.append(f"{name}: documented are {rows} instead of {played}")
 print(*wrong, sep="\n")

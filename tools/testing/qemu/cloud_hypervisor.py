@@ -6,14 +6,39 @@ import os
 import re
 import socket
 import subprocess
+import time
+from collections import namedtuple
 
-from machine import KERNEL_OPTIONS, Failure, Vmm, wait
+from cases import REFUSED, UNSTOPPED, Knobs, chosen, faults, notices
+from machine import KERNEL_OPTIONS, Failure, Vmm, expect, wait
 
 MIGRATE_TIMEOUT = 240
 COMMAND_TIMEOUT = 120
 
-# The report of the source about its migration.
+# The reports of the source about its migration.
+FAILED = re.compile(r"-- Migration failed: (.*)")
 COMPLETED = re.compile(r"Migration completed after (\S+) with a downtime of (\d+)ms")
+
+# What else a migration with a fault leads to.
+RESET = "the device of the source is reset, and the guest goes on with that"
+HANGS = "the guest of the source hangs until it is paused and resumed"
+ENDS = "the source ends, and its guest is lost"
+
+# A migration that fails: its outcome, and the knobs of both devices.
+Case = namedtuple("Case", "outcome source target", defaults=({}, {}))
+
+CASES = {
+    "log-start": Case(UNSTOPPED, faults("log_start errno=ENOMEM")),
+    "read": Case(REFUSED, faults("read after=65536")),
+    "version": Case(REFUSED, {"stream_version": 2}),
+    "target-run": Case(REFUSED, target=faults("arc RUNNING_P2P->RUNNING")),
+    "end": Case(RESET, faults("arc STOP_COPY->STOP")),
+    "stop": Case(HANGS, faults("arc RUNNING_P2P->STOP")),
+    "back": Case(ENDS, faults("read; arc RUNNING_P2P->RUNNING")),
+}
+
+# Seconds without a report of a guest that hangs.
+HANG_TIME = 10
 
 # Messages that are more than warnings about the host.
 TROUBLE = re.compile(r"> ERROR:")
@@ -122,7 +147,7 @@ def begin(source, target):
     """Starts a migration; returns the command that ends with it."""
     stream = target.folder / "stream"
     taker = target.take("receive-migration", f"receiver_url=unix:{stream}")
-    wait([source, target], stream.exists, COMMAND_TIMEOUT, "the target waits")
+    wait([target], stream.exists, COMMAND_TIMEOUT, "the target waits")
     source.command("send-migration", f"destination_url=unix:{stream}")
     return taker
 
@@ -178,3 +203,71 @@ def play(scenario):
     scenario.verify(restored)
     scenario.quit(restored)
     return f"{migrated}, restored from a snapshot, guest's checks ok"
+
+
+def play_cases(scenario):
+    """Migrations that fail, with one guest, which is not checked after a reset."""
+    source = scenario.boot()
+    table = chosen(scenario, CASES)
+    for name, case in table.items():
+        play_case(scenario, source, name, case)
+    if source in scenario.machines:
+        if scenario.guest.troubles:
+            scenario.drop(source)
+        else:
+            scenario.verify(source)
+            scenario.quit(source)
+    return f"{len(table)} migrations with faults"
+
+
+def play_case(scenario, source, name, case):
+    """One migration that fails."""
+    target = scenario.target(name)
+    (one,), (other,) = source.mdevs, target.mdevs
+    knobs = Knobs()
+    knobs.turn(one, case.source)
+    knobs.turn(other, case.target)
+    resets, times = one.resets(), one.times()
+    begin(source, target)
+
+    def failed():
+        source.receive()
+        if source.gone() and case.outcome is not ENDS:
+            raise Failure(source.fate())
+        return FAILED.search("\n".join(source.complaints()))
+
+    why = wait([], failed, MIGRATE_TIMEOUT, "the migration fails")[1].strip()
+    target.close()
+    scenario.machines.remove(target)
+    scenario.judge(target)
+    if case.outcome is ENDS:
+        wait([], source.gone, MIGRATE_TIMEOUT, "the source ends")
+        scenario.drop(source)
+    else:
+        survive(scenario, source, case, resets, times)
+        source.excuse()
+    knobs.restore()
+    scenario.view.say(f"{name}: {why}: {case.outcome}")
+
+
+def survive(scenario, source, case, resets, times):
+    """Checks guest and device of the source after a migration that failed."""
+    (one,) = source.mdevs
+    if case.outcome is HANGS:
+        source.receive()
+        work = scenario.guest.count("gen")
+        time.sleep(HANG_TIME)
+        source.receive()
+        expect("the work of a guest that hangs", scenario.guest.count("gen"), work)
+        source.command("pause")
+        source.resume()
+    wait([], lambda: one.state() == "RUNNING", MIGRATE_TIMEOUT, "the device continues")
+    if resets is not None:
+        reset = case.outcome in (RESET, HANGS)
+        expect("resets of the source's device", one.resets() - resets, int(reset))
+        stopped = one.times()["STOP"] > times["STOP"]
+        expect("the device was stopped", stopped, case.outcome is not UNSTOPPED)
+    if case.outcome in (RESET, HANGS):
+        notices(source)
+    else:
+        scenario.work_on(source)

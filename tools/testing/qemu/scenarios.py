@@ -891,6 +891,14 @@ SCENARIOS = {
         more=True,
         vmm=CloudHypervisor,
     ),
+    "ch-faults": Plan(
+        cloud_hypervisor.play_cases,
+        "devices that fail: " + ", ".join(cloud_hypervisor.CASES),
+        ["iommufd"],
+        device.MOCK._replace(type="vfio_mock-1M"),
+        more=True,
+        vmm=CloudHypervisor,
+    ),
     "variant": Plan(
         variant,
         "variant driver of a PCI device, its picture moves from display to display",
@@ -1002,7 +1010,7 @@ def parse(argv):
     add = parser.add_argument
     usual = [name for name, plan in SCENARIOS.items() if not plan.more]
     add("scenario", nargs="*", default=usual, help="scenarios to run")
-    add("--case", action="append", help="play only this case of faults or load")
+    add("--case", action="append", help="play only this case of faults, load or ch-faults")
     add("--more", action="store_true", help="run all scenarios that are not the default")
     add(
         "--machine",
@@ -1046,7 +1054,7 @@ def parse(argv):
         if name not in SCENARIOS:
             parser.error(f"no scenario {name}")
     for name in options.case or ():
-        if name not in cases.CASES | cases.STEPS:
+        if name not in cases.CASES | cases.STEPS | cloud_hypervisor.CASES:
             parser.error(f"no case {name}")
     if options.machine:
         displays = options.machine == "displays"
