@@ -3,8 +3,9 @@
 """Live migration of a guest that works with a device, end to end.
 
 Runs as root on a machine with the modules loaded, for example the test machine.
-Two QEMU processes, or those of another VMM, have one or two devices each. The guest of the first one keeps
-writing to its devices, migrates to the second one, and continues there.
+Two QEMU processes, or those of another VMM, have one or two devices each. The guest of
+the first one keeps writing to its devices, migrates to the second one, and continues
+there.
 """
 
 import argparse
