@@ -24,7 +24,10 @@ use crate::{
             BARS, //
         },
         memory::BarMemory,
-        resets::Resets,
+        resets::{
+            Exclusion,
+            Resets, //
+        },
         Operations,
         Region, //
     },
@@ -426,6 +429,15 @@ impl<T: Operations> Variant<T> {
             let inode = (*self.core.get()).vdev.inode;
             bindings::unmap_mapping_range((*inode).i_mapping, 0, end, 1);
         }
+    }
+
+    /// Lets no reset by another task begin while the core enables or disables the device: each
+    /// saves and restores the configuration space, in the same place. May sleep.
+    ///
+    /// A reset that waits for this has the lock of the device, which the core only tries to take
+    /// then, and no lock of the core, because a reset by a user excludes opens and closes.
+    pub(super) fn exclude_resets(&self) -> Exclusion<'_> {
+        self.private.resets.exclude()
     }
 
     /// Records the end of a reset. May be called with `memory_lock` held. Does not sleep.

@@ -31,6 +31,8 @@ struct Inner {
     failed: bool,
     /// The last reset has not ended.
     in_reset: bool,
+    /// The task that enables or disables the device, or 0.
+    excluder: Pid,
     /// The value of `count` when the driver was last called to reset the device. Other accesses of
     /// the driver fail while the two differ.
     accepted: u64,
@@ -63,7 +65,7 @@ impl Inner {
 pub(crate) struct Resets {
     #[pin]
     inner: SpinLock<Inner>,
-    /// Tasks that wait for the end of a reset.
+    /// Tasks that wait for the end of a reset, or until one may begin.
     #[pin]
     waiters: WaitQueue,
 }
@@ -76,6 +78,7 @@ impl Resets {
             task: 0,
             failed: false,
             in_reset: false,
+            excluder: 0,
             accepted: 0,
             settled: 0,
             session: None,
@@ -117,11 +120,39 @@ impl Resets {
     }
 
     /// Records the start of a reset. Accesses fail until [`accept()`](Self::accept) after its end.
-    /// All calls on the data_fd of the session fail from now on, too. Does not sleep.
+    /// All calls on the data_fd of the session fail from now on, too. Waits while another task has
+    /// excluded resets. May sleep.
     pub(crate) fn begin(&self) {
-        let mut inner = self.inner.lock();
-        inner.in_reset = true;
-        inner.record(false);
+        let task = current!().pid();
+        // No signal ends this wait.
+        let _ = self
+            .waiters
+            .wait(bindings::TASK_UNINTERRUPTIBLE, FOREVER, |_| {
+                let mut inner = self.inner.lock();
+                let may_begin = inner.excluder == 0 || inner.excluder == task;
+                if may_begin {
+                    inner.in_reset = true;
+                    inner.record(false);
+                }
+                may_begin
+            });
+    }
+
+    /// Lets no reset by another task begin until the result is dropped. Waits for the end of one
+    /// that is under way. Called by one task at a time. May sleep.
+    pub(crate) fn exclude(&self) -> Exclusion<'_> {
+        let task = current!().pid();
+        // No signal ends this wait.
+        let _ = self
+            .waiters
+            .wait(bindings::TASK_UNINTERRUPTIBLE, FOREVER, |_| {
+                let mut inner = self.inner.lock();
+                if !inner.in_reset {
+                    inner.excluder = task;
+                }
+                !inner.in_reset
+            });
+        Exclusion(self)
     }
 
     /// Records that the device has failed. Accesses fail until [`accept()`](Self::accept) after the
@@ -207,5 +238,15 @@ impl Resets {
         let mut inner = self.inner.lock();
         inner.settled = count;
         inner.count == count
+    }
+}
+
+/// Lets no reset by another task begin.
+pub(crate) struct Exclusion<'a>(&'a Resets);
+
+impl Drop for Exclusion<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().excluder = 0;
+        self.0.waiters.wake();
     }
 }

@@ -120,10 +120,13 @@ impl<T: Operations> VTable<T> {
         let this = unsafe { Variant::<T>::from_raw(vdev) };
         let core = this.core.get();
         from_result(|| {
+            let exclusion = this.exclude_resets();
             // SAFETY: The device is being opened.
             to_result(unsafe { bindings::vfio_pci_core_enable(core) })?;
+            drop(exclusion);
             // SAFETY: The device is enabled. Either this fails, or `close_device()` follows.
             unsafe { this.open() }.inspect_err(|_| {
+                let _exclusion = this.exclude_resets();
                 // SAFETY: The device is enabled and not in use.
                 unsafe { bindings::vfio_pci_core_disable(core) };
             })?;
@@ -138,7 +141,9 @@ impl<T: Operations> VTable<T> {
     /// Must be called by the core on a device with these operations, which is open.
     unsafe extern "C" fn close_device(vdev: *mut bindings::vfio_device) {
         // SAFETY: The core holds a reference for the call.
-        unsafe { Variant::<T>::from_raw(vdev) }.close();
+        let this = unsafe { Variant::<T>::from_raw(vdev) };
+        this.close();
+        let _exclusion = this.exclude_resets();
         // SAFETY: The device is open, and there is no other call of its file.
         unsafe { bindings::vfio_pci_core_close_device(vdev) };
     }
