@@ -207,7 +207,7 @@ def play_case(scenario, source, name, case):
         source.before_switchover = turn
     else:
         turn()
-    resets = one.resets()
+    resets = one.statistics().get("resets")
     cancel = case.status == "cancelled"
     options = scenario.options
     scenario.begin(
@@ -250,7 +250,7 @@ def end(scenario, source, target, case):
     if info["status"] == "completed":
         wait([target], target.migrated, END_TIMEOUT, "the target takes everything in")
     if case.outcome is LOST:
-        resets = target.mdevs[0].resets()
+        resets = target.mdevs[0].statistics().get("resets")
         target.qmp.command("cont")
         target.guest = Guest()
         notices(target)
@@ -281,7 +281,7 @@ def survive(scenario, source, case, resets):
 
 def expect_resets(machine, before, count):
     """Checks how often QEMU has reset its device since a number."""
-    now = machine.mdevs[0].resets()
+    now = machine.mdevs[0].statistics().get("resets")
     if now is not None:
         expect(f"resets of the {machine.name}'s device", now - before, count)
 
@@ -311,7 +311,7 @@ def play_step(scenario, source, name, step):
     target = scenario.target(name)
     (one,), (other,) = source.mdevs, target.mdevs
     knobs = Knobs()
-    grown = base = 0
+    grown = base = sent = 0
     for machine in (source, target):
         machine.allow(*step.capabilities, among=CAPABILITIES)
 
@@ -330,8 +330,9 @@ def play_step(scenario, source, name, step):
             source.qmp.command("migrate-set-parameters", limit)
 
     def stopped():
-        nonlocal base
+        nonlocal base, sent
         knobs.turn(other, step.target)
+        sent = one.statistics().get("read_bytes", 0)
         target.forget_peak()
         base = target.memory("VmRSS")
 
@@ -348,6 +349,14 @@ def play_step(scenario, source, name, step):
         f"{name}: {sample.rounds} rounds, downtime {downtime} ms, "
         f"memory of the target's QEMU grows by {grown >> 10} KiB at the switchover"
     )
+    statistics = one.statistics()
+    if statistics:
+        left = statistics["read_bytes"] - sent
+        line = f"{name}: {left >> 10} KiB in {statistics['STOP_COPY_us'] // 1000} ms"
+        if step.source.get("save_rate"):
+            needed = left / step.source["save_rate"]
+            line += f", {statistics['STOP_COPY_us'] / 1e4 / needed:.0f} % of bytes / save_rate"
+        scenario.view.say(line)
     if downtime < step.downtime:
         raise Failure(f"{name}: downtime {downtime} ms, not {step.downtime}")
     if step.queue is not None:

@@ -166,7 +166,11 @@ def migrate(scenario, source, target):
     scenario.work_on(target)
     took, downtime = COMPLETED.search("\n".join(source.read("stderr"))).groups()
     for mdev in scenario.source_mdevs:
-        times = [f"{state} {us // 1000} ms" for state, us in mdev.times().items() if us]
+        times = [
+            f"{name.removesuffix('_us')} {number // 1000} ms"
+            for name, number in mdev.statistics().items()
+            if name.endswith("_us") and number
+        ]
         scenario.view.say(f"states of the source's device: {', '.join(times)}")
     scenario.drop(source)
     return f"migrated in {took}, downtime {downtime} ms"

@@ -143,20 +143,12 @@ class Device:
             file.write_text(f"{value}\n")
         return former
 
-    def resets(self):
-        """Returns the number of resets by the VMM and by its guest, None without debugfs."""
-        if not DEBUGFS.exists():
-            return None
-        text = (DEBUGFS / self.name / "statistics").read_text()
-        return int(re.search(r"^resets (\d+)$", text, re.MULTILINE)[1])
-
-    def times(self):
-        """Returns the microseconds in each state with the last VMM, none without debugfs."""
+    def statistics(self):
+        """Returns the statistics on the last VMM, none without debugfs."""
         if not DEBUGFS.exists():
             return {}
         text = (DEBUGFS / self.name / "statistics").read_text()
-        times = re.findall(r"^(\w+)_us (\d+)$", text, re.MULTILINE)
-        return {state: int(us) for state, us in times}
+        return {name: int(number) for name, number in map(str.split, text.splitlines())}
 
     def verdict(self):
         """Returns the lines of the verdict on the last VMM, none without debugfs."""
