@@ -137,7 +137,9 @@ tool_env()
 	RUSTDOC=${RUSTC%/*}/rustdoc
 	RUSTFMT=${RUSTC%/*}/rustfmt
 	LLVM=1
-	[ "$vm_kernel" != arm64 ] || export ARCH=arm64
+	case $vm_kernel in
+	arm64 | matrix-arm64) export ARCH=arm64 ;;
+	esac
 	# Symbols cannot be resolved without a kernel image.
 	[ -z "$vm_prepare" ] || export KBUILD_MODPOST_WARN=1
 	[ -z "$llvm" ] || LIBCLANG_PATH=${llvm%/bin}/lib
