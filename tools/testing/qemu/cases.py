@@ -210,11 +210,17 @@ def play_case(scenario, source, name, case):
     resets = one.statistics().get("resets")
     cancel = case.status == "cancelled"
     options = scenario.options
+
+    def begun():
+        # The guest may have found that its device was reset by another case.
+        source.poll()
+        return one.state() == "PRE_COPY"
+
     scenario.begin(
         source, target, options.slow_bandwidth if cancel else options.bandwidth
     )
     if cancel:
-        wait([source], lambda: one.state() == "PRE_COPY", END_TIMEOUT, "pre-copy")
+        wait([], begun, END_TIMEOUT, "pre-copy")
         source.qmp.command("migrate_cancel")
     if case.outcome is ABORTED:
         status = wait([], source.process.poll, END_TIMEOUT, "QEMU ends")
