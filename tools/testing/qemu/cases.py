@@ -183,12 +183,17 @@ def play_cases(scenario):
         if source.process.poll() is not None:
             break
     else:
-        if scenario.guest.troubles:
-            scenario.drop(source)
-        else:
-            scenario.verify(source)
-            scenario.quit(source)
+        finish(scenario, source)
     return f"{len(chosen(scenario, CASES))} migrations with faults"
+
+
+def finish(scenario, source):
+    """Ends the guest, and checks it before unless its device was reset."""
+    if scenario.guest.troubles:
+        scenario.drop(source)
+    else:
+        scenario.verify(source)
+        scenario.quit(source)
 
 
 def play_case(scenario, source, name, case):

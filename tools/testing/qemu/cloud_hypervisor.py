@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections import namedtuple
 
-from cases import REFUSED, UNSTOPPED, Knobs, chosen, faults, notices
+from cases import REFUSED, UNSTOPPED, Knobs, chosen, faults, finish, notices
 from machine import KERNEL_OPTIONS, Failure, Vmm, expect, wait
 
 MIGRATE_TIMEOUT = 240
@@ -216,11 +216,7 @@ def play_cases(scenario):
     for name, case in table.items():
         play_case(scenario, source, name, case)
     if source in scenario.machines:
-        if scenario.guest.troubles:
-            scenario.drop(source)
-        else:
-            scenario.verify(source)
-            scenario.quit(source)
+        finish(scenario, source)
     return f"{len(table)} migrations with faults"
 
 
@@ -231,7 +227,7 @@ def play_case(scenario, source, name, case):
     knobs = Knobs()
     knobs.turn(one, case.source)
     knobs.turn(other, case.target)
-    resets, times = one.resets(), one.times()
+    before = one.statistics()
     begin(source, target)
 
     def failed():
@@ -248,13 +244,13 @@ def play_case(scenario, source, name, case):
         wait([], source.gone, MIGRATE_TIMEOUT, "the source ends")
         scenario.drop(source)
     else:
-        survive(scenario, source, case, resets, times)
+        survive(scenario, source, case, before)
         source.excuse()
     knobs.restore()
     scenario.view.say(f"{name}: {why}: {case.outcome}")
 
 
-def survive(scenario, source, case, resets, times):
+def survive(scenario, source, case, before):
     """Checks guest and device of the source after a migration that failed."""
     (one,) = source.mdevs
     if case.outcome is HANGS:
@@ -266,10 +262,12 @@ def survive(scenario, source, case, resets, times):
         source.command("pause")
         source.resume()
     wait([], lambda: one.state() == "RUNNING", MIGRATE_TIMEOUT, "the device continues")
-    if resets is not None:
+    if before:
+        after = one.statistics()
         reset = case.outcome in (RESET, HANGS)
-        expect("resets of the source's device", one.resets() - resets, int(reset))
-        stopped = one.times()["STOP"] > times["STOP"]
+        resets = after["resets"] - before["resets"]
+        expect("resets of the source's device", resets, int(reset))
+        stopped = after["STOP_us"] > before["STOP_us"]
         expect("the device was stopped", stopped, case.outcome is not UNSTOPPED)
     if case.outcome in (RESET, HANGS):
         notices(source)
