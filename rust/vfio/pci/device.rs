@@ -440,6 +440,12 @@ impl<T: Operations> Variant<T> {
         self.private.resets.exclude()
     }
 
+    /// The same for an open. Fails with `EINTR` if the task is killed while it waits for the end of
+    /// a reset.
+    pub(super) fn exclude_resets_killable(&self) -> Result<Exclusion<'_>> {
+        self.private.resets.exclude_killable()
+    }
+
     /// Records the end of a reset. May be called with `memory_lock` held. Does not sleep.
     pub(super) fn reset_done(&self) {
         self.private.resets.end();

@@ -138,21 +138,30 @@ impl Resets {
             });
     }
 
+    fn exclude_in(&self, state: c_uint) -> Result<Exclusion<'_>> {
+        let task = current!().pid();
+        self.waiters.wait(state, FOREVER, |_| {
+            let mut inner = self.inner.lock();
+            if !inner.in_reset {
+                inner.excluder = task;
+            }
+            !inner.in_reset
+        })?;
+        Ok(Exclusion(self))
+    }
+
     /// Lets no reset by another task begin until the result is dropped. Waits for the end of one
     /// that is under way. Called by one task at a time. May sleep.
     pub(crate) fn exclude(&self) -> Exclusion<'_> {
-        let task = current!().pid();
         // No signal ends this wait.
-        let _ = self
-            .waiters
-            .wait(bindings::TASK_UNINTERRUPTIBLE, FOREVER, |_| {
-                let mut inner = self.inner.lock();
-                if !inner.in_reset {
-                    inner.excluder = task;
-                }
-                !inner.in_reset
-            });
-        Exclusion(self)
+        self.exclude_in(bindings::TASK_UNINTERRUPTIBLE)
+            .unwrap_or_else(|_| Exclusion(self))
+    }
+
+    /// The same on behalf of a system call. Fails with `EINTR` if the task is killed while it
+    /// waits.
+    pub(crate) fn exclude_killable(&self) -> Result<Exclusion<'_>> {
+        self.exclude_in(KILLABLE).map_err(|_| EINTR)
     }
 
     /// Records that the device has failed. Accesses fail until [`accept()`](Self::accept) after the

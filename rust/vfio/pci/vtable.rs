@@ -120,7 +120,7 @@ impl<T: Operations> VTable<T> {
         let this = unsafe { Variant::<T>::from_raw(vdev) };
         let core = this.core.get();
         from_result(|| {
-            let exclusion = this.exclude_resets();
+            let exclusion = this.exclude_resets_killable()?;
             // SAFETY: The device is being opened.
             to_result(unsafe { bindings::vfio_pci_core_enable(core) })?;
             drop(exclusion);
